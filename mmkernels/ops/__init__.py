@@ -1,0 +1,1 @@
+"""One folder per operator, each with the same file names: api, op, reference and the implementations."""
