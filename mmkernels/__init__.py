@@ -1,0 +1,28 @@
+"""Fused attention and modality embedding for packed text, image and audio."""
+
+from mmkernels.dispatch import explain
+from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask, MaskPlan
+
+__all__ = ["AttentionMask", "MaskPlan", "PackedLayout", "attention", "explain", "modality_embed", "plan_packs"]
+__version__ = "0.1.0"
+
+# Operators register themselves with torch when first used, so that `import mmkernels` stays quick.
+_LAZY = {
+    "attention": "mmkernels.ops.attention.api",
+    "modality_embed": "mmkernels.ops.modality_embed.api",
+    "pack": "mmkernels.ops.packing.api",
+    "unpack": "mmkernels.ops.packing.api",
+    "gather_rows": "mmkernels.ops.packing.api",
+    "segment_mean": "mmkernels.ops.packing.api",
+    "plan_packs": "mmkernels.ops.packing.api",
+}
+__all__ += ["gather_rows", "pack", "segment_mean", "unpack"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")

@@ -1,0 +1,167 @@
+"""The one seam: which implementation of an operator runs, and why.
+
+An operator is asked for by name ("attention") with impl="auto" or a concrete implementation.  `auto` takes the first
+entry of TABLE that can run here; everything else is taken at its word, and raises with what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from mmkernels import settings
+
+IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
+
+# Preference per operator and device type.  Reference is last everywhere: it is the oracle, not a product.
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"cpu": ("torch", "reference"), "cuda": ("triton", "reference")},
+    "modality_embed": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
+    "packing": {"cpu": ("cpp", "torch", "reference"), "cuda": ("torch", "reference")},
+}
+
+# Which implementations exist at all, per operator: file names in ops/<op>/.
+MODULES = {
+    "reference": "reference",
+    "torch": "torch_impl",
+    "cpp": "cpp_impl",
+    "triton": "triton_kernels",
+    "cuda": "cuda_impl",
+}
+TRITON_OPS = ("attention", "modality_embed")
+CPU_ONLY_TORCH = ("attention",)  # its torch path calls CPU-only aten kernels
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 6)
+
+
+def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """The concrete implementation that runs `op` on tensors of this device and dtype.
+
+    Raises ValueError for an unknown op or impl, RuntimeError when `impl` cannot run here (it says what is missing).
+    """
+    if op not in TABLE:
+        raise ValueError(f"dispatch: op is {op!r}, expected one of {', '.join(TABLE)}")
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        reason = missing(op, impl, device_type=device.type, dtype=dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} {_name(dtype)}: {reason}")
+        return impl
+    reasons = []
+    for candidate in TABLE[op].get(device.type, ()):
+        reason = missing(op, candidate, device_type=device.type, dtype=dtype)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise RuntimeError(f"{op}: nothing can run on {device.type} {_name(dtype)} ({'; '.join(reasons) or 'no entry'})")
+
+
+def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str | None:
+    """What stops `impl` from running `op` there, or None when it can run."""
+    if impl == "reference":
+        return None
+    if dtype == torch.float64:
+        return "float64 is for the reference alone"
+    if impl == "torch":
+        if op in CPU_ONLY_TORCH and device_type != "cpu":
+            return "this path is for CPU tensors"
+        return None
+    if impl == "cpp":
+        if op == "attention":
+            return "attention has no C++ path: torch is the fast one on CPU"
+        if device_type != "cpu":
+            return "the C++ path is for CPU tensors"
+        return cpp_missing()
+    if impl == "triton":
+        return _triton_missing(op, device_type, dtype)
+    return "no CUDA extension yet (issue 4)"
+
+
+def load(op: str, impl: str) -> ModuleType:
+    """The module that computes `op` by the concrete implementation `impl`."""
+    return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
+
+
+@functools.cache
+def cpp_missing() -> str | None:
+    """Why the C++ operators cannot run, or None."""
+    if importlib.util.find_spec("mmkernels._C") is None:
+        return "the extension mmkernels._C is not built (run: python -m mmkernels.build)"
+    return None
+
+
+@functools.cache
+def triton_version() -> tuple[int, ...] | None:
+    """Triton's version, or None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from importlib.metadata import version
+
+    return tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
+
+
+def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if op not in TRITON_OPS:
+        return f"{op} has no Triton kernels"
+    version = triton_version()
+    if version is None:
+        return "Triton is not installed"
+    if version < MIN_TRITON:
+        return f"Triton is {'.'.join(map(str, version))}, needs {'.'.join(map(str, MIN_TRITON))} or later"
+    if dtype not in TRITON_DTYPES:
+        return f"the kernels take fp32, bf16 and fp16, not {_name(dtype)}"
+    if device_type == "cpu":
+        if not settings.current().triton_interpret:
+            return "CPU tensors need TRITON_INTERPRET=1"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter gives wrong bf16 products; use fp32 or fp16 there"
+        return None
+    if device_type != "cuda":
+        return "the kernels run on CUDA devices"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"the GPU is sm_{capability[0]}{capability[1]}, needs sm_80 or later"
+    return None
+
+
+def explain() -> str:
+    """What would run here, for each operator, device and dtype, and why not something faster."""
+    from mmkernels import planner
+
+    lines = [
+        f"torch {torch.__version__}, triton {'.'.join(map(str, triton_version() or ())) or 'not installed'}",
+        f"GPU: {_gpu()}",
+        f"planner: {planner.BACKEND}" + ("" if planner.BACKEND == "cpp" else "  (mmkernels._planner is not built)"),
+        "",
+    ]
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for op, per_device in TABLE.items():
+        for device_type in devices:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                lines.append(_row(op, per_device[device_type], device_type, dtype))
+    return "\n".join(lines)
+
+
+def _row(op: str, order: tuple[str, ...], device_type: str, dtype: torch.dtype) -> str:
+    reasons = {impl: missing(op, impl, device_type=device_type, dtype=dtype) for impl in order}
+    chosen = next((impl for impl in order if reasons[impl] is None), "nothing")
+    faster = order[: order.index(chosen)] if chosen in order else order
+    why = "; ".join(f"not {impl}: {reasons[impl]}" for impl in faster)
+    return f"{op:<15} {device_type:<5} {_name(dtype):<9} -> {chosen:<10} {why}".rstrip()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none visible (Triton kernels run in the interpreter under TRITON_INTERPRET=1)"
+    return f"{torch.cuda.get_device_name()} sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

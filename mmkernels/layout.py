@@ -1,0 +1,315 @@
+"""PackedLayout: who sits where in a packed batch.
+
+B samples, N segments, T packed tokens, A position axes, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels import planner
+
+MAX_MODALITIES = 32  # visibility is a 32-bit set
+
+Length = int | tuple[int, int] | tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Where every token of a packed batch comes from and belongs to.  Immutable; compared by identity.
+
+    Samples stand one after another, and so do the segments (modality, length) of a sample.  The rows of modality m
+    over all samples are its *stream* [N_m, E_m].
+
+    cu_seqlens      int32 [B + 1]  sample bounds in the packed sequence
+    modality_ids    uint8 [T]      modality of each token
+    positions       int32 [A, T]   index within the segment.  A plain segment counts on the last axis; a grid (rows,
+                                   cols) or (time, rows, cols) on the last two or three
+    segment_ids     int32 [T]      segment of each token
+    source_rows     int32 [T]      row in the token's stream; negative: special token, id -(row + 1) of the token table
+    segments        host int32 [N, 4]  sample, modality, length, first source row; None if only device bounds are known
+    total_tokens, max_seqlen, num_modalities   Python ints: nothing is ever read back from the device
+    special_tokens  per modality: the token id that opens each of its segments, or None.  It counts in the segment's
+                    length, sits at position 0, and shifts the others by one on the axes that the segment uses
+
+    Build one with `from_counts`, `from_segments` or `from_cu_seqlens`.
+    """
+
+    cu_seqlens: Tensor
+    modality_ids: Tensor
+    positions: Tensor
+    segment_ids: Tensor
+    source_rows: Tensor
+    segments: np.ndarray | None
+    total_tokens: int
+    max_seqlen: int
+    num_modalities: int
+    special_tokens: tuple[int | None, ...] | None = None
+    segment_cu_seqlens: Tensor | None = None
+    _buffer: Tensor | None = field(default=None, repr=False)
+    _host: PackedLayout | None = field(default=None, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # lowered masks and their tiles
+
+    @classmethod
+    def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
+        """One segment per present modality, in modality order.  counts [B, M]: rows of each modality per sample.
+
+        A count does not include the special token, which is added to segments of at least one row.
+        """
+        counts = _host_array(counts, "counts")
+        if counts.ndim != 2:
+            raise ValueError(f"from_counts: counts has shape {tuple(counts.shape)}, expected [B, M]")
+        samples = [[(m, int(n)) for m, n in enumerate(row) if n != 0] for row in counts]
+        return cls.from_segments(samples, num_modalities=counts.shape[1], special_tokens=special_tokens)
+
+    @classmethod
+    def from_segments(
+        cls,
+        samples: Sequence[Sequence[tuple[int, Length]]],
+        *,
+        num_modalities: int,
+        special_tokens: Sequence[int | None] | None = None,
+    ) -> PackedLayout:
+        """Any order of segments.  samples: per sample a list of (modality, length); a length may be a grid
+        (rows, cols) or (time, rows, cols).  Lengths do not include the special token.
+
+        Raises ValueError for a modality outside [0, num_modalities), a negative length, or too many tokens for int32.
+        """
+        if not 1 <= num_modalities <= MAX_MODALITIES:
+            raise ValueError(f"from_segments: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
+        special = _special_ids(special_tokens, num_modalities)
+        segments, grids, axes = _tables(samples, num_modalities, special)
+        return cls._build(segments, grids, special, special_tokens, len(samples), num_modalities, axes)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens: Tensor,
+        *,
+        total_tokens: int,
+        max_seqlen: int,
+        modality_ids: Tensor | None = None,
+        num_modalities: int = 1,
+    ) -> PackedLayout:
+        """For callers who have only bounds, perhaps on the device.  cu_seqlens int32 [B + 1].
+
+        Bounds on the CPU give a complete layout when there is one modality.  Bounds on a GPU are never copied back:
+        lowering a mask on such a layout is refused until token tiles come with issue 3.
+        """
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(
+                f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
+            )
+        device = cu_seqlens.device
+        if modality_ids is None:
+            modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
+        if modality_ids.dtype != torch.uint8 or tuple(modality_ids.shape) != (total_tokens,):
+            raise ValueError(
+                f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "
+                f"expected uint8 [{total_tokens}]"
+            )
+        if device.type == "cpu":
+            _check_bounds(cu_seqlens, total_tokens, max_seqlen)
+            if num_modalities == 1:
+                return cls.from_segments([[(0, n)] for n in cu_seqlens.diff().tolist()], num_modalities=1)
+        rows = torch.arange(total_tokens, dtype=torch.int32, device=device)
+        segment_ids = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
+        return cls(
+            cu_seqlens=cu_seqlens,
+            modality_ids=modality_ids,
+            positions=(rows - cu_seqlens[segment_ids.long()]).unsqueeze(0),
+            segment_ids=segment_ids,
+            source_rows=rows,
+            segments=None,
+            total_tokens=int(total_tokens),
+            max_seqlen=int(max_seqlen),
+            num_modalities=num_modalities,
+            segment_cu_seqlens=cu_seqlens,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_segments(self) -> int:
+        return self.segment_cu_seqlens.numel() - 1
+
+    @property
+    def axes(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    @property
+    def host(self) -> PackedLayout | None:
+        """The same layout on the CPU, or None when only device-side bounds are known.  Never syncs."""
+        if self.device.type == "cpu":
+            return self
+        return self._host
+
+    @property
+    def stream_lengths(self) -> tuple[int, ...]:
+        """Rows that each of the M streams must have."""
+        if self.segments is None:
+            raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")
+        cached = self.cache.get("stream_lengths")
+        if cached is None:
+            has_special = np.array([s is not None for s in self.special_tokens or [None] * self.num_modalities])
+            modality, length = self.segments[:, 1], self.segments[:, 2].astype(np.int64)
+            rows = np.bincount(modality, weights=length - has_special[modality], minlength=self.num_modalities)
+            cached = self.cache["stream_lengths"] = tuple(int(n) for n in rows)
+        return cached
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
+        """The layout on `device`: one buffer, one copy.  Itself when it is there already."""
+        device = torch.device(device)
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        if device.type == "cpu" and self._host is not None:
+            return self._host
+        if self._buffer is None:
+            moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        else:
+            buffer = self._buffer
+            if device.type == "cuda" and not buffer.is_pinned():
+                buffer = buffer.pin_memory()
+            buffer = buffer.to(device, non_blocking=non_blocking)
+            moved = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
+            moved["_buffer"] = buffer
+        return PackedLayout(
+            **moved,
+            segments=self.segments,
+            total_tokens=self.total_tokens,
+            max_seqlen=self.max_seqlen,
+            num_modalities=self.num_modalities,
+            special_tokens=self.special_tokens,
+            _host=self.host,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedLayout({self.num_samples} samples, {self.num_segments} segments, {self.total_tokens} tokens, "
+            f"longest {self.max_seqlen}, {self.num_modalities} modalities, {self.device})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A layout crosses from data workers: send the one buffer, not its views, and no cache.
+        state = dict(self.__dict__)
+        state["cache"] = {}
+        if self._buffer is not None:
+            for name in _TENSORS:
+                state.pop(name)
+            state["_shape"] = (self.num_samples, self.num_segments, self.total_tokens, self.axes)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shape = state.pop("_shape", None)
+        if shape is not None:
+            state.update(_views(state["_buffer"], *shape))
+        self.__dict__.update(state)
+
+    @classmethod
+    def _build(cls, segments, grids, special, special_tokens, num_samples, num_modalities, axes) -> PackedLayout:
+        array = planner.build_layout(segments, grids, special, num_samples, axes)
+        buffer = torch.from_numpy(array)
+        total = int(segments[:, 2].sum(dtype=np.int64))
+        views = _views(buffer, num_samples, len(segments), total, axes)
+        lengths = np.diff(views["cu_seqlens"].numpy())
+        segments.flags.writeable = False
+        return cls(
+            **views,
+            segments=segments,
+            total_tokens=total,
+            max_seqlen=int(lengths.max(initial=0)),
+            num_modalities=num_modalities,
+            special_tokens=None if special_tokens is None else tuple(special_tokens),
+            _buffer=buffer,
+        )
+
+
+_TENSORS = ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids")
+
+
+def _views(buffer: Tensor, num_samples: int, num_segments: int, total: int, axes: int) -> dict[str, Tensor]:
+    """The fields of a layout as views of its one int32 buffer; each section starts at a multiple of four ints."""
+    sizes = (num_samples + 1, axes * total, total, total, num_segments + 1, -(-total // 4))
+    views, start = {}, 0
+    for name, size in zip(_TENSORS, sizes, strict=True):
+        views[name] = buffer[start : start + size]
+        start += -(-size // 4) * 4
+    views["positions"] = views["positions"].view(axes, total)
+    views["modality_ids"] = views["modality_ids"].view(torch.uint8)[:total]
+    return views
+
+
+def _host_array(values, name: str) -> np.ndarray:
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu":
+            raise ValueError(f"from_counts: {name} is on {values.device}, expected host values (reading it would sync)")
+        values = values.numpy()
+    array = np.asarray(values)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"from_counts: {name} is {array.dtype}, expected integers")
+    return array
+
+
+def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: int) -> np.ndarray:
+    if special_tokens is None:
+        return np.full(num_modalities, -1, np.int32)
+    if len(special_tokens) != num_modalities:
+        raise ValueError(f"special_tokens has {len(special_tokens)} entries, expected one per modality: {num_modalities}")
+    for m, token in enumerate(special_tokens):
+        if token is not None and token < 0:
+            raise ValueError(f"special_tokens[{m}] is {token}, expected a token id >= 0 or None")
+    return np.array([-1 if s is None else s for s in special_tokens], np.int32)
+
+
+def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Segment table [N, 4], grids [N, 3] and the number of position axes."""
+    rows, grids, axes = [], [], 1
+    first_row = [0] * num_modalities
+    total = 0
+    for sample, parts in enumerate(samples):
+        for modality, length in parts:
+            if not 0 <= modality < num_modalities:
+                raise ValueError(
+                    f"from_segments: sample {sample} has modality {modality}, expected 0 to {num_modalities - 1}"
+                )
+            grid = (int(length),) if np.ndim(length) == 0 else tuple(int(n) for n in length)
+            if not 1 <= len(grid) <= 3 or min(grid) < 0:
+                raise ValueError(
+                    f"from_segments: sample {sample} has length {length!r}, expected n >= 0, (rows, cols) or "
+                    "(time, rows, cols)"
+                )
+            axes = max(axes, len(grid))
+            own = int(np.prod(grid, dtype=np.int64))
+            tokens = own + int(special[modality] >= 0)
+            rows.append((sample, modality, tokens, first_row[modality]))
+            grids.append((0,) * (3 - len(grid)) + grid)
+            first_row[modality] += own
+            total += tokens
+            if total >= 2**31:
+                raise ValueError(f"from_segments: more than 2**31 - 1 tokens at sample {sample}; cu_seqlens is int32")
+    segments = np.array(rows, np.int32).reshape(-1, 4)
+    return segments, np.array(grids, np.int32).reshape(-1, 3), axes
+
+
+def _check_bounds(cu_seqlens: Tensor, total_tokens: int, max_seqlen: int) -> None:
+    bounds = cu_seqlens.numpy()
+    lengths = np.diff(bounds)
+    if bounds[0] != 0 or bounds[-1] != total_tokens or (lengths < 0).any():
+        raise ValueError(
+            f"from_cu_seqlens: cu_seqlens runs from {bounds[0]} to {bounds[-1]}, expected non-decreasing values from 0 "
+            f"to total_tokens {total_tokens}"
+        )
+    if lengths.max(initial=0) > max_seqlen:
+        raise ValueError(f"from_cu_seqlens: max_seqlen is {max_seqlen}, but a sample has {lengths.max()} tokens")

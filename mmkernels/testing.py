@@ -1,0 +1,133 @@
+"""Oracles, input factories and the error rule, shared by tests and benchmarks.
+
+T tokens, B samples, M modalities.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask
+
+# What our error may be, in terms of torch's own on the same data.
+MAX_RATIO = 2.0
+RMS_RATIO = 1.25
+
+
+def error_floor(ref: Tensor, dtype: torch.dtype) -> float:
+    """2 max|(ref + 0.3) - 0.3 - ref| in `dtype`: what rounding alone can do to values of this size."""
+    rounded = ref.to(dtype)
+    return 2.0 * float((((rounded + 0.3) - 0.3) - rounded).abs().max()) if ref.numel() else 0.0
+
+
+def assert_error_rule(name: str, ours: Tensor, ref: Tensor, torch_same: Tensor) -> None:
+    """Our error is at most what the best same-dtype PyTorch computation makes.
+
+        max|ours - ref| <= 2 max|torch - ref| + floor    and    rms(ours - ref) <= 1.25 rms(torch - ref) + floor / 4
+
+    ours, torch_same  results in one dtype; ref  float64 on upcast inputs.  All must agree where they are infinite.
+    Raises AssertionError naming `name` and the figures.
+    """
+    if ours.shape != ref.shape or torch_same.shape != ref.shape:
+        raise AssertionError(f"{name}: shapes {tuple(ours.shape)}, {tuple(torch_same.shape)}, expected {tuple(ref.shape)}")
+    if ours.dtype != torch_same.dtype:
+        raise AssertionError(f"{name}: ours is {ours.dtype}, torch's is {torch_same.dtype}")
+    infinite = torch.isinf(ref)
+    if not torch.equal(torch.where(infinite, ours.double(), 0), torch.where(infinite, ref.double(), 0)):
+        raise AssertionError(f"{name}: not infinite where the reference is")
+    ref = torch.where(infinite, 0, ref.double())
+    ours_error = (torch.where(infinite, 0, ours.double()) - ref).abs()
+    torch_error = (torch.where(infinite, 0, torch_same.double()) - ref).abs()
+    if not ref.numel():
+        return
+    floor = error_floor(ref, ours.dtype)
+    worst, bound = float(ours_error.max()), MAX_RATIO * float(torch_error.max()) + floor
+    if not worst <= bound:  # also catches NaN
+        raise AssertionError(f"{name}: max error {worst:.3e} > {bound:.3e} (torch {float(torch_error.max()):.3e})")
+    rms, rms_torch = float(ours_error.square().mean().sqrt()), float(torch_error.square().mean().sqrt())
+    # A quarter of the floor: where torch happens to be exact, ratios of errors mean nothing.
+    if not rms <= RMS_RATIO * rms_torch + floor / 4:
+        raise AssertionError(f"{name}: rms error {rms:.3e} > {RMS_RATIO} x torch's {rms_torch:.3e} + {floor / 4:.1e}")
+
+
+def reference_mask(layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
+    """bool [T, T], True where query may see key: the definition of AttentionMask, pair by pair.  For tests."""
+    mask = mask or AttentionMask()
+    cu_seqlens = layout.cu_seqlens.tolist()
+    modality, segment = layout.modality_ids.tolist(), layout.segment_ids.tolist()
+    seen = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.bool)
+    for sample, (start, stop) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        prefix = mask.prefix[sample] if mask.prefix is not None else 0
+        for i in range(start, stop):
+            for j in range(start, stop):
+                kept = mask.causal and (
+                    j < start + prefix or (segment[i] == segment[j] and modality[i] in mask.bidirectional)
+                )
+                inside = (mask.window[0] < 0 or j >= i - mask.window[0]) and (
+                    mask.window[1] < 0 or j <= i + mask.window[1]
+                )
+                if mask.window_scope == "all":
+                    allowed = (not mask.causal or j <= i or kept) and inside
+                else:
+                    allowed = kept or ((not mask.causal or j <= i) and inside)
+                if mask.visible is not None:
+                    allowed = allowed and mask.visible[modality[i]][modality[j]]
+                seen[i, j] = allowed
+    return seen
+
+
+def random_layout(
+    seed: int,
+    *,
+    num_samples: int = 5,
+    num_modalities: int = 3,
+    max_length: int = 40,
+    special_tokens: tuple[int | None, ...] | None = None,
+) -> PackedLayout:
+    """A ragged layout with interleaved segments, missing modalities, empty samples and samples of one token."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(num_samples):
+        kind = rng.integers(8)
+        if index and kind == 0:
+            samples.append([])
+        elif index and kind == 1:
+            samples.append([(int(rng.integers(num_modalities)), 1)])
+        else:
+            count = int(rng.integers(1, num_modalities + 2))
+            samples.append(
+                [(int(rng.integers(num_modalities)), int(rng.integers(1, max_length + 1))) for _ in range(count)]
+            )
+    return PackedLayout.from_segments(samples, num_modalities=num_modalities, special_tokens=special_tokens)
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fresh memory holds NaN (floats) or a large value (integers), so that a slot nobody wrote shows."""
+    names = ("empty", "empty_like", "empty_strided")
+    originals = {name: getattr(torch, name) for name in names}
+    new_empty = Tensor.new_empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype != torch.bool else tensor
+
+    def wrap(original):
+        return lambda *args, **kwargs: poison(original(*args, **kwargs))
+
+    try:
+        for name in names:
+            setattr(torch, name, wrap(originals[name]))
+        Tensor.new_empty = wrap(new_empty)
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, originals[name])
+        Tensor.new_empty = new_empty

@@ -1,0 +1,123 @@
+"""PackedLayout against a token-by-token construction."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from mmkernels.layout import PackedLayout
+from mmkernels.testing import random_layout
+
+
+def tokens_of(samples, num_modalities, special):
+    """The layout written token by token: (sample, modality, segment, position axes, source row)."""
+    axes = max([1] + [np.size(length) for sample in samples for _, length in sample])
+    next_row = [0] * num_modalities
+    segment = 0
+    for index, sample in enumerate(samples):
+        for modality, length in sample:
+            shape = (length,) if np.ndim(length) == 0 else tuple(length)
+            shift = int(special[modality] is not None)
+            if shift:
+                yield index, modality, segment, (0,) * axes, -(special[modality] + 1)
+            for place in np.ndindex(*shape):
+                position = (0,) * (axes - len(shape)) + tuple(p + shift for p in place)
+                yield index, modality, segment, position, next_row[modality]
+                next_row[modality] += 1
+            segment += 1
+
+
+@pytest.mark.parametrize(
+    ("samples", "special"),
+    [
+        ([[(0, 3), (1, 2)], [(1, 4), (0, 1), (1, 2)]], (None, None, None)),  # interleaved, a modality missing
+        ([[], [(0, 1)], [], [(2, 5)]], (None, None, None)),  # empty samples, length 1
+        ([[(0, 2), (1, (2, 3)), (2, 4)], [(1, (1, 1))]], (None, 5, 6)),  # grids and special tokens
+        ([[(1, (2, 2, 3)), (0, 2)], [(1, (3, 1))]], (None, None, None)),  # three axes beside two and one
+        ([[(0, 0), (1, 2)]], (None, None, None)),  # a segment of no tokens
+        ([[(1, 0)]], (None, 0, None)),  # only a special token, id 0
+        ([], (None, None, None)),  # no samples at all
+    ],
+)
+def test_matches_token_by_token(samples, special):
+    layout = PackedLayout.from_segments(samples, num_modalities=3, special_tokens=special)
+    expected = list(tokens_of(samples, 3, special))
+    assert layout.total_tokens == len(expected)
+    lengths = np.bincount([t[0] for t in expected], minlength=len(samples)) if samples else np.zeros(0, int)
+    assert layout.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist()]
+    assert layout.max_seqlen == lengths.max(initial=0)
+    assert layout.modality_ids.tolist() == [t[1] for t in expected]
+    assert layout.segment_ids.tolist() == [t[2] for t in expected]
+    assert layout.positions.T.tolist() == [list(t[3]) for t in expected]
+    assert layout.source_rows.tolist() == [t[4] for t in expected]
+    counts = [sum(t[4] >= 0 and t[1] == m for t in expected) for m in range(3)]
+    assert list(layout.stream_lengths) == counts
+
+
+def test_from_counts_is_one_segment_per_present_modality():
+    layout = PackedLayout.from_counts([[2, 0, 1], [0, 0, 0], [1, 3, 0]])
+    assert layout.segments.tolist() == [[0, 0, 2, 0], [0, 2, 1, 0], [2, 0, 1, 2], [2, 1, 3, 0]]
+    assert layout.segment_cu_seqlens.tolist() == [0, 2, 3, 4, 7]
+
+
+def test_from_cu_seqlens_equals_one_modality():
+    ours = PackedLayout.from_cu_seqlens(torch.tensor([0, 3, 3, 7], dtype=torch.int32), total_tokens=7, max_seqlen=4)
+    other = PackedLayout.from_counts([[3], [0], [4]])
+    assert ours.modality_ids.tolist() == other.modality_ids.tolist()
+    assert ours.positions.tolist() == other.positions.tolist()
+    ids = torch.tensor([0, 1, 1, 0, 0, 1, 1], dtype=torch.uint8)
+    mixed = PackedLayout.from_cu_seqlens(ours.cu_seqlens, total_tokens=7, max_seqlen=4, modality_ids=ids, num_modalities=2)
+    assert mixed.modality_ids.tolist() == ids.tolist()
+    assert mixed.positions.tolist() == ours.positions.tolist()
+
+
+def test_pickle_sends_one_buffer():
+    layout = random_layout(3)
+    layout.cache["x"] = object()
+    data = pickle.dumps(layout, protocol=5) if not layout.cache.clear() else None
+    copy = pickle.loads(data)
+    assert copy.segments.tolist() == layout.segments.tolist()
+    for name in ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids"):
+        assert torch.equal(getattr(copy, name), getattr(layout, name)), name
+
+
+def test_to_the_same_device_is_the_layout_itself_and_meta_keeps_the_host():
+    layout = random_layout(4)
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta")
+    assert moved.host is layout
+    assert moved.positions.shape == layout.positions.shape
+    assert moved.modality_ids.dtype == torch.uint8
+
+
+def test_repr_is_one_line():
+    assert repr(PackedLayout.from_counts([[2, 1]])) == (
+        "PackedLayout(1 samples, 2 segments, 3 tokens, longest 3, 2 modalities, cpu)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PackedLayout.from_segments([[(2, 1)]], num_modalities=2), "sample 0 has modality 2, expected 0 to 1"),
+        (lambda: PackedLayout.from_segments([[(0, -1)]], num_modalities=1), "sample 0 has length -1"),
+        (lambda: PackedLayout.from_segments([], num_modalities=33), "num_modalities is 33, expected 1 to 32"),
+        (lambda: PackedLayout.from_segments([[(0, 2**31)]], num_modalities=1), "2\\*\\*31"),
+        (lambda: PackedLayout.from_counts([[0.5]]), "counts is float64, expected integers"),
+        (lambda: PackedLayout.from_counts([1, 2]), "counts has shape"),
+        (lambda: PackedLayout.from_counts([[1]], special_tokens=(1, 2)), "special_tokens has 2 entries"),
+        (
+            lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2], dtype=torch.int32), total_tokens=3, max_seqlen=2),
+            "expected non-decreasing values from 0 to total_tokens 3",
+        ),
+        (
+            lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2], dtype=torch.int32), total_tokens=2, max_seqlen=1),
+            "max_seqlen is 1, but a sample has 2 tokens",
+        ),
+        (lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2]), total_tokens=2, max_seqlen=2), "expected int32"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
