@@ -1,0 +1,68 @@
+# The commands of the README.  All of them set themselves up: a virtual environment in .venv, nothing outside it.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION ?= 2.13.0
+# Where an NVIDIA driver is present, the package index's own torch (a CUDA build) and the triton that it asks for.
+HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SETUP := $(VENV)/.setup
+NATIVE := $(VENV)/.native
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+RUN ?= runs/demo
+
+.PHONY: setup demo test lint format filemap clean
+
+setup: $(SETUP) $(NATIVE)
+
+$(SETUP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: on Debian, install python3-venv"; exit 1; }
+ifeq ($(HAS_NVIDIA),yes)
+	$(PIP) install -q "torch>=2.11"
+else
+	@# The CPU build by its own name; an index that does not carry it has only the default build, of several GB.
+	$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || { \
+	  echo "no torch $(TORCH_VERSION)+cpu in your package index: taking its default build (large)."; \
+	  $(PIP) install -q "torch==$(TORCH_VERSION)"; }
+	@# Triton's interpreter, which the tests use, needs numpy < 2.4; registers in `inspect` differ between versions.
+	$(PIP) install -q "triton==3.6.0" "numpy<2.4"
+endif
+	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
+	MMKERNELS_SKIP_NATIVE=1 $(PIP) install -q --no-build-isolation -e ".[model,dev]"
+	@touch $@
+
+$(NATIVE): $(SETUP) setup.py $(CSRC)
+	$(PY) -m mmkernels.build
+	@touch $@
+
+# QUICK=1: a procedural set instead of the stamps, about 90 seconds.
+demo: setup
+ifeq ($(QUICK),1)
+	$(PY) -m mmmodel demo --quick --out runs/quick
+else
+	$(PY) -m mmmodel demo --out $(RUN)
+endif
+
+# Three processes: Triton decides at import between compiling and interpreting.  One thread each: two workers.
+test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m mmkernels.inspect --arch sm_90 --check
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+# Rewrites the file map of the README from the first line of each file.
+filemap: setup
+	$(PY) tests/file_map.py --write
+
+clean:
+	rm -rf build *.egg-info mmkernels/*.so $(NATIVE)
