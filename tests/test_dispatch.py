@@ -1,0 +1,68 @@
+"""Dispatch: asked for an implementation, get it or an error that says what is missing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmkernels import dispatch
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch):
+    monkeypatch.setattr(dispatch, "cpp_missing", lambda: "not built")
+    assert dispatch.resolve("packing", "auto", device=CPU, dtype=torch.float32) == "torch"
+    monkeypatch.setattr(dispatch, "cpp_missing", lambda: None)
+    assert dispatch.resolve("packing", "auto", device=CPU, dtype=torch.float32) == "cpp"
+    assert dispatch.resolve("attention", "auto", device=CPU, dtype=torch.float64) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "impl", "dtype", "error", "message"),
+    [
+        ("attention", "triton", torch.float32, RuntimeError, "CPU tensors need TRITON_INTERPRET=1"),
+        ("attention", "cuda", torch.float32, RuntimeError, "no CUDA extension yet"),
+        ("attention", "torch", torch.float64, RuntimeError, "float64 is for the reference alone"),
+        ("packing", "triton", torch.float32, RuntimeError, "packing has no Triton kernels"),
+        ("attention", "fast", torch.float32, ValueError, "impl is 'fast', expected one of auto"),
+        ("conv", "auto", torch.float32, ValueError, "op is 'conv', expected one of attention"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_why(op, impl, dtype, error, message):
+    with pytest.raises(error, match=message):
+        dispatch.resolve(op, impl, device=CPU, dtype=dtype)
+
+
+def test_missing_extension_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "cpp_missing", lambda: "the extension mmkernels._C is not built")
+    with pytest.raises(RuntimeError, match="mmkernels._C is not built"):
+        dispatch.resolve("packing", "cpp", device=CPU, dtype=torch.float32)
+    assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
+
+
+def test_the_interpreter_refuses_bf16(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="interpreter gives wrong bf16"):
+        dispatch.resolve("attention", "triton", device=CPU, dtype=torch.bfloat16)
+    assert dispatch.resolve("attention", "triton", device=CPU, dtype=torch.float16) == "triton"
+
+
+def test_old_triton_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 5))
+    with pytest.raises(RuntimeError, match=r"Triton is 3\.5, needs 3\.6"):
+        dispatch.resolve("attention", "triton", device=CPU, dtype=torch.float32)
+
+
+def test_explain_names_every_operator():
+    printed = subprocess.run([sys.executable, "-m", "mmkernels"], capture_output=True, text=True, check=True).stdout
+    for op in dispatch.TABLE:
+        assert op in printed
+
+
+def test_the_package_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import mmkernels; mmkernels.attention; mmkernels.modality_embed"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
