@@ -1,0 +1,28 @@
+// Attention tile schedule: which column blocks each tile of rows visits.   B samples, T tokens
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace mm::planner {
+
+struct TilesInput {
+  const int32_t* cu_seqlens;            // [B + 1]
+  const int32_t *lo, *hi;               // [T] row i sees columns [lo[i], hi[i]), both non-decreasing within a sample
+  const uint32_t *row_bits, *col_bits;  // [T] and of those, the columns with row_bits & col_bits != 0
+  int64_t num_samples, total_tokens;
+  int64_t block_rows, block_cols;
+  bool rows_are_keys;  // keys carry exactly one bit; a short tile of keys gets masked spans only
+};
+
+struct TileSchedule {
+  std::vector<std::array<int32_t, 4>> tiles;  // row_start, row_end, first span, last span (exclusive); heaviest first
+  std::vector<std::array<int32_t, 3>> spans;  // col_start, col_end, masked
+  int64_t pairs = 0;                          // block_rows * padded columns over all tiles
+};
+
+// Throws std::invalid_argument naming the argument at fault.
+TileSchedule attention_tiles(const TilesInput& in);
+
+}  // namespace mm::planner
