@@ -1,0 +1,232 @@
+"""modality_embed: what the user calls, with its checks.
+
+T tokens, E width, M modalities, N_m rows of modality m's stream, V token ids, P position rows, A position axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels import dispatch
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.modality_embed import op
+
+NORMS = (None, "layernorm")
+PositionTables = Tensor | Sequence[Tensor] | None
+
+
+def modality_embed(
+    streams: Sequence[Tensor | None],
+    layout: PackedLayout,
+    *,
+    modality_weight: Tensor,
+    token_weight: Tensor | None = None,
+    position_weights: Sequence[PositionTables] | None = None,
+    norm: str | None = "layernorm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """norm(row + modality_weight[m] + position rows) for every token, packed: [T, E], each row read and written once.
+
+    streams           per modality: floats [N_m, E]; or token ids [N_m], int32 or int64, looked up in token_weight; or
+                      None (or anything empty) where the batch has no row of it
+    layout            says which row each token is; special tokens come from token_weight too
+    modality_weight   [M, E]
+    token_weight      [V, E]
+    position_weights  per modality: None, a table [P, E] read on the last position axis, or a tuple of k tables read on
+                      the last k axes and summed.  An axis that the layout does not have counts as 0
+    norm              "layernorm" over E with optional norm_weight [E] and norm_bias [E], or None: the plain sum
+
+    fp32, bf16 or fp16; parameters may differ in dtype from the streams (fp32 parameters, bf16 streams).  The result has
+    the autocast dtype where autocast is on, else that of the float streams, else that of the parameters.  Sums and
+    statistics are in fp32.  Gradients of tables are deterministic.
+
+    Raises ValueError for shapes, dtypes or row counts that do not fit the layout, and for a position table that is too
+    short for it (found on the host from the layout, without a sync; not checked for a layout of device-side bounds or
+    under torch.compile).  An id outside the token table raises IndexError on CPU; on a GPU it is the caller's promise.
+    """
+    if norm == "rmsnorm":
+        raise NotImplementedError("modality_embed: norm='rmsnorm' comes with issue 5; use 'layernorm' or None")
+    if dropout_p:
+        raise NotImplementedError(f"modality_embed: dropout_p={dropout_p} comes with issue 5")
+    if norm not in NORMS:
+        raise ValueError(f"modality_embed: norm is {norm!r}, expected 'layernorm' or None")
+    if norm is None and (norm_weight is not None or norm_bias is not None):
+        raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
+
+    streams = _present(streams, modality_weight)
+    tables, table_counts = _flatten(position_weights, len(streams))
+    parameters = {"modality_weight": modality_weight, "token_weight": token_weight}
+    parameters |= {f"position table {i}": table for i, table in enumerate(tables)}
+    _check_shapes(streams, layout, parameters, norm_weight, norm_bias)
+    out_dtype = _out_dtype(streams, parameters | {"norm_weight": norm_weight, "norm_bias": norm_bias})
+    if not torch.compiler.is_compiling():
+        _check_rows(streams, layout, token_weight, tables, table_counts)
+    chosen = dispatch.resolve("modality_embed", impl, device=modality_weight.device, dtype=out_dtype)
+    out, _, _ = op.modality_embed_fwd(
+        streams,
+        modality_weight,
+        token_weight,
+        tables,
+        table_counts,
+        norm_weight,
+        norm_bias,
+        layout.modality_ids,
+        layout.source_rows,
+        layout.positions,
+        norm or "none",
+        eps,
+        out_dtype,
+        chosen,
+    )
+    return out
+
+
+def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
+    """Streams, with a float stream of no rows in place of each that is None or empty in some other shape."""
+    width = modality_weight.shape[-1]
+    found = []
+    for stream in streams:
+        if stream is None or (stream.numel() == 0 and stream.ndim != 1 and tuple(stream.shape) != (0, width)):
+            stream = modality_weight.new_empty((0, width))
+        elif stream.ndim == 1 and stream.numel() == 0 and stream.is_floating_point():
+            stream = stream.new_empty((0, width))
+        found.append(stream)
+    return found
+
+
+def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: int) -> tuple[list[Tensor], list[int]]:
+    """All tables in one list, and how many each modality has."""
+    if position_weights is None:
+        return [], [0] * num_modalities
+    if len(position_weights) != num_modalities:
+        raise ValueError(
+            f"modality_embed: position_weights has {len(position_weights)} entries, expected one per stream: "
+            f"{num_modalities}"
+        )
+    per_modality = []
+    for entry in position_weights:
+        if entry is None:
+            per_modality.append(())
+        else:
+            per_modality.append((entry,) if isinstance(entry, Tensor) else tuple(entry))
+    return [table for tables in per_modality for table in tables], [len(tables) for tables in per_modality]
+
+
+def _check_shapes(streams, layout, parameters, norm_weight, norm_bias) -> None:
+    modality_weight = parameters["modality_weight"]
+    if modality_weight.ndim != 2 or not modality_weight.shape[0] == len(streams) == layout.num_modalities:
+        raise ValueError(
+            f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
+            f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
+        )
+    width, device = modality_weight.shape[1], modality_weight.device
+    for name, table in parameters.items():
+        if table is not None and (table.ndim != 2 or table.shape[1] != width):
+            raise ValueError(f"modality_embed: {name} is {tuple(table.shape)}, expected [rows, {width}]")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None and tuple(vector.shape) != (width,):
+            raise ValueError(f"modality_embed: {name} is {tuple(vector.shape)}, expected [{width}]")
+    for m, stream in enumerate(streams):
+        if stream.is_floating_point():
+            if stream.ndim != 2 or stream.shape[1] != width:
+                raise ValueError(f"modality_embed: stream {m} is {tuple(stream.shape)}, expected [N, {width}]")
+        elif stream.ndim != 1 or stream.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"modality_embed: stream {m} is {stream.dtype} {tuple(stream.shape)}, expected floats [N, {width}] or "
+                "int32 or int64 ids [N]"
+            )
+        elif parameters["token_weight"] is None:
+            raise ValueError(f"modality_embed: stream {m} holds token ids, but token_weight is None")
+        if stream.device != device:
+            raise ValueError(
+                f"modality_embed: stream {m} is on {stream.device}, expected {device} like modality_weight"
+            )
+    if layout.device != device:
+        raise ValueError(f"modality_embed: the layout is on {layout.device}, expected {device}; move it by layout.to")
+
+
+def _out_dtype(streams: list[Tensor], parameters: dict[str, Tensor | None]) -> torch.dtype:
+    kept = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
+    if len(set(kept.values())) != 1:
+        raise ValueError(f"modality_embed: parameters have dtypes {kept}, expected one")
+    own = parameters["modality_weight"].dtype
+    floats = {s.dtype for s in streams if s.is_floating_point() and s.shape[0]}
+    device_type = parameters["modality_weight"].device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    if len(floats) > 1:
+        raise ValueError(f"modality_embed: float streams have dtypes {sorted(map(str, floats))}, expected one")
+    found = floats.pop() if floats else own
+    if (found == torch.float64) != (own == torch.float64):
+        raise ValueError(f"modality_embed: streams are {found} and parameters {own}; float64 is for both or neither")
+    return found
+
+
+def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor], table_counts: list[int]) -> None:
+    """Rows, ids and positions against the tables they index.  Reads host data only: never syncs."""
+    if layout.segments is None:
+        # Device-side bounds: one stream of T rows in order is all that such a layout describes.
+        rows = sum(s.shape[0] for s in streams)
+        if len(streams) > 1 or rows != layout.total_tokens:
+            raise ValueError(
+                f"modality_embed: {len(streams)} streams with {rows} rows; a layout from cu_seqlens takes one stream of "
+                f"its {layout.total_tokens} tokens. Use from_counts or from_segments for more"
+            )
+    else:
+        for m, (stream, length) in enumerate(zip(streams, layout.stream_lengths, strict=True)):
+            if stream.shape[0] != length:
+                raise ValueError(f"modality_embed: stream {m} has {stream.shape[0]} rows, the layout takes {length}")
+    rows = 0 if token_weight is None else token_weight.shape[0]
+    present = () if layout.segments is None else np.unique(layout.segments[:, 1]).tolist()
+    for m in present:
+        special = layout.special_tokens[m] if layout.special_tokens is not None else None
+        if special is not None and token_weight is None:
+            raise ValueError(f"modality_embed: modality {m} has special token {special}, but token_weight is None")
+        if special is not None and special >= rows:
+            raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
+    for m, stream in enumerate(streams):
+        if not stream.is_floating_point() and stream.numel() and stream.device.type == "cpu":
+            low, high = (int(x) for x in stream.aminmax())
+            if low < 0 or high >= rows:
+                raise IndexError(
+                    f"modality_embed: stream {m} has ids from {low} to {high}, token_weight has {rows} rows"
+                )
+    extents = _extents(layout) if tables else None
+    if extents is None:
+        return
+    first = 0
+    for m, count in enumerate(table_counts):
+        for j in range(count):
+            axis = layout.axes - count + j
+            need = int(extents[m, axis]) if axis >= 0 else int(extents[m].max() > 0)
+            if tables[first + j].shape[0] < need:
+                raise ValueError(
+                    f"modality_embed: position table {j} of modality {m} has {tables[first + j].shape[0]} rows, the "
+                    f"layout needs {need}"
+                )
+        first += count
+
+
+def _extents(layout: PackedLayout) -> np.ndarray | None:
+    """int [M, A]: one more than the largest position of each modality on each axis, 0 where it is absent."""
+    host = layout.host
+    if host is None or host.segments is None:
+        return None
+    extents = host.cache.get("position_extents")
+    if extents is None:
+        extents = np.zeros((host.num_modalities, host.axes), np.int64)
+        kept = host.segments[:, 2] > 0
+        if kept.any():
+            starts = host.segment_cu_seqlens.numpy()[:-1][kept]
+            longest = np.maximum.reduceat(host.positions.numpy(), starts, axis=1).T + 1  # [segments, A]
+            np.maximum.at(extents, host.segments[kept, 1], longest)
+        host.cache["position_extents"] = extents
+    return extents

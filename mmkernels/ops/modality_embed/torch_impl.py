@@ -1,0 +1,161 @@
+"""Modality embedding from PyTorch's own kernels, modality by modality: the CPU path where nothing is compiled.
+
+T tokens, E width, M modalities, n tokens of one modality.
+On a GPU it runs too, but syncs (nonzero) and sums tables by index_add_, which is not deterministic there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    streams,
+    modality_weight,
+    token_weight,
+    tables,
+    table_counts,
+    norm_weight,
+    norm_bias,
+    modality_ids,
+    source_rows,
+    positions,
+    norm,
+    eps,
+    out_dtype,
+):
+    """As in reference.forward."""
+    blocks = _blocks(len(streams), table_counts, modality_ids, source_rows, positions)
+    x = _summed(blocks, streams, modality_weight, token_weight, tables)
+    if norm == "none":
+        return x.to(out_dtype), x.new_empty(0), x.new_empty(0)
+    out, mean, rstd = torch.native_layer_norm(x, x.shape[1:], _float(norm_weight), _float(norm_bias), eps)
+    return out.to(out_dtype), mean.reshape(-1), rstd.reshape(-1)
+
+
+def backward(
+    grad_out,
+    streams,
+    modality_weight,
+    token_weight,
+    tables,
+    table_counts,
+    norm_weight,
+    norm_bias,
+    modality_ids,
+    source_rows,
+    positions,
+    mean,
+    rstd,
+    norm,
+    needs,
+):
+    """As in reference.backward."""
+    M, P = len(streams), len(tables)
+    blocks = _blocks(M, table_counts, modality_ids, source_rows, positions)
+    dx, d_norm_weight, d_norm_bias = grad_out.float(), None, None
+    if norm != "none":
+        x = _summed(blocks, streams, modality_weight, token_weight, tables)
+        weight, bias = _float(norm_weight), _float(norm_bias)
+        wanted = [True, needs[-2], needs[-1]]
+        dx, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            dx, x, x.shape[1:], mean[:, None], rstd[:, None], weight, bias, wanted
+        )
+
+    d_streams = [s.new_zeros(s.shape) if n else None for s, n in zip(streams, needs[:M], strict=True)]
+    d_modality = torch.zeros_like(modality_weight, dtype=torch.float32) if needs[M] else None
+    d_token = torch.zeros_like(token_weight, dtype=torch.float32) if needs[M + 1] else None
+    d_tables = [
+        torch.zeros_like(t, dtype=torch.float32) if n else None
+        for t, n in zip(tables, needs[M + 2 : M + 2 + P], strict=True)
+    ]
+    for m, tokens, rows, table_rows in blocks:
+        block = dx if len(tokens) == len(dx) else dx.index_select(0, tokens)  # [n, E]
+        if d_modality is not None:
+            d_modality[m] = block.sum(0)
+        for table, keys in table_rows:
+            if d_tables[table] is not None:
+                d_tables[table].index_add_(0, keys, block)
+        own = (rows >= 0).nonzero().squeeze(1)
+        if d_streams[m] is not None:
+            d_streams[m].index_copy_(0, rows[own], block[own].to(streams[m].dtype))
+        if d_token is not None:
+            is_token, ids = _token_rows(streams[m], rows)
+            d_token.index_add_(0, ids, block[is_token])
+
+    def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
+        return value.to(like.dtype) if needed else grad_out.new_empty(0)
+
+    return (
+        [finish(d, s, n) for d, s, n in zip(d_streams, streams, needs[:M], strict=True)],
+        finish(d_modality, modality_weight, needs[M]),
+        finish(d_token, token_weight, needs[M + 1]),
+        [finish(d, t, n) for d, t, n in zip(d_tables, tables, needs[M + 2 : M + 2 + P], strict=True)],
+        finish(d_norm_weight, norm_weight, needs[-2]),
+        finish(d_norm_bias, norm_bias, needs[-1]),
+    )
+
+
+Block = tuple[int, Tensor, Tensor, list[tuple[int, Tensor]]]
+
+
+def _blocks(
+    M: int, table_counts: list[int], modality_ids: Tensor, source_rows: Tensor, positions: Tensor
+) -> list[Block]:
+    """Per modality present: m, its tokens [n], their source rows [n], and (table, rows [n]) of each position table."""
+    blocks, first = [], 0
+    for m, count in zip(range(M), table_counts, strict=True):
+        tokens = (modality_ids == m).nonzero().squeeze(1)
+        if len(tokens):
+            table_rows = []
+            for j in range(count):
+                axis = positions.shape[0] - count + j
+                rows = positions[axis].index_select(0, tokens).long() if axis >= 0 else torch.zeros_like(tokens)
+                table_rows.append((first + j, rows))
+            blocks.append((m, tokens, source_rows.index_select(0, tokens).long(), table_rows))
+        first += count
+    return blocks
+
+
+def _summed(blocks: list[Block], streams, modality_weight, token_weight, tables) -> Tensor:
+    """x [T, E] fp32, before the norm."""
+    total = sum(len(tokens) for _, tokens, _, _ in blocks)
+    x = modality_weight.new_empty((total, modality_weight.shape[1]), dtype=torch.float32)
+    for m, tokens, rows, table_rows in blocks:
+        block = _gathered(streams[m], rows, token_weight)
+        block += modality_weight[m]
+        for table, keys in table_rows:
+            block += tables[table].index_select(0, keys)
+        if len(tokens) == total:
+            return block
+        x.index_copy_(0, tokens, block)
+    return x
+
+
+def _gathered(stream: Tensor, rows: Tensor, token_weight: Tensor | None) -> Tensor:
+    """The source row of each token of one modality, fp32 [n, E]."""
+    is_token, ids = _token_rows(stream, rows)
+    if not len(is_token):
+        return stream.index_select(0, rows).to(torch.float32)
+    if len(is_token) == len(rows):
+        return token_weight.index_select(0, ids).to(torch.float32)
+    own = (rows >= 0).nonzero().squeeze(1)
+    block = stream.new_empty((len(rows), stream.shape[1]), dtype=torch.float32)
+    block.index_copy_(0, own, stream.index_select(0, rows[own]).to(torch.float32))
+    return block.index_copy_(0, is_token, token_weight.index_select(0, ids).to(torch.float32))
+
+
+def _token_rows(stream: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of a modality's tokens read the token table, and the row that each reads."""
+    if stream.is_floating_point():
+        is_token = (rows < 0).nonzero().squeeze(1)
+        return is_token, -(rows[is_token] + 1)
+    ids = -(rows + 1)
+    own = (rows >= 0).nonzero().squeeze(1)
+    ids[own] = stream[rows[own]].long()
+    return torch.arange(len(rows), device=rows.device), ids
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
