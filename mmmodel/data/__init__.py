@@ -1,0 +1,1 @@
+"""Samples as WebDataset tar shards: prepare (stamps, synthetic), index, load, batch."""

@@ -1,0 +1,79 @@
+"""Media files to what shards hold: an RGB or grey PNG on white, and 16 kHz mono FLAC; and back to arrays.
+
+soxr resamples: scipy is no dependency of ours, torchaudio is not needed for anything else, and soxr's polyphase filters
+are both better and faster than what a page of numpy would give.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from PIL import Image
+
+SAMPLE_RATE = 16_000
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as pillow sees it; SVG is drawn by resvg at its own size."""
+    if path.suffix != ".svg":
+        with Image.open(path) as image:
+            image.load()
+            return image
+    import resvg_py  # only the stamps need it
+
+    # 96 dpi as in CSS: the default of 0 makes every drawing sized in pt, mm or cm "invalid". Without width, height and
+    # viewBox resvg takes the bounding box of what is drawn.
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), dpi=96))))
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Composite palette, grey and alpha images on white; RGB."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def limit_area(image: Image.Image, max_area: int) -> Image.Image:
+    """Shrink to at most max_area pixels, keeping the aspect ratio; smaller images are left alone."""
+    width, height = image.size
+    if width * height <= max_area:
+        return image
+    scale = (max_area / (width * height)) ** 0.5
+    return image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.LANCZOS)
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """PNG bytes; a picture without colour is kept as grey, a third of the size."""
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        image = image.convert("L")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] from encoded bytes of any kind pillow reads; transparency becomes white."""
+    with Image.open(io.BytesIO(data)) as image:
+        opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
+        return np.array(image.convert("RGB") if opaque else flatten(image))
+
+
+def decode_speech(source: Path | bytes) -> np.ndarray:
+    """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.  Raises ValueError if it holds no sound."""
+    stream = str(source) if isinstance(source, Path) else io.BytesIO(source)
+    waveform, rate = soundfile.read(stream, dtype="float32", always_2d=True)
+    if waveform.shape[0] == 0:
+        raise ValueError("audio: the file holds no samples")
+    mono = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def encode_flac(waveform: np.ndarray) -> bytes:
+    """16-bit FLAC of a 16 kHz mono waveform; resampling may overshoot, so it is clipped to [-1, 1]."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(waveform, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()

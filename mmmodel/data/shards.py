@@ -1,0 +1,123 @@
+"""WebDataset tar shards on disk: write them, and index them so that any sample can be read at random.
+
+A sample is the members that share a key: `KEY.txt`, `KEY.png|jpg`, `KEY.flac|ogg|wav`, `KEY.json`, any subset of them.
+The index (`index.json` beside the shards) holds the byte offset of each member and the sample's metadata, so opening a
+data set reads one file, and reading a sample is one `pread` per member, safe in any number of worker processes.
+"""
+
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TEXT = ("txt",)
+IMAGE = ("png", "jpg", "jpeg", "webp")
+AUDIO = ("flac", "ogg", "wav")
+INDEX = "index.json"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample lies."""
+
+    key: str
+    shard: str  # file name within the folder
+    members: dict[str, tuple[int, int]]  # extension -> offset, size in bytes
+    meta: dict[str, Any]  # KEY.json, or empty
+
+    def member(self, extensions: Iterable[str]) -> tuple[int, int] | None:
+        return next((self.members[extension] for extension in extensions if extension in self.members), None)
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """Write samples (`{"__key__": str, "json": dict, "txt": str, "png": bytes, ...}`) as one tar; their entries."""
+    from webdataset import TarWriter  # imports torch, which a worker that only converts should not wait for
+
+    # No times in the archive: the same samples give the same bytes.
+    with TarWriter(str(path), encoder=_encode, mtime=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return scan_shard(path)
+
+
+def _encode(sample: dict[str, Any]) -> dict[str, Any]:
+    encoded = dict(sample)
+    if "txt" in sample:
+        encoded["txt"] = sample["txt"].encode()
+    if "json" in sample:
+        encoded["json"] = json.dumps(sample["json"], ensure_ascii=False).encode()
+    return encoded
+
+
+def scan_shard(path: Path) -> list[Entry]:
+    """Entries of one tar, in order.  A KEY.json that does not parse leaves the metadata empty and is logged."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            folder, _, name = info.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if info.isfile() and stem and dot:
+                key = f"{folder}/{stem}" if folder else stem
+                members.setdefault(key, {})[extension.lower()] = (info.offset_data, info.size)
+    entries = []
+    with path.open("rb") as file:
+        for key, where in members.items():
+            meta = {}
+            if "json" in where:
+                file.seek(where["json"][0])
+                try:
+                    meta = json.loads(file.read(where["json"][1]))
+                except ValueError as error:
+                    logger.warning("%s: %s.json does not parse: %s", path.name, key, error)
+            entries.append(Entry(key, path.name, where, meta))
+    return entries
+
+
+def write_index(folder: Path, entries: Iterable[Entry]) -> None:
+    """Write `index.json`, atomically."""
+    rows = [[entry.key, entry.shard, entry.members, entry.meta] for entry in entries]
+    content = {"version": INDEX_VERSION, "shards": _shard_sizes(folder), "samples": rows}
+    partial = folder / f".{INDEX}.{os.getpid()}"
+    partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    partial.replace(folder / INDEX)
+
+
+def read_index(folder: Path) -> list[Entry]:
+    """Entries of all `*.tar` in a folder, sorted by shard; a missing or stale index is made, and kept if it can be.
+
+    Raises FileNotFoundError if the folder has no shards, ValueError if two samples share a key.
+    """
+    sizes = _shard_sizes(folder)
+    if not sizes:
+        raise FileNotFoundError(f"shards: no *.tar under {folder}; prepare a data set first (mmmodel data --help)")
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if content["version"] == INDEX_VERSION and content["shards"] == sizes:
+            return [
+                Entry(key, shard, {extension: (offset, size) for extension, (offset, size) in members.items()}, meta)
+                for key, shard, members, meta in content["samples"]
+            ]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    entries = [entry for shard in sorted(sizes) for entry in scan_shard(folder / shard)]
+    seen: dict[str, str] = {}
+    for entry in entries:
+        if entry.key in seen:
+            raise ValueError(f"shards: key {entry.key!r} is in both {seen[entry.key]} and {entry.shard}")
+        seen[entry.key] = entry.shard
+    try:
+        write_index(folder, entries)
+    except OSError as error:
+        logger.info("%s: index not kept: %s", folder, error)
+    return entries
+
+
+def _shard_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.tar"))}
