@@ -177,7 +177,7 @@ def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor
         rows = sum(s.shape[0] for s in streams)
         if len(streams) > 1 or rows != layout.total_tokens:
             raise ValueError(
-                f"modality_embed: {len(streams)} streams with {rows} rows; a layout from cu_seqlens takes one stream of "
+                f"modality_embed: {len(streams)} streams with {rows} rows; a layout from cu_seqlens takes one of "
                 f"its {layout.total_tokens} tokens. Use from_counts or from_segments for more"
             )
     else:

@@ -23,7 +23,8 @@ torch.library.define(
 torch.library.define(
     "mm::modality_embed_bwd",
     f"(Tensor grad_out, {_INPUTS}, Tensor mean, Tensor rstd, str norm, bool[] needs, str impl) -> "
-    "(Tensor[] d_streams, Tensor d_modality, Tensor d_token, Tensor[] d_tables, Tensor d_norm_weight, Tensor d_norm_bias)",
+    "(Tensor[] d_streams, Tensor d_modality, Tensor d_token, Tensor[] d_tables, "
+    "Tensor d_norm_weight, Tensor d_norm_bias)",
 )
 
 

@@ -1,0 +1,97 @@
+"""nn.Modules that hold parameters and call the operators.   T tokens, E width, M modalities, V token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.modality_embed.api import modality_embed
+
+INIT_STD = 0.02
+
+
+class ModalityEmbedding(nn.Module):
+    """The input of a packed encoder: norm(row + modality_weight[m] + position rows), [T, E], in one pass.
+
+    width           E
+    num_modalities  M
+    vocab_size      V: rows of token_weight, for streams of token ids and for special tokens; None: no token table
+    positions       per modality: None; P, a table over the last position axis; or (P_1, ..., P_k), one table for each
+                    of the last k axes (rows, columns of an image), summed.  A modality with special tokens needs one
+                    position more than its longest segment
+    norm            "layernorm" or None
+    bias            whether the norm has a bias
+    impl            which implementation runs; see mmkernels.explain()
+
+    Parameters: modality_weight [M, E], token_weight [V, E], position_weights.{m}.{j} [P_j, E], norm_weight and
+    norm_bias [E].  Tables start normal with std 0.02, the norm as the identity.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_modalities: int,
+        *,
+        vocab_size: int | None = None,
+        positions: Sequence[int | Sequence[int] | None] | None = None,
+        norm: str | None = "layernorm",
+        bias: bool = True,
+        eps: float = 1e-5,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positions = [None] * num_modalities if positions is None else list(positions)
+        if len(positions) != num_modalities:
+            raise ValueError(
+                f"ModalityEmbedding: positions has {len(positions)} entries, expected one for each of {num_modalities}"
+            )
+        self.width, self.num_modalities, self.norm, self.eps, self.impl = width, num_modalities, norm, eps, impl
+        lengths = [() if p is None else (p,) if isinstance(p, int) else tuple(p) for p in positions]
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.modality_weight = table(num_modalities, width)
+        self.token_weight = None if vocab_size is None else table(vocab_size, width)
+        self.position_weights = nn.ModuleList(nn.ParameterList(table(n, width) for n in axes) for axes in lengths)
+        self.norm_weight = None if norm is None else table(width)
+        self.norm_bias = None if norm is None or not bias else table(width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name == "norm_weight":
+                parameter.fill_(1.0)
+            elif name == "norm_bias":
+                parameter.zero_()
+            else:
+                parameter.normal_(std=INIT_STD)
+
+    def forward(self, streams: Sequence[Tensor | None], layout: PackedLayout) -> Tensor:
+        """Packed rows [T, E].  streams: per modality floats [N_m, E], token ids [N_m], or None where absent.
+
+        Raises as `modality_embed` does.
+        """
+        return modality_embed(
+            streams,
+            layout,
+            modality_weight=self.modality_weight,
+            token_weight=self.token_weight,
+            position_weights=[tuple(tables) for tables in self.position_weights],
+            norm=self.norm,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            eps=self.eps,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        vocab = "none" if self.token_weight is None else self.token_weight.shape[0]
+        positions = [tuple(table.shape[0] for table in tables) for tables in self.position_weights]
+        return f"{self.width}, {self.num_modalities}, vocab_size={vocab}, positions={positions}, norm={self.norm!r}"
