@@ -1,0 +1,63 @@
+"""python -m benchmarks: times every kernel against its peers on this machine.
+
+python -m benchmarks attention|modality_embed|packing|planner [--device cpu|cuda] [--shapes quick|full] [--json PATH]
+python -m benchmarks gpu --out DIR [--stage NAME ...] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+    if options.command == "gpu":
+        from benchmarks.gpu import stages
+
+        return stages.run_all(options.out, options.stage, options.budget_seconds, dry_run=options.dry_run)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: --device cuda, but torch sees no GPU (a CPU build, or no driver)", file=sys.stderr)
+        return 2
+    try:
+        document = run.run(
+            options.command, device, shapes=options.shapes, seconds=options.budget_seconds, seed=options.seed
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        run.write(document, options.json)
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in run.OPS:
+        command = commands.add_parser(op, help=f"{op} against its peers")
+        on_host = op == "planner"
+        command.add_argument("--device", choices=["cpu", "cuda"], default="cpu" if on_host else default)
+        command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
+        command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
+        command.add_argument(
+            "--budget-seconds", type=float, help=f"about how long to take; default {run.SECONDS['quick']}, full 600"
+        )
+        command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
+    gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")
+    gpu.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
+    gpu.add_argument("--stage", action="append", help="stage by name, repeatable; default all, in order of worth")
+    gpu.add_argument("--budget-seconds", type=float, default=540, help="for all stages together; default 540")
+    gpu.add_argument("--dry-run", action="store_true", help="each stage on CPU stand-ins, tiny: shows that it runs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a figure was measured on: hardware, clocks, versions, commit, seed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+GPU_FIELDS = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "temperature.gpu",
+    "persistence_mode",
+)
+
+
+def describe(device: torch.device, seed: int) -> dict:
+    """Facts about this machine and these sources.  Names no path and no host."""
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "commit": commit(),
+        "seed": seed,
+    }
+    if device.type == "cuda":
+        facts["gpu"] = _gpu(device)
+    return facts
+
+
+def commit() -> str:
+    """Commit of the sources, with "+changes" when the tree differs from it; "unknown" outside a git checkout."""
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+
+
+def _gpu(device: torch.device) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    facts = {
+        "name": properties.name,
+        "sm": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+    }
+    query = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", "-i", "0")
+    return facts | dict(zip(GPU_FIELDS, [part.strip() for part in query.split(",")], strict=False))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """Standard output of command, or "" where it does not exist or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

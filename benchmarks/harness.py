@@ -1,0 +1,222 @@
+"""Times implementations of one problem side by side: checked first, one process, rotated, warmed up.
+
+A *problem* is one case of one operator: inputs, the oracle's answer, the work it takes, and who can solve it.  An
+*implementation* is one way to solve it, ours or a peer's.  A wrong implementation is never timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MIN_ROUNDS = 5  # a median and quartiles need some
+MAX_ROUNDS = 200
+MIN_SAMPLE_MS = 0.3  # CPU: shorter calls are repeated within a sample, or the clock shows
+# Relative RMS error that an implementation may have; far above rounding, far below a lost key or a wrong modality.
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to solve a problem.
+
+    forward      computes the result; what is timed as "fwd" (without autograd)
+    leaves       tensors whose gradients "bwd" computes, in the problem's order
+    grad_output  gradient of the result
+    packed       brings the result or a leaf's gradient into the oracle's form (a padded peer drops its padding);
+                 not timed
+    extra        facts for the row, such as pairs computed over pairs visible
+    directions   which of the problem's directions it takes part in
+    """
+
+    name: str
+    forward: Callable[[], Any]
+    leaves: Sequence[Tensor] = ()
+    grad_output: Tensor | None = None
+    packed: Callable[[Any], Any] = lambda result: result
+    extra: dict[str, Any] = field(default_factory=dict)
+    directions: tuple[str, ...] = ("fwd", "bwd")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """An implementation that cannot run here, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """amount per call; a row's rate is amount / seconds / 10**exponent, in unit; limit names an entry of limits."""
+
+    amount: float
+    unit: str
+    exponent: int
+    limit: str | None
+
+
+class Problem(Protocol):
+    op: str
+    case: str
+    dtype: str
+    directions: tuple[str, ...]
+
+    def implementations(self) -> Iterable[Implementation | Missing]: ...
+    def check(self, direction: str, results: list) -> str | None:
+        """What is wrong with the results (one for fwd, one per leaf for bwd), or None."""
+
+    def work(self, direction: str) -> Work: ...
+
+
+def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.device) -> Iterator[dict]:
+    """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing."""
+    implementations = list(problem.implementations())
+    for direction in problem.directions:
+        calls, extras = {}, {}
+        for implementation in implementations:
+            call = None
+            if isinstance(implementation, Missing):
+                reason = implementation.reason
+            elif direction not in implementation.directions:
+                continue
+            else:
+                call, reason = _checked_call(problem, implementation, direction)
+            if reason is not None:
+                yield _identity(problem, direction, implementation.name) | {"skipped": reason}
+            else:
+                calls[implementation.name] = call
+                extras[implementation.name] = implementation.extra
+        samples = time_calls(calls, seconds, device)
+        for name in calls:
+            yield _row(problem, direction, name, samples, limits, extras[name])
+
+
+def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None) -> str | None:
+    """None where every result is within tolerance (relative RMS, by dtype) of expected, else what is wrong."""
+    for index, (result, reference) in enumerate(zip(results, expected, strict=True)):
+        if result.shape != reference.shape:
+            return f"wrong: result {index} has shape {tuple(result.shape)}, expected {tuple(reference.shape)}"
+        allowed = TOLERANCE[result.dtype] if tolerance is None else tolerance
+        reference = reference.double()
+        size = reference.square().mean().sqrt().clamp_min(1e-30)
+        error = float((result.double() - reference).square().mean().sqrt() / size) if reference.numel() else 0.0
+        if not error <= allowed:  # also catches NaN
+            return f"wrong: result {index} has relative error {error:.1e}, allowed {allowed:.0e}"
+    return None
+
+
+def time_calls(calls: dict[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each call, sampled in turns; the order rotates, so that nobody always follows the same one."""
+    if not calls:
+        return {}
+    sample = _sample_cuda(device) if device.type == "cuda" else _sample_cpu()
+    names = list(calls)
+    repeats = {}
+    for name in names:  # warm-up: compilation, allocator, caches
+        calls[name]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        calls[name]()
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        repeats[name] = 1 if device.type == "cuda" else max(1, round(MIN_SAMPLE_MS / max(milliseconds, 1e-3)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + seconds
+    for round_index in range(MAX_ROUNDS):
+        if round_index >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        turn = round_index % len(names)
+        for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in names[turn:] + names[:turn]]):
+            samples[name].append(milliseconds)
+    return samples
+
+
+def _sample_cpu():
+    def sample(round_calls) -> Iterator[tuple[str, float]]:
+        for name, call, repeats in round_calls:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            yield name, 1e3 * (time.perf_counter() - start) / repeats
+
+    return sample
+
+
+def _sample_cuda(device: torch.device):
+    # Twice the L2: writing it evicts the inputs, and keeps the GPU busy while the host gets ahead of it, so that
+    # the time between the events holds no launch latency unless the host really is slower than the kernels.
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device=device)
+
+    def sample(round_calls) -> Iterator[tuple[str, float]]:
+        events = []
+        for name, call, _ in round_calls:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize(device)
+        for name, start, end in events:
+            yield name, start.elapsed_time(end)
+
+    return sample
+
+
+def _checked_call(problem: Problem, implementation: Implementation, direction: str):
+    """(call to time, None) or (None, why it is not timed)."""
+    try:
+        call = _call(implementation, direction)
+        results = call()
+        results = [implementation.packed(r) for r in (results if direction == "bwd" else [results])]
+    except Exception as error:  # a peer that fails must not end the run; its row says why
+        return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = problem.check(direction, results)
+    return (None, reason) if reason is not None else (call, None)
+
+
+def _call(implementation: Implementation, direction: str) -> Callable[[], Any]:
+    if direction == "fwd":
+
+        def forward():
+            with torch.no_grad():
+                return implementation.forward()
+
+        return forward
+    with torch.enable_grad():
+        output = implementation.forward()
+    leaves, grad_output = tuple(implementation.leaves), implementation.grad_output
+    return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+
+def _row(problem: Problem, direction: str, name: str, samples: dict, limits: dict, extra: dict) -> dict:
+    median = statistics.median(samples[name])
+    quarters = statistics.quantiles(samples[name], n=4)
+    work = problem.work(direction)
+    rate = work.amount / (median * 1e-3) / 10**work.exponent
+    limit = limits.get(work.limit) if work.limit else None
+    row = _identity(problem, direction, name) | {
+        "median_ms": median,
+        "spread": (quarters[2] - quarters[0]) / median,
+        "rate": rate,
+        "rate_unit": work.unit,
+        "percent_of_limit": 100 * rate / limit["value"] if limit else None,
+        "speedup_over": {n: statistics.median(s) / median for n, s in samples.items() if n != name},
+        "checked": True,
+        "samples_ms": [round(s, 5) for s in samples[name]],
+    }
+    if extra:
+        row["extra"] = extra
+    return row
+
+
+def _identity(problem: Problem, direction: str, name: str) -> dict:
+    return {"op": problem.op, "case": problem.case, "direction": direction, "dtype": problem.dtype, "impl": name}

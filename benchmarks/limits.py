@@ -1,0 +1,56 @@
+"""What this machine can do, measured in the run that quotes it: copy bandwidth and matrix-product rate."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Large enough to leave every cache; CPU sizes keep the whole measurement near a second.
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+def measure(device: torch.device, dtypes: list[str], seconds: float = 0.4) -> dict:
+    """{"copy": GB/s read plus written, "gemm_<dtype>": TFLOP/s}: the best of repeated trials, on random data."""
+    limits = {"copy": {"value": _copy(device, seconds), "unit": "GB/s"}}
+    for name in dtypes:
+        limits[f"gemm_{name}"] = {"value": _gemm(device, DTYPES[name], seconds), "unit": "TFLOP/s"}
+    return limits
+
+
+def _copy(device: torch.device, seconds: float) -> float:
+    source = torch.empty(COPY_BYTES[device.type] // 4, device=device).uniform_()
+    target = torch.zeros_like(source)  # written once, so that page faults are not in the figure
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds) / 1e9
+
+
+def _gemm(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    n = GEMM_SIZE[device.type]
+    a, b = (torch.empty(n, n, device=device).uniform_(-1, 1).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
+
+
+def _best(call, device: torch.device, seconds: float) -> float:
+    """Shortest time of one call.  A limit is what was reached at best; medians are for what is compared with it."""
+    call()
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        best = min(best, _once(call, device))
+    return best
+
+
+def _once(call, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) * 1e-3

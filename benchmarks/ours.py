@@ -1,0 +1,24 @@
+"""Our own implementations of an operator, as rows of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import Missing
+from mmkernels import dispatch
+
+PREFIX = "mm."  # mm.triton, mm.cpp ...: ours, beside the peers' own names
+
+
+def our_impls(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str | Missing]]:
+    """(row name, impl) of each implementation meant for this device, fastest first; Missing where one cannot run.
+
+    The reference is the oracle, not a product: it is not timed.
+    """
+    for impl in dispatch.TABLE[op].get(device.type, ()):
+        if impl == "reference":
+            continue
+        reason = dispatch.missing(op, impl, device_type=device.type, dtype=dtype)
+        yield PREFIX + impl, Missing(PREFIX + impl, reason) if reason else impl

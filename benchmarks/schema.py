@@ -1,0 +1,68 @@
+"""The JSON that a benchmark run writes, and the check that it is well formed.
+
+    {"environment": {...}, "limits": {name: {"value", "unit"}}, "rows": [row, ...]}
+
+A timed row has IDENTITY, FIGURES and "checked": true; "extra" (op-specific facts) and "samples_ms" (raw) may follow.
+A skipped row has IDENTITY and "skipped": the reason, and no figure at all.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+IDENTITY = ("op", "case", "direction", "dtype", "impl")
+FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over")
+OPTIONAL = ("extra", "samples_ms")
+DIRECTIONS = ("fwd", "bwd")
+ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "numpy", "commit", "seed")
+
+
+def errors(document: Any) -> list[str]:
+    """What is wrong with document; empty when it is well formed."""
+    if not isinstance(document, dict) or set(document) != {"environment", "limits", "rows"}:
+        return ["document: expected exactly environment, limits, rows"]
+    found = [f"environment: lacks {key}" for key in ENVIRONMENT if key not in document["environment"]]
+    for name, limit in document["limits"].items():
+        if set(limit) != {"value", "unit"} or not _positive(limit["value"]):
+            found.append(f"limits.{name}: expected a positive value and a unit, got {limit}")
+    for index, row in enumerate(document["rows"]):
+        found += [f"rows[{index}]: {problem}" for problem in _row_errors(row)]
+    return found
+
+
+def _row_errors(row: dict) -> list[str]:
+    found = [f"{key} is {row.get(key)!r}, expected a name" for key in IDENTITY if not _name(row.get(key))]
+    if row.get("direction") not in DIRECTIONS:
+        found.append(f"direction is {row.get('direction')!r}, expected one of {DIRECTIONS}")
+    if "skipped" in row:
+        extra = set(row) - set(IDENTITY) - {"skipped"}
+        if extra:
+            found.append(f"skipped, yet has {sorted(extra)}")
+        if not _name(row["skipped"]):
+            found.append("skipped without a reason")
+        return found
+    unknown = set(row) - {*IDENTITY, *FIGURES, *OPTIONAL, "checked"}
+    missing = {*IDENTITY, *FIGURES, "checked"} - set(row)
+    if unknown or missing:
+        return [*found, f"unknown keys {sorted(unknown)}, missing keys {sorted(missing)}"]
+    if row["checked"] is not True:
+        found.append("timed without having been checked")
+    if not _positive(row["median_ms"]) or not _positive(row["rate"]):
+        found.append(f"median_ms {row['median_ms']!r} and rate {row['rate']!r} must be positive")
+    if not isinstance(row["spread"], Real) or not row["spread"] >= 0:
+        found.append(f"spread is {row['spread']!r}, expected a number >= 0")
+    if row["percent_of_limit"] is not None and not _positive(row["percent_of_limit"]):
+        found.append(f"percent_of_limit is {row['percent_of_limit']!r}, expected null or positive")
+    if not all(_name(peer) and _positive(x) for peer, x in row["speedup_over"].items()):
+        found.append(f"speedup_over is {row['speedup_over']!r}, expected {{peer: ratio > 0}}")
+    return found
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and value > 0
