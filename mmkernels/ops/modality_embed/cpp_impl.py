@@ -1,0 +1,135 @@
+"""Modality embedding by the C++ extension: allocates and calls csrc/cpu/modality_embed.cpp.   T tokens, E width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
+_INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions"
+torch.library.define(
+    "mm_cpp::modality_embed_fwd",
+    f"({_INPUTS}, Tensor? norm_weight, Tensor? norm_bias, {_INDICES}, bool normalize, float eps, "
+    "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+)
+torch.library.define(
+    "mm_cpp::modality_embed_bwd",
+    f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, Tensor mean, Tensor rstd, bool normalize, "
+    "Tensor(a!)[] d_streams, Tensor(b!)? d_modality, Tensor(c!)? d_token, Tensor(d!)[] d_tables, "
+    "Tensor(e!)? d_norm_weight, Tensor(f!)? d_norm_bias) -> ()",
+)
+
+from mmkernels import _C  # noqa: E402, F401  implements what is defined above
+
+
+def forward(
+    streams,
+    modality_weight,
+    token_weight,
+    tables,
+    table_counts,
+    norm_weight,
+    norm_bias,
+    modality_ids,
+    source_rows,
+    positions,
+    norm,
+    eps,
+    out_dtype,
+):
+    """As in reference.forward."""
+    T, normalize = modality_ids.shape[0], norm != "none"
+    out = torch.empty((T, modality_weight.shape[1]), dtype=out_dtype)
+    mean, rstd = (torch.empty(T if normalize else 0, dtype=torch.float32) for _ in range(2))
+    torch.ops.mm_cpp.modality_embed_fwd(
+        _contiguous(streams),
+        modality_weight.contiguous(),
+        None if token_weight is None else token_weight.contiguous(),
+        _contiguous(tables),
+        table_counts,
+        _float(norm_weight),
+        _float(norm_bias),
+        modality_ids.contiguous(),
+        source_rows.contiguous(),
+        positions.contiguous(),
+        normalize,
+        eps,
+        out,
+        mean,
+        rstd,
+    )
+    return out, mean, rstd
+
+
+def backward(
+    grad_out,
+    streams,
+    modality_weight,
+    token_weight,
+    tables,
+    table_counts,
+    norm_weight,
+    norm_bias,
+    modality_ids,
+    source_rows,
+    positions,
+    mean,
+    rstd,
+    norm,
+    needs,
+):
+    """As in reference.backward."""
+    M, P, normalize = len(streams), len(tables), norm != "none"
+
+    def fresh(make, like: Tensor | None, needed: bool, dtype: torch.dtype | None = torch.float32) -> Tensor | None:
+        return make(like.shape, dtype=dtype or like.dtype) if needed else None
+
+    d_streams = [fresh(torch.empty, s, n, None) for s, n in zip(streams, needs[:M], strict=True)]
+    d_modality = fresh(torch.empty, modality_weight, needs[M])
+    d_token = fresh(torch.zeros, token_weight, needs[M + 1])
+    d_tables = [fresh(torch.zeros, t, n) for t, n in zip(tables, needs[M + 2 : M + 2 + P], strict=True)]
+    d_norm_weight = fresh(torch.empty, norm_weight, needs[-2])
+    d_norm_bias = fresh(torch.empty, norm_bias, needs[-1])
+    nothing = grad_out.new_empty(0)
+    torch.ops.mm_cpp.modality_embed_bwd(
+        grad_out.contiguous(),
+        # without a norm the streams' values are not read, and may be stand-ins
+        _contiguous(streams) if normalize else [s if s.is_floating_point() else s.contiguous() for s in streams],
+        modality_weight.contiguous(),
+        None if token_weight is None else token_weight.contiguous(),
+        _contiguous(tables),
+        table_counts,
+        _float(norm_weight),
+        modality_ids.contiguous(),
+        source_rows.contiguous(),
+        positions.contiguous(),
+        mean,
+        rstd,
+        normalize,
+        [nothing if d is None else d for d in d_streams],
+        d_modality,
+        d_token,
+        [nothing if d is None else d for d in d_tables],
+        d_norm_weight,
+        d_norm_bias,
+    )
+
+    def finish(value: Tensor | None, like: Tensor | None) -> Tensor:
+        return grad_out.new_empty(0) if value is None else value.to(like.dtype)
+
+    return (
+        [finish(d, s) for d, s in zip(d_streams, streams, strict=True)],
+        finish(d_modality, modality_weight),
+        finish(d_token, token_weight),
+        [finish(d, t) for d, t in zip(d_tables, tables, strict=True)],
+        finish(d_norm_weight, norm_weight),
+        finish(d_norm_bias, norm_bias),
+    )
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.to(torch.float32).contiguous()
