@@ -81,6 +81,7 @@ class MaskPlan:
 
     layout: PackedLayout
     mask: AttentionMask
+    table: Tensor  # int32 [6, T]: its rows are the six below
     kv_lo: Tensor  # int32 [T]
     kv_hi: Tensor
     q_lo: Tensor
@@ -109,16 +110,16 @@ class MaskPlan:
         host = layout.host
         if host is None:
             raise NotImplementedError(
-                "MaskPlan: the layout has only device-side bounds (from_cu_seqlens); lowering those comes with issue 3. "
-                "Build the layout from host lengths"
+                "MaskPlan: the layout has only device-side bounds (from_cu_seqlens); lowering these comes in issue 3; "
+                "build the layout from host lengths"
             )
         if host is not layout:
             self._host_plan = MaskPlan.lower(host, mask)
-            table = self._host_plan._table.to(layout.device, non_blocking=True)
+            table = self._host_plan.table.to(layout.device, non_blocking=True)
         else:
             self._host_plan = self
             table = torch.from_numpy(_lower(layout, mask))
-        self._table = table
+        self.table = table
         self.kv_lo, self.kv_hi, self.q_lo, self.q_hi, self.q_bits, self.k_bits = table.unbind(0)
 
     def tiles(self, rows: str, block_rows: int, block_cols: int) -> TileSchedule:
@@ -137,7 +138,7 @@ class MaskPlan:
         if self._host_plan is not self:
             return self._host_plan.visible_pairs
         if self._visible_pairs is None:
-            self._visible_pairs = _count_pairs(self._table.numpy(), self.layout.num_modalities, self.has_visible)
+            self._visible_pairs = _count_pairs(self.table.numpy(), self.layout.num_modalities, self.has_visible)
         return self._visible_pairs
 
     def _schedule(self, rows: str, block_rows: int, block_cols: int) -> TileSchedule:
@@ -147,7 +148,7 @@ class MaskPlan:
             return TileSchedule(
                 host.tiles.to(device, non_blocking=True), host.spans.to(device, non_blocking=True), host.pairs
             )
-        kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits = self._table.numpy()
+        kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits = self.table.numpy()
         if rows == "query":
             bounds = (kv_lo, kv_hi, q_bits, k_bits)
         else:
