@@ -1,0 +1,1 @@
+"""Packed, mask-aware attention.  `api.attention` is the public function."""
