@@ -1,0 +1,92 @@
+"""What the inspector compiles: every default configuration of the attention kernels, with typical argument types."""
+
+from __future__ import annotations
+
+from mmkernels.kernel_spec import KernelSpec
+from mmkernels.ops.attention import configs
+from mmkernels.ops.attention.configs import Config
+from mmkernels.ops.attention.triton_backward import (
+    attention_bwd_delta_kernel,
+    attention_bwd_dkdv_kernel,
+    attention_bwd_dq_kernel,
+)
+from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
+
+HEAD_DIMS = (64, 128)
+OTHER_HEAD_DIMS = (32, 96, 256)  # compiled for bf16 only: reported, with no promise
+DTYPES = ("bf16", "fp16", "fp32")
+
+_FP32_ARGS = ("lse_ptr", "delta_ptr", "dlse_ptr")
+_INT32_ARGS = ("kv_lo_ptr", "kv_hi_ptr", "q_lo_ptr", "q_hi_ptr", "q_bits_ptr", "k_bits_ptr", "tiles_ptr", "spans_ptr")
+
+
+def kernel_specs(arch: str) -> list[KernelSpec]:
+    """Forward, delta, dK/dV and dQ, each with and without modality visibility, for every default configuration."""
+    shapes = [(dtype, D) for dtype in DTYPES for D in HEAD_DIMS] + [("bf16", D) for D in OTHER_HEAD_DIMS]
+    specs = []
+    for dtype, D in shapes:
+        chosen = configs.select(arch, 4 if dtype == "fp32" else 2, D)
+        for visible in (False, True):
+            specs.append(forward_spec(dtype, D, chosen.fwd, visible))
+            specs.append(dkdv_spec(dtype, D, chosen.dkdv, visible))
+            specs.append(dq_spec(dtype, D, chosen.dq, visible))
+        specs.append(_delta_spec(dtype, D))
+    return specs
+
+
+def forward_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelSpec:
+    return _tiled("attention_fwd", attention_fwd_kernel, dtype, head_dim, config, visible, "BLOCK_Q", "BLOCK_K")
+
+
+def dkdv_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelSpec:
+    return _tiled(
+        "attention_bwd_dkdv", attention_bwd_dkdv_kernel, dtype, head_dim, config, visible, "BLOCK_K", "BLOCK_Q"
+    )
+
+
+def dq_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelSpec:
+    return _tiled("attention_bwd_dq", attention_bwd_dq_kernel, dtype, head_dim, config, visible, "BLOCK_Q", "BLOCK_K")
+
+
+def _delta_spec(dtype: str, head_dim: int) -> KernelSpec:
+    block = configs.DELTA_BLOCK
+    constexprs = {"D": head_dim, "BLOCK_D": configs.padded(head_dim), "BLOCK_T": block, "HAS_DLSE": False}
+    shown = {"head_dim": head_dim, "block_t": block, "warps": 4}
+    return _spec("attention_bwd_delta", attention_bwd_delta_kernel, dtype, shown, constexprs, 4, 1)
+
+
+def _tiled(name, fn, dtype: str, head_dim: int, config: Config, visible: bool, rows: str, cols: str) -> KernelSpec:
+    constexprs = {
+        "D": head_dim,
+        "BLOCK_D": configs.padded(head_dim),
+        rows: config.rows,
+        cols: config.cols,
+        "HAS_VISIBLE": visible,
+        "PRECISION": "ieee",
+    }
+    shown = {
+        "head_dim": head_dim,
+        rows.lower(): config.rows,
+        cols.lower(): config.cols,
+        "warps": config.warps,
+        "stages": config.stages,
+        "visible": visible,
+    }
+    return _spec(name, fn, dtype, shown, constexprs, config.warps, config.stages)
+
+
+def _spec(name, fn, dtype: str, shown: dict, constexprs: dict, warps: int, stages: int) -> KernelSpec:
+    signature = {arg: "constexpr" if arg in constexprs else _type(arg, dtype) for arg in fn.arg_names}
+    # Tensors from torch are aligned, and so are the strides of a [T, 3, H, D] projection.
+    divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_"))
+    return KernelSpec("attention", name, dtype, shown, fn, signature, constexprs, divisible, warps, stages)
+
+
+def _type(arg: str, dtype: str) -> str:
+    if arg in _FP32_ARGS:
+        return "*fp32"
+    if arg in _INT32_ARGS:
+        return "*i32"
+    if arg.endswith("_ptr"):
+        return f"*{dtype}"
+    return "fp32" if arg.startswith("scale") else "i32"
