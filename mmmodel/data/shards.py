@@ -82,6 +82,7 @@ def scan_shard(path: Path) -> list[Entry]:
 
 def write_index(folder: Path, entries: Iterable[Entry]) -> None:
     """Write `index.json`, atomically."""
+    entries = sorted(entries, key=lambda entry: (entry.shard, entry.key))
     rows = [[entry.key, entry.shard, entry.members, entry.meta] for entry in entries]
     content = {"version": INDEX_VERSION, "shards": _shard_sizes(folder), "samples": rows}
     partial = folder / f".{INDEX}.{os.getpid()}"
@@ -90,7 +91,7 @@ def write_index(folder: Path, entries: Iterable[Entry]) -> None:
 
 
 def read_index(folder: Path) -> list[Entry]:
-    """Entries of all `*.tar` in a folder, sorted by shard; a missing or stale index is made, and kept if it can be.
+    """Entries of all `*.tar` in a folder, by shard and key; a missing or stale index is made, and kept if it can be.
 
     Raises FileNotFoundError if the folder has no shards, ValueError if two samples share a key.
     """
@@ -106,7 +107,7 @@ def read_index(folder: Path) -> list[Entry]:
             ]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
-    entries = [entry for shard in sorted(sizes) for entry in scan_shard(folder / shard)]
+    entries = [entry for shard in sorted(sizes) for entry in sorted(scan_shard(folder / shard), key=lambda e: e.key)]
     seen: dict[str, str] = {}
     for entry in entries:
         if entry.key in seen:

@@ -45,6 +45,9 @@ class _Task:
     languages: tuple[str, ...]
 
 
+_Converted = tuple[_Task, list[Entry], list[str]]  # what was done, the samples written, the files that do not decode
+
+
 def prepare(
     *,
     cache: Path | None = None,
@@ -172,28 +175,34 @@ def _convert(tasks: list[_Task], workers: int, progress: bool) -> tuple[list[Ent
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     entries, broken = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        row = bar.add_task("preparing stamps (images)", total=sum(len(task.stamps) for task in tasks))
+        for task, task_entries, task_broken in _run(tasks, workers):
+            entries += task_entries
+            broken += task_broken
+            bar.advance(row, len(task.stamps))
+    return entries, sorted(broken)
+
+
+def _run(tasks: list[_Task], workers: int) -> Iterator[_Converted]:
+    """Results in order of completion, from worker processes, or from this one if workers is 0."""
+    if workers == 0:
+        yield from map(_write_task, tasks)
+        return
     # spawn: the parent may hold threads (progress bar, torch), which do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress) as bar:
-            row = bar.add_task("preparing stamps (images)", total=sum(len(task.stamps) for task in tasks))
-            futures = {pool.submit(_write_task, task): task for task in tasks}
-            try:
-                for future in as_completed(futures):
-                    task_entries, task_broken = future.result()
-                    entries += task_entries
-                    broken += task_broken
-                    bar.advance(row, len(futures[future].stamps))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return sorted(entries, key=lambda entry: (entry.shard, entry.key)), sorted(broken)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(_write_task, task) for task in tasks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _write_task(task: _Task) -> tuple[list[Entry], list[str]]:
-    """One shard, in a worker process; files that do not decode are named, and their samples go without them."""
+def _write_task(task: _Task) -> _Converted:
+    """One shard; files that do not decode are named, and their samples go without them."""
     broken: list[str] = []
-    return write_shard(task.shard, _samples(task, broken)), broken
+    return task, write_shard(task.shard, _samples(task, broken)), broken
 
 
 def _samples(task: _Task, broken: list[str]) -> Iterator[dict[str, Any]]:

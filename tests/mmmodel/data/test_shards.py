@@ -1,0 +1,97 @@
+"""Shards and their index: round trip, staleness, and folders that others made."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from mmmodel.data.shards import INDEX, read_index, scan_shard, write_index, write_shard
+
+
+def sample(key, **members):
+    return {"__key__": key, **members}
+
+
+def test_round_trip_of_entries_and_bytes(tmp_path):
+    written = write_shard(
+        tmp_path / "a.tar",
+        [
+            sample("x", txt="été", png=b"\x89PNG", json={"lang": "fr"}),
+            sample("y/folder", flac=b"fLaC" * 300),  # longer than a tar block, no text, no metadata
+        ],
+    )
+    write_index(tmp_path, written)
+    first, second = read_index(tmp_path)
+    assert [first, second] == written
+    assert (first.key, first.meta, set(first.members)) == ("x", {"lang": "fr"}, {"txt", "png", "json"})
+    assert (second.key, second.meta, set(second.members)) == ("y/folder", {}, {"flac"})
+    data = (tmp_path / "a.tar").read_bytes()
+    offset, size = first.members["txt"]
+    assert data[offset : offset + size].decode() == "été"
+    offset, size = second.members["flac"]
+    assert data[offset : offset + size] == b"fLaC" * 300
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_shard(tmp_path / name, [sample("x", txt="t", json={"b": 1, "a": 2})])
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_index_is_made_for_a_folder_without_one_and_remade_when_shards_change(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample("x", txt="1")])
+    assert [entry.key for entry in read_index(tmp_path)] == ["x"]
+    assert (tmp_path / INDEX).exists()
+    write_shard(tmp_path / "b.tar", [sample("y", txt="2")])
+    assert [entry.key for entry in read_index(tmp_path)] == ["x", "y"]
+    (tmp_path / INDEX).write_text("{broken")
+    assert [entry.key for entry in read_index(tmp_path)] == ["x", "y"]
+
+
+def test_index_of_a_read_only_folder_is_not_kept(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", [sample("x", txt="1")])
+
+    def refuse(*args):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("mmmodel.data.shards.write_index", refuse)
+    assert [entry.key for entry in read_index(tmp_path)] == ["x"]
+
+
+def test_tars_made_by_others(tmp_path):
+    """Directory members, a leading ./, upper-case suffixes, as `tar` over a camera's folder gives; broken JSON."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        folder = tarfile.TarInfo("./d")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in (
+            ("./d/x.JPG", b"jpg"),
+            ("./d/x.txt", b"t"),
+            ("./d/x.json", b"{nonsense"),
+            ("./README", b"r"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (entry,) = scan_shard(tmp_path / "a.tar")
+    assert entry.key == "./d/x"
+    assert set(entry.members) == {"jpg", "txt", "json"}
+    assert entry.meta == {}
+
+
+def test_equal_keys_in_two_shards_are_an_error(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_shard(tmp_path / name, [sample("x", txt="1")])
+    with pytest.raises(ValueError, match=r"'x' is in both a\.tar and b\.tar"):
+        read_index(tmp_path)
+
+
+def test_a_folder_without_shards_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar"):
+        read_index(tmp_path)
+
+
+def test_index_is_json_without_surprises(tmp_path):
+    write_index(tmp_path, write_shard(tmp_path / "a.tar", [sample("x", txt="1")]))
+    assert json.loads((tmp_path / INDEX).read_text())["shards"] == {"a.tar": (tmp_path / "a.tar").stat().st_size}
