@@ -1,0 +1,108 @@
+"""From samples to packed batches; each is a pure function of (seed, step), so a resumed run sees the very next one.
+
+B samples, M modalities, N segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmkernels.layout import PackedLayout
+from mmmodel.features import Features, Item
+
+Segments = list[list[tuple[int, int | tuple[int, int]]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: dict[str, tuple[Tensor, ...]]  # per modality, what its front end takes
+    segments: Segments  # per sample (modality, shape without the special token)
+    special_tokens: tuple[int | None, ...]
+    layout: PackedLayout
+    modality: Tensor  # int64 [N]
+    concept: Tensor  # int64 [N]; equal numbers mean the same concept
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        inputs = {name: tuple(t.to(device, non_blocking=True) for t in ts) for name, ts in self.inputs.items()}
+        layout = self.layout.to(device, non_blocking=True)
+        modality, concept = self.modality.to(device), self.concept.to(device)
+        return Batch(inputs, self.segments, self.special_tokens, layout, modality, concept)
+
+
+class Sampler:
+    """Which items make up the batch of a step: distinct things, in one language.
+
+    A batch holds each image once (in whichever language), so that its negatives are negatives; and one language where
+    the data has several, so that telling languages apart solves nothing.
+    """
+
+    def __init__(self, items: Sequence[Item], *, batch_size: int, seed: int) -> None:
+        groups: dict[str, dict[str, list[int]]] = {}
+        for i, item in enumerate(items):
+            groups.setdefault(item.group, {}).setdefault(item.language, []).append(i)
+        if len(groups) < batch_size:
+            raise ValueError(
+                f"batch_size is {batch_size}, expected at most the {len(groups)} distinct items of the data"
+            )
+        self.groups = [groups[name] for name in sorted(groups)]
+        self.languages = sorted({item.language for item in items})
+        self.batch_size, self.seed = batch_size, seed
+
+    def batch(self, step: int) -> list[int]:
+        """Item numbers of the step's batch."""
+        rng = np.random.default_rng([self.seed, step, 0])
+        language = self.languages[rng.integers(len(self.languages))]
+        chosen = []
+        for group in self._groups(step):
+            candidates = group.get(language) or [i for items in group.values() for i in items]
+            chosen.append(candidates[rng.integers(len(candidates))])
+        return chosen
+
+    def _groups(self, step: int) -> list[dict[str, list[int]]]:
+        """The next batch_size groups of an endless row of shuffled epochs; a batch never spans two epochs."""
+        per_epoch = len(self.groups) // self.batch_size
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.groups))
+        return [self.groups[i] for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
+
+
+def collate(
+    items: Sequence[Item],
+    features: Features,
+    front_ends: nn.ModuleDict,
+    special: tuple[int | None, ...],
+    rng: np.random.Generator | None = None,
+) -> Batch:
+    """Pack items; with `rng` their features are augmented first.  Modalities that an item lacks take no space."""
+    streams: dict[str, list[np.ndarray]] = {name: [] for name in front_ends}
+    segments: Segments = []
+    modality, concept = [], []
+    numbers: dict[str, int] = {}
+    for item in items:
+        parts = []
+        for m, (name, front_end) in enumerate(front_ends.items()):
+            if name not in item.rows:
+                continue
+            value = features.get(name, item.rows[name])
+            if rng is not None:
+                value = front_end.augment(value, rng)
+            streams[name].append(value)
+            parts.append((m, front_end.shape(value)))
+            modality.append(m)
+            concept.append(numbers.setdefault(item.concept, len(numbers)))
+        segments.append(parts)
+    return Batch(
+        inputs={name: front_end.collate(streams[name]) for name, front_end in front_ends.items()},
+        segments=segments,
+        special_tokens=special,
+        layout=PackedLayout.from_segments(segments, num_modalities=len(front_ends), special_tokens=special),
+        modality=torch.tensor(modality, dtype=torch.int64),
+        concept=torch.tensor(concept, dtype=torch.int64),
+    )

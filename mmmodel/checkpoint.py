@@ -1,0 +1,65 @@
+"""Checkpoints through torch.distributed.checkpoint: atomic, the latest wins, the oldest go."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save(
+    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], *, keep: int
+) -> Path:
+    """Write `folder/step-NNNNNNNN`; a reader sees it whole or not at all.  Older ones beyond `keep` are removed."""
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*")  # one process: no group, as intended
+        dcp.save(
+            {"module": model_state, "optimizer": optimizer_state, "progress": progress},
+            checkpoint_id=partial,
+            no_dist=True,
+        )
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def saved(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for partial in folder.glob(".partial-*"):
+        logger.info("removing %s, left by an interrupted save", partial)
+        shutil.rmtree(partial)
+
+
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
+    """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields."""
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed.*")
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"])
+    return state["progress"]

@@ -1,0 +1,205 @@
+"""Frozen configuration and the named presets.   E model width, H heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Subword tokens.  A small vocabulary keeps near-letter pieces, which unseen words can be spelt with."""
+
+    vocab_size: int = 384
+    max_tokens: int = 96  # longer captions are cut
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """A CNN of total stride 16 at native aspect ratio."""
+
+    max_tokens: int = 64  # cells of 16 x 16 pixels after resizing
+    enlarge: bool = True  # small images grow to max_tokens; False leaves them at their own size
+    channels: tuple[int, int] = (48, 96)  # of the first two stages; the third has E
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """16 kHz log-mel at 10 ms and convolutions of total time stride 4."""
+
+    mels: int = 40
+    max_seconds: float = 5.0  # longer clips are cut
+    channels: int = 96
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    modalities: tuple[str, ...] = ("text", "image", "audio")
+    width: int = 128  # E
+    layers: int = 4
+    heads: int = 4  # H
+    mlp_width: int = 384
+    embed_width: int = 128  # of the space in which modalities are compared
+    impl: str = "auto"  # implementation of every operator; see mmkernels.explain()
+    text: TextConfig = field(default_factory=TextConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One run.  The horizon is a number of steps, never a time, so that two machines train the same model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: str = "stamps"  # stamps, synthetic, or a folder of shards
+    languages: tuple[str, ...] = ()  # empty: all that the data has
+    steps: int = 400
+    batch_size: int = 64  # samples per step
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # or wsd: constant, then linear to zero over the last fifth
+    warmup_steps: int = 30
+    clip_norm: float = 1.0  # 0: off
+    mlm_weight: float = 0.3
+    mlm_share: float = 0.25  # share of each batch that is also read jointly, with masked text
+    mask_probability: float = 0.3
+    contrastive_weight: float = 1.0
+    augment: bool = True
+    seed: int = 0
+    threads: int = 2
+    device: str = "cpu"
+    checkpoint_every: int = 100  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+
+
+def demo() -> PretrainConfig:
+    """Stamps on two CPU cores in about five minutes."""
+    return PretrainConfig()
+
+
+def native() -> PretrainConfig:
+    """As demo, with images at their own size, up to 1,024 tokens: hours on a CPU, minutes on a GPU."""
+    base_config = PretrainConfig()
+    image = ImageConfig(max_tokens=1024, enlarge=False)
+    model = dataclasses.replace(base_config.model, image=image, audio=AudioConfig(max_seconds=20.0))
+    return dataclasses.replace(base_config, model=model)
+
+
+def quick() -> PretrainConfig:
+    """The synthetic set in about a minute on two CPU cores."""
+    model = ModelConfig(
+        width=64,
+        layers=2,
+        heads=2,
+        mlp_width=192,
+        embed_width=64,
+        image=ImageConfig(max_tokens=16, channels=(24, 48)),
+        audio=AudioConfig(channels=48),
+    )
+    return PretrainConfig(model=model, data="synthetic", steps=200, batch_size=32, checkpoint_every=100)
+
+
+def base() -> PretrainConfig:
+    """BERT-base shape, for a GPU."""
+    model = ModelConfig(
+        width=768,
+        layers=12,
+        heads=12,
+        mlp_width=3072,
+        embed_width=256,
+        text=TextConfig(vocab_size=8192, max_tokens=128),
+        image=ImageConfig(max_tokens=1024, enlarge=False, channels=(96, 256)),
+        audio=AudioConfig(mels=80, max_seconds=20.0, channels=256),
+    )
+    return PretrainConfig(model=model, steps=20_000, batch_size=256, lr=5e-4, warmup_steps=1000, device="cuda")
+
+
+def tiny() -> PretrainConfig:
+    """For tests: a step takes milliseconds."""
+    model = ModelConfig(
+        width=16,
+        layers=2,
+        heads=2,
+        mlp_width=32,
+        embed_width=16,
+        text=TextConfig(vocab_size=280, max_tokens=24),
+        image=ImageConfig(max_tokens=6, channels=(4, 8)),
+        audio=AudioConfig(mels=8, max_seconds=1.0, channels=8),
+    )
+    return PretrainConfig(
+        model=model,
+        data="synthetic",
+        steps=8,
+        batch_size=4,
+        warmup_steps=2,
+        mlm_share=1.0,
+        threads=1,
+        checkpoint_every=3,
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (demo, native, quick, base, tiny)}
+
+
+def preset(name: str) -> PretrainConfig:
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = PretrainConfig):
+    """The inverse of `to_dict`, after a trip through JSON.  Raises ValueError for a field that does not exist."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"config: {cls.__name__} has no field {sorted(unknown)}")
+    out = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(value, hints[name])
+        elif isinstance(value, list):
+            value = tuple(value)
+        out[name] = value
+    return cls(**out)
+
+
+def override(config: PretrainConfig, assignments: tuple[str, ...]) -> PretrainConfig:
+    """With fields set from "steps=100", "model.width=64", "languages=fr,es".  ValueError for what does not fit."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"config: {assignment!r} is not of the form field=value")
+        config = _with(config, path.split("."), text, path)
+    return config
+
+
+def _with(config, path: list[str], text: str, full: str):
+    hints = get_type_hints(type(config))
+    name, *rest = path
+    if name not in hints:
+        raise ValueError(f"config: no field {full!r}, expected one of {', '.join(hints)}")
+    if rest:
+        return dataclasses.replace(config, **{name: _with(getattr(config, name), rest, text, full)})
+    return dataclasses.replace(config, **{name: _parsed(text, getattr(config, name), full)})
+
+
+def _parsed(text: str, old: Any, full: str) -> Any:
+    """text as the type of the old value."""
+    if isinstance(old, bool):
+        if text not in ("true", "false"):
+            raise ValueError(f"config: {full} is {text!r}, expected true or false")
+        return text == "true"
+    if isinstance(old, tuple):
+        parts = [part for part in text.split(",") if part]
+        return tuple(int(part) for part in parts) if old and isinstance(old[0], int) else tuple(parts)
+    if dataclasses.is_dataclass(old):
+        raise ValueError(f"config: {full} is a group of fields; set one of them")
+    try:
+        return type(old)(text)
+    except ValueError as error:
+        raise ValueError(f"config: {full} is {text!r}, expected a {type(old).__name__}") from error

@@ -1,0 +1,198 @@
+"""Held-out retrieval between modalities, before and after pretraining, and the bars that the demo must clear."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmmodel import export, pretraining, retrieval
+from mmmodel.batches import collate
+from mmmodel.features import Item
+from mmmodel.frontends.text import load_tokenizer
+from mmmodel.pretraining import Corpus, Pretraining
+
+TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
+POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in
+BATCH = 64
+
+# Least pooled R@10 as a multiple of chance; the gain over the untrained model must also lie above zero at 95 %.
+REQUIREMENTS = {
+    "demo": {"speech_to_text": 3.0, "image_to_text": 2.0},
+    "quick": {"speech_to_text": 1.0, "image_to_text": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Outcome of one task in one language: wrong items before the first hit, and the concept, of each query."""
+
+    before_hit: np.ndarray
+    concepts: np.ndarray
+    chance: dict[str, float]
+
+
+def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> dict[str, Any]:
+    """Score the exported model of a run against its own initialisation; writes run/report.json and returns it."""
+    started = time.perf_counter()
+    config = export.read_config(run / "model.safetensors")
+    torch.set_num_threads(threads or config.threads)
+    dataset = pretraining.open_data(config)
+    learner = Pretraining(config, load_tokenizer(run / "tokenizer.json"))
+    corpus = pretraining.load_corpus(config, dataset, learner.model)
+    items = corpus.split(split)
+    if not items:
+        raise ValueError(f"evaluate: the data has no samples of split {split!r}")
+    untrained = ranks(embed(learner, corpus, items), items)
+    export.load_weights(run / "model.safetensors", learner)
+    pretrained = ranks(embed(learner, corpus, items), items)
+    report = {
+        "tasks": [_score(name, untrained, pretrained) for name in task_names(pretrained)],
+        "data": {"name": config.data, "split": split, "images": len({item.group for item in items}),
+                 "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
+        "seconds": {"evaluate": round(time.perf_counter() - started, 1), "pretrain": _trained_seconds(run)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "mmkernels": _version("mmkernels")},
+    }  # fmt: skip
+    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+@torch.no_grad()
+def embed(learner: Pretraining, corpus: Corpus, items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """Per modality the points [len(items), P] of the items, each read alone; rows of NaN where an item lacks it.
+
+    Features that several items share, a picture captioned in many languages, are computed once.
+    """
+    learner.eval()
+    model, objective = learner.model, learner.objectives["contrastive"]
+    device = next(learner.parameters()).device
+    names = list(model.front_ends)
+    first: dict[tuple[str, int], int] = {}  # (modality, feature row) -> the item that computes it
+    own = []
+    for i, item in enumerate(items):
+        rows = {name: row for name, row in item.rows.items() if first.setdefault((name, row), i) == i}
+        if rows:
+            own.append((i, replace(item, rows=rows)))
+    points = {name: np.full((len(items), model.config.embed_width), np.nan, np.float32) for name in names}
+    for start in range(0, len(own), BATCH):
+        numbers, part = zip(*own[start : start + BATCH], strict=True)
+        batch = collate(part, corpus.features, model.front_ends, model.special_tokens).to(device)
+        packed = model.encode(model.streams(batch), batch.layout, model.isolated())
+        found = objective.points(packed, batch.layout, batch.modality).float().cpu().numpy()
+        for point, (sample, modality, _, _) in zip(found, batch.layout.segments.tolist(), strict=True):
+            points[names[modality]][numbers[sample]] = point
+    for i, item in enumerate(items):
+        for name, row in item.rows.items():
+            points[name][i] = points[name][first[name, row]]
+    return points
+
+
+def ranks(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[tuple[str, str], Ranks]:
+    """(task, language) -> outcome.  Queries and gallery are of one language; a picture counts once in a gallery."""
+    outcomes = {}
+    concepts = np.array([item.concept for item in items])
+    languages = np.array([item.language for item in items])
+    for task, (source, target) in TASKS.items():
+        for language in dict.fromkeys(languages.tolist()):
+            queries = (languages == language) & np.isfinite(points[source][:, 0])
+            gallery = (languages == language) & np.isfinite(points[target][:, 0])
+            answerable = queries & np.isin(concepts, concepts[gallery])
+            if not answerable.any():
+                continue
+            scores = points[source][answerable] @ points[target][gallery].T
+            outcomes[task, language] = Ranks(
+                retrieval.first_hit(scores, concepts[answerable], concepts[gallery]),
+                concepts[answerable],
+                retrieval.chance(concepts[answerable], concepts[gallery]),
+            )
+    return outcomes
+
+
+def task_names(outcomes: dict[tuple[str, str], Ranks]) -> list[tuple[str, str, list[str]]]:
+    """(name, task, languages): pooled first, then each pooled language alone, then the others."""
+    rows = []
+    for task in TASKS:
+        present = [language for t, language in outcomes if t == task]
+        pooled = [language for language in POOLED if language in present] or present
+        if pooled:
+            rows.append((task, task, pooled))
+        if len(present) > 1:
+            others = sorted(set(present) - set(pooled))
+            rows += [(f"{task}.{language}", task, [language]) for language in [*pooled, *others]]
+    return rows
+
+
+def _score(row: tuple[str, str, list[str]], untrained: dict, pretrained: dict) -> dict[str, Any]:
+    name, task, languages = row
+    before = np.concatenate([untrained[task, language].before_hit for language in languages])
+    after = np.concatenate([pretrained[task, language].before_hit for language in languages])
+    parts = [pretrained[task, language] for language in languages]
+    concepts = np.concatenate([part.concepts for part in parts])
+    interval = retrieval.bootstrap_gain(before < 10, after < 10, concepts)
+    return {
+        "name": name,
+        "n": len(after),
+        "chance": retrieval.pooled_chance([part.chance for part in parts], [len(part.concepts) for part in parts]),
+        "untrained": retrieval.recall(before),
+        "pretrained": retrieval.recall(after),
+        "gain_r10_ci95": list(interval),
+    }
+
+
+def failures(report: dict[str, Any], requirement: str) -> list[str]:
+    """Which bars of REQUIREMENTS[requirement] the report misses, in words; empty when it clears them all."""
+    tasks = {task["name"]: task for task in report["tasks"]}
+    missed = []
+    for name, times in REQUIREMENTS[requirement].items():
+        task = tasks[name]
+        reached, needed = task["pretrained"]["r10"], times * task["chance"]["r10"]
+        if not reached >= needed:
+            missed.append(f"{name}: R@10 is {reached:.3f}, expected at least {needed:.3f} ({times:g} x chance)")
+        if not task["gain_r10_ci95"][0] > 0:
+            missed.append(f"{name}: the gain over the untrained model is not above zero at 95 %")
+    return missed
+
+
+def show(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the report as a table."""
+    data = report["data"]
+    label = f"{data['name']}{' (synthetic data)' if data['synthetic'] else ''}"
+    title = f"Retrieval on {data['images']} {data['split']} images of {data['concepts']} concepts: {label}"
+    table = Table(title=title)
+    table.add_column("task")
+    for heading in ("queries", "chance R@1/5/10", "untrained R@1/5/10", "pretrained R@1/5/10", "gain R@10, 95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in report["tasks"]:
+        low, high = task["gain_r10_ci95"]
+        rates = [_percent(task[kind]) for kind in ("chance", "untrained", "pretrained")]
+        style = None if "." in task["name"] else "bold"
+        table.add_row(task["name"], str(task["n"]), *rates, f"{100 * low:+.1f} to {100 * high:+.1f}", style=style)
+    (console or Console()).print(table)
+
+
+def _percent(rates: dict[str, float]) -> str:
+    return " ".join(f"{100 * rates[f'r{k}']:5.1f}" for k in retrieval.KS)
+
+
+def _trained_seconds(run: Path) -> float:
+    from mmmodel import metrics
+
+    return round(sum(line["step_ms"] for line in metrics.read(run / "metrics.jsonl")) / 1e3, 1)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:  # run from a checkout that is not installed
+        return "checkout"

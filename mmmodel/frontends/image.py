@@ -1,0 +1,134 @@
+"""Image front end: a CNN of stride 16 at native aspect ratio.   h, w pixels; rows, cols cells of 16 x 16."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmmodel.configs import ModelConfig
+
+CELL = 16
+KERNELS = ((7, 4), (3, 2), (3, 2))  # (width, stride) of each convolution
+MAX_ASPECT = 8.0  # a longer strip is squeezed, or its short side would vanish
+
+
+class ImageFrontEnd(nn.Module):
+    """A 7 x 7 convolution of stride 4 and two 3 x 3 of stride 2, with LayerNorm over the channels of a position.
+
+    Ragged images go through in groups of equal shape, in chunks of a power of two: no padding at all, and few enough
+    shapes for the convolution library to keep its compiled kernels.
+    """
+
+    special = "[IMG]"
+
+    def __init__(self, config: ModelConfig, tokenizer) -> None:
+        super().__init__()
+        self.max_tokens, self.enlarge = config.image.max_tokens, config.image.enlarge
+        self.recipe = f"image 1: {CELL} {self.max_tokens} {self.enlarge}"  # what `prepare` gives; names the cache
+        side = self.max_tokens + 1  # + 1: the special token sits at position 0
+        self.positions = (side, side)
+        widths = (3, *config.image.channels, config.width)
+        self.stages = nn.ModuleList(
+            _Stage(a, b, *shape) for a, b, shape in zip(widths[:-1], widths[1:], KERNELS, strict=True)
+        )
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] -> uint8 [3, 16 rows, 16 cols] with rows * cols <= max_tokens."""
+        rows, cols = fit_grid(image.shape[0], image.shape[1], self.max_tokens, self.enlarge)
+        resized = Image.fromarray(image).resize((cols * CELL, rows * CELL), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+    def shape(self, features: np.ndarray) -> tuple[int, int]:
+        return features.shape[1] // CELL, features.shape[2] // CELL
+
+    def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Mirror, shift by up to half a cell (edges repeat), and change contrast and brightness a little."""
+        if rng.random() < 0.5:
+            features = features[:, :, ::-1]
+        down, right = rng.integers(-CELL // 2, CELL // 2 + 1, size=2)
+        h, w = features.shape[1:]
+        y = np.clip(np.arange(h) + down, 0, h - 1)
+        x = np.clip(np.arange(w) + right, 0, w - 1)
+        features = features[:, y][:, :, x].astype(np.float32)
+        gain, shift = rng.uniform(0.75, 1.25), rng.uniform(-25, 25)
+        return np.clip((features - 128) * gain + 128 + shift, 0, 255).astype(np.uint8)
+
+    def collate(self, features: list[np.ndarray]) -> tuple[Tensor, ...]:
+        """Row of each output token in the concatenated groups, int64 [N_m]; then one uint8 [n, 3, h, w] per chunk."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(features):
+            groups.setdefault(image.shape[1:], []).append(i)
+        chunks, starts, start = [], [0] * len(features), 0
+        for (h, w), members in sorted(groups.items()):
+            tokens = (h // CELL) * (w // CELL)
+            for chunk in _powers_of_two(members):
+                chunks.append(torch.from_numpy(np.stack([features[i] for i in chunk])))
+                for i in chunk:
+                    starts[i] = start
+                    start += tokens
+        sizes = [int(np.prod(self.shape(image))) for image in features]
+        rows = [np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]
+        order = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, np.int64))
+        return (order, *chunks)
+
+    def computed_rows(self, order: Tensor, *chunks: Tensor) -> int:
+        return len(order)
+
+    def forward(self, order: Tensor, *chunks: Tensor) -> Tensor:
+        """[N_m, E], images in sample order, cells row by row."""
+        if not chunks:
+            return self.stages[-1].norm.weight.new_zeros(0, self.stages[-1].norm.weight.numel())
+        cells = [self._convolve(chunk).flatten(0, 2) for chunk in chunks]
+        return torch.cat(cells).index_select(0, order)
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        """uint8 [n, 3, h, w] -> [n, rows, cols, E]."""
+        x = images.to(self.stages[0].conv.weight.dtype).sub_(127.5).div_(64.0)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            x = stage(x)
+        return x.permute(0, 2, 3, 1)
+
+
+class _Stage(nn.Module):
+    """Convolution, LayerNorm over channels, GELU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.norm = nn.LayerNorm(outputs)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1)  # channels last in memory, so the norm reads rows
+        return nn.functional.gelu(self.norm(x), approximate="tanh").permute(0, 3, 1, 2)
+
+
+def fit_grid(h: int, w: int, max_tokens: int, enlarge: bool) -> tuple[int, int]:
+    """Cells (rows, cols) that keep the aspect ratio best among the largest with rows * cols <= max_tokens."""
+    aspect = min(max(w / h, 1 / MAX_ASPECT), MAX_ASPECT)
+    own = (h / CELL) * (w / CELL)
+    tokens = max_tokens if enlarge else min(max_tokens, max(own, 1.0))
+    rows, cols = math.sqrt(tokens / aspect), math.sqrt(tokens * aspect)
+    candidates = [
+        (max(1, r), max(1, c))
+        for r in {math.floor(rows), math.ceil(rows)}
+        for c in {math.floor(cols), math.ceil(cols)}
+        if max(1, r) * max(1, c) <= max_tokens
+    ]
+    if not candidates:
+        return max(1, min(math.floor(rows), max_tokens)), max(1, min(math.floor(cols), max_tokens))
+    return min(candidates, key=lambda rc: (abs(math.log(rc[1] / rc[0] / aspect)) - 0.5 * math.log(rc[0] * rc[1]), rc))
+
+
+def _powers_of_two(members: list[int]) -> list[list[int]]:
+    chunks, start = [], 0
+    while start < len(members):
+        size = 1 << (min(len(members) - start, 16).bit_length() - 1)
+        chunks.append(members[start : start + size])
+        start += size
+    return chunks

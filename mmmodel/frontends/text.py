@@ -1,0 +1,73 @@
+"""Text front end: captions -> subword ids, [CLS] in front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from mmmodel.configs import ModelConfig
+
+SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: all 256 bytes are in the vocabulary, so any text in any script can be written.
+
+    Captions are NFC and lower case first: "A flower." and "a flower." should share their pieces.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Sorted and unique: the pieces must not depend on the order in which shards were read.
+    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    return Tokenizer.from_file(str(path))
+
+
+class TextFrontEnd(nn.Module):
+    """The stream is ids; the model's embedding operator reads their rows from the token table."""
+
+    special = None  # [CLS] is an ordinary first id: the stream has it already
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.max_tokens = config.text.max_tokens
+        self.tokenizer = tokenizer
+        self.cls_id = tokenizer.token_to_id("[CLS]")
+        self.positions = (self.max_tokens,)
+
+    def prepare(self, caption: str) -> np.ndarray:
+        """Ids, int32 [n], [CLS] first, at most max_tokens."""
+        ids = self.tokenizer.encode(caption).ids
+        return np.array([self.cls_id, *ids][: self.max_tokens], np.int32)
+
+    def shape(self, features: np.ndarray) -> int:
+        return len(features)
+
+    def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return features
+
+    def collate(self, features: list[np.ndarray]) -> tuple[Tensor]:
+        ids = np.concatenate(features) if features else np.zeros(0, np.int32)
+        return (torch.from_numpy(ids.astype(np.int64)),)
+
+    def computed_rows(self, ids: Tensor) -> int:
+        return len(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids

@@ -1,0 +1,65 @@
+"""Figures of a step, one JSON object per line, and what they are computed from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmmodel.batches import Batch
+
+
+class MetricsFile:
+    """`metrics.jsonl`.  Opening it for a resumed run drops lines past the checkpoint: those steps are done again."""
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        kept = [line for line in read(path) if line["step"] <= from_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps({key: _rounded(value) for key, value in line.items()}) + "\n")
+        self.file.flush()  # kill -9 loses no finished step
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file, [] if there is none; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def batch_figures(batch: Batch, names: tuple[str, ...], computed_rows: dict[str, int]) -> dict[str, float]:
+    """Real rows per modality; fill, the share of computed rows that are real; and the padding of the usual layout.
+
+    computed_rows: rows each front end computes, its gaps included.
+    """
+    real = dict(zip(names, batch.layout.stream_lengths, strict=True))
+    longest = [0] * len(names)
+    for _, modality, length, _ in batch.layout.segments.tolist():
+        longest[modality] = max(longest[modality], length)
+    padded = len(batch.segments) * sum(longest)  # each modality padded to its longest, then concatenated
+    return {
+        **{f"tokens/{name}": count for name, count in real.items()},
+        "tokens": batch.layout.total_tokens,
+        "fill_percent": 100 * sum(real.values()) / max(1, sum(computed_rows.values())),
+        "padding_avoided_percent": 100 * (1 - batch.layout.total_tokens / max(1, padded)),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: enough to plot, a third of the file."""
+    if isinstance(value, float) and np.isfinite(value):
+        return float(f"{value:.6g}")
+    return value if not isinstance(value, float) else None  # JSON has no NaN

@@ -1,0 +1,104 @@
+"""The shared encoder: streams -> packed tokens -> pre-norm blocks.   T tokens, E width, H heads, D = E / H.
+
+Nothing is padded: every operator works on packed [T, E] and a PackedLayout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask
+from mmkernels.modules import ModalityEmbedding
+from mmkernels.ops.attention.api import attention
+from mmmodel import frontends
+from mmmodel.batches import Batch
+from mmmodel.configs import ModelConfig
+
+INIT_STD = 0.02
+
+
+class Model(nn.Module):
+    """Front ends, modality embedding and encoder; heads belong to the objectives."""
+
+    def __init__(self, config: ModelConfig, tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.front_ends = frontends.build(config, tokenizer)
+        self.special_tokens = frontends.special_tokens(self.front_ends, tokenizer)
+        self.embedding = ModalityEmbedding(
+            config.width,
+            len(config.modalities),
+            vocab_size=tokenizer.get_vocab_size(),
+            positions=[front_end.positions for front_end in self.front_ends.values()],
+            impl=config.impl,
+        )
+        # The embedding ends in a norm, which the first block reads as its own.
+        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+
+    @property
+    def token_table(self) -> Tensor:
+        return self.embedding.token_weight
+
+    def streams(self, batch: Batch) -> list[Tensor]:
+        """Per modality the rows of all samples: token ids int64 [N_0] for text, [N_m, E] for the others."""
+        return [front_end(*batch.inputs[name]) for name, front_end in self.front_ends.items()]
+
+    def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
+        """Packed hidden states [T, E].  Without a mask each token sees its whole sample."""
+        x = self.embedding(streams, layout)
+        for block in self.blocks:
+            x = block(x, layout, mask)
+        return self.norm(x)
+
+    def computed_rows(self, batch: Batch) -> dict[str, int]:
+        """Rows that each front end computes for a batch, gaps between clips included."""
+        return {name: front_end.computed_rows(*batch.inputs[name]) for name, front_end in self.front_ends.items()}
+
+    def isolated(self) -> AttentionMask:
+        """Each modality as if it were alone: three unimodal encoders in one pass."""
+        return AttentionMask.isolated(len(self.config.modalities))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), both on packed [T, E]."""
+
+    def __init__(self, config: ModelConfig, *, first: bool) -> None:
+        super().__init__()
+        width = config.width
+        if width % config.heads:
+            raise ValueError(f"model: width is {width}, expected a multiple of heads, {config.heads}")
+        self.heads, self.impl = config.heads, config.impl
+        self.norm_attention = nn.Identity() if first else nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, width)
+        # The sum of 2 * layers branches keeps the variance of one.
+        for layer, std in (
+            (self.qkv, width**-0.5),
+            (self.up, width**-0.5),
+            (self.out, width**-0.5 / math.sqrt(2 * config.layers)),
+            (self.down, config.mlp_width**-0.5 / math.sqrt(2 * config.layers)),
+        ):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, layout: PackedLayout, mask: AttentionMask | None) -> Tensor:
+        # one projection, viewed [T, 3, H, D]: the kernels take strided q, k, v without a copy
+        qkv = self.qkv(self.norm_attention(x)).view(x.shape[0], 3, self.heads, -1)
+        q, k, v = qkv.unbind(1)
+        x = x + self.out(attention(q, k, v, layout=layout, mask=mask, impl=self.impl).flatten(1))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
+
+
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """Trainable parameters by top-level part, and "total"."""
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()}
+    return {**counts, "total": sum(p.numel() for p in module.parameters())}

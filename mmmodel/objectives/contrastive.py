@@ -1,0 +1,75 @@
+"""Contrastive alignment of every pair of modalities.   N segments, M modalities, E width, P common width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.packing.api import segment_mean
+from mmmodel.configs import PretrainConfig
+
+START_SCALE, MAX_SCALE = 1 / 0.07, 100.0
+
+
+class ContrastiveAlignment(nn.Module):
+    """Each segment, read in isolation, is drawn to the segments of its concept in the other modalities.
+
+    The head is one linear map per modality of the mean token, to unit length; the temperature is learned.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        model = config.model
+        self.weight = config.contrastive_weight
+        self.modalities = model.modalities
+        self.heads = nn.Parameter(
+            torch.randn(len(model.modalities), model.width, model.embed_width) * model.width**-0.5
+        )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
+
+    def prepare(self, batch, rng) -> None:
+        return None
+
+    def forward(self, model, streams: Sequence[Tensor], batch, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
+        packed = model.encode(streams, batch.layout, model.isolated())
+        return self.loss(self.points(packed, batch.layout, batch.modality), batch.modality, batch.concept)
+
+    def points(self, packed: Tensor, layout: PackedLayout, modality: Tensor) -> Tensor:
+        """One point of unit length per segment, [N, P].  packed [T, E], modality int64 [N]."""
+        means = segment_mean(packed, layout)
+        points = torch.einsum("ne,mep->mnp", means, self.heads)[modality, torch.arange(len(modality))]
+        return F.normalize(points, dim=-1)
+
+    def loss(self, points: Tensor, modality: Tensor, concept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """points [N, P] of unit length; modality, concept int64 [N].  The mean over the pairs of modalities present."""
+        scale = self.log_scale.exp().clamp(max=MAX_SCALE)
+        members = [(modality == m).nonzero().squeeze(1) for m in range(len(self.modalities))]
+        losses, metrics = [], {"scale": scale.detach()}
+        for a, b in combinations(range(len(self.modalities)), 2):
+            same = concept[members[a]].unsqueeze(1) == concept[members[b]].unsqueeze(0)
+            if not same.any():
+                continue
+            logits = points[members[a]] @ points[members[b]].t() * scale
+            losses.append((multi_positive(logits, same) + multi_positive(logits.t(), same.t())) / 2)
+            name = f"{self.modalities[a]}-{self.modalities[b]}"
+            metrics[f"loss/{name}"] = losses[-1].detach()
+            metrics[f"top1/{name}"] = same.gather(1, logits.argmax(1, keepdim=True))[same.any(1)].float().mean()
+        if not losses:
+            return points.sum() * 0, metrics  # no concept has two modalities: nothing to learn from this batch
+        return torch.stack(losses).mean(), metrics
+
+
+def multi_positive(logits: Tensor, same: Tensor) -> Tensor:
+    """Cross entropy against the uniform distribution over each row's positives; rows without one do not count.
+
+    logits, same [Q, K].
+    """
+    rows = same.any(dim=1)
+    weight = same[rows].to(logits.dtype)
+    return -(F.log_softmax(logits[rows], dim=1) * weight).sum(dim=1).div(weight.sum(dim=1)).mean()

@@ -1,0 +1,71 @@
+"""curves.png: how a run went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mmmodel import metrics
+
+WINDOW = 15  # steps in the running mean
+
+
+def plot_run(run: Path) -> Path | None:
+    """Losses, in-batch accuracies, step time and rate of a run; None if it has no steps yet."""
+    lines = metrics.read(run / "metrics.jsonl")
+    if not lines:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = np.array([line["step"] for line in lines])
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    names = sorted({name for line in lines for name in line})
+    _panel(
+        axes[0, 0], "loss (nats)", steps, lines, ["loss", *(n for n in names if n.endswith("/loss") or "/loss/" in n)]
+    )
+    _panel(
+        axes[0, 1], "in-batch accuracy", steps, lines, [n for n in names if "/top1/" in n or n.endswith("/accuracy")]
+    )
+    _panel(axes[1, 0], "tokens per second", steps, lines, [n for n in names if n.startswith("tokens_per_s/")])
+    _panel(axes[1, 1], "gradient norm", steps, lines, ["grad_norm"])
+    rate = axes[1, 1].twinx()
+    rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle="--", linewidth=1)
+    rate.set_ylabel("learning rate (dashed)")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(str(run))
+    path = run / "curves.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _panel(axis, title: str, steps: np.ndarray, lines: list[dict], names: list[str]) -> None:
+    for name in names:
+        values = np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
+        (curve,) = axis.plot(steps, values, alpha=0.2, linewidth=0.8)
+        axis.plot(steps, _running_mean(values), color=curve.get_color(), linewidth=1.6, label=_label(name))
+    axis.set_title(title)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _label(name: str) -> str:
+    for prefix in ("contrastive/loss/", "contrastive/top1/", "tokens_per_s/"):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Over the last WINDOW steps, shorter at the start; a missing value is left out."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0], np.cumsum(np.where(known, values, 0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - WINDOW)
+    return (sums[ends] - sums[starts]) / np.maximum(1, counts[ends] - counts[starts])

@@ -1,0 +1,99 @@
+"""The model with its objectives: one batch in, one loss out; and how a run is set up from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmmodel import features, objectives, settings
+from mmmodel.batches import Batch, collate
+from mmmodel.configs import PretrainConfig
+from mmmodel.data.loader import ShardDataset
+from mmmodel.features import Features, Item
+from mmmodel.frontends.text import train_tokenizer
+from mmmodel.model import Model
+
+SYNTHETIC_SAMPLES = 2000
+
+
+class Pretraining(nn.Module):
+    """Model and objectives, initialised from config.seed."""
+
+    def __init__(self, config: PretrainConfig, tokenizer) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = Model(config.model, tokenizer)
+            self.objectives = objectives.build(config, tokenizer)
+
+    def prepare(self, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+        """What each objective draws for a batch; on the host."""
+        return {name: objective.prepare(batch, rng) for name, objective in self.objectives.items()}
+
+    def forward(self, batch: Batch, prepared: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the losses, and detached figures named objective/figure."""
+        streams = self.model.streams(batch)
+        total, metrics = None, {}
+        for name, objective in self.objectives.items():
+            loss, figures = objective(self.model, streams, batch, prepared[name])
+            total = objective.weight * loss if total is None else total + objective.weight * loss
+            metrics[f"{name}/loss"] = loss.detach()
+            metrics |= {f"{name}/{figure}": value.detach() for figure, value in figures.items()}
+        return total, metrics
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All a run reads: features in memory, and who is who."""
+
+    items: list[Item]
+    features: Features
+
+    def split(self, name: str) -> list[Item]:
+        return [item for item in self.items if item.split == name]
+
+
+def find_data(name: str, *, progress: bool = True) -> Path:
+    """Folder of shards: "stamps" and "synthetic" are prepared in the cache if they are not there; else a path."""
+    if name == "stamps":
+        from mmmodel.data import stamps
+
+        return stamps.prepare(progress=progress)
+    if name == "synthetic":
+        from mmmodel.data import synthetic
+
+        folder = settings.current().cache / f"synthetic-{SYNTHETIC_SAMPLES}"
+        if not (folder / "manifest.json").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            synthetic.prepare(folder, samples=SYNTHETIC_SAMPLES, seed=0)
+        return folder
+    return Path(name)
+
+
+def open_data(config: PretrainConfig) -> ShardDataset:
+    return ShardDataset(find_data(config.data), languages=config.languages or None)
+
+
+def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
+    """Trained on the training captions alone: the test set's words must stay unseen."""
+    return train_tokenizer(features.read_captions(dataset, "train"), config.model.text.vocab_size)
+
+
+def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:
+    cache = settings.current().cache
+    return Corpus(*features.prepare(dataset, model.front_ends, cache, threads=config.threads))
+
+
+def make_batch(
+    config: PretrainConfig, corpus: Corpus, items: list[Item], pretraining: Pretraining, step: int
+) -> tuple[Batch, dict[str, Any]]:
+    """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step)."""
+    rng = np.random.default_rng([config.seed, step, 2])
+    model = pretraining.model
+    batch = collate(items, corpus.features, model.front_ends, model.special_tokens, rng if config.augment else None)
+    return batch, pretraining.prepare(batch, rng)
