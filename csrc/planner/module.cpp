@@ -1,13 +1,14 @@
 // Python module mmkernels._planner: numpy arrays in and out, GIL released. mmkernels/planner.py is its documented face.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "layout.h"
+#include "packs.h"
 #include "tiles.h"
 
 namespace py = pybind11;
@@ -16,6 +17,11 @@ using namespace mm::planner;
 namespace {
 
 using Int32s = py::array_t<int32_t, py::array::c_style>;
+using Int64s = py::array_t<int64_t, py::array::c_style>;
+
+Int64s to_numpy(const std::vector<int64_t>& values) {
+  return Int64s(static_cast<py::ssize_t>(values.size()), values.data());
+}
 
 template <size_t Width>
 Int32s to_numpy(const std::vector<std::array<int32_t, Width>>& rows) {
@@ -64,10 +70,28 @@ py::tuple py_attention_tiles(const Int32s& cu_seqlens, const Int32s& lo, const I
   return py::make_tuple(to_numpy(schedule.tiles), to_numpy(schedule.spans), schedule.pairs);
 }
 
+Policy policy_of(const std::string& name) {
+  if (name == "best_fit") return Policy::kBestFit;
+  if (name == "first_fit") return Policy::kFirstFit;
+  if (name == "stream") return Policy::kStream;
+  throw std::invalid_argument("plan_packs: no policy is called " + name);
+}
+
+py::tuple py_plan_packs(const Int64s& lengths, const Int64s& budgets, int64_t max_items, const std::string& policy) {
+  const PacksInput in{lengths.data(), budgets.data(), lengths.shape(0), lengths.shape(1), max_items, policy_of(policy)};
+  Packs packs;
+  {
+    py::gil_scoped_release release;
+    packs = plan_packs(in);
+  }
+  return py::make_tuple(to_numpy(packs.order), to_numpy(packs.offsets));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "Host-side planning in C++; call it through mmkernels.planner, which checks types and shapes.";
   m.def("build_layout", &py_build_layout);
   m.def("attention_tiles", &py_attention_tiles);
+  m.def("plan_packs", &py_plan_packs);
 }
