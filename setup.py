@@ -43,13 +43,15 @@ def cpu_extension() -> Extension:
         "mmkernels._C",
         sources("cpu", "bindings"),
         depends=headers("cpu", "bindings"),
-        include_dirs=["csrc", *torch_build.include_paths()],
+        include_dirs=["csrc"],
         library_dirs=torch_build.library_paths(),
         libraries=["torch_cpu"],
         # 0x020b...: only the ABI of torch 2.11, so that one binary serves every later torch
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")],
-        extra_compile_args=CFLAGS,
+        # -isystem: its headers warn
+        extra_compile_args=[*CFLAGS, *(f"-isystem{path}" for path in torch_build.include_paths())],
         py_limited_api=True,
+        language="c++",
         optional=True,
     )
 
