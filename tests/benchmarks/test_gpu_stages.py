@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, environment, limits, schema
+from benchmarks import attention, environment, limits, run, schema
 from benchmarks.gpu import correctness, stages
 
 CPU = torch.device("cpu")
@@ -17,10 +17,11 @@ CPU = torch.device("cpu")
 def _small_limits(monkeypatch):
     monkeypatch.setitem(limits.COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setitem(limits.GEMM_SIZE, "cpu", 128)
+    monkeypatch.setattr(run, "MAX_SECONDS_PER_DIRECTION", 0.02)
 
 
 def test_dry_run_of_every_stage(tmp_path):
-    assert stages.run_all(tmp_path, None, 120, dry_run=True) == 0
+    assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in stages.STAGES}
     for name, record in records.items():
         assert record["ok"], record
@@ -34,12 +35,12 @@ def test_dry_run_of_every_stage(tmp_path):
 
 def test_no_speed_while_correctness_is_red(tmp_path):
     attention_alone = ["attention"]
-    assert stages.run_all(tmp_path, attention_alone, 60, dry_run=True) == 1
+    assert stages.run_all(tmp_path, attention_alone, 600, dry_run=True) == 1
     assert "correctness" in json.loads((tmp_path / "attention.json").read_text())["error"]
     for changes, message in (({"ok": False}, "red"), ({"dry_run": False}, "red"), ({"commit": "0"}, "another")):
         record = {"ok": True, "dry_run": True, "environment": {"commit": changes.get("commit", environment.commit())}}
         (tmp_path / "correctness.json").write_text(json.dumps(record | changes))
-        assert stages.run_all(tmp_path, attention_alone, 60, dry_run=True) == 1
+        assert stages.run_all(tmp_path, attention_alone, 600, dry_run=True) == 1
         record = json.loads((tmp_path / "attention.json").read_text())
         assert message in record["error"]
         assert "result" not in record
@@ -55,7 +56,7 @@ def test_a_wrong_kernel_turns_correctness_red(monkeypatch):
         return right(q, k, v, impl=impl, **options)
 
     monkeypatch.setattr(attention, "attention", wrong)
-    result = correctness.run(CPU, 60, dry_run=True)
+    result = correctness.run(CPU, 600, dry_run=True)
     assert not result["green"]
     failed = [check["name"] for check in result["checks"] if not check["ok"]]
     assert any("attention" in name and "error rule" in name for name in failed)

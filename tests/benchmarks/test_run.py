@@ -1,0 +1,132 @@
+"""Each benchmark end to end on a tiny problem: the document is well formed, right rows are timed, wrong ones never."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import attention, limits, modality_embed, packing, planner, run, schema
+from benchmarks.__main__ import main
+from benchmarks.harness import Implementation
+from benchmarks.peers import attention_sdpa_loop, planner_bisect
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+TINY = {
+    "attention": lambda: [
+        attention.build("stamps", 3, "isolated", 4, 4, 16, "fp32", CPU, 0),
+        attention.build("stamps", 3, "causal", 4, 2, 16, "fp32", CPU, 1),  # grouped heads
+    ],
+    "modality_embed": lambda: [
+        modality_embed.build(form, "stamps", 3, 24, "fp32", CPU, 0) for form in ("plain", "full")
+    ],
+    "packing": lambda: [packing.build(f, "stamps", 3, 24, "fp32", CPU, 0) for f in packing.FUNCTIONS],
+    "planner": lambda: [planner.PlannerProblem("tiny", np.random.default_rng(0).integers(1, 900, 500), 1024)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch):
+    """The limits are measured for real, only on less memory and shorter."""
+    monkeypatch.setitem(limits.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(limits.GEMM_SIZE, "cpu", 128)
+    monkeypatch.setattr(run, "MAX_SECONDS_PER_DIRECTION", 0.02)
+
+
+def measure(op, problems):
+    return run.run(op, CPU, seconds=600.0, problems=problems)  # a busy machine must not skip what the test is about
+
+
+@pytest.mark.parametrize("op", run.OPS)
+def test_tiny_run(op):
+    document = measure(op, TINY[op]())
+    assert schema.errors(document) == []
+    assert json.loads(json.dumps(document)) == document
+    timed = [row for row in document["rows"] if "checked" in row]
+    for case in {(row["case"], row["direction"]) for row in document["rows"]}:
+        impls = {row["impl"] for row in timed if (row["case"], row["direction"]) == case}
+        assert any(impl.startswith("mm.") for impl in impls), f"{case}: nothing of ours was timed"
+        assert any(not impl.startswith("mm.") for impl in impls), f"{case}: no peer was timed"
+    # All who can run are right: a row may be skipped for something missing here, never for being wrong or failing.
+    assert [row["skipped"] for row in document["rows"] if row.get("skipped", "").startswith(("wrong", "failed"))] == []
+
+
+def test_wrong_peer_is_excluded():
+    """A peer that forgets 1 % of its scale is shown as wrong in both directions, with no figure."""
+
+    def build(problem):
+        right = attention_sdpa_loop.build(problem)
+        return Implementation("forgetful", lambda: 1.01 * right.forward(), right.leaves, right.grad_output)
+
+    problem = TINY["attention"]()[0]
+    problem.peers = (SimpleNamespace(NAME="forgetful", missing=lambda p: None, build=build), attention_sdpa_loop)
+    rows = measure("attention", [problem])["rows"]
+    wrong = [row for row in rows if row["impl"] == "forgetful"]
+    assert [row["direction"] for row in wrong] == ["fwd", "bwd"]
+    assert all(row["skipped"].startswith("wrong: ") and "median_ms" not in row for row in wrong)
+    assert all("forgetful" not in row["speedup_over"] for row in rows if "checked" in row)
+    assert any(row["impl"] == "sdpa_loop" and "checked" in row for row in rows)
+
+
+def test_wrong_kernel_is_excluded(monkeypatch):
+    """Our own kernel gets no more trust: with the causal mask lost, it is not timed; its peers still are."""
+    right = attention.attention
+
+    def wrong(*tensors, impl, mask, **options):
+        return right(*tensors, impl=impl, mask=mask if impl == "reference" else None, **options)
+
+    monkeypatch.setattr(attention, "attention", wrong)
+    rows = measure("attention", [attention.build("stamps", 3, "causal", 2, 2, 16, "fp32", CPU, 0)])["rows"]
+    ours = [row for row in rows if row["impl"].startswith("mm.")]
+    assert ours
+    assert all(row["skipped"].startswith("wrong: ") for row in ours)
+    assert {row["impl"] for row in rows if "checked" in row} == {"sdpa_padded", "sdpa_loop"}
+
+
+def test_failing_peer_is_reported():
+    def build(problem):
+        return Implementation("broken", lambda: torch.zeros(3) @ torch.zeros(4), (), None)
+
+    problem = TINY["attention"]()[0]
+    problem.peers = (SimpleNamespace(NAME="broken", missing=lambda p: None, build=build),)
+    rows = [row for row in measure("attention", [problem])["rows"] if row["impl"] == "broken"]
+    assert all(row["skipped"].startswith("failed: RuntimeError") for row in rows)
+
+
+def test_wrong_plan_is_excluded():
+    """Over budget, a lost length, too many packs: each is named."""
+    problem = TINY["planner"]()[0]
+    order, offsets = planner_bisect.build(problem).packed(planner_bisect.build(problem).forward())
+    assert problem.check("fwd", [(order, offsets)]) is None
+    assert "exactly once" in problem.check("fwd", [(order[:-1], offsets)])
+    assert "budget" in problem.check("fwd", [(order, np.array([0, len(order)]))])
+    assert "packs where" in problem.check("fwd", [(order, np.arange(len(order) + 1))])
+
+
+def test_spent_budget_skips_with_reason():
+    document = run.run("attention", CPU, seconds=0.0, problems=TINY["attention"]())
+    assert all("budget" in row["skipped"] for row in document["rows"])
+    assert schema.errors(document) == []
+
+
+def test_command_line(tmp_path):
+    path = tmp_path / "planner.json"
+    command = [sys.executable, "-m", "benchmarks", "planner", "--budget-seconds", "0", "--json", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(path.read_text())
+    assert schema.errors(document) == []
+    assert {row["op"] for row in document["rows"]} == {"planner"}
+
+
+def test_command_line_refuses(capsys):
+    assert main(["planner", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err
