@@ -191,7 +191,7 @@ def _lengths_and_budgets(lengths, budget) -> tuple[np.ndarray, np.ndarray]:
 def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str):
     """(item of each entry, or None for the identity; lengths that fit; pieces or None; dropped items)."""
     nothing = np.zeros(0, np.int64)
-    too_long = (lengths > budgets).any(1)
+    over = lengths > budgets
     if long == "split":
         if len(budgets) > 1:
             raise ValueError(f"plan_packs: long='split' needs one budget, got {len(budgets)}")
@@ -200,8 +200,9 @@ def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str):
         start = (np.arange(len(items)) - first_of_item) * budgets[0]
         tokens = np.minimum(lengths[items, 0] - start, budgets[0])
         return items, np.ascontiguousarray(tokens[:, None]), np.stack([start, tokens], 1), nothing
-    if not too_long.any():
+    if not over.any():
         return None, lengths, None, nothing
+    too_long = over.any(1)
     if long == "error":
         item = int(np.argmax(too_long))
         k = int(np.argmax(lengths[item] > budgets))
