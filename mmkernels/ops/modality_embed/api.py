@@ -117,6 +117,11 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
             per_modality.append(())
         else:
             per_modality.append((entry,) if isinstance(entry, Tensor) else tuple(entry))
+        if len(per_modality[-1]) > 3:
+            raise ValueError(
+                f"modality_embed: modality {len(per_modality) - 1} has {len(per_modality[-1])} tables, expected "
+                "at most 3, the most axes that a layout has"
+            )
     return [table for tables in per_modality for table in tables], [len(tables) for tables in per_modality]
 
 
