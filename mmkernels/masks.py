@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ class MaskPlan:
     def __init__(self, layout: PackedLayout, mask: AttentionMask) -> None:
         self.layout, self.mask = layout, mask
         self.has_visible = mask.visible is not None
+        self.cache: dict[Any, Any] = {}  # what operators derive from the plan
         self._tiles: dict[tuple[str, int, int], TileSchedule] = {}
         self._visible_pairs: int | None = None
         host = layout.host

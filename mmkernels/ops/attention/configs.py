@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,14 @@ class Configs:
     fwd: Config
     dkdv: Config
     dq: Config
+
+    def flat(self) -> list[int]:
+        """As the operator carries it, so that tiles and the kernels that walk them cannot disagree."""
+        return [n for config in (self.fwd, self.dkdv, self.dq) for n in astuple(config)]
+
+    @classmethod
+    def from_flat(cls, numbers: list[int]) -> Configs:
+        return cls(*(Config(*numbers[i : i + 4]) for i in (0, 4, 8)))
 
 
 # Chosen from the inspector's report (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at
@@ -70,10 +78,7 @@ def padded(head_dim: int) -> int:
 
 @contextlib.contextmanager
 def override(**kernels: Config) -> Iterator[None]:
-    """For tests and the tuner: inside the block, fwd=, dkdv= and dq= replace the table's entries.
-
-    Forward and its backward must run inside the same block.
-    """
+    """For tests and the tuner: schedules made inside the block take fwd=, dkdv= and dq= in place of the table's."""
     before = dict(_override)
     _override.update(kernels)
     try:

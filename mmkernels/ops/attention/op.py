@@ -1,8 +1,8 @@
 """Contract of attention: schemas, fakes, autograd, FLOPs.   T tokens, H heads, G key/value heads, D head width.
 
 The mask arrives lowered: `table` int32 [6, T] holds kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits of the MaskPlan, and the
-six schedule tensors hold what the implementation's own `schedule` made of it (tiles and spans of the Triton kernels,
-runs of the CPU path).  `impl` is a concrete name, resolved before the call.
+six schedule tensors with `config` hold what the implementation's own `schedule` made of it: tiles, spans and block
+shapes of the Triton kernels, or runs of the CPU path.  `impl` is a concrete name, resolved before the call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import dispatch
 
-_SCHEDULE = "Tensor fwd_tiles, Tensor fwd_spans, Tensor dq_tiles, Tensor dq_spans, Tensor dkdv_tiles, Tensor dkdv_spans"
-_TAIL = f"Tensor table, {_SCHEDULE}, float scale, bool has_visible, str impl"
+_TILES = ", ".join(f"Tensor {kernel}_tiles, Tensor {kernel}_spans" for kernel in ("fwd", "dq", "dkdv"))
+_TAIL = f"Tensor table, {_TILES}, int[] config, float scale, bool has_visible, str impl"
 
 torch.library.define("mm::attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor out, Tensor lse)")
 torch.library.define(
@@ -62,9 +62,9 @@ def _gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *plan, scale, has_visible, impl = inputs
+    q, k, v, *plan, config, scale, has_visible, impl = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
-    ctx.rest = (scale, has_visible, impl)
+    ctx.rest = (config, scale, has_visible, impl)
     ctx.set_materialize_grads(False)  # most callers never use lse: its gradient stays None
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def schedule(plan, q: Tensor, needs_backward: bool) -> tuple[Tensor, ...]:
-    """Six empty tensors: the reference needs no schedule."""
-    return (torch.empty(0, dtype=torch.int32, device=q.device),) * 6
+def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
+    """Six empty tensors and no configuration: the reference needs no schedule."""
+    return *(torch.empty(0, dtype=torch.int32, device=q.device),) * 6, []
 
 
 def attention_fwd(q, k, v, out, lse, table, *rest) -> None:

@@ -18,14 +18,13 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def schedule(plan, q: Tensor, needs_backward: bool) -> tuple[Tensor, ...]:
-    """The runs [R, 4], then five empty tensors.  Cached on the layout."""
-    key = ("attention.torch_runs", plan.mask)
-    cached = plan.layout.cache.get(key)
-    if cached is None:
+def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
+    """The runs [R, 4], five empty tensors and no configuration."""
+    found = plan.cache.get("runs")  # the same for every dtype and width
+    if found is None:
         found = torch.from_numpy(runs(plan.layout.cu_seqlens.numpy(), plan.table.numpy(), plan.has_visible))
-        cached = plan.layout.cache[key] = (found, *(torch.empty(0, dtype=torch.int32),) * 5)
-    return cached
+        plan.cache["runs"] = found
+    return found, *(torch.empty(0, dtype=torch.int32),) * 5, []
 
 
 def attention_fwd(q, k, v, out, lse, table, found, *rest) -> None:

@@ -24,24 +24,26 @@ __all__ = ["attention_bwd", "attention_fwd", "kernel_specs", "schedule"]
 LOG2E = 1.4426950408889634
 
 
-def schedule(plan, q: Tensor, needs_backward: bool) -> tuple[Tensor, ...]:
-    """Tiles and spans of the forward, dQ and dK/dV kernels, for the block shapes that the launchers will take."""
-    chosen = _configs(q)
+def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
+    """Tiles and spans of the forward, dQ and dK/dV kernels, and the configurations that these were made for."""
+    arch = "sm_80" if q.device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
+    chosen = configs.select(arch, q.element_size(), q.shape[2])
+    flat = chosen.flat()
     fwd = plan.tiles("query", chosen.fwd.rows, chosen.fwd.cols)
     if not needs_backward:
         empty = plan.table[0, :0]
-        return fwd.tiles, fwd.spans, empty, empty, empty, empty
+        return fwd.tiles, fwd.spans, empty, empty, empty, empty, flat
     dq = plan.tiles("query", chosen.dq.rows, chosen.dq.cols)
     dkdv = plan.tiles("key", chosen.dkdv.rows, chosen.dkdv.cols)
-    return fwd.tiles, fwd.spans, dq.tiles, dq.spans, dkdv.tiles, dkdv.spans
+    return fwd.tiles, fwd.spans, dq.tiles, dq.spans, dkdv.tiles, dkdv.spans, flat
 
 
 def attention_fwd(q, k, v, out, lse, table, tiles, spans, *rest) -> None:
     """Fills out [T, H, D] and lse [H, T]."""
-    *_, scale, has_visible = rest
+    *_, config, scale, has_visible = rest
     T, H, D = q.shape
     kv_lo, kv_hi, _, _, q_bits, k_bits = table.unbind(0)
-    config = _configs(q).fwd
+    config = configs.Configs.from_flat(config).fwd
     if len(tiles) == 0:
         return
     attention_fwd_kernel[(len(tiles) * H,)](
@@ -54,13 +56,13 @@ def attention_fwd(q, k, v, out, lse, table, tiles, spans, *rest) -> None:
 
 def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None:
     """Fills dq [T, H, D], dk and dv [T, G, D]."""
-    _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, scale, has_visible = rest
+    _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, flat, scale, has_visible = rest
     T, H, D = q.shape
     G = k.shape[1]
     if T == 0:
         return
     kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits = table.unbind(0)
-    chosen = _configs(q)
+    chosen = configs.Configs.from_flat(flat)
     do = do if do.stride(2) == 1 else do.contiguous()
     shared = {"D": D, "BLOCK_D": configs.padded(D)}
 
@@ -84,11 +86,6 @@ def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None
         T, H, H // G, *_strides(q, k, v, do, dq), *scales,
         BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
     )  # fmt: skip
-
-
-def _configs(q: Tensor) -> configs.Configs:
-    arch = "sm_80" if q.device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
-    return configs.select(arch, q.element_size(), q.shape[2])
 
 
 def _precision(q: Tensor) -> str:
