@@ -3,6 +3,7 @@
 `mmkernels._planner`: host-side planning, pybind11 and numpy, no torch.
 `mmkernels._C`: CPU operators on torch's stable ABI.
 Both are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
+MMKERNELS_SKIP_NATIVE=1 leaves them out.
 """
 
 import contextlib
@@ -57,6 +58,8 @@ def cpu_extension() -> Extension:
 
 
 def extensions() -> list[Extension]:
+    if os.environ.get("MMKERNELS_SKIP_NATIVE") == "1":  # `make setup` builds them in a step of its own
+        return []
     found = []
     for name, make in (("_planner", planner_extension), ("_C", cpu_extension)):
         try:
@@ -73,7 +76,7 @@ class OptionalBuild(build_ext):
         with parallel_compile():
             super().run()
         for extension in self.extensions:
-            if not Path(self.get_ext_fullpath(extension.name)).exists() and not self.dry_run:
+            if not Path(self.get_ext_fullpath(extension.name)).exists():
                 print(
                     f"{extension.name} was not built (the compiler's message is above); mmkernels works without it, "
                     "slower. With a C++20 compiler, run `python -m mmkernels.build`."

@@ -1,0 +1,51 @@
+"""`python -m mmkernels.build`: builds the native modules in place, in a checkout, and prints what was built.
+
+The same as `pip install --no-build-isolation -e .` does on the way; for machines that got a compiler later.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+MODULES = {"_planner": "layouts, attention tiles and packs", "_C": "CPU operators"}
+
+
+def main() -> int:
+    """Exit code 0 when every module is there afterwards, 1 otherwise."""
+    if not (ROOT / "setup.py").exists() or not (ROOT / "csrc").is_dir():
+        print(f"mmkernels.build: {ROOT} holds no setup.py and csrc/; run it in a checkout (pip install -e .)")
+        return 1
+    before = {name: _stamp(name) for name in MODULES}
+    start = time.perf_counter()
+    code = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode
+    seconds = time.perf_counter() - start
+    missing = [name for name in MODULES if built(name) is None]
+    for name, purpose in MODULES.items():
+        state = "missing" if name in missing else "up to date" if _stamp(name) == before[name] else "built"
+        print(f"mmkernels.{name:<9} {state:<11} {purpose}")
+    print(f"{seconds:.1f} s")
+    return 1 if code or missing else 0
+
+
+def built(name: str) -> Path | None:
+    """The file of a native module in this package, or None."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = PACKAGE / f"{name}{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+def _stamp(name: str) -> int | None:
+    path = built(name)
+    return None if path is None else path.stat().st_mtime_ns
+
+
+if __name__ == "__main__":
+    sys.exit(main())

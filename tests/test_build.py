@@ -1,0 +1,66 @@
+"""Installing where something is missing: it goes on in pure Python and says what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmkernels import build, planner
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = shutil.ignore_patterns("*.so", "__pycache__")
+
+
+def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=tree, env=clean | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what an install reads, without anything built."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "mmkernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=SKIP)
+    return tmp_path
+
+
+def test_no_compiler(tree):
+    """The build command of an editable install, with compilers that fail."""
+    built = run(tree, "setup.py", "-q", "build_ext", "--inplace", CC="/bin/false", CXX="/bin/false")
+    assert built.returncode == 0, built.stderr
+    for name in build.MODULES:
+        assert f"mmkernels.{name} was not built" in built.stdout
+    program = "import mmkernels; print(mmkernels.plan_packs([3, 5], 8).fill, mmkernels.explain())"
+    used = run(tree, "-c", program)
+    assert used.stdout.startswith("1.0 "), used.stderr
+    assert "mmkernels._C is not built" in used.stdout
+    assert "mmkernels._planner is not built" in used.stdout
+
+
+def test_no_torch_and_no_pybind11(tree):
+    """As inside a build environment that holds neither."""
+    for name in ("torch", "pybind11"):
+        (tree / "absent" / name).mkdir(parents=True)
+        (tree / "absent" / name / "__init__.py").write_text(f"raise ImportError('no {name} here')\n")
+    built = run(tree, "setup.py", "-q", "build_ext", "--inplace", PYTHONPATH=str(tree / "absent"))
+    assert built.returncode == 0, built.stderr
+    assert "mmkernels._planner is left out: no pybind11 here" in built.stdout
+    assert "mmkernels._C is left out: no torch here" in built.stdout
+
+
+def test_build_says_where_it_can_run(tree):
+    shutil.rmtree(tree / "csrc")
+    built = run(tree, "-m", "mmkernels.build")
+    assert built.returncode == 1
+    assert "run it in a checkout" in built.stdout
+
+
+def test_built_finds_what_python_imports():
+    assert (build.built("_planner") is not None) == (planner.BACKEND == "cpp")
