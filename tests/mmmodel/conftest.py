@@ -1,0 +1,24 @@
+"""A small synthetic data set, shared by the tests of the model."""
+
+import dataclasses
+
+import pytest
+
+from mmmodel import configs
+from mmmodel.data import synthetic
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """80 procedural samples, some without text, image or audio."""
+    return synthetic.prepare(tmp_path_factory.mktemp("data") / "synthetic", samples=80, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny(shards):
+    return dataclasses.replace(configs.tiny(), data=str(shards))
