@@ -1,0 +1,51 @@
+"""A tiny learner and hand-made batches for it.  M = 3: text, image, audio."""
+
+import dataclasses
+
+import numpy as np
+
+from mmmodel import configs
+from mmmodel.batches import collate
+from mmmodel.features import Features, Item
+from mmmodel.frontends.text import train_tokenizer
+from mmmodel.pretraining import Pretraining
+
+WORDS = ("red", "blue", "circle", "square", "two", "big", "star")
+
+# modalities of each sample: complete ones, one of each alone, and a pair
+PRESENT = (("text", "image", "audio"), ("image",), ("text", "audio"), ("text",), ("text", "image", "audio"), ("audio",))
+GRIDS = ((1, 2), (2, 1), (1, 1), (2, 3), (1, 2), (3, 2))  # cells of 16 x 16 pixels
+FRAMES = (5, 1, 40, 4, 17, 9)
+
+
+def learner(seed=0, **fields):
+    config = dataclasses.replace(configs.tiny(), seed=seed)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    return config, Pretraining(config, train_tokenizer([" ".join(WORDS)], 280))
+
+
+def samples(seed=0, present=PRESENT):
+    """Items and their features; concepts repeat, so that some have several positives."""
+    rng = np.random.default_rng(seed)
+    arrays = {"text": [], "image": [], "audio": []}
+    items = []
+    for i, names in enumerate(present):
+        rows = {}
+        for name in names:
+            rows[name] = len(arrays[name])
+            arrays[name].append(_feature(name, i, rng))
+        items.append(Item(f"k{i}", f"g{i}", "xx", f"c{i % 4}", "train", rows))
+    return items, Features.of(arrays)
+
+
+def _feature(name, i, rng):
+    if name == "text":
+        return np.array([0, *rng.integers(4, 260, size=3 + 2 * i)], np.int32)
+    if name == "image":
+        rows, cols = GRIDS[i]
+        return rng.integers(0, 256, (3, 16 * rows, 16 * cols), dtype=np.uint8)
+    return rng.normal(size=(FRAMES[i], 8)).astype(np.float16)
+
+
+def batch_of(learner, items, features):
+    return collate(items, features, learner.model.front_ends, learner.model.special_tokens)

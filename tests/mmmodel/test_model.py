@@ -1,0 +1,130 @@
+"""The whole model: packing changes nothing for a sample, isolation makes unimodal views, and no step pads."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from builders import PRESENT, batch_of, learner, samples
+from torch.profiler import profile
+
+from mmkernels.masks import AttentionMask
+from mmkernels.testing import assert_error_rule
+from mmmodel.features import Features
+
+
+def encode(model, batch, mask):
+    with torch.no_grad():
+        return model.encode(model.streams(batch), batch.layout, mask)
+
+
+def views(model):
+    return {
+        "joint": None,
+        "isolated": model.isolated(),
+        "text sees all": AttentionMask(visible=np.eye(3) + [[1], [0], [0]]),
+    }
+
+
+@pytest.mark.parametrize("view", ["joint", "isolated", "text sees all"])
+def test_bit_equal_when_only_neighbours_values_change(view):
+    _, learned = learner()
+    items, features = samples()
+    model = learned.model
+    mask = views(model)[view]
+    batch = batch_of(learned, items, features)
+    before, bounds = encode(model, batch, mask), batch.layout.cu_seqlens.tolist()
+    for keep, item in enumerate(items):
+        flat = {name: values.copy() for name, values in features.flat.items()}
+        for name, values in flat.items():
+            own = Features(features.flat, features.shapes).get(name, item.rows[name]) if name in item.rows else None
+            values[...] = {"text": 9, "image": 200, "audio": np.nan}[name]
+            if own is not None:
+                Features(flat, features.shapes).get(name, item.rows[name])[...] = own
+        after = encode(model, batch_of(learned, items, Features(flat, features.shapes)), mask)
+        assert torch.equal(before[bounds[keep] : bounds[keep + 1]], after[bounds[keep] : bounds[keep + 1]]), keep
+
+
+@pytest.mark.parametrize("view", ["joint", "isolated", "text sees all"])
+def test_within_the_error_rule_when_the_batch_changes(view):
+    _, learned = learner()
+    items, features = samples()
+    mask = views(learned.model)[view]
+    exact = copy.deepcopy(learned.model).double()
+    for module in exact.modules():
+        if hasattr(module, "impl"):
+            module.impl = "reference"
+    batch = batch_of(learned, items, features)
+    together, bounds = encode(learned.model, batch, mask), batch.layout.cu_seqlens.tolist()
+    for i, item in enumerate(items):
+        alone = batch_of(learned, [item], features)
+        own = together[bounds[i] : bounds[i + 1]]
+        assert_error_rule(f"sample {i}", own, encode(exact, alone, mask), encode(learned.model, alone, mask))
+
+
+def test_isolated_view_equals_each_modality_fed_alone():
+    """Three unimodal encoders in one pass: the token before each segment belongs to it."""
+    _, learned = learner()
+    items, features = samples()
+    model = learned.model
+    batch = batch_of(learned, items, features)
+    joint = encode(model, batch, model.isolated())
+    bounds = batch.layout.segment_cu_seqlens.tolist()
+    segment = 0
+    for item, names in zip(items, PRESENT, strict=True):
+        for name in names:
+            single = batch_of(learned, [dataclasses.replace(item, rows={name: item.rows[name]})], features)
+            alone = encode(model, single, None)
+            torch.testing.assert_close(joint[bounds[segment] : bounds[segment + 1]], alone, atol=1e-5, rtol=1e-5)
+            segment += 1
+
+
+def test_joint_view_lets_modalities_see_one_another():
+    _, learned = learner()
+    items, features = samples()
+    batch = batch_of(learned, items, features)
+    text = batch.layout.modality_ids[: batch.layout.cu_seqlens[1]] == 0
+    with_all = encode(learned.model, batch, None)[: len(text)][text]
+    without = encode(learned.model, batch, learned.model.isolated())[: len(text)][text]
+    assert (with_all - without).abs().max() > 1e-3
+
+
+def test_a_step_runs_through_our_operators_and_pads_nothing():
+    """The profile of a step: the four operators, and between the streams and the first block only the embedding."""
+    _, learned = learner()
+    items, features = samples()
+    batch = batch_of(learned, items, features)
+    prepared = learned.prepare(batch, np.random.default_rng(0))
+    with profile() as whole:
+        loss, _ = learned(batch, prepared)
+        loss.backward()
+    names = {event.key for event in whole.key_averages()}
+    for operator in ("mm::modality_embed", "mm::attention", "mm::gather_rows", "mm::segment_mean"):
+        assert any(name.startswith(operator) for name in names), operator
+    assert not [name for name in names if name.startswith(("aten::pad", "aten::constant_pad", "aten::_pad"))]
+
+    streams = [stream.detach() for stream in learned.model.streams(batch)]
+    with profile() as entry:
+        x = learned.model.embedding(streams, batch.layout)
+        learned.model.blocks[0].qkv(learned.model.blocks[0].norm_attention(x))
+    names = {event.key for event in entry.key_averages()}
+    assert any(name.startswith("mm::modality_embed") for name in names)
+    assert not [name for name in names if name.split("::")[-1] in ("cat", "stack", "pad", "constant_pad_nd")]
+
+
+@pytest.mark.skipif("not __import__('mmkernels').dispatch.cpp_missing() is None", reason="needs mmkernels._C")
+def test_the_embedding_operator_calls_no_torch_norm():
+    """One pass: where the C++ path runs, the norm is inside it (the eager path is made of torch's own operators)."""
+    _, learned = learner()
+    items, features = samples()
+    batch = batch_of(learned, items, features)
+    streams = [stream.detach() for stream in learned.model.streams(batch)]
+    with profile() as entry, torch.no_grad():
+        learned.model.embedding(streams, batch.layout)
+    assert not [e.key for e in entry.key_averages() if "layer_norm" in e.key or "index_select" in e.key]
+
+
+def test_width_must_divide_into_heads():
+    with pytest.raises(ValueError, match="width is 16, expected a multiple of heads, 3"):
+        learner(heads=3)
