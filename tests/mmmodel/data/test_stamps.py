@@ -13,6 +13,8 @@ from mmmodel.data import stamps
 from mmmodel.data.concepts import split_of
 from mmmodel.data.loader import ShardDataset
 
+REAL_CACHE = settings.current().cache  # at import: tests run with a cache of their own, and this one is only read
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
@@ -139,7 +141,7 @@ def test_verify_tells_other_data_apart(prepared):
 
 
 def test_real_stamps_have_the_published_counts():
-    folder = settings.current().cache / "stamps"
+    folder = REAL_CACHE / "stamps"
     if stamps.read_manifest(folder) is None:
         pytest.skip("the real stamps are not prepared here (mmmodel data stamps)")
     assert {name: found for name, (found, _) in stamps.verify(folder).items()} == {
