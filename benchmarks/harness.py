@@ -15,8 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+PREFIX = "mm."  # rows of mm.triton, mm.cpp ... are ours, beside the peers' own names
 MIN_ROUNDS = 5  # a median and quartiles need some
+SLOW_SECONDS = 1.0  # a call may take that long by itself, also where the budget is short
+MIN_SLOW_ROUNDS = 2  # beyond it
 MAX_ROUNDS = 200
+SLOW_MS = 500.0  # one warm-up call of that length has warmed everything; checking was another
 MIN_SAMPLE_MS = 0.3  # CPU: shorter calls are repeated within a sample, or the clock shows
 # Relative RMS error that an implementation may have; far above rounding, far below a lost key or a wrong modality.
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -117,25 +121,33 @@ def time_calls(calls: dict[str, Callable], seconds: float, device: torch.device)
     if not calls:
         return {}
     sample = _sample_cuda(device) if device.type == "cuda" else _sample_cpu()
-    names = list(calls)
-    repeats = {}
-    for name in names:  # warm-up: compilation, allocator, caches
-        calls[name]()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        calls[name]()
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        repeats[name] = 1 if device.type == "cuda" else max(1, round(MIN_SAMPLE_MS / max(milliseconds, 1e-3)))
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.perf_counter() + seconds
+    repeats = {name: _warm_up(call, device) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    start, allowance = time.perf_counter(), 1e3 * max(seconds, SLOW_SECONDS)
     for round_index in range(MAX_ROUNDS):
-        if round_index >= MIN_ROUNDS and time.perf_counter() > deadline:
+        late = time.perf_counter() - start > seconds
+        if round_index >= MIN_ROUNDS and late:
             break
-        turn = round_index % len(names)
+        # A call that has used up all the time by itself sits out the rest, lest one slow peer starve later cases.
+        names = [n for n, s in samples.items() if len(s) < MIN_SLOW_ROUNDS or sum(s) * repeats[n] < allowance]
+        turn = round_index % max(len(names), 1)
         for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in names[turn:] + names[:turn]]):
             samples[name].append(milliseconds)
     return samples
+
+
+def _warm_up(call: Callable, device: torch.device) -> int:
+    """Calls until compilation, allocator and caches are warm; returns how many calls make one sample."""
+    milliseconds = 0.0
+    for _ in range(2):
+        if milliseconds > SLOW_MS:
+            break
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+    return 1 if device.type == "cuda" else max(1, round(MIN_SAMPLE_MS / max(milliseconds, 1e-3)))
 
 
 def _sample_cpu():

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Missing
+from benchmarks.harness import PREFIX, Missing
 from mmkernels import dispatch
-
-PREFIX = "mm."  # mm.triton, mm.cpp ...: ours, beside the peers' own names
 
 
 def our_impls(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str | Missing]]:

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from benchmarks.harness import Implementation, Missing, Work
+from benchmarks.harness import PREFIX, Implementation, Missing, Work
 from benchmarks.peers import planner_argsort, planner_bisect
 from mmkernels import planner
 
@@ -32,7 +32,7 @@ class PlannerProblem:
     directions: tuple[str, ...] = ("fwd",)
 
     def implementations(self) -> Iterator[Implementation | Missing]:
-        name = f"mm.{planner.BACKEND}"
+        name = PREFIX + planner.BACKEND
         ours = functools.partial(planner.plan_packs, self.lengths, self.budget)
         plan = ours()
         fill = int(self.lengths.sum()) / ((len(plan.offsets) - 1) * self.budget)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-COLUMNS = ("dir", "dtype", "implementation", "ms", "±%", "rate", "% of limit", "ratio to the others", "notes")
+from benchmarks.harness import PREFIX
+
+COLUMNS = ("dir", "dtype", "implementation", "ms", "±%", "rate", "% of limit", "times as fast as", "notes")
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -44,6 +46,13 @@ def _cells(row: dict) -> list[str]:
         f"{100 * row['spread']:.0f}",
         f"{row['rate']:.3g} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
-        ", ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["speedup_over"].items()),
-        ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in row.get("extra", {}).items()),
+        ", ".join(_ratios(row)),
+        ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.get("extra", {}).items()),
     ]
+
+
+def _ratios(row: dict) -> list[str]:
+    """Of our rows, against each peer; the JSON has every pair."""
+    if not row["impl"].startswith(PREFIX):
+        return []
+    return [f"{ratio:.2f} {peer}" for peer, ratio in row["speedup_over"].items() if not peer.startswith(PREFIX)]

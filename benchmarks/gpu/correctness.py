@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import attention, modality_embed
-from benchmarks.harness import Implementation
+from benchmarks.harness import PREFIX, Implementation
 from benchmarks.limits import DTYPES
 from benchmarks.peers import attention_sdpa_loop, modality_embed_eager
 from mmkernels import dispatch, testing
@@ -163,7 +163,7 @@ def kernel(problem) -> Implementation:
     device, dtype = problem.grad_output.device, problem.grad_output.dtype
     wanted = "triton" if device.type == "cuda" else dispatch.resolve(problem.op, "auto", device=device, dtype=dtype)
     for implementation in problem.implementations():
-        if implementation.name == f"mm.{wanted}":
+        if implementation.name == PREFIX + wanted:
             if not isinstance(implementation, Implementation):
                 raise RuntimeError(f"{implementation.name} cannot run: {implementation.reason}")
             return implementation

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import environment, limits, run
 from benchmarks.gpu import correctness
+from benchmarks.harness import PREFIX
 from mmkernels import dispatch
 
 SEED = 0
@@ -65,7 +66,7 @@ def attention(context: Context) -> tuple[bool, dict]:
     document = run.run(
         "attention", context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems
     )
-    ours = [row for row in document["rows"] if row["impl"].startswith("mm.")]
+    ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX)]
     return bool(ours) and all("checked" in row for row in ours), document
 
 

@@ -1,0 +1,56 @@
+"""The stopwatch: turns rotate, a slow call does not starve the others, results are compared strictly."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks import harness
+
+CPU = torch.device("cpu")
+
+
+def test_turns_rotate():
+    """Each call is first in some round: whoever always followed the same one would meet its cache."""
+    order = []
+    calls = {name: lambda n=name: (order.append(n), time.sleep(0.001)) for name in "abc"}
+    samples = harness.time_calls(calls, 0.0, CPU)
+    assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abc", harness.MIN_ROUNDS)
+    rounds = order[-3 * harness.MIN_ROUNDS :]
+    assert {tuple(rounds[i : i + 3]) for i in range(0, len(rounds), 3)} == {tuple("abc"), tuple("bca"), tuple("cab")}
+
+
+def test_slow_call_sits_out(monkeypatch):
+    monkeypatch.setattr(harness, "SLOW_SECONDS", 0.0)
+    calls = {"slow": lambda: time.sleep(0.05), "fast": lambda: time.sleep(0.002)}
+    samples = harness.time_calls(calls, 0.06, CPU)
+    assert len(samples["slow"]) == harness.MIN_SLOW_ROUNDS
+    assert len(samples["fast"]) >= harness.MIN_ROUNDS
+    assert all(ms >= 50 for ms in samples["slow"])
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    """Milliseconds are of one call, however many made up the sample."""
+    counter = [0]
+
+    def call():
+        counter[0] += 1
+
+    samples = harness.time_calls({"short": call}, 0.0, CPU)["short"]
+    assert counter[0] > 20 * len(samples)
+    assert max(samples) < harness.MIN_SAMPLE_MS
+
+
+def test_close():
+    reference = torch.randn(50, 4, dtype=torch.float64)
+    same = reference.float()
+    assert harness.close([same], [reference]) is None
+    assert "relative error" in harness.close([same * 1.001], [reference])
+    assert "shape" in harness.close([same[:-1]], [reference])
+    broken = same.clone()
+    broken[3, 2] = float("nan")
+    assert "relative error nan" in harness.close([broken], [reference])
+    assert harness.close([same.bfloat16()], [reference]) is None  # its own rounding is allowed
+    assert harness.close([same.bfloat16()], [same], 0.0) is not None  # but not where only bits are moved
+    assert harness.close([torch.empty(0, 4)], [torch.empty(0, 4)]) is None
