@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels import native
+
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
 _INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions"
 torch.library.define(
@@ -18,8 +20,7 @@ torch.library.define(
     "Tensor(a!)[] d_streams, Tensor(b!)? d_modality, Tensor(c!)? d_token, Tensor(d!)[] d_tables, "
     "Tensor(e!)? d_norm_weight, Tensor(f!)? d_norm_bias) -> ()",
 )
-
-from mmkernels import _C  # noqa: E402, F401  implements what is defined above
+native.load_cpu_ops()  # implements what is defined above
 
 
 def forward(

@@ -1,0 +1,305 @@
+"""modality_embed on CPU: every implementation against float64, and the contract around it."""
+
+import pytest
+import torch
+from embed_cases import CASES, MIXED, Case, make, oracle, ragged, run, torch_same
+
+from mmkernels import dispatch
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.modality_embed import op
+from mmkernels.ops.modality_embed.api import modality_embed
+from mmkernels.testing import assert_error_rule
+
+BY_NAME = {case.name: case for case in CASES}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_cpp = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason=str(dispatch.cpp_missing()))
+IMPLS = ["reference", "torch", pytest.param("cpp", marks=needs_cpp)]
+
+
+def check(inputs, results):
+    ref, same = oracle(inputs), torch_same(inputs)
+    assert results.keys() == ref.keys()
+    for name, value in results.items():
+        assert_error_rule(name, value, ref[name], same[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_values_and_gradients(case, dtype, impl):
+    inputs = make(case, dtype)
+    check(inputs, run(inputs, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_parameters_with_half_streams(dtype, impl):
+    """What autocast brings: gradients of parameters are then fp32 too."""
+    inputs = make(BY_NAME["everything"], dtype, torch.float32)
+    results = run(inputs, impl)
+    assert results["out"].dtype == results["d stream 1"].dtype == dtype
+    assert results["d modality_weight"].dtype == results["d token_weight"].dtype == torch.float32
+    check(inputs, results)
+
+
+def test_reference_backward_by_finite_differences():
+    inputs = make(Case("small", ragged(3, 2, "pgp", 4), 5, **MIXED), torch.float64)
+    leaves = inputs.leaves
+    names = list(leaves)
+
+    def call(*values):
+        at = dict(zip(names, values, strict=True))
+        return modality_embed(
+            [at.get(f"stream {m}", s) for m, s in enumerate(inputs.streams)],
+            inputs.layout,
+            modality_weight=at["modality_weight"],
+            token_weight=at["token_weight"],
+            position_weights=[
+                tuple(at[f"table {m}.{j}"] for j in range(len(t))) for m, t in enumerate(inputs.position_weights)
+            ],
+            norm_weight=at["norm_weight"],
+            norm_bias=at["norm_bias"],
+        )
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("change", ["swapped modality", "missing bias", "scale", "position off by one", "lost id"])
+def test_error_rule_bites(change):
+    """Each of these mistakes must fail the rule in bf16, the dtype that forgives most."""
+    case = BY_NAME["everything"]
+    inputs = make(case, torch.bfloat16)
+    wrong = inputs.to(torch.bfloat16)
+    with torch.no_grad():
+        if change == "swapped modality":
+            wrong.modality_weight[:2] = wrong.modality_weight[:2].flip(0).clone()
+        elif change == "missing bias":
+            wrong.norm_bias.zero_()
+        elif change == "scale":
+            wrong.norm_weight.mul_(1.01)
+        elif change == "position off by one":
+            wrong.position_weights[2][0].copy_(wrong.position_weights[2][0].roll(1, 0))
+        else:
+            wrong.streams[0] = wrong.streams[0].clone()
+            wrong.streams[0][0] = (wrong.streams[0][0] + 1) % case.vocab
+    with pytest.raises(AssertionError, match="error"):
+        check(inputs, run(wrong, "torch"))
+
+
+@needs_cpp
+def test_cpp_gradients_are_bit_equal_between_runs_and_thread_counts():
+    """Two blocks of rows, repeated ids, every table; 768 columns make six tasks of the table sums."""
+    inputs = make(Case("long", ragged(12, 40, "pgp", 40), 768, **MIXED), torch.float32)
+    assert inputs.layout.total_tokens > 1024
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = run(inputs, "cpp")
+        for threads in [1] * 5 + [2] * 15:
+            torch.set_num_threads(threads)
+            again = run(inputs, "cpp")
+            assert all(torch.equal(first[name], again[name]) for name in first)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_stays_in_its_row(impl):
+    inputs = make(BY_NAME["everything"], torch.float32)
+    clean = run(inputs, impl)
+    layout = inputs.layout
+    with torch.no_grad():
+        inputs.streams[1][3] = float("nan")
+    spoilt = run(inputs, impl)
+    token = ((layout.modality_ids == 1) & (layout.source_rows == 3)).nonzero().item()
+    others = torch.arange(layout.total_tokens) != token
+    assert spoilt["out"][token].isnan().all()
+    assert torch.equal(spoilt["out"][others], clean["out"][others])
+    rows = torch.arange(len(inputs.streams[1])) != 3
+    assert torch.equal(spoilt["d stream 1"][rows], clean["d stream 1"][rows])
+    assert torch.equal(spoilt["d stream 2"], clean["d stream 2"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_wanted_gradients(impl):
+    """Frozen parameters and data streams: the others' gradients do not change."""
+    inputs = make(BY_NAME["everything"], torch.float32)
+    every = run(inputs, impl)
+    for frozen in ("modality_weight", "token_weight", "norm_bias", "table 1.0", "stream 1"):
+        inputs.leaves.pop(frozen).requires_grad_(False)
+    some = run(inputs, impl)
+    assert set(every) - set(some) == {
+        f"d {n}" for n in ("modality_weight", "token_weight", "norm_bias", "table 1.0", "stream 1")
+    }
+    assert all(torch.equal(some[name], every[name]) for name in some)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs(impl):
+    """A stream that is a slice of a wider projection, and a transposed gradient."""
+    inputs = make(BY_NAME["everything"], torch.float32)
+    expected = run(inputs, impl)
+    wide = torch.randn(len(inputs.streams[1]), 100)
+    wide[:, 10:74] = inputs.streams[1].detach()
+    inputs.streams[1] = inputs.leaves["stream 1"] = wide[:, 10:74].requires_grad_()
+    inputs.grad_out = inputs.grad_out.t().contiguous().t()
+    torch.testing.assert_close(run(inputs, impl), expected)
+
+
+def fwd_arguments(case, impl, dtype=torch.float32):
+    inputs = make(case, dtype)
+    layout = inputs.layout
+    tables = [t for ts in inputs.position_weights for t in ts or ()]
+    streams = [inputs.modality_weight.new_empty(0, case.width) if s is None else s for s in inputs.streams]
+    common = (
+        streams,
+        inputs.modality_weight,
+        inputs.token_weight,
+        tables,
+        list(case.axes),
+        inputs.norm_weight,
+        inputs.norm_bias,
+        layout.modality_ids,
+        layout.source_rows,
+        layout.positions,
+    )
+    return common, (inputs.norm or "none", 1e-5, dtype, impl), inputs.grad_out
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["plain", "everything", "everything, no norm", "no token"])
+def test_opcheck(name, impl):
+    common, rest, grad_out = fwd_arguments(BY_NAME[name], impl)
+    torch.library.opcheck(torch.ops.mm.modality_embed_fwd, (*common, *rest))
+    _, mean, rstd = op.modality_embed_fwd(*common, *rest)
+    # half of the gradients wanted, in turn: both empty and full outputs are checked against the fake
+    detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, common)
+    present = [
+        *(s.is_floating_point() for s in common[0]),
+        True,
+        common[2] is not None,
+        *[i % 2 == 0 for i in range(len(common[3]))],
+        common[5] is not None,
+        False,
+    ]
+    backward = (grad_out, *detached, mean, rstd, rest[0], present, impl)
+    torch.library.opcheck(torch.ops.mm.modality_embed_bwd, backward)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_compiles_without_a_graph_break(impl):
+    inputs = make(BY_NAME["everything"], torch.float32)
+    expected = run(inputs, impl)
+    call = torch.compile(modality_embed, fullgraph=True, backend="aot_eager")
+    out = call(inputs.streams, inputs.layout, impl=impl, **inputs.arguments())
+    grads = torch.autograd.grad(out, list(inputs.leaves.values()), inputs.grad_out)
+    assert torch.equal(out, expected["out"])
+    for name, grad in zip(inputs.leaves, grads, strict=True):
+        assert torch.equal(grad, expected[f"d {name}"])
+
+
+def test_result_dtype():
+    """Autocast's, else the streams', else the parameters'."""
+    layout = PackedLayout.from_counts([[2, 3]])
+    ids, weight = torch.tensor([0, 1]), torch.randn(2, 8)
+    kwargs = {"modality_weight": weight, "token_weight": torch.randn(4, 8)}
+    rows = torch.randn(3, 8)
+    assert modality_embed([ids, rows.bfloat16()], layout, **kwargs).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modality_embed([ids, rows], layout, **kwargs).dtype == torch.bfloat16
+    only_text = PackedLayout.from_counts([[2, 0]])
+    assert modality_embed([ids, None], only_text, **kwargs).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modality_embed([ids, None], only_text, **kwargs).dtype == torch.bfloat16
+
+
+def test_without_a_norm_the_streams_are_not_kept():
+    inputs = make(BY_NAME["plain"], torch.float32)
+    out = modality_embed(inputs.streams, inputs.layout, **inputs.arguments())
+    kept = {t.untyped_storage().data_ptr() for t in out.grad_fn.saved_tensors if t is not None}
+    assert inputs.streams[0].untyped_storage().data_ptr() not in kept
+
+
+def test_layout_from_bounds_takes_one_stream():
+    layout = PackedLayout.from_cu_seqlens(torch.tensor([0, 2, 5], dtype=torch.int32), total_tokens=5, max_seqlen=3)
+    weight, rows = torch.randn(1, 8), torch.randn(5, 8)
+    out = modality_embed([rows], layout, modality_weight=weight, norm=None)
+    torch.testing.assert_close(out, rows + weight)
+
+
+LAYOUT = PackedLayout.from_segments([[(0, 3), (1, (2, 2))]], num_modalities=2, special_tokens=(1, None))
+GOOD = {
+    "streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 8)],
+    "layout": LAYOUT,
+    "modality_weight": torch.zeros(2, 8),
+    "token_weight": torch.zeros(5, 8),
+    "position_weights": [torch.zeros(4, 8), (torch.zeros(2, 8), torch.zeros(2, 8))],
+}
+BAD = [
+    ({"streams": [torch.tensor([0, 1, 2])], "position_weights": None}, ValueError, "for 1 streams, expected"),
+    ({"streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 7)]}, ValueError, r"stream 1 is \(4, 7\)"),
+    ({"streams": [torch.tensor([0, 1, 2]), torch.zeros(3, 8)]}, ValueError, "stream 1 has 3 rows, the layout takes 4"),
+    ({"streams": [torch.tensor([0, 1, 2]), None]}, ValueError, "stream 1 has 0 rows, the layout takes 4"),
+    ({"streams": [torch.tensor([0, 1, 2], dtype=torch.int16), torch.zeros(4, 8)]}, ValueError, "int32 or int64 ids"),
+    ({"streams": [torch.tensor([0, 1, 5]), torch.zeros(4, 8)]}, IndexError, "ids from 0 to 5, token_weight has 5 rows"),
+    ({"streams": [torch.tensor([0, -1, 2]), torch.zeros(4, 8)]}, IndexError, "ids from -1"),
+    ({"token_weight": None}, ValueError, "stream 0 holds token ids, but token_weight is None"),
+    (
+        {"streams": [torch.zeros(3, 8), torch.zeros(4, 8)], "token_weight": None},
+        ValueError,
+        "special token 1, but token_weight is None",
+    ),
+    ({"token_weight": torch.zeros(5, 9)}, ValueError, r"token_weight is \(5, 9\)"),
+    ({"token_weight": torch.zeros(5, 8).double()}, ValueError, "parameters have dtypes"),
+    ({"streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 8).double()]}, ValueError, "float64 is for both or neither"),
+    ({"position_weights": [None]}, ValueError, "position_weights has 1 entries"),
+    (
+        {"position_weights": [torch.zeros(3, 8), None]},
+        ValueError,
+        "table 0 of modality 0 has 3 rows, the layout needs 4",
+    ),
+    (
+        {"position_weights": [None, (torch.zeros(2, 8), torch.zeros(1, 8))]},
+        ValueError,
+        "table 1 of modality 1 has 1 rows",
+    ),
+    ({"position_weights": [None, [torch.zeros(2, 8)] * 4]}, ValueError, "at most 3"),
+    ({"norm": "batchnorm"}, ValueError, "norm is 'batchnorm'"),
+    ({"norm": None, "norm_bias": torch.zeros(8)}, ValueError, "norm is None, but norm_weight or norm_bias is given"),
+    ({"norm_weight": torch.zeros(7)}, ValueError, r"norm_weight is \(7,\), expected \[8\]"),
+    ({"norm": "rmsnorm"}, NotImplementedError, "rmsnorm.*issue 5"),
+    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p.*issue 5"),
+    ({"impl": "fast"}, ValueError, "impl is 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda x: x if isinstance(x, str) else None)
+def test_errors_say_what_was_expected(change, error, message):
+    modality_embed(**GOOD)
+    with pytest.raises(error, match=message):
+        modality_embed(**{**GOOD, **change})
+
+
+@needs_cpp
+@pytest.mark.parametrize("which", ["row", "token", "position", "modality"])
+def test_cpp_never_reads_outside_its_arrays(which):
+    """Under torch.compile the checks of api.py are skipped; the C++ path still refuses, forward and backward."""
+    common, rest, grad_out = fwd_arguments(BY_NAME["everything"], "cpp")
+    *tensors, modality_ids, source_rows, positions = torch.utils._pytree.tree_map_only(
+        torch.Tensor, torch.clone, common
+    )
+    _, mean, rstd = op.modality_embed_fwd(*common, *rest)
+    if which == "row":
+        source_rows[-1] = 1000
+    elif which == "token":
+        source_rows[0] = -1000
+    elif which == "position":
+        positions[:, 1] = -5
+    else:
+        modality_ids[1] = 200
+    indices = (modality_ids, source_rows, positions)
+    with pytest.raises(RuntimeError, match="points outside"):
+        op.modality_embed_fwd(*tensors, *indices, *rest)
+    needs = [False, True, True, *[True] * (len(tensors[3]) + 4)]
+    with pytest.raises(RuntimeError, match="points outside"):
+        torch.ops.mm.modality_embed_bwd(grad_out, *tensors, *indices, mean, rstd, "layernorm", needs, "cpp")
