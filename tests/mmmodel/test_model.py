@@ -20,11 +20,8 @@ def encode(model, batch, mask):
 
 
 def views(model):
-    return {
-        "joint": None,
-        "isolated": model.isolated(),
-        "text sees all": AttentionMask(visible=np.eye(3) + [[1], [0], [0]]),
-    }
+    text_sees_all = AttentionMask(visible=[[1, 1, 1], [0, 1, 0], [0, 0, 1]])
+    return {"joint": None, "isolated": model.isolated(), "text sees all": text_sees_all}
 
 
 @pytest.mark.parametrize("view", ["joint", "isolated", "text sees all"])

@@ -121,7 +121,7 @@ def test_masked_text_loss_against_plain_cross_entropy():
 
 
 def test_a_share_of_the_batch_is_a_prefix():
-    config, learned = learner()
+    _, learned = learner()
     items, features = samples()
     batch = batch_of(learned, items, features)
     objective = learned.objectives["masked_text"]

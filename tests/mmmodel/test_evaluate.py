@@ -1,0 +1,111 @@
+"""From a run to its report: what is counted, what is shared, and when the demo fails."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders import batch_of, learner, samples
+
+from mmmodel import configs, evaluate, retrieval, train
+from mmmodel.features import Item
+from mmmodel.pretraining import Corpus
+
+
+@pytest.fixture(scope="module")
+def report(shards, tmp_path_factory):
+    """A run of two steps, evaluated."""
+    run = tmp_path_factory.mktemp("run")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), run)
+    returned = evaluate.evaluate(run)
+    written = json.loads((run / "report.json").read_text())
+    assert written == json.loads(json.dumps(returned))
+    return written
+
+
+def test_report_has_the_promised_form(report):
+    assert report.keys() == {"tasks", "data", "seconds", "versions"}
+    assert [task["name"] for task in report["tasks"]] == ["speech_to_text", "image_to_text", "speech_to_image"]
+    for task in report["tasks"]:
+        assert task.keys() == {"name", "n", "chance", "untrained", "pretrained", "gain_r10_ci95"}
+        for kind in ("chance", "untrained", "pretrained"):
+            rates = task[kind]
+            assert rates.keys() == {"r1", "r5", "r10"}
+            assert 0 <= rates["r1"] <= rates["r5"] <= rates["r10"] <= 1
+        low, high = task["gain_r10_ci95"]
+        assert low <= task["pretrained"]["r10"] - task["untrained"]["r10"] <= high
+    evaluate.show(report)
+
+
+def test_embed_equals_the_head_on_each_item_and_shares_features():
+    _, learned = learner()
+    items, features = samples()
+    shared = dataclasses.replace(items[0], key="again", language="yy", rows={"image": items[0].rows["image"]})
+    points = evaluate.embed(learned, Corpus([*items, shared], features), [*items, shared])
+    batch = batch_of(learned, items, features)
+    with torch.no_grad():
+        packed = learned.model.encode(learned.model.streams(batch), batch.layout, learned.model.isolated())
+        expected = learned.objectives["contrastive"].points(packed, batch.layout, batch.modality).numpy()
+    for point, (sample, modality, _, _) in zip(expected, batch.layout.segments.tolist(), strict=True):
+        np.testing.assert_allclose(points[("text", "image", "audio")[modality]][sample], point, atol=1e-5)
+    np.testing.assert_array_equal(points["image"][-1], points["image"][0])
+    assert np.isnan(points["text"][-1]).all()
+
+
+def items_in(languages, concepts):
+    return [
+        Item(f"{c}{i}/{lang}", f"{c}{i}", lang, c, "test", {}) for lang in languages for i, c in enumerate(concepts)
+    ]
+
+
+def test_tasks_are_scored_per_language_and_pooled_over_the_three():
+    """Speech finds its text in fr and el, never in es: pooled counts fr and es (ru is absent) and leaves el out."""
+    items = items_in(("fr", "es", "el"), "abcdefghijklmnopqrstuvwx")
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(len(items), 8)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    speech = text.copy()
+    speech[24:48] *= -1
+    outcomes = evaluate.ranks({"text": text, "image": text, "audio": speech}, items)
+    assert retrieval.recall(outcomes["speech_to_text", "fr"].before_hit)["r1"] == 1
+    assert retrieval.recall(outcomes["speech_to_text", "es"].before_hit)["r10"] == 0
+    rows = [row for row in evaluate.task_names(outcomes) if row[1] == "speech_to_text"]
+    assert rows == [
+        ("speech_to_text", "speech_to_text", ["fr", "es"]),
+        ("speech_to_text.fr", "speech_to_text", ["fr"]),
+        ("speech_to_text.es", "speech_to_text", ["es"]),
+        ("speech_to_text.el", "speech_to_text", ["el"]),
+    ]
+    pooled = evaluate._score(rows[0], outcomes, outcomes)
+    assert pooled["n"] == 48
+    assert pooled["pretrained"]["r10"] == 0.5
+    assert pooled["chance"]["r10"] == pytest.approx(10 / 24)
+    assert pooled["gain_r10_ci95"] == [0, 0]
+
+
+def test_items_without_speech_ask_nothing_but_can_be_found():
+    items = items_in(("fr",), "abc")
+    points = np.eye(3, dtype=np.float32)
+    speech = points.copy()
+    speech[1] = np.nan
+    outcomes = evaluate.ranks({"text": points, "image": points, "audio": speech}, items)
+    assert len(outcomes["speech_to_text", "fr"].before_hit) == 2
+    assert outcomes["speech_to_text", "fr"].chance["r1"] == pytest.approx(1 / 3)
+
+
+def bar(speech, image, low=0.01):
+    chance = {"r1": 0.01, "r5": 0.04, "r10": 0.08}
+    return {
+        "tasks": [
+            {"name": "speech_to_text", "chance": chance, "pretrained": {"r10": speech}, "gain_r10_ci95": [low, 0.5]},
+            {"name": "image_to_text", "chance": chance, "pretrained": {"r10": image}, "gain_r10_ci95": [0.01, 0.5]},
+        ]
+    }
+
+
+def test_demo_fails_below_its_bars():
+    assert evaluate.failures(bar(0.25, 0.17), "demo") == []
+    assert evaluate.failures(bar(0.23, 0.17), "demo")[0].startswith("speech_to_text: R@10 is 0.230, expected at least")
+    assert len(evaluate.failures(bar(0.23, 0.15), "demo")) == 2
+    assert "not above zero" in evaluate.failures(bar(0.25, 0.17, low=0.0), "demo")[0]

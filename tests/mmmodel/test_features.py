@@ -1,0 +1,80 @@
+"""Features: computed once, shared between languages, kept on disk, and robust to a broken file."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from builders import learner
+
+from mmmodel import features
+from mmmodel.data import media
+from mmmodel.data.loader import ShardDataset
+from mmmodel.data.shards import write_index, write_shard
+
+
+def png(rng, side=32):
+    from PIL import Image
+
+    return media.encode_png(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images in two languages, one broken sound, one sample without a picture."""
+    rng = np.random.default_rng(0)
+    flac = media.encode_flac(rng.normal(size=4000).astype(np.float32) * 0.1)
+    pictures = {"cat": png(rng), "dog": png(rng, 48)}
+    rows = [
+        {"__key__": f"{image}/{language}", "txt": f"{image} {language}", "png": data, "flac": flac}
+        for image, data in pictures.items()
+        for language in ("fr", "es")
+    ]
+    rows[1]["flac"] = b"not a sound"
+    rows.append({"__key__": "owl/fr", "txt": "owl"})
+    for row in rows:
+        image, language = row["__key__"].split("/")
+        row["json"] = {"lang": language, "image": image, "concept": image, "split": "train"}
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    return tmp_path
+
+
+def prepared(folder, cache, front_ends=None):
+    return features.prepare(ShardDataset(folder), front_ends or learner()[1].model.front_ends, cache, threads=1)
+
+
+def test_languages_share_a_picture_and_a_broken_sound_is_left_out(folder, tmp_path, caplog):
+    items, found = prepared(folder, tmp_path / "cache")
+    by_key = {item.key: item for item in items}
+    assert by_key["cat/fr"].rows["image"] == by_key["cat/es"].rows["image"] != by_key["dog/fr"].rows["image"]
+    assert by_key["cat/fr"].group == by_key["cat/es"].group == "cat"
+    assert len(found.shapes["image"]) == 2
+    assert set(by_key["cat/es"].rows) == {"text", "image"}
+    assert set(by_key["owl/fr"].rows) == {"text"}
+    assert "cat/es" in caplog.text
+
+
+def test_features_are_read_back_from_the_cache(folder, tmp_path, monkeypatch):
+    items, found = prepared(folder, tmp_path / "cache")
+    front_ends = learner()[1].model.front_ends
+    for name in ("image", "audio"):
+        monkeypatch.setattr(front_ends[name], "prepare", None)  # would fail if called
+    again, stored = prepared(folder, tmp_path / "cache", front_ends)
+    assert again == items
+    for name in ("text", "image", "audio"):
+        for row in range(len(found.shapes[name])):
+            np.testing.assert_array_equal(found.get(name, row), stored.get(name, row))
+
+
+def test_another_recipe_is_another_file(folder, tmp_path):
+    prepared(folder, tmp_path / "cache")
+    config, _ = learner()
+    image = dataclasses.replace(config.model.image, max_tokens=1)
+    _, other = prepared(folder, tmp_path / "cache", learner(image=image)[1].model.front_ends)
+    assert other.get("image", 0).shape == (3, 16, 16)
+
+
+def test_data_that_never_decodes_stops_the_run(tmp_path):
+    rows = [{"__key__": f"k{i}", "txt": "a", "png": b"no"} for i in range(20)]
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    with pytest.raises(RuntimeError, match="in a row do not decode"):
+        prepared(tmp_path, tmp_path / "cache")

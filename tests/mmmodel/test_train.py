@@ -1,0 +1,193 @@
+"""The loop: a run that was stopped or killed ends in the very weights of one that was not."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import batch_of, learner, samples
+from safetensors.torch import load_file
+
+from mmmodel import checkpoint, configs, metrics, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+def assert_same_run(one, two):
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for left, right in zip(metrics.read(one / "metrics.jsonl"), metrics.read(two / "metrics.jsonl"), strict=True):
+        timed = {name for name in left if name.endswith("_ms") or "per_s" in name}
+        assert {k: v for k, v in left.items() if k not in timed} == {k: v for k, v in right.items() if k not in timed}
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards, tmp_path_factory):
+    config = dataclasses.replace(configs.tiny(), data=str(shards))
+    out = tmp_path_factory.mktemp("unbroken")
+    assert train.pretrain(config, out)
+    return out
+
+
+def test_a_run_leaves_what_the_readme_promises(unbroken):
+    expected = {"config.json", "tokenizer.json", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
+    assert {path.name for path in unbroken.iterdir()} == expected
+    lines = metrics.read(unbroken / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    needed = {"loss", "contrastive/loss", "masked_text/loss", "lr", "grad_norm", "tokens_per_s/audio", "fill_percent"}
+    assert needed | {"data_wait_ms", "step_ms", "skipped"} <= lines[-1].keys()
+    # keep_checkpoints = 2 of those after steps 3, 6 and 8
+    assert [path.name for path in checkpoint.saved(unbroken / "checkpoints")] == ["step-00000006", "step-00000008"]
+    assert configs.from_dict(json.loads((unbroken / "config.json").read_text())).steps == 8
+
+
+def test_sigterm_saves_and_the_same_command_continues_to_the_same_bits(tiny, unbroken, tmp_path, monkeypatch):
+    """Stopped after step 5, between the checkpoints after 3 and 6."""
+    steps = []
+    original = train.train_step
+
+    def stopping(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+    assert train.pretrain(tiny, tmp_path) is False
+    assert checkpoint.saved(tmp_path / "checkpoints")[-1].name == "step-00000005"
+    assert train.pretrain(tiny, tmp_path) is True
+    assert len(steps) == 8
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbroken, tmp_path):
+    """Killed in another process at some moment after its first checkpoint; half-written ones are cleared away."""
+    fields = ["data=" + str(shards), "steps=8"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmmodel",
+        "pretrain",
+        "--preset",
+        "tiny",
+        "--out",
+        str(tmp_path),
+        "--set",
+        *fields,
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "checkpoints" / "step-00000003").exists():
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        process.kill()
+    (tmp_path / "checkpoints" / ".partial-00000099").mkdir()
+    before = len(metrics.read(tmp_path / "metrics.jsonl"))
+    assert before >= 3
+    assert train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards)), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob(".partial*"))
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_a_finished_run_is_left_alone(tiny, unbroken):
+    stamp = (unbroken / "metrics.jsonl").stat().st_mtime_ns
+    before = weights(unbroken)
+    assert train.pretrain(tiny, unbroken)
+    assert (unbroken / "metrics.jsonl").stat().st_mtime_ns == stamp
+    assert all(torch.equal(before[name], value) for name, value in weights(unbroken).items())
+
+
+def test_a_folder_of_another_run_is_refused(tiny, unbroken):
+    with pytest.raises(ValueError, match="holds a run with other lr"):
+        train.pretrain(dataclasses.replace(tiny, lr=1.0), unbroken)
+
+
+def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):
+    config, learned = learner()
+    optimizer = train.make_optimizer(learned, config)
+    items, features = samples()
+    batch = batch_of(learned, items, features)
+
+    def step(learned, optimizer):
+        return train.train_step(learned, optimizer, batch, learned.prepare(batch, _rng()), config)
+
+    for _ in range(3):
+        step(learned, optimizer)
+    checkpoint.save(tmp_path, 3, learned, optimizer, {"step": 3, "skipped": 1}, keep=1)
+    _, other = learner(seed=5)
+    other_optimizer = train.make_optimizer(other, config)
+    progress = checkpoint.load(checkpoint.saved(tmp_path)[-1], other, other_optimizer, {"step": 0, "skipped": 0})
+    assert progress == {"step": 3, "skipped": 1}
+    # the next step tells whether moments and step counts came along
+    assert step(learned, optimizer) == step(other, other_optimizer)
+    for (name, one), (_, two) in zip(learned.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def _rng():
+    return np.random.default_rng(0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    config, learned = learner()
+    optimizer = train.make_optimizer(learned, config)
+    items, features = samples()
+    batch = batch_of(learned, items, features)
+    prepared = learned.prepare(batch, _rng())
+    before = {name: p.clone() for name, p in learned.named_parameters()}
+    batch.inputs["audio"][0][3] = math.inf
+    figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+    assert not made
+    assert not math.isfinite(figures["grad_norm"])
+    assert all(torch.equal(before[name], p) for name, p in learned.named_parameters())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_learning_rate_warms_up_and_ends_near_zero(schedule):
+    config = dataclasses.replace(configs.tiny(), schedule=schedule, steps=100, warmup_steps=10, lr=1.0)
+    rates = [train.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == max(rates) or schedule == "cosine"
+    assert rates[-1] < 0.06
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    if schedule == "wsd":
+        assert rates[10:80] == [1.0] * 70
+    with pytest.raises(ValueError, match="expected cosine or wsd"):
+        train.learning_rate(dataclasses.replace(config, schedule="step"), 0)
+
+
+def test_metrics_file_drops_what_will_be_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')  # the last was cut by a kill
+    file = metrics.MetricsFile(path, from_step=2)
+    file.write({"step": 3, "loss": float("nan")})
+    file.close()
+    assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+
+
+def test_configuration_round_trip_and_overrides():
+    for name in configs.PRESETS:
+        config = configs.preset(name)
+        assert configs.from_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    changed = configs.override(
+        configs.demo(),
+        ("steps=7", "model.width=64", "model.audio.mels=80", "languages=fr,es", "augment=false", "lr=1e-3"),
+    )
+    assert (changed.steps, changed.model.width, changed.model.audio.mels) == (7, 64, 80)
+    assert (changed.languages, changed.augment, changed.lr) == (("fr", "es"), False, 1e-3)
+    for wrong in ("step=7", "model.depth=2", "steps", "augment=1", "steps=many", "model=3"):
+        with pytest.raises(ValueError, match="config:"):
+            configs.override(configs.demo(), (wrong,))
