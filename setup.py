@@ -1,7 +1,7 @@
 """Native modules of mmkernels; everything else is in pyproject.toml.
 
 `mmkernels._planner`: host-side planning, pybind11 and numpy, no torch.
-`mmkernels._C`: CPU operators on torch's stable ABI.
+`mmkernels._C`: CPU operators on torch's stable ABI; a plain library that mmkernels/native.py loads.
 Both are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
 MMKERNELS_SKIP_NATIVE=1 leaves them out.
 """
@@ -30,7 +30,7 @@ def planner_extension() -> Extension:
     return Extension(
         "mmkernels._planner",
         sources("planner"),
-        depends=headers("planner"),
+        depends=["setup.py", *headers("planner")],
         include_dirs=[pybind11.get_include()],
         extra_compile_args=[*CFLAGS, "-ffp-contract=off"],  # the same plan on every platform
         optional=True,
@@ -43,12 +43,12 @@ def cpu_extension() -> Extension:
     return Extension(
         "mmkernels._C",
         sources("cpu", "bindings"),
-        depends=headers("cpu", "bindings"),
+        depends=["setup.py", *headers("cpu", "bindings")],
         include_dirs=["csrc"],
         library_dirs=torch_build.library_paths(),
         libraries=["torch_cpu"],
         # 0x020b...: only the ABI of torch 2.11, so that one binary serves every later torch
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030b0000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         # -isystem: its headers warn
         extra_compile_args=[*CFLAGS, *(f"-isystem{path}" for path in torch_build.include_paths())],
         py_limited_api=True,

@@ -5,15 +5,13 @@ The same as `pip install --no-build-isolation -e .` does on the way; for machine
 
 from __future__ import annotations
 
-import importlib.machinery
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
+from mmkernels.native import MODULES, PACKAGE, path_of
+
 ROOT = PACKAGE.parent
-MODULES = {"_planner": "layouts, attention tiles and packs", "_C": "CPU operators"}
 
 
 def main() -> int:
@@ -25,7 +23,7 @@ def main() -> int:
     start = time.perf_counter()
     code = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode
     seconds = time.perf_counter() - start
-    missing = [name for name in MODULES if built(name) is None]
+    missing = [name for name in MODULES if path_of(name) is None]
     for name, purpose in MODULES.items():
         state = "missing" if name in missing else "up to date" if _stamp(name) == before[name] else "built"
         print(f"mmkernels.{name:<9} {state:<11} {purpose}")
@@ -33,17 +31,8 @@ def main() -> int:
     return 1 if code or missing else 0
 
 
-def built(name: str) -> Path | None:
-    """The file of a native module in this package, or None."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = PACKAGE / f"{name}{suffix}"
-        if path.exists():
-            return path
-    return None
-
-
 def _stamp(name: str) -> int | None:
-    path = built(name)
+    path = path_of(name)
     return None if path is None else path.stat().st_mtime_ns
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels import build, planner
+from mmkernels import native, planner
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns("*.so", "__pycache__")
@@ -35,7 +35,7 @@ def test_no_compiler(tree):
     """The build command of an editable install, with compilers that fail."""
     built = run(tree, "setup.py", "-q", "build_ext", "--inplace", CC="/bin/false", CXX="/bin/false")
     assert built.returncode == 0, built.stderr
-    for name in build.MODULES:
+    for name in native.MODULES:
         assert f"mmkernels.{name} was not built" in built.stdout
     program = "import mmkernels; print(mmkernels.plan_packs([3, 5], 8).fill, mmkernels.explain())"
     used = run(tree, "-c", program)
@@ -62,5 +62,5 @@ def test_build_says_where_it_can_run(tree):
     assert "run it in a checkout" in built.stdout
 
 
-def test_built_finds_what_python_imports():
-    assert (build.built("_planner") is not None) == (planner.BACKEND == "cpp")
+def test_path_of_finds_what_python_imports():
+    assert (native.path_of("_planner") is not None) == (planner.BACKEND == "cpp")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import _C  # noqa: F401  registers the implementations of mm_cpp
+from mmkernels import native
 
 torch.library.define("mm_cpp::pack", "(Tensor[] streams, Tensor segments, int total) -> Tensor")
 torch.library.define("mm_cpp::pack_out", "(Tensor[] streams, Tensor segments, Tensor(a!) out) -> ()")
@@ -17,6 +17,7 @@ torch.library.define("mm_cpp::gather_rows", "(Tensor packed, Tensor rows) -> Ten
 torch.library.define("mm_cpp::scatter_rows_sum", "(Tensor grad, Tensor rows, int total) -> Tensor")
 torch.library.define("mm_cpp::segment_mean", "(Tensor packed, Tensor bounds) -> Tensor")
 torch.library.define("mm_cpp::segment_mean_backward", "(Tensor grad, Tensor bounds, int total) -> Tensor")
+native.load_cpu_ops()
 
 
 def pack(streams: list[Tensor], segments: Tensor, total: int) -> Tensor:
