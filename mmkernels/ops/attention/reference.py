@@ -4,7 +4,7 @@
     lse[h, i]  = log sum_j exp(q_i k_j scale),  p = exp(q k^T scale - lse),  out = p v         over the keys seen
     dv = p^T do,  ds = p (do v^T - rowsum(do out) + dlse),  dq = scale ds k,  dk = scale ds^T q
 
-A query that sees nothing has out 0, lse -inf and gives no gradient.  fp64 in fp64, everything else in fp32.
+A query that sees nothing has out 0, lse -inf and gives no gradient.  All in fp64, rounded once at the end.
 """
 
 from __future__ import annotations
@@ -21,27 +21,25 @@ def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
 def attention_fwd(q, k, v, out, lse, table, *rest) -> None:
     """Fills out [T, H, D] and lse [H, T]."""
     *_, scale, _ = rest
-    group = q.shape[1] // k.shape[1]
-    scores = _scores(q, k, table, scale, group, lse.dtype)
-    lse.copy_(torch.logsumexp(scores, 2))
-    out.copy_(torch.einsum("hqk,khd->qhd", _probabilities(scores, lse), _widen(v, group, lse.dtype)))
+    p, exact_lse = _probabilities(q, k, table, scale)
+    lse.copy_(exact_lse)
+    out.copy_(torch.einsum("hqk,khd->qhd", p, _per_query_head(v, q)))
 
 
 def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None:
-    """Fills dq [T, H, D], dk and dv [T, G, D]."""
+    """Fills dq [T, H, D], dk and dv [T, G, D].  Takes neither out nor lse: they have been rounded."""
     *_, scale, _ = rest
-    group, dtype = q.shape[1] // k.shape[1], lse.dtype
-    p = _probabilities(_scores(q, k, table, scale, group, dtype), lse)
-    wide_do = do.to(dtype)
-    delta = (wide_do * out.to(dtype)).sum(2).t()  # [H, T]
+    p, _ = _probabilities(q, k, table, scale)
+    do = do.double()
+    dp = torch.einsum("qhd,khd->hqk", do, _per_query_head(v, q))
+    delta = (p * dp).sum(2)  # rowsum(do out), since out = p v
     if dlse is not None:
         delta = delta - dlse
-    dp = torch.einsum("qhd,khd->hqk", wide_do, _widen(v, group, dtype))
     ds = p * (dp - delta.unsqueeze(2)) * scale
-    dq.copy_(torch.einsum("hqk,khd->qhd", ds, _widen(k, group, dtype)))
-    for gradient, weights, rows in ((dk, ds, q.to(dtype)), (dv, p, wide_do)):
-        per_head = torch.einsum("hqk,qhd->khd", weights, rows)
-        gradient.copy_(per_head.unflatten(1, (-1, group)).sum(2))
+    dq.copy_(torch.einsum("hqk,khd->qhd", ds, _per_query_head(k, q)))
+    for gradient, weights, rows in ((dk, ds, q.double()), (dv, p, do)):
+        per_query_head = torch.einsum("hqk,qhd->khd", weights, rows)
+        gradient.copy_(per_query_head.unflatten(1, (gradient.shape[1], -1)).sum(2))
 
 
 def seen_pairs(table: Tensor) -> Tensor:
@@ -52,15 +50,14 @@ def seen_pairs(table: Tensor) -> Tensor:
     return inside & ((q_bits.unsqueeze(1) & k_bits) != 0)
 
 
-def _scores(q, k, table, scale, group, dtype) -> Tensor:
-    """[H, T, T], -inf where the query does not see the key."""
-    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), _widen(k, group, dtype)) * scale
-    return scores.masked_fill(~seen_pairs(table), float("-inf"))
+def _probabilities(q: Tensor, k: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """p [H, T, T], 0 where the query does not see the key, and lse [H, T]."""
+    seen = seen_pairs(table)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), _per_query_head(k, q)) * scale
+    scores = scores.masked_fill(~seen, float("-inf"))
+    lse = torch.logsumexp(scores, 2)
+    return torch.where(seen, torch.exp(scores - lse.unsqueeze(2)), 0.0), lse
 
 
-def _probabilities(scores, lse) -> Tensor:
-    return torch.where(scores == float("-inf"), 0.0, torch.exp(scores - lse.unsqueeze(2)))
-
-
-def _widen(t: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype).repeat_interleave(group, dim=1)
+def _per_query_head(t: Tensor, q: Tensor) -> Tensor:
+    return t.double().repeat_interleave(q.shape[1] // t.shape[1], dim=1)
