@@ -19,8 +19,6 @@ from mmmodel import frontends
 from mmmodel.batches import Batch
 from mmmodel.configs import ModelConfig
 
-INIT_STD = 0.02
-
 
 class Model(nn.Module):
     """Front ends, modality embedding and encoder; heads belong to the objectives."""
