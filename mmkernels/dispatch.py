@@ -6,14 +6,15 @@ entry of TABLE that can run here; everything else is taken at its word, and rais
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
+import sys
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
 
-from mmkernels import settings
+from mmkernels import native, settings
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
@@ -89,32 +90,36 @@ def load(op: str, impl: str) -> ModuleType:
     return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
 
 
-@functools.cache
 def cpp_missing() -> str | None:
     """Why the C++ operators cannot run, or None."""
-    if importlib.util.find_spec("mmkernels._C") is None:
-        return "the extension mmkernels._C is not built (run: python -m mmkernels.build)"
-    return None
+    return None if _CPP_BUILT else "the extension mmkernels._C is not built (run: python -m mmkernels.build)"
 
 
-@functools.cache
 def triton_version() -> tuple[int, ...] | None:
     """Triton's version, or None where it is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from importlib.metadata import version
+    return _TRITON_VERSION
 
+
+def _find_triton() -> tuple[int, ...] | None:
+    # sys.modules["triton"] = None is how a process says that it does without
+    if "triton" in sys.modules and sys.modules["triton"] is None or importlib.util.find_spec("triton") is None:
+        return None
     return tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
+
+
+# Looked up once, at import: torch.compile traces `resolve`, and sees constants here instead of the file system.
+_CPP_BUILT = native.path_of("_C") is not None
+_TRITON_VERSION = _find_triton()
 
 
 def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernels"
-    version = triton_version()
-    if version is None:
+    found = triton_version()
+    if found is None:
         return "Triton is not installed"
-    if version < MIN_TRITON:
-        return f"Triton is {'.'.join(map(str, version))}, needs {'.'.join(map(str, MIN_TRITON))} or later"
+    if found < MIN_TRITON:
+        return f"Triton is {'.'.join(map(str, found))}, needs {'.'.join(map(str, MIN_TRITON))} or later"
     if dtype not in TRITON_DTYPES:
         return f"the kernels take fp32, bf16 and fp16, not {_name(dtype)}"
     if device_type == "cpu":

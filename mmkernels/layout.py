@@ -266,7 +266,9 @@ def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: in
     if special_tokens is None:
         return np.full(num_modalities, -1, np.int32)
     if len(special_tokens) != num_modalities:
-        raise ValueError(f"special_tokens has {len(special_tokens)} entries, expected one per modality: {num_modalities}")
+        raise ValueError(
+            f"special_tokens has {len(special_tokens)} entries, expected one per modality: {num_modalities}"
+        )
     for m, token in enumerate(special_tokens):
         if token is not None and token < 0:
             raise ValueError(f"special_tokens[{m}] is {token}, expected a token id >= 0 or None")
@@ -294,7 +296,7 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
             own = int(np.prod(grid, dtype=np.int64))
             tokens = own + int(special[modality] >= 0)
             rows.append((sample, modality, tokens, first_row[modality]))
-            grids.append((0,) * (3 - len(grid)) + grid)
+            grids.append((0,) * (3 - len(grid)) + grid if own else (0, 0, 0))
             first_row[modality] += own
             total += tokens
             if total >= 2**31:

@@ -6,6 +6,7 @@ T tokens, B samples, M modalities.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,7 +36,9 @@ def assert_error_rule(name: str, ours: Tensor, ref: Tensor, torch_same: Tensor) 
     Raises AssertionError naming `name` and the figures.
     """
     if ours.shape != ref.shape or torch_same.shape != ref.shape:
-        raise AssertionError(f"{name}: shapes {tuple(ours.shape)}, {tuple(torch_same.shape)}, expected {tuple(ref.shape)}")
+        raise AssertionError(
+            f"{name}: shapes {tuple(ours.shape)}, {tuple(torch_same.shape)}, expected {tuple(ref.shape)}"
+        )
     if ours.dtype != torch_same.dtype:
         raise AssertionError(f"{name}: ours is {ours.dtype}, torch's is {torch_same.dtype}")
     infinite = torch.isinf(ref)
@@ -62,7 +65,7 @@ def reference_mask(layout: PackedLayout, mask: AttentionMask | None = None) -> T
     cu_seqlens = layout.cu_seqlens.tolist()
     modality, segment = layout.modality_ids.tolist(), layout.segment_ids.tolist()
     seen = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.bool)
-    for sample, (start, stop) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+    for sample, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
         prefix = mask.prefix[sample] if mask.prefix is not None else 0
         for i in range(start, stop):
             for j in range(start, stop):

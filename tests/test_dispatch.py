@@ -37,7 +37,7 @@ def test_a_request_that_cannot_be_met_says_why(op, impl, dtype, error, message):
 
 def test_missing_extension_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "cpp_missing", lambda: "the extension mmkernels._C is not built")
-    with pytest.raises(RuntimeError, match="mmkernels._C is not built"):
+    with pytest.raises(RuntimeError, match=r"mmkernels\._C is not built"):
         dispatch.resolve("packing", "cpp", device=CPU, dtype=torch.float32)
     assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
 

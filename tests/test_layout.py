@@ -35,7 +35,7 @@ def tokens_of(samples, num_modalities, special):
         ([[], [(0, 1)], [], [(2, 5)]], (None, None, None)),  # empty samples, length 1
         ([[(0, 2), (1, (2, 3)), (2, 4)], [(1, (1, 1))]], (None, 5, 6)),  # grids and special tokens
         ([[(1, (2, 2, 3)), (0, 2)], [(1, (3, 1))]], (None, None, None)),  # three axes beside two and one
-        ([[(0, 0), (1, 2)]], (None, None, None)),  # a segment of no tokens
+        ([[(0, 0), (1, 2), (1, (0, 5)), (1, (2, 0, 3))]], (None, None, None)),  # segments of no tokens
         ([[(1, 0)]], (None, 0, None)),  # only a special token, id 0
         ([], (None, None, None)),  # no samples at all
     ],
@@ -67,7 +67,9 @@ def test_from_cu_seqlens_equals_one_modality():
     assert ours.modality_ids.tolist() == other.modality_ids.tolist()
     assert ours.positions.tolist() == other.positions.tolist()
     ids = torch.tensor([0, 1, 1, 0, 0, 1, 1], dtype=torch.uint8)
-    mixed = PackedLayout.from_cu_seqlens(ours.cu_seqlens, total_tokens=7, max_seqlen=4, modality_ids=ids, num_modalities=2)
+    mixed = PackedLayout.from_cu_seqlens(
+        ours.cu_seqlens, total_tokens=7, max_seqlen=4, modality_ids=ids, num_modalities=2
+    )
     assert mixed.modality_ids.tolist() == ids.tolist()
     assert mixed.positions.tolist() == ours.positions.tolist()
 
