@@ -102,7 +102,7 @@ def triton_version() -> tuple[int, ...] | None:
 
 def _find_triton() -> tuple[int, ...] | None:
     # sys.modules["triton"] = None is how a process says that it does without
-    if "triton" in sys.modules and sys.modules["triton"] is None or importlib.util.find_spec("triton") is None:
+    if ("triton" in sys.modules and sys.modules["triton"] is None) or importlib.util.find_spec("triton") is None:
         return None
     return tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
 
