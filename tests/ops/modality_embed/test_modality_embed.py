@@ -1,5 +1,7 @@
 """modality_embed on CPU: every implementation against float64, and the contract around it."""
 
+import functools
+
 import pytest
 import torch
 from embed_cases import CASES, MIXED, Case, make, oracle, ragged, run, torch_same
@@ -16,19 +18,33 @@ needs_cpp = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason=str(di
 IMPLS = ["reference", "torch", pytest.param("cpp", marks=needs_cpp)]
 
 
+# In fp32 both errors are a few roundings, and the largest of a handful is luck: judge many draws together.
+SEEDS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
+
+
+@functools.cache
+def judges(name, dtype):
+    """Inputs, float64 results and PyTorch's results of each draw."""
+    draws = [make(BY_NAME[name], dtype, seed=seed) for seed in range(SEEDS[dtype])]
+    return [(inputs, oracle(inputs), torch_same(inputs)) for inputs in draws]
+
+
 def check(inputs, results):
-    ref, same = oracle(inputs), torch_same(inputs)
-    assert results.keys() == ref.keys()
-    for name, value in results.items():
-        assert_error_rule(name, value, ref[name], same[name])
+    check_all([(results, oracle(inputs), torch_same(inputs))])
+
+
+def check_all(triples):
+    """The error rule over several draws of (ours, float64, PyTorch)."""
+    assert all(triple[0].keys() == triple[1].keys() for triple in triples)
+    for name in triples[0][0]:
+        assert_error_rule(name, *(torch.stack([triple[i][name] for triple in triples]) for i in range(3)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_values_and_gradients(case, dtype, impl):
-    inputs = make(case, dtype)
-    check(inputs, run(inputs, impl))
+    check_all([(run(inputs, impl), ref, same) for inputs, ref, same in judges(case.name, dtype)])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,0 +1,120 @@
+"""The Triton kernels of modality_embed through the interpreter: values and every gradient against float64.
+
+bf16 is owed to a GPU: the interpreter computes it wrongly, and dispatch refuses it.
+"""
+
+import pytest
+import torch
+from embed_cases import MIXED, Case, make, oracle, ragged, run, torch_same
+
+from mmkernels.ops.modality_embed import configs
+from mmkernels.ops.modality_embed.api import modality_embed
+from mmkernels.testing import assert_error_rule
+
+pytestmark = pytest.mark.interpreter
+
+CHUNK = 8  # of the table sums; 32 by default, which would take as many more tokens to cross
+
+# Wide rows cost the interpreter nothing, and make errors in fp32 a matter of many values, not of luck.
+CASES = [
+    Case("plain", [[(0, 5)], [], [(0, 2)]], 72, (0,), norm=None),
+    # an odd width has masked lanes, and no alignment to rely on
+    Case("everything", ragged(5, 2, "pgp", 5), 301, **MIXED),
+    Case("everything, no norm", ragged(6, 2, "pgp", 5), 144, norm=None, **MIXED),
+    # two ids over 30 tokens: runs of one key cover several chunks of the table sums, and end at their edges
+    Case("long runs", [[(0, 20), (1, 3)], [(0, CHUNK)]], 136, (1, 1), ids=(0,), vocab=2),
+    Case("bias only, video", ragged(9, 2, "pv", 4), 192, (1, 3), ids=(0,), vocab=5, weight=False),
+    Case(
+        "eight modalities, three missing", ragged(10, 1, "pgp-p-p-", 4), 160, (1, 2, 0, 2, 1, 0, 0, 1), (0, 4), vocab=6
+    ),
+    Case("grid tables, no grid", [[(0, 3)], [(0, 1), (1, 4)]], 128, (2, 3), special=(0, None), vocab=1),
+    Case("one token", [[], [(1, 1)]], 256, (0, 1)),
+    Case("no token", [[], []], 16, (1, 2), ids=(0,), vocab=4),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def check(inputs, results):
+    ref, same = oracle(inputs), torch_same(inputs)
+    assert results.keys() == ref.keys()
+    for name, value in results.items():
+        assert_error_rule(name, value, ref[name], same[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_values_and_gradients(case, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "CHUNK", CHUNK)
+    inputs = make(case, dtype)
+    check(inputs, run(inputs, "triton"))
+
+
+def test_fp32_parameters_with_fp16_streams():
+    inputs = make(BY_NAME["everything"], torch.float16, torch.float32)
+    check(inputs, run(inputs, "triton"))
+
+
+def test_only_wanted_gradients():
+    """Frozen parameters: no table sum at all, or only some; the rest does not change."""
+    inputs = make(BY_NAME["everything"], torch.float32)
+    every = run(inputs, "triton")
+    for frozen in (("token_weight", "norm_weight", "table 1.0", "stream 1"), ("table 0.0", "table 1.1", "table 2.0")):
+        for name in frozen:
+            inputs.leaves.pop(name).requires_grad_(False)
+        some = run(inputs, "triton")
+        assert all(torch.equal(some[name], every[name]) for name in some)
+
+
+def test_error_rule_bites():
+    """Two swapped modalities must fail, so that the comparison above means something."""
+    inputs = make(BY_NAME["everything"], torch.float16)
+    wrong = inputs.to(torch.float16)
+    with torch.no_grad():
+        wrong.modality_weight[:2] = wrong.modality_weight[:2].flip(0).clone()
+    with pytest.raises(AssertionError, match="error"):
+        check(inputs, run(wrong, "triton"))
+
+
+def test_a_nan_stays_in_its_row():
+    inputs = make(BY_NAME["everything"], torch.float32)
+    clean = run(inputs, "triton")
+    layout = inputs.layout
+    with torch.no_grad():
+        inputs.streams[1][3] = float("nan")
+    spoilt = run(inputs, "triton")
+    others = ~((layout.modality_ids == 1) & (layout.source_rows == 3))
+    assert spoilt["out"][~others].isnan().all()
+    assert torch.equal(spoilt["out"][others], clean["out"][others])
+    assert torch.equal(spoilt["d stream 2"], clean["d stream 2"])
+
+
+def test_opcheck_of_the_registered_operator():
+    inputs = make(BY_NAME["one token"], torch.float32)
+    layout = inputs.layout
+    streams = [inputs.modality_weight.new_empty(0, 256) if s is None else s for s in inputs.streams]
+    arguments = (
+        streams,
+        inputs.modality_weight,
+        None,
+        list(inputs.position_weights[1]),
+        [0, 1],
+        inputs.norm_weight,
+        inputs.norm_bias,
+        layout.modality_ids,
+        layout.source_rows,
+        layout.positions,
+        "layernorm",
+        1e-5,
+        torch.float32,
+        "triton",
+    )
+    torch.library.opcheck(torch.ops.mm.modality_embed_fwd, arguments)
+
+
+def test_refusals():
+    inputs = make(Case("nine", [[(m, 1) for m in range(9)]], 8, (0,) * 9), torch.float32)
+    with pytest.raises(NotImplementedError, match="at most 8 modalities, not 9"):
+        modality_embed(inputs.streams, inputs.layout, impl="triton", **inputs.arguments())
+    inputs = make(BY_NAME["plain"], torch.bfloat16)
+    with pytest.raises(RuntimeError, match="bf16"):
+        modality_embed(inputs.streams, inputs.layout, impl="triton", **inputs.arguments())

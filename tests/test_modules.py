@@ -1,0 +1,89 @@
+"""ModalityEmbedding: parameters, initial values, and that it is modality_embed and nothing else."""
+
+import pytest
+import torch
+
+from mmkernels.layout import PackedLayout
+from mmkernels.modules import INIT_STD, ModalityEmbedding
+from mmkernels.ops.modality_embed.api import modality_embed
+
+LAYOUT = PackedLayout.from_segments(
+    [[(0, 3), (1, (2, 2))], [(1, (1, 3)), (0, 2)], []], num_modalities=3, special_tokens=(5, 6, None)
+)
+
+
+def embedding(**kwargs):
+    return ModalityEmbedding(16, 3, vocab_size=300, positions=[8, (5, 5), None], **kwargs)
+
+
+def streams():
+    return [torch.tensor([1, 2, 3, 1, 0]), torch.randn(7, 16), None]
+
+
+def test_equals_the_operator():
+    module, rows = embedding(), streams()
+    text, image = module.position_weights[0], module.position_weights[1]
+    expected = modality_embed(
+        rows,
+        LAYOUT,
+        modality_weight=module.modality_weight,
+        token_weight=module.token_weight,
+        position_weights=[text[0], tuple(image), None],
+        norm_weight=module.norm_weight,
+        norm_bias=module.norm_bias,
+    )
+    assert torch.equal(module(rows, LAYOUT), expected)
+
+
+def test_initial_values():
+    module = ModalityEmbedding(256, 3, vocab_size=300, positions=[40, (9, 9), None])
+    for name in ("token_weight", "position_weights.0.0", "position_weights.1.1"):
+        table = module.get_parameter(name)
+        assert table.std().item() == pytest.approx(INIT_STD, rel=0.1)
+    assert torch.equal(module.norm_weight, torch.ones(256))
+    assert torch.equal(module.norm_bias, torch.zeros(256))
+
+
+def test_every_parameter_gets_a_gradient_even_when_its_modality_is_missing():
+    """Else distributed training would wait for it."""
+    module = embedding()
+    module(streams(), LAYOUT).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    assert not module.modality_weight.grad[2].any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", ["layernorm", None])
+def test_state_dict_round_trip(norm, bias):
+    module, other = embedding(norm=norm, bias=bias), embedding(norm=norm, bias=bias)
+    assert ("norm_weight" in module.state_dict()) == (norm is not None)
+    assert ("norm_bias" in module.state_dict()) == (norm is not None and bias)
+    other.load_state_dict(module.state_dict())
+    rows = streams()
+    assert torch.equal(module(rows, LAYOUT), other(rows, LAYOUT))
+
+
+def test_without_tokens_and_positions():
+    module = ModalityEmbedding(16, 1, norm=None)
+    assert list(module.state_dict()) == ["modality_weight"]
+    rows = torch.randn(4, 16)
+    torch.testing.assert_close(module([rows], PackedLayout.from_counts([[1], [3]])), rows + module.modality_weight)
+
+
+def test_repr_and_errors():
+    assert "16, 3, vocab_size=300, positions=[(8,), (5, 5), ()], norm='layernorm'" in repr(embedding())
+    with pytest.raises(ValueError, match="positions has 1 entries, expected one for each of 3"):
+        ModalityEmbedding(16, 3, positions=[4])
+    with pytest.raises(ValueError, match="table 0 of modality 0 has 2 rows, the layout needs 4"):
+        ModalityEmbedding(16, 3, vocab_size=300, positions=[2, None, None])(streams(), LAYOUT)
+
+
+def test_compiles_with_its_parameters():
+    module, rows = embedding(), streams()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows, LAYOUT), module(rows, LAYOUT))
+
+
+def test_meta_device_and_dtype():
+    assert embedding(device="meta").token_weight.is_meta
+    assert embedding(dtype=torch.bfloat16).modality_weight.dtype == torch.bfloat16
