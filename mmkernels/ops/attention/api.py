@@ -54,28 +54,29 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"attention: scale is {scale}, expected a positive finite number")
-    impl = dispatch.resolve("attention", impl, device=q.device, dtype=q.dtype)
     plan = MaskPlan.lower(layout, mask)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     needs_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    schedule = _schedule(plan, q, impl, needs_backward)
+    impl, schedule = _prepare(plan, q, impl, needs_backward)
     out, lse = torch.ops.mm.attention_fwd(q, k, v, plan.table, *schedule, float(scale), plan.has_visible, impl)
     return (out, lse) if return_lse else out
 
 
-def _schedule(plan: MaskPlan, q: Tensor, impl: str, needs_backward: bool) -> tuple:
-    """What the implementation makes of the plan, made once and shared by all layers."""
+def _prepare(plan: MaskPlan, q: Tensor, impl: str, needs_backward: bool) -> tuple[str, tuple]:
+    """The implementation that runs, and what it makes of the plan: once, then shared by all layers."""
     key = (impl, q.dtype, q.shape[2], needs_backward)
-    schedule = plan.cache.get(key)
-    if schedule is None:
+    prepared = plan.cache.get(key)
+    if prepared is None:
         if torch.compiler.is_compiling():
             # Host code that Dynamo cannot trace.  Lowering as an op of its own comes with issue 3.
             raise RuntimeError(
                 "attention: inside torch.compile the layout must have met this mask, dtype, head width and "
                 "requires_grad before; call attention on it once outside"
             )
-        schedule = plan.cache[key] = dispatch.load("attention", impl).schedule(plan, q, needs_backward)
-    return schedule
+        impl = dispatch.resolve("attention", impl, device=q.device, dtype=q.dtype)
+        schedule = dispatch.load("attention", impl).schedule(plan, q, needs_backward)
+        prepared = plan.cache[key] = (impl, schedule)
+    return prepared
 
 
 def _refuse_what_issue_3_brings(k_layout, pair_bias, dropout_p: float, return_modality_mass: bool) -> None:

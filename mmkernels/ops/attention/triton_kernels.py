@@ -6,6 +6,8 @@ deterministic pair dK/dV over key tiles and dQ over query tiles.  Nothing here w
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 from torch import Tensor
@@ -46,12 +48,13 @@ def attention_fwd(q, k, v, out, lse, table, tiles, spans, *rest) -> None:
     config = configs.Configs.from_flat(config).fwd
     if len(tiles) == 0:
         return
-    attention_fwd_kernel[(len(tiles) * H,)](
-        q, k, v, kv_lo, kv_hi, q_bits, k_bits, tiles, spans, out, lse,
-        T, H, H // k.shape[1], *_strides(q, k, v, out), scale * LOG2E,
-        D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
-        HAS_VISIBLE=has_visible, PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    with _on_device(q):
+        attention_fwd_kernel[(len(tiles) * H,)](
+            q, k, v, kv_lo, kv_hi, q_bits, k_bits, tiles, spans, out, lse,
+            T, H, H // k.shape[1], *_strides(q, k, v, out), scale * LOG2E,
+            D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
+            HAS_VISIBLE=has_visible, PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
 
 
 def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None:
@@ -66,26 +69,32 @@ def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None
     do = do if do.stride(2) == 1 else do.contiguous()
     shared = {"D": D, "BLOCK_D": configs.padded(D)}
 
-    delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
-    attention_bwd_delta_kernel[(triton.cdiv(T, configs.DELTA_BLOCK) * H,)](
-        out, do, delta if dlse is None else dlse.contiguous(), delta, T, H, *_strides(out, do),
-        BLOCK_T=configs.DELTA_BLOCK, HAS_DLSE=dlse is not None, **shared,
-    )  # fmt: skip
+    with _on_device(q):
+        delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
+        attention_bwd_delta_kernel[(triton.cdiv(T, configs.DELTA_BLOCK) * H,)](
+            out, do, delta if dlse is None else dlse.contiguous(), delta, T, H, *_strides(out, do),
+            BLOCK_T=configs.DELTA_BLOCK, HAS_DLSE=dlse is not None, **shared,
+        )  # fmt: skip
 
-    shared |= {"HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}
-    scales = (scale, scale * LOG2E)
-    config = chosen.dkdv
-    attention_bwd_dkdv_kernel[(len(dkdv_tiles) * G,)](
-        q, k, v, do, lse, delta, q_lo, q_hi, q_bits, k_bits, dkdv_tiles, dkdv_spans, dk, dv,
-        T, G, H // G, *_strides(q, k, v, do, dk, dv), *scales,
-        BLOCK_K=config.rows, BLOCK_Q=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-    )  # fmt: skip
-    config = chosen.dq
-    attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
-        q, k, v, do, lse, delta, kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq,
-        T, H, H // G, *_strides(q, k, v, do, dq), *scales,
-        BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-    )  # fmt: skip
+        shared |= {"HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}
+        scales = (scale, scale * LOG2E)
+        config = chosen.dkdv
+        attention_bwd_dkdv_kernel[(len(dkdv_tiles) * G,)](
+            q, k, v, do, lse, delta, q_lo, q_hi, q_bits, k_bits, dkdv_tiles, dkdv_spans, dk, dv,
+            T, G, H // G, *_strides(q, k, v, do, dk, dv), *scales,
+            BLOCK_K=config.rows, BLOCK_Q=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
+        )  # fmt: skip
+        config = chosen.dq
+        attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
+            q, k, v, do, lse, delta, kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq,
+            T, H, H // G, *_strides(q, k, v, do, dq), *scales,
+            BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
+        )  # fmt: skip
+
+
+def _on_device(q: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 
 
 def _precision(q: Tensor) -> str:
