@@ -16,6 +16,7 @@ using namespace simd;
 constexpr int kMaxTables = 3;
 // Backward works on blocks of rows small enough that their fp32 gradients are still in cache when the tables' sums read
 // them.  Chunk c of every block adds to partial sum c: the order of additions depends on nothing but T and E.
+// Without tables to sum there is one block, and the gradients of a row need not outlive it.
 constexpr int64_t kChunkRows = 32;
 constexpr int64_t kChunks = 32;
 constexpr int64_t kColumns = 128;  // columns per task where tables are summed
@@ -198,7 +199,7 @@ MM_CLONES int64_t forward_rows(const Inputs& in, const Rows& out, float* mean, f
 
 // Partial sums of one chunk: rows of padded(E) floats, M for the modalities, then norm weight, norm bias.
 MM_CLONES int64_t backward_rows(const Inputs& in, const Grads& grads, const float* weight, float* scratch,
-                                float* partials, float* dx_rows, int64_t begin, int64_t end) {
+                                float* partials, float* dx_rows, int64_t dx_stride, int64_t begin, int64_t end) {
   const int64_t E = in.E, stride = padded(E), M = in.streams.size();
   const float scale = 1.0f / static_cast<float>(E);
   float* x = scratch;
@@ -208,7 +209,7 @@ MM_CLONES int64_t backward_rows(const Inputs& in, const Grads& grads, const floa
   Token token;
   for (int64_t t = begin; t < end; ++t) {
     if (!locate(in, t, token)) return t;
-    float* dx = dx_rows + (t - begin) * stride;
+    float* dx = dx_rows + (t - begin) * dx_stride;
     load_row(grads.out, t, g, E);
     F32x8 sum_g = splat(0.0f), sum_gx = splat(0.0f);
     if (in.normalize) {
@@ -288,24 +289,26 @@ std::string forward(const Inputs& in, Rows out, float* mean, float* rstd, const 
 std::string backward(const Inputs& in, const Grads& grads, const Parallel& parallel) {
   const int64_t E = in.E, stride = padded(E), M = in.streams.size(), slots = M + 2;
   const std::vector<float> weight = padded_row(in.norm_weight, 1.0f, E);
-  const int64_t block_rows = std::min(kChunkRows * kChunks, in.T);
-  const int64_t chunks = (block_rows + kChunkRows - 1) / kChunkRows;
-  std::vector<float> partials(chunks * slots * stride, 0.0f);
-  const std::unique_ptr<float[]> dx(new float[block_rows * stride]);
   const bool any_table =
       grads.token || std::any_of(grads.tables.begin(), grads.tables.end(), [](const float* t) { return t != nullptr; });
+  const int64_t chunk_rows = any_table ? kChunkRows : std::max(kChunkRows, (in.T + kChunks - 1) / kChunks);
+  const int64_t block_rows = std::min(chunk_rows * kChunks, in.T);
+  const int64_t chunks = (block_rows + chunk_rows - 1) / chunk_rows;
+  std::vector<float> partials(chunks * slots * stride, 0.0f);
+  const std::unique_ptr<float[]> kept(any_table ? new float[block_rows * stride] : nullptr);
   const int64_t column_tasks = (E + kColumns - 1) / kColumns;
   std::atomic<int64_t> bad{-1};
 
   for (int64_t start = 0; start < in.T; start += block_rows) {
     const int64_t stop = std::min(start + block_rows, in.T);
-    parallel((stop - start + kChunkRows - 1) / kChunkRows, 1, [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(2 * stride);
+    parallel((stop - start + chunk_rows - 1) / chunk_rows, 1, [&](int64_t first, int64_t last) {
+      std::vector<float> scratch(3 * stride);
       for (int64_t c = first; c < last; ++c) {
-        const int64_t begin = start + c * kChunkRows, end = std::min(begin + kChunkRows, stop);
+        const int64_t begin = start + c * chunk_rows, end = std::min(begin + chunk_rows, stop);
+        float* dx = any_table ? kept.get() + c * chunk_rows * stride : scratch.data() + 2 * stride;
         const int64_t found =
-            backward_rows(in, grads, weight.data(), scratch.data(), partials.data() + c * slots * stride,
-                          dx.get() + c * kChunkRows * stride, begin, end);
+            backward_rows(in, grads, weight.data(), scratch.data(), partials.data() + c * slots * stride, dx,
+                          any_table ? stride : 0, begin, end);
         if (found >= 0) bad = found;
       }
     });
@@ -315,7 +318,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
     parallel(column_tasks, small ? column_tasks : 1, [&](int64_t first, int64_t last) {
       const int64_t from = first * kColumns, to = std::min(last * kColumns, E);
       for (int64_t column = from; column < to; column += kColumns) {
-        add_to_tables(in, grads, dx.get(), start, stop, column, std::min(kColumns, to - column));
+        add_to_tables(in, grads, kept.get(), start, stop, column, std::min(kColumns, to - column));
       }
     });
   }

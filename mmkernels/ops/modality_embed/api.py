@@ -48,9 +48,10 @@ def modality_embed(
     the autocast dtype where autocast is on, else that of the float streams, else that of the parameters.  Sums and
     statistics are in fp32.  Gradients of tables are deterministic.
 
-    Raises ValueError for shapes, dtypes or row counts that do not fit the layout, and for a position table that is too
-    short for it (found on the host from the layout, without a sync; not checked for a layout of device-side bounds or
-    under torch.compile).  An id outside the token table raises IndexError on CPU; on a GPU it is the caller's promise.
+    Raises ValueError for shapes and dtypes that do not fit, and for row counts and position tables that do not fit the
+    layout (read on the host, without a sync).  An id outside the token table raises IndexError on CPU; on a GPU it is
+    the caller's promise.  Under torch.compile what the layout asks for is not checked; the C++ path still refuses to
+    read outside its arrays.
     """
     if norm == "rmsnorm":
         raise NotImplementedError("modality_embed: norm='rmsnorm' comes with issue 5; use 'layernorm' or None")

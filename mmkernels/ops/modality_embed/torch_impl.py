@@ -63,7 +63,7 @@ def backward(
             dx, x, x.shape[1:], mean[:, None], rstd[:, None], weight, bias, wanted
         )
 
-    d_streams = [s.new_zeros(s.shape) if n else None for s, n in zip(streams, needs[:M], strict=True)]
+    d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(streams, needs[:M], strict=True)]
     d_modality = torch.zeros_like(modality_weight, dtype=torch.float32) if needs[M] else None
     d_token = torch.zeros_like(token_weight, dtype=torch.float32) if needs[M + 1] else None
     d_tables = [
@@ -77,12 +77,13 @@ def backward(
         for table, keys in table_rows:
             if d_tables[table] is not None:
                 d_tables[table].index_add_(0, keys, block)
-        own = (rows >= 0).nonzero().squeeze(1)
-        if d_streams[m] is not None:
-            d_streams[m].index_copy_(0, rows[own], block[own].to(streams[m].dtype))
+        if d_streams[m] is not None:  # every row of a stream belongs to one token
+            own = (rows >= 0).nonzero().squeeze(1)
+            part = block if len(own) == len(rows) else block.index_select(0, own)
+            d_streams[m].index_copy_(0, rows[own], part.to(streams[m].dtype))
         if d_token is not None:
             is_token, ids = _token_rows(streams[m], rows)
-            d_token.index_add_(0, ids, block[is_token])
+            d_token.index_add_(0, ids, block if len(is_token) == len(rows) else block.index_select(0, is_token))
 
     def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
         return value.to(like.dtype) if needed else grad_out.new_empty(0)
