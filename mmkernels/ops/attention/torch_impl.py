@@ -7,6 +7,7 @@ their own [L, L].  Nothing is padded, gathered or shared between runs, so sample
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,109 +31,122 @@ def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
 def attention_fwd(q, k, v, out, lse, table, found, *rest) -> None:
     """Fills out [T, H, D] and lse [H, T]."""
     *_, scale, _ = rest
-    for start, length, count, kind in _batches(found, q, k):
-        at = slice(start, start + length * count)
-        if kind == BLIND:
-            out[at], lse[:, at] = 0, -math.inf
+    for run in _runs(found, q, k):
+        if run.kind == BLIND:
+            out[run.at], lse[:, run.at] = 0, -math.inf
             continue
-        mask, blind = _mask(table, at, q.dtype) if kind == MASKED else (None, None)
-        heads = _heads(q[at], k[at], v[at], count)
-        run_out, run_lse = _flash(*heads, 0.0, kind == CAUSAL, attn_mask=mask, scale=scale)
+        mask, blind = _mask(table, run, q.dtype)
+        heads = (run.view(q), run.view(k), run.view(v))
+        run_out, run_lse = _flash(*heads, 0.0, run.kind == CAUSAL, attn_mask=mask, scale=scale)
         if blind is not None:
             run_out = run_out.masked_fill(blind.unsqueeze(1), 0)
             run_lse = run_lse.masked_fill(blind, -math.inf)
-        _packed(out[at], q, k, count).copy_(run_out)
-        _packed_lse(lse[:, at], q, k, count).copy_(run_lse)
+        run.view(out).copy_(run_out)
+        run.view_lse(lse).copy_(run_lse)
 
 
 def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, found, *rest) -> None:
     """Fills dq [T, H, D], dk and dv [T, G, D]."""
     *_, scale, _ = rest
-    for start, length, count, kind in _batches(found, q, k):
-        at = slice(start, start + length * count)
-        if kind == BLIND:
-            dq[at], dk[at], dv[at] = 0, 0, 0
+    for run in _runs(found, q, k):
+        if run.kind == BLIND:
+            dq[run.at], dk[run.at], dv[run.at] = 0, 0, 0
             continue
-        mask, blind = _mask(table, at, q.dtype) if kind == MASKED else (None, None)
-        heads = _heads(q[at], k[at], v[at], count)
-        run_do, run_out = _packed(do[at], q, k, count), _packed(out[at], q, k, count)
-        run_lse = _packed_lse(lse[:, at], q, k, count)
+        mask, blind = _mask(table, run, q.dtype)
+        heads = (run.view(q), run.view(k), run.view(v))
+        run_out, run_lse = run.view(out), run.view_lse(lse)
         if blind is not None:
             run_lse = run_lse.masked_fill(blind, math.inf)  # exp(score - inf) = 0: no gradient from or to these
-        options = {"dropout_p": 0.0, "is_causal": kind == CAUSAL, "attn_mask": mask, "scale": scale}
-        gradients = _flash_backward(run_do, *heads, run_out, run_lse, **options)
+        options = {"dropout_p": 0.0, "is_causal": run.kind == CAUSAL, "attn_mask": mask, "scale": scale}
+        run_dq, run_dk, run_dv = _flash_backward(run.view(do), *heads, run_out, run_lse, **options)
         if dlse is not None:
-            run_dlse = _packed_lse(dlse[:, at], q, k, count)
-            gradients = _add_lse_gradient(gradients, run_dlse, heads, run_out, run_lse, blind, options)
-        _packed(dq[at], q, k, count).copy_(gradients[0])
-        _sum_group(dk[at], gradients[1], q, k, count)
-        _sum_group(dv[at], gradients[2], q, k, count)
+            run_dlse = run.view_lse(dlse)
+            if blind is not None:
+                run_dlse = run_dlse.masked_fill(blind, 0)
+            more_dq, more_dk = _lse_gradient(run_dlse.unsqueeze(-1), heads, run_out, run_lse, options)
+            run_dq, run_dk = run_dq + more_dq, run_dk + more_dk
+        run.view(dq).copy_(run_dq)
+        run.write_key_gradient(dk, run_dk)
+        run.write_key_gradient(dv, run_dv)
 
 
-def _batches(found: Tensor, q: Tensor, k: Tensor):
-    """Runs to compute at once: equal neighbours in one call, unless grouped heads take the batch dimension."""
-    for start, length, count, kind in found.tolist():
-        if q.shape[1] == k.shape[1]:
-            yield start, length, count, kind
+class _Run(NamedTuple):
+    """`count` equal runs of one call.  With grouped heads count is 1, and the groups take the batch dimension."""
+
+    start: int
+    length: int
+    count: int
+    kind: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def at(self) -> slice:
+        return slice(self.start, self.start + self.length * self.count)
+
+    def view(self, t: Tensor) -> Tensor:
+        """[T, heads, D] as [count, H, L, D]; grouped: [G, H / G, L, D], where a key head is repeated, not copied."""
+        # One as_strided in place of slice, unflatten and transpose: there are seven views per run.
+        stride_t, stride_h, stride_d = t.stride()
+        offset = t.storage_offset() + self.start * stride_t
+        if self.heads == self.kv_heads:
+            shape, batch, head = (self.count, self.heads), self.length * stride_t, stride_h
+        elif t.shape[1] == self.kv_heads:
+            shape, batch, head = (self.kv_heads, self.heads // self.kv_heads), stride_h, 0
         else:
-            yield from ((start + i * length, length, 1, kind) for i in range(count))
+            group = self.heads // self.kv_heads
+            shape, batch, head = (self.kv_heads, group), group * stride_h, stride_h
+        return t.as_strided((*shape, self.length, t.shape[2]), (batch, head, stride_t, stride_d), offset)
+
+    def view_lse(self, t: Tensor) -> Tensor:
+        """[H, T] as [count, H, L] or [G, H / G, L]."""
+        stride_h, stride_t = t.stride()
+        offset = t.storage_offset() + self.start * stride_t
+        if self.heads == self.kv_heads:
+            shape, batch = (self.count, self.heads), self.length * stride_t
+        else:
+            group = self.heads // self.kv_heads
+            shape, batch = (self.kv_heads, group), group * stride_h
+        return t.as_strided((*shape, self.length), (batch, stride_h, stride_t), offset)
+
+    def write_key_gradient(self, target: Tensor, gradient: Tensor) -> None:
+        if self.heads == self.kv_heads:
+            self.view(target).copy_(gradient)
+        else:  # summed over the query heads that share a key head: in fp32, rounded once
+            target[self.at].copy_(gradient.float().sum(1).transpose(0, 1))
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views as the kernel wants them: [count, H, L, D], or [G, H / G, L, D] with the key heads expanded, not copied."""
-    if q.shape[1] == k.shape[1]:
-        return tuple(_packed(t, q, k, count) for t in (q, k, v))
-    expanded = (t.transpose(0, 1).unsqueeze(1).expand(-1, q.shape[1] // t.shape[1], -1, -1) for t in (k, v))
-    return _packed(q, q, k, count), *expanded
+def _runs(found: Tensor, q: Tensor, k: Tensor):
+    heads, kv_heads = q.shape[1], k.shape[1]
+    for start, length, count, kind in found.tolist():
+        if heads == kv_heads:
+            yield _Run(start, length, count, kind, heads, kv_heads)
+        else:
+            yield from (_Run(start + i * length, length, 1, kind, heads, kv_heads) for i in range(count))
 
 
-def _packed(t: Tensor, q: Tensor, k: Tensor, count: int) -> Tensor:
-    """[count * L, H, D] as [count, H, L, D], or as [G, H / G, L, D] where heads are grouped."""
-    if q.shape[1] == k.shape[1]:
-        return t.unflatten(0, (count, -1)).transpose(1, 2)
-    return t.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)
-
-
-def _packed_lse(t: Tensor, q: Tensor, k: Tensor, count: int) -> Tensor:
-    """[H, count * L] as [count, H, L] or [G, H / G, L]."""
-    if q.shape[1] == k.shape[1]:
-        return t.unflatten(1, (count, -1)).transpose(0, 1)
-    return t.unflatten(0, (k.shape[1], -1))
-
-
-def _sum_group(target: Tensor, gradient: Tensor, q: Tensor, k: Tensor, count: int) -> None:
-    """Writes the gradient of key heads, summed over the query heads that share them."""
-    if q.shape[1] == k.shape[1]:
-        _packed(target, q, k, count).copy_(gradient)
-    else:
-        target.copy_(gradient.float().sum(1).transpose(0, 1))  # fp32 sum, one rounding
-
-
-def _mask(table: Tensor, at: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """0 / -inf [L, L] of one run, and which queries see nothing [L] (None: all see something).
+def _mask(table: Tensor, run: _Run, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """0 / -inf [L, L] of a MASKED run (None: needs none), and which queries see nothing [L] (None: all see something).
 
     Those see everything in the mask, because the kernel has no answer for an empty row; the caller overwrites them.
     """
-    lo, hi, _, _, q_bits, k_bits = table[:, at].unbind(0)
-    keys = torch.arange(at.start, at.stop, dtype=torch.int32)
+    if run.kind != MASKED:
+        return None, None
+    lo, hi, _, _, q_bits, k_bits = table[:, run.at].unbind(0)
+    keys = torch.arange(run.at.start, run.at.stop, dtype=torch.int32)
     seen = (keys >= lo.unsqueeze(1)) & (keys < hi.unsqueeze(1)) & ((q_bits.unsqueeze(1) & k_bits) != 0)
     blind = ~seen.any(1)
-    if not bool(blind.any()):
-        blind = None
-    else:
+    if bool(blind.any()):
         seen |= blind.unsqueeze(1)
+    else:
+        blind = None
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf), blind
 
 
-def _add_lse_gradient(gradients, dlse, heads, out, lse, blind, options):
-    """d lse_i / d s_ij = p_ij: dq += scale dlse (p k), dk += scale (p^T dlse q), by the same two kernels."""
+def _lse_gradient(dlse, heads, out, lse, options) -> tuple[Tensor, Tensor]:
+    """d lse_i / d s_ij = p_ij: dq gains scale dlse (p k) and dk gains scale p^T (dlse q), by the same two kernels."""
     q, k, v = heads
-    scale = options["scale"]
-    if blind is not None:
-        dlse = dlse.masked_fill(blind, 0)
-    weighted = dlse.unsqueeze(-1)
-    mean_key, _ = _flash(q, k, k, 0.0, options["is_causal"], attn_mask=options["attn_mask"], scale=scale)
-    rows = (weighted * q.float() * scale).to(q.dtype)
+    mean_key, _ = _flash(q, k, k, **options)
+    rows = (dlse * q.float() * options["scale"]).to(q.dtype)
     _, _, for_k = _flash_backward(rows, q, k, v, out, lse, **options)
-    dq, dk, dv = gradients
-    return dq + (weighted * mean_key.float() * scale).to(dq.dtype), dk + for_k, dv
+    return (dlse * mean_key.float() * options["scale"]).to(q.dtype), for_k
