@@ -1,4 +1,4 @@
-"""The command line: `mmmodel data stamps`, `mmmodel data synthetic`, ...
+"""The command line: `mmmodel data | pretrain | evaluate | plot | demo`.
 
 A command is a frozen dataclass whose fields are its flags and whose `run` does the work. Modules that import torch or
 decoders are imported in `run`, so that --help answers at once.
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from mmmodel import settings
 
 
 @dataclass(frozen=True)
@@ -166,4 +168,5 @@ Command = (
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script and of `python -m mmmodel`."""
+    settings.calm_threads()
     tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0]).run()

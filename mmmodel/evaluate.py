@@ -165,24 +165,30 @@ def failures(report: dict[str, Any], requirement: str) -> list[str]:
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print the report as a table."""
+    """Print the report as a table that fits 80 columns."""
     data = report["data"]
-    label = f"{data['name']}{' (synthetic data)' if data['synthetic'] else ''}"
-    title = f"Retrieval on {data['images']} {data['split']} images of {data['concepts']} concepts: {label}"
-    table = Table(title=title)
-    table.add_column("task")
-    for heading in ("queries", "chance R@1/5/10", "untrained R@1/5/10", "pretrained R@1/5/10", "gain R@10, 95 %"):
+    label = "synthetic data" if data["synthetic"] else data["name"]
+    title = f"Retrieval in percent: {label}, {data['images']} {data['split']} images of {data['concepts']} concepts"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("task", no_wrap=True)
+    for heading in (
+        "n",
+        "chance\nR@1 R@5 R@10",
+        "untrained\nR@1 R@5 R@10",
+        "pretrained\nR@1 R@5 R@10",
+        "R@10 gain\n(95 %)",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for task in report["tasks"]:
         low, high = task["gain_r10_ci95"]
         rates = [_percent(task[kind]) for kind in ("chance", "untrained", "pretrained")]
         style = None if "." in task["name"] else "bold"
-        table.add_row(task["name"], str(task["n"]), *rates, f"{100 * low:+.1f} to {100 * high:+.1f}", style=style)
+        table.add_row(task["name"], str(task["n"]), *rates, f"{100 * low:+.1f} {100 * high:+.1f}", style=style)
     (console or Console()).print(table)
 
 
 def _percent(rates: dict[str, float]) -> str:
-    return " ".join(f"{100 * rates[f'r{k}']:5.1f}" for k in retrieval.KS)
+    return " ".join(f"{100 * rates[f'r{k}']:4.1f}" for k in retrieval.KS)
 
 
 def _trained_seconds(run: Path) -> float:

@@ -14,10 +14,15 @@ from mmmodel.pretraining import Corpus
 
 
 @pytest.fixture(scope="module")
-def report(shards, tmp_path_factory):
-    """A run of two steps, evaluated."""
-    run = tmp_path_factory.mktemp("run")
-    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), run)
+def run(shards, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run):
     returned = evaluate.evaluate(run)
     written = json.loads((run / "report.json").read_text())
     assert written == json.loads(json.dumps(returned))
@@ -109,3 +114,13 @@ def test_demo_fails_below_its_bars():
     assert evaluate.failures(bar(0.23, 0.17), "demo")[0].startswith("speech_to_text: R@10 is 0.230, expected at least")
     assert len(evaluate.failures(bar(0.23, 0.15), "demo")) == 2
     assert "not above zero" in evaluate.failures(bar(0.25, 0.17, low=0.0), "demo")[0]
+
+
+def test_the_command_exits_non_zero_below_the_bars(report, run, monkeypatch, capsys):
+    from mmmodel import cli
+
+    cli.main(["evaluate", "--run", str(run)])
+    assert "speech_to_text" in capsys.readouterr().out
+    monkeypatch.setitem(evaluate.REQUIREMENTS, "quick", {"speech_to_text": 1e9})
+    with pytest.raises(SystemExit, match="below the bar: speech_to_text"):
+        cli.main(["evaluate", "--run", str(run), "--require", "quick"])
