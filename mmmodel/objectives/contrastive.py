@@ -43,8 +43,8 @@ class ContrastiveAlignment(nn.Module):
     def points(self, packed: Tensor, layout: PackedLayout, modality: Tensor) -> Tensor:
         """One point of unit length per segment, [N, P].  packed [T, E], modality int64 [N]."""
         means = segment_mean(packed, layout)
-        points = torch.einsum("ne,mep->mnp", means, self.heads)[modality, torch.arange(len(modality))]
-        return F.normalize(points, dim=-1)
+        points = torch.einsum("ne,mep->nmp", means, self.heads)
+        return F.normalize(points[torch.arange(len(points), device=points.device), modality], dim=-1)
 
     def loss(self, points: Tensor, modality: Tensor, concept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """points [N, P] of unit length; modality, concept int64 [N].  The mean over the pairs of modalities present."""

@@ -27,6 +27,12 @@ class MaskedInputs:
     rows: Tensor  # int64 [K], packed rows of the hidden tokens
     targets: Tensor  # int64 [K]
 
+    def to(self, device: torch.device) -> MaskedInputs:
+        if device.type == "cpu":
+            return self
+        ids, rows, targets = (t.to(device, non_blocking=True) for t in (self.ids, self.rows, self.targets))
+        return MaskedInputs(self.layout.to(device, non_blocking=True), self.lengths, ids, rows, targets)
+
 
 class MaskedText(nn.Module):
     """BERT's head on the hidden tokens alone; the decoder shares the token table.
@@ -70,6 +76,7 @@ class MaskedText(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not len(inputs.targets):  # no captions among these samples
             return 0 * self.bias.sum(), {}
+        inputs = inputs.to(self.bias.device)
         streams = [stream[:n] for stream, n in zip(streams, inputs.lengths, strict=True)]
         streams[self.text] = inputs.ids
         packed = model.encode(streams, inputs.layout)
