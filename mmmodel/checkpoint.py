@@ -24,6 +24,8 @@ def save(
 ) -> Path:
     """Write `folder/step-NNNNNNNN`; a reader sees it whole or not at all.  Older ones beyond `keep` are removed."""
     final = folder / f"step-{step:08d}"
+    if final.exists():  # the same step has the same state
+        return final
     partial = folder / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,6 @@ def save(
             checkpoint_id=partial,
             no_dist=True,
         )
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in saved(folder)[:-keep]:
         shutil.rmtree(old)

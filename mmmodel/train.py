@@ -46,9 +46,11 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     torch.set_num_threads(config.threads)
     _claim(out, config)
     dataset = pretraining.open_data(config)
-    if not (out / "tokenizer.json").exists():
-        pretraining.make_tokenizer(config, dataset).save(str(out / "tokenizer.json"))
-    learner = Pretraining(config, load_tokenizer(out / "tokenizer.json"))
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.exists():
+        pretraining.make_tokenizer(config, dataset).save(str(partial := tokenizer.with_suffix(".partial")))
+        partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
+    learner = Pretraining(config, load_tokenizer(tokenizer))
     corpus = pretraining.load_corpus(config, dataset, learner.model)
     device = torch.device(config.device)
     learner.to(device)
@@ -76,9 +78,10 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     if progress["step"] < config.steps:
         finished = _run(config, out, learner, optimizer, progress, make, save)
         save()
-        plot_run(out)
         if not finished:
+            plot_run(out)
             return False
+    plot_run(out)
     export(out / "model.safetensors", learner, config)
     return True
 
