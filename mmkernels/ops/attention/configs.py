@@ -56,8 +56,6 @@ for _bucket in (32, 64, 128, 256):
     TABLE["sm_90", 4, _bucket] = TABLE["sm_100", 4, _bucket] = TABLE["sm_80", 4, _bucket]
     TABLE["sm_100", 2, _bucket] = TABLE["sm_90", 2, _bucket]
 
-DELTA_BLOCK = 64  # token rows per program of the delta kernel; it streams, so one size serves everywhere
-
 _override: dict[str, Config] = {}
 
 

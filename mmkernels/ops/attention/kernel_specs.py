@@ -6,7 +6,6 @@ from mmkernels.kernel_spec import KernelSpec
 from mmkernels.ops.attention import configs
 from mmkernels.ops.attention.configs import Config
 from mmkernels.ops.attention.triton_backward import (
-    attention_bwd_delta_kernel,
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
 )
@@ -16,12 +15,12 @@ HEAD_DIMS = (64, 128)
 OTHER_HEAD_DIMS = (32, 96, 256)  # compiled for bf16 only: reported, with no promise
 DTYPES = ("bf16", "fp16", "fp32")
 
-_FP32_ARGS = ("lse_ptr", "delta_ptr", "dlse_ptr")
+_FP32_ARGS = ("lse_ptr", "delta_ptr")
 _INT32_ARGS = ("kv_lo_ptr", "kv_hi_ptr", "q_lo_ptr", "q_hi_ptr", "q_bits_ptr", "k_bits_ptr", "tiles_ptr", "spans_ptr")
 
 
 def kernel_specs(arch: str) -> list[KernelSpec]:
-    """Forward, delta, dK/dV and dQ, each with and without modality visibility, for every default configuration."""
+    """Forward, dK/dV and dQ, each with and without modality visibility, for every default configuration."""
     shapes = [(dtype, D) for dtype in DTYPES for D in HEAD_DIMS] + [("bf16", D) for D in OTHER_HEAD_DIMS]
     specs = []
     for dtype, D in shapes:
@@ -30,7 +29,6 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
             specs.append(forward_spec(dtype, D, chosen.fwd, visible))
             specs.append(dkdv_spec(dtype, D, chosen.dkdv, visible))
             specs.append(dq_spec(dtype, D, chosen.dq, visible))
-        specs.append(_delta_spec(dtype, D))
     return specs
 
 
@@ -48,13 +46,6 @@ def dq_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelS
     return _tiled("attention_bwd_dq", attention_bwd_dq_kernel, dtype, head_dim, config, visible, "BLOCK_Q", "BLOCK_K")
 
 
-def _delta_spec(dtype: str, head_dim: int) -> KernelSpec:
-    block = configs.DELTA_BLOCK
-    constexprs = {"D": head_dim, "BLOCK_D": configs.padded(head_dim), "BLOCK_T": block, "HAS_DLSE": False}
-    shown = {"head_dim": head_dim, "block_t": block, "warps": 4}
-    return _spec("attention_bwd_delta", attention_bwd_delta_kernel, dtype, shown, constexprs, 4, 1)
-
-
 def _tiled(name, fn, dtype: str, head_dim: int, config: Config, visible: bool, rows: str, cols: str) -> KernelSpec:
     constexprs = {
         "D": head_dim,
@@ -64,6 +55,8 @@ def _tiled(name, fn, dtype: str, head_dim: int, config: Config, visible: bool, r
         "HAS_VISIBLE": visible,
         "PRECISION": "ieee",
     }
+    if "dlse_ptr" in fn.arg_names:
+        constexprs["dlse_ptr"] = None  # the usual case: nobody differentiates lse
     shown = {
         "head_dim": head_dim,
         rows.lower(): config.rows,

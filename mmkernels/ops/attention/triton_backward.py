@@ -13,37 +13,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attention_bwd_delta_kernel(
-    out_ptr,
-    do_ptr,
-    dlse_ptr,
-    delta_ptr,
-    T,
-    heads,
-    stride_ot,
-    stride_oh,
-    stride_dot,
-    stride_doh,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-):
-    """delta [H, T] = rowsum(do out) - dlse, fp32.   Grid: token blocks x heads."""
-    start = (tl.program_id(0) // heads).to(tl.int64) * BLOCK_T
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    count = (T - start).to(tl.int32)
-    out = load_rows(out_ptr + start * stride_ot + head * stride_oh, stride_ot, count, D, BLOCK_T, BLOCK_D, True)
-    do = load_rows(do_ptr + start * stride_dot + head * stride_doh, stride_dot, count, D, BLOCK_T, BLOCK_D, True)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    rows = tl.arange(0, BLOCK_T)
-    at = head * T + start + rows
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + at, mask=rows < count, other=0.0)
-    tl.store(delta_ptr + at, delta, mask=rows < count)
-
-
-@triton.jit
 def _key_step(
     dk,
     dv,
@@ -237,9 +206,10 @@ def attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    out_ptr,
     do_ptr,
     lse_ptr,
-    delta_ptr,
+    dlse_ptr,
     kv_lo_ptr,
     kv_hi_ptr,
     q_bits_ptr,
@@ -247,6 +217,7 @@ def attention_bwd_dq_kernel(
     tiles_ptr,
     spans_ptr,
     dq_ptr,
+    delta_ptr,
     T,
     heads,
     group,
@@ -256,6 +227,8 @@ def attention_bwd_dq_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    stride_ot,
+    stride_oh,
     stride_dot,
     stride_doh,
     stride_dqt,
@@ -269,7 +242,10 @@ def attention_bwd_dq_kernel(
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of one query tile of one head.   Grid: tiles x heads."""
+    """dq of one query tile of one head, and its delta [H, T], which dkdv reads: this kernel runs first.
+
+    Grid: tiles x heads.  dlse_ptr is None where lse has no gradient.
+    """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     row_start = tl.load(tiles_ptr + 4 * tile)
@@ -288,9 +264,13 @@ def attention_bwd_dq_kernel(
 
     rows = row_start + tl.arange(0, BLOCK_Q)
     in_tile = rows < row_end
+    out = load_rows(out_ptr + base * stride_ot + q_head * stride_oh, stride_ot, count, D, BLOCK_Q, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + q_head * T + rows, mask=in_tile, other=0.0)
+    tl.store(delta_ptr + q_head * T + rows, delta, mask=in_tile)
     # +inf past the tile's end: those rows then have p = 0.
     lse_log2 = tl.load(lse_ptr + q_head * T + rows, mask=in_tile, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + q_head * T + rows, mask=in_tile, other=0.0)
     lo = tl.load(kv_lo_ptr + rows, mask=in_tile, other=0)
     hi = tl.load(kv_hi_ptr + rows, mask=in_tile, other=0)
     if HAS_VISIBLE:

@@ -1,7 +1,7 @@
 """Packed attention, Triton, sm_80+: what launches the kernels.   T tokens, H heads, G key heads, D head width.
 
 The kernels walk MaskPlan.tiles: one program per (tile of one sample, head), longest tiles first.  Backward is the
-deterministic pair dK/dV over key tiles and dQ over query tiles.  Nothing here waits for the device.
+deterministic pair dQ over query tiles and dK/dV over key tiles.  Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import triton
 from torch import Tensor
 
 from mmkernels.ops.attention import configs
 from mmkernels.ops.attention.kernel_specs import kernel_specs
 from mmkernels.ops.attention.triton_backward import (
-    attention_bwd_delta_kernel,
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
 )
@@ -67,28 +65,23 @@ def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None
     kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits = table.unbind(0)
     chosen = configs.Configs.from_flat(flat)
     do = do if do.stride(2) == 1 else do.contiguous()
-    shared = {"D": D, "BLOCK_D": configs.padded(D)}
+    shared = {"D": D, "BLOCK_D": configs.padded(D), "HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}
+    scales = (scale, scale * LOG2E)
 
     with _on_device(q):
         delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
-        attention_bwd_delta_kernel[(triton.cdiv(T, configs.DELTA_BLOCK) * H,)](
-            out, do, delta if dlse is None else dlse.contiguous(), delta, T, H, *_strides(out, do),
-            BLOCK_T=configs.DELTA_BLOCK, HAS_DLSE=dlse is not None, **shared,
+        config = chosen.dq
+        attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
+            q, k, v, out, do, lse, None if dlse is None else dlse.contiguous(),
+            kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq, delta,
+            T, H, H // G, *_strides(q, k, v, out, do, dq), *scales,
+            BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
         )  # fmt: skip
-
-        shared |= {"HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}
-        scales = (scale, scale * LOG2E)
         config = chosen.dkdv
         attention_bwd_dkdv_kernel[(len(dkdv_tiles) * G,)](
             q, k, v, do, lse, delta, q_lo, q_hi, q_bits, k_bits, dkdv_tiles, dkdv_spans, dk, dv,
             T, G, H // G, *_strides(q, k, v, do, dk, dv), *scales,
             BLOCK_K=config.rows, BLOCK_Q=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-        )  # fmt: skip
-        config = chosen.dq
-        attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
-            q, k, v, do, lse, delta, kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq,
-            T, H, H // G, *_strides(q, k, v, do, dq), *scales,
-            BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
         )  # fmt: skip
 
 
