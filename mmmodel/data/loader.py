@@ -1,24 +1,20 @@
-"""Samples from indexed shards: a map-style dataset, and batches of it through torch's DataLoader, less broken samples.
+"""Samples from indexed shards, as a map-style dataset.
 
 Decoding is pillow and libsndfile; reading is one `pread` per member, so threads and worker processes share nothing.
 """
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mmmodel.data import media
-from mmmodel.data.plan import BatchPlan
 from mmmodel.data.shards import AUDIO, IMAGE, TEXT, Entry, read_index
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,10 +28,6 @@ class Sample:
 
 class BrokenSampleError(ValueError):
     """A member of a sample does not decode; names the sample."""
-
-
-class TooManyBrokenSamplesError(RuntimeError):
-    """So many samples in a row do not decode that the data, not a sample, is at fault."""
 
 
 class ShardDataset(Dataset):
@@ -110,90 +102,3 @@ class ShardDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
-
-
-class BatchLoader:
-    """Batches of decoded samples in the order of a plan, in worker processes if asked.
-
-    A broken sample is logged with its key, counted in `broken` and left out of its batch; more than
-    `max_consecutive_failures` in a row raise TooManyBrokenSamplesError. The plan advances as a batch is handed out, not
-    as it is read ahead, so `state_dict()` between two batches names the next one. `collate` runs in the worker.
-    """
-
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        plan: BatchPlan,
-        *,
-        collate: Callable[[list[Sample]], Any] = list,
-        workers: int = 0,
-        max_consecutive_failures: int = 10,
-    ) -> None:
-        if plan.num_samples != len(dataset):
-            raise ValueError(
-                f"BatchLoader: plan is for {plan.num_samples} samples, expected the dataset's {len(dataset)}"
-            )
-        self.dataset, self.plan, self.workers = dataset, plan, workers
-        self.collate, self.max_consecutive_failures = collate, max_consecutive_failures
-        self.broken: dict[str, str] = {}  # key -> reason
-
-    def __iter__(self) -> Iterator[Any]:
-        loader = DataLoader(
-            _Tolerant(self.dataset),
-            batch_sampler=self.plan,
-            num_workers=self.workers,
-            collate_fn=_Collate(self.collate),
-        )
-        consecutive = 0
-        for batch, outcomes in loader:
-            for failure in outcomes:
-                consecutive = consecutive + 1 if failure else 0
-                if failure:
-                    if failure.key not in self.broken:
-                        logger.warning("left out a broken sample: %s", failure.reason)
-                    self.broken[failure.key] = failure.reason
-                if consecutive > self.max_consecutive_failures:
-                    raise TooManyBrokenSamplesError(
-                        f"{consecutive} samples in a row do not decode, more than "
-                        f"max_consecutive_failures={self.max_consecutive_failures}; the last: {failure.reason}"
-                    )
-            self.plan.advance()
-            if batch is not None:
-                yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.plan.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.plan.load_state_dict(state)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    key: str
-    reason: str
-
-
-class _Tolerant(Dataset):
-    """A dataset whose broken samples are values, since an exception would end a worker."""
-
-    def __init__(self, dataset: ShardDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Sample | _Failure:
-        try:
-            return self.dataset[index]
-        except BrokenSampleError as error:
-            return _Failure(self.dataset.entries[index].key, str(error))
-
-
-@dataclass(frozen=True)
-class _Collate:
-    """(collate of the good samples, or None; per sample its failure, or None, in order)."""
-
-    collate: Callable[[list[Sample]], Any]
-
-    def __call__(self, items: list[Sample | _Failure]) -> tuple[Any, list[_Failure | None]]:
-        good = [item for item in items if isinstance(item, Sample)]
-        outcomes = [item if isinstance(item, _Failure) else None for item in items]
-        return self.collate(good) if good else None, outcomes
