@@ -31,7 +31,9 @@ def plot_run(run: Path) -> Path | None:
         axes[0, 1], "in-batch accuracy", steps, lines, [n for n in names if "/top1/" in n or n.endswith("/accuracy")]
     )
     _panel(axes[1, 0], "tokens per second", steps, lines, [n for n in names if n.startswith("tokens_per_s/")])
-    _panel(axes[1, 1], "gradient norm", steps, lines, ["grad_norm"])
+    _panel(axes[1, 1], "gradient norm before clipping", steps, lines, ["grad_norm"])
+    axes[1, 1].set_ylim(auto=True)
+    axes[1, 1].set_yscale("log")  # the first steps are a hundred times larger
     rate = axes[1, 1].twinx()
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle="--", linewidth=1)
     rate.set_ylabel("learning rate (dashed)")
