@@ -100,6 +100,12 @@ class MaskPlan:
         mask = mask or AttentionMask()
         plan = layout.cache.get(mask)
         if plan is None:
+            if torch.compiler.is_compiling():
+                # Host code that Dynamo cannot trace.  Lowering as an op of its own comes with issue 3.
+                raise RuntimeError(
+                    "MaskPlan: inside torch.compile the layout must have met this mask before; call attention on it "
+                    "once outside"
+                )
             plan = layout.cache[mask] = cls(layout, mask)
         return plan
 
