@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,14 @@ class PackedLayout:
         Bounds on the CPU give a complete layout when there is one modality.  Bounds on a GPU are never copied back:
         lowering a mask on such a layout is refused until token tiles come with issue 3.
         """
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ValueError(
                 f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
             )
+        if not 1 <= num_modalities <= MAX_MODALITIES:
+            raise ValueError(f"from_cu_seqlens: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
         device = cu_seqlens.device
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
@@ -114,8 +119,16 @@ class PackedLayout:
                 f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "
                 f"expected uint8 [{total_tokens}]"
             )
+        if modality_ids.device != device:
+            raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
         if device.type == "cpu":
             _check_bounds(cu_seqlens, total_tokens, max_seqlen)
+            highest = int(modality_ids.max()) if total_tokens else 0
+            if highest >= num_modalities:
+                raise ValueError(
+                    f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1} as num_modalities "
+                    f"is {num_modalities}"
+                )
             if num_modalities == 1:
                 return cls.from_segments([[(0, n)] for n in cu_seqlens.diff().tolist()], num_modalities=1)
         rows = torch.arange(total_tokens, dtype=torch.int32, device=device)
@@ -270,8 +283,8 @@ def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: in
             f"special_tokens has {len(special_tokens)} entries, expected one per modality: {num_modalities}"
         )
     for m, token in enumerate(special_tokens):
-        if token is not None and token < 0:
-            raise ValueError(f"special_tokens[{m}] is {token}, expected a token id >= 0 or None")
+        if token is not None and not (isinstance(token, int | np.integer) and 0 <= token < 2**31):
+            raise ValueError(f"special_tokens[{m}] is {token!r}, expected a token id from 0 to 2**31 - 1 or None")
     return np.array([-1 if s is None else s for s in special_tokens], np.int32)
 
 
@@ -279,14 +292,15 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
     """Segment table [N, 4], grids [N, 3] and the number of position axes."""
     rows, grids, axes = [], [], 1
     first_row = [0] * num_modalities
+    modalities = range(num_modalities)  # 0.5 is not in it
     total = 0
     for sample, parts in enumerate(samples):
         for modality, length in parts:
-            if not 0 <= modality < num_modalities:
+            if modality not in modalities:
                 raise ValueError(
                     f"from_segments: sample {sample} has modality {modality}, expected 0 to {num_modalities - 1}"
                 )
-            grid = (int(length),) if np.ndim(length) == 0 else tuple(int(n) for n in length)
+            grid = _grid(length)
             if not 1 <= len(grid) <= 3 or min(grid) < 0:
                 raise ValueError(
                     f"from_segments: sample {sample} has length {length!r}, expected n >= 0, (rows, cols) or "
@@ -303,6 +317,14 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
                 raise ValueError(f"from_segments: more than 2**31 - 1 tokens at sample {sample}; cu_seqlens is int32")
     segments = np.array(rows, np.int32).reshape(-1, 4)
     return segments, np.array(grids, np.int32).reshape(-1, 3), axes
+
+
+def _grid(length) -> tuple[int, ...]:
+    """A segment's length as a tuple of its axes; empty where it is not made of whole numbers."""
+    try:
+        return (index(length),) if np.ndim(length) == 0 else tuple(index(n) for n in length)
+    except TypeError:  # never rounds 2.5 to 2
+        return ()
 
 
 def _check_bounds(cu_seqlens: Tensor, total_tokens: int, max_seqlen: int) -> None:

@@ -99,6 +99,11 @@ def test_repr_is_one_line():
     )
 
 
+def two_tokens(**arguments):
+    bounds = torch.tensor([0, 2], dtype=torch.int32)
+    return PackedLayout.from_cu_seqlens(bounds, total_tokens=2, max_seqlen=2, **arguments)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -106,9 +111,16 @@ def test_repr_is_one_line():
         (lambda: PackedLayout.from_segments([[(0, -1)]], num_modalities=1), "sample 0 has length -1"),
         (lambda: PackedLayout.from_segments([], num_modalities=33), "num_modalities is 33, expected 1 to 32"),
         (lambda: PackedLayout.from_segments([[(0, 2**31)]], num_modalities=1), "2\\*\\*31"),
+        (lambda: PackedLayout.from_segments([[(0, 2.5)]], num_modalities=1), "sample 0 has length 2.5, expected n"),
+        (lambda: PackedLayout.from_segments([[(0.5, 1)]], num_modalities=1), "sample 0 has modality 0.5"),
         (lambda: PackedLayout.from_counts([[0.5]]), "counts is float64, expected integers"),
         (lambda: PackedLayout.from_counts([1, 2]), "counts has shape"),
         (lambda: PackedLayout.from_counts([[1]], special_tokens=(1, 2)), "special_tokens has 2 entries"),
+        (lambda: PackedLayout.from_counts([[1]], special_tokens=(2**31,)), r"special_tokens\[0\] is 2147483648"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 2], total_tokens=2, max_seqlen=2), "cu_seqlens is list"),
+        (lambda: two_tokens(num_modalities=33), "num_modalities is 33, expected 1 to 32"),
+        (lambda: two_tokens(modality_ids=torch.tensor([0, 1]).byte()), "modality_ids has 1, expected 0 to 0"),
+        (lambda: two_tokens(modality_ids=torch.zeros(2).byte().to("meta")), "modality_ids is on meta"),
         (
             lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2], dtype=torch.int32), total_tokens=3, max_seqlen=2),
             "expected non-decreasing values from 0 to total_tokens 3",

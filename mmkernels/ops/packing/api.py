@@ -28,7 +28,8 @@ def pack(
 
     streams  per modality [N_m, E], one width and dtype (any); None where the batch has no row of it.  Rows may lie
              apart (views of a wider tensor); the copy follows the layout's segment table
-    out      [T, E] to write into; warm memory saves the page faults that cost more than the copy.  No gradient then
+    out      [T, E] to write into, apart from the streams; warm memory saves the page faults that cost more than the
+             copy.  No gradient then
 
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for a layout from cu_seqlens (it does not know its streams).

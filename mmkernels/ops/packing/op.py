@@ -29,6 +29,8 @@ def _computed(name: str):
         *args, impl = args
         if name in ("gather_rows", "scatter_rows_sum") and args[0].device.type == "cpu":
             _check_range(args[1], args[0].shape[0] if name == "gather_rows" else args[2])
+        if name == "pack_out":
+            _check_overlap(args[0], args[2])
         return getattr(dispatch.load("packing", impl), name)(*args)
 
     return run
@@ -40,6 +42,22 @@ def _check_range(rows: Tensor, total: int) -> None:
     low, high = (int(end) for end in torch.aminmax(rows))
     if low < 0 or high >= total:
         raise ValueError(f"gather_rows: rows run from {low} to {high}, expected 0 to {total - 1}")
+
+
+def _check_overlap(streams: list[Tensor], out: Tensor) -> None:
+    """Rows are copied in any order and by several threads, so out must not lie where a stream is read."""
+    begin, end = _bytes_of(out)
+    for m, stream in enumerate(streams):
+        first, last = _bytes_of(stream)
+        if first < end and begin < last:
+            raise ValueError(f"pack: out shares memory with stream {m}, expected memory of its own")
+
+
+def _bytes_of(tensor: Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
 for _name, _schema in _SCHEMAS.items():

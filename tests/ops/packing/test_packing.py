@@ -212,7 +212,7 @@ def test_cpp_does_not_depend_on_the_thread_count():
 
 
 LAYOUT = PackedLayout.from_counts([[2, 1], [1, 3]])
-A, B = torch.zeros(3, 4), torch.zeros(4, 4)
+A, B, WHOLE = torch.zeros(3, 4), torch.zeros(4, 4), torch.zeros(7, 4)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 4)
         (lambda: pack([A, B], LAYOUT, out=torch.zeros(6, 4)), r"pack: out is torch.float32 \[6, 4\]"),
         (lambda: pack([A, B], LAYOUT, out=torch.zeros(4, 7).T), "pack: out has strides"),
         (lambda: pack([A.clone().requires_grad_(), B], LAYOUT, out=torch.zeros(7, 4)), "out= has no gradient"),
+        (lambda: pack([WHOLE[:3], WHOLE[3:]], LAYOUT, out=WHOLE), "pack: out shares memory with stream 0"),
         (lambda: unpack(A, LAYOUT), r"unpack: packed has shape \[3, 4\], expected \[7, E\]"),
         (lambda: segment_mean(A, LAYOUT), r"segment_mean: packed has shape \[3, 4\], expected \[7, E\]"),
         (lambda: segment_mean(torch.zeros(7, 4).long(), LAYOUT), "segment_mean: packed is torch.int64"),
