@@ -76,7 +76,12 @@ def _backward(ctx, do, dlse):
     return *gradients, *(None,) * (len(plan) + len(ctx.rest))
 
 
+def _refuse_second_order(ctx, *grads):
+    raise NotImplementedError("attention: only first-order gradients are there; backward has no gradient")
+
+
 torch.library.register_autograd("mm::attention_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd("mm::attention_bwd", _refuse_second_order)
 
 
 def visible_pairs(table: Tensor, has_visible: bool) -> int:

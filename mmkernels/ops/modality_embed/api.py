@@ -5,6 +5,7 @@ T tokens, E width, M modalities, N_m rows of modality m's stream, V token ids, P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
 NORMS = (None, "layernorm")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PositionTables = Tensor | Sequence[Tensor] | None
 
 
@@ -46,7 +48,7 @@ def modality_embed(
 
     fp32, bf16 or fp16; parameters may differ in dtype from the streams (fp32 parameters, bf16 streams).  The result has
     the autocast dtype where autocast is on, else that of the float streams, else that of the parameters.  Sums and
-    statistics are in fp32.  Gradients of tables are deterministic.
+    statistics are in fp32.  First-order gradients; those of tables are deterministic.
 
     Raises ValueError for shapes and dtypes that do not fit, and for row counts and position tables that do not fit the
     layout (read on the host, without a sync).  An id outside the token table raises IndexError on CPU; on a GPU it is
@@ -61,6 +63,8 @@ def modality_embed(
         raise ValueError(f"modality_embed: norm is {norm!r}, expected 'layernorm' or None")
     if norm is None and (norm_weight is not None or norm_bias is not None):
         raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
 
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
@@ -134,6 +138,11 @@ def _check_shapes(streams, layout, parameters, norm_weight, norm_bias) -> None:
             f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
         )
     width, device = modality_weight.shape[1], modality_weight.device
+    for name, tensor in (parameters | {"norm_weight": norm_weight, "norm_bias": norm_bias}).items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"modality_embed: {name} is {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"modality_embed: {name} is on {tensor.device}, expected {device} like modality_weight")
     for name, table in parameters.items():
         if table is not None and (table.ndim != 2 or table.shape[1] != width):
             raise ValueError(f"modality_embed: {name} is {tuple(table.shape)}, expected [rows, {width}]")

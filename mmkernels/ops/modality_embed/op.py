@@ -146,7 +146,12 @@ def _shape_of(stream: Tensor) -> Tensor:
     return stream.new_zeros(()).expand(stream.shape)
 
 
+def _refuse_second_order(ctx, *grads):
+    raise NotImplementedError("modality_embed: only first-order gradients are there; backward has no gradient")
+
+
 torch.library.register_autograd("mm::modality_embed_fwd", _backward_formula, setup_context=_setup_context)
+torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
 
 
 def modality_embed_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:

@@ -283,6 +283,14 @@ BAD = [
     ({"norm": "batchnorm"}, ValueError, "norm is 'batchnorm'"),
     ({"norm": None, "norm_bias": torch.zeros(8)}, ValueError, "norm is None, but norm_weight or norm_bias is given"),
     ({"norm_weight": torch.zeros(7)}, ValueError, r"norm_weight is \(7,\), expected \[8\]"),
+    ({"norm_weight": torch.zeros(8, device="meta")}, ValueError, "norm_weight is on meta, expected cpu"),
+    (
+        {"position_weights": [torch.zeros(4, 8, device="meta"), None]},
+        ValueError,
+        "position table 0 is on meta, expected cpu",
+    ),
+    ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected one of"),
+    ({"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
     ({"norm": "rmsnorm"}, NotImplementedError, "rmsnorm.*issue 5"),
     ({"dropout_p": 0.1}, NotImplementedError, "dropout_p.*issue 5"),
     ({"impl": "fast"}, ValueError, "impl is 'fast'"),
@@ -294,6 +302,15 @@ def test_errors_say_what_was_expected(change, error, message):
     modality_embed(**GOOD)
     with pytest.raises(error, match=message):
         modality_embed(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_second_order_gradients_are_refused(impl):
+    leaf = torch.randn(4, 8, requires_grad=True)
+    out = modality_embed(**{**GOOD, "streams": [torch.tensor([0, 1, 2]), leaf], "impl": impl})
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="modality_embed: only first-order"):
+        gradient.sum().backward()
 
 
 @needs_cpp
