@@ -126,7 +126,7 @@ class PackedLayout:
             highest = int(modality_ids.max()) if total_tokens else 0
             if highest >= num_modalities:
                 raise ValueError(
-                    f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1} as num_modalities "
+                    f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
                     f"is {num_modalities}"
                 )
             if num_modalities == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,21 @@ class AttentionMask:
     visible: tuple[tuple[bool, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.window) != 2:
-            raise ValueError(f"AttentionMask: window is {self.window!r}, expected (left, right)")
         if self.window_scope not in ("all", "causal"):
             raise ValueError(f"AttentionMask: window_scope is {self.window_scope!r}, expected 'all' or 'causal'")
+        # Tensors, arrays and lists become tuples, so that equal masks are equal and hash alike.
+        window = _whole_numbers("window", self.window, "(left, right)")
+        if len(window) != 2:
+            raise ValueError(f"AttentionMask: window is {self.window!r}, expected (left, right)")
+        object.__setattr__(self, "window", window)
+        bidirectional = _whole_numbers("bidirectional", self.bidirectional, "modalities")
+        object.__setattr__(self, "bidirectional", bidirectional)
+        if self.prefix is not None:
+            object.__setattr__(self, "prefix", _whole_numbers("prefix", self.prefix, "lengths, one per sample"))
         if (self.prefix is not None or self.bidirectional) and not self.causal:
             raise ValueError("AttentionMask: prefix and bidirectional widen a causal mask; set causal=True")
-        # Tensors, arrays and lists become tuples, so that equal masks are equal and hash alike.
-        object.__setattr__(self, "window", tuple(int(side) for side in self.window))
-        object.__setattr__(self, "bidirectional", tuple(int(m) for m in self.bidirectional))
-        if self.prefix is not None:
-            object.__setattr__(self, "prefix", tuple(int(n) for n in _listed(self.prefix)))
         if self.visible is not None:
-            object.__setattr__(self, "visible", tuple(tuple(bool(v) for v in row) for row in _listed(self.visible)))
+            object.__setattr__(self, "visible", _table_of_bools(self.visible))
 
     @classmethod
     def isolated(cls, num_modalities: int) -> AttentionMask:
@@ -262,6 +265,20 @@ def _count_pairs(table: np.ndarray, num_modalities: int, has_visible: bool) -> i
         rows = (q_bits.view(np.uint32) & bit) != 0
         total += int((seen[hi[rows]] - seen[lo[rows]]).sum())
     return total
+
+
+def _whole_numbers(name: str, values, expected: str) -> tuple[int, ...]:
+    try:
+        return tuple(index(value) for value in _listed(values))
+    except TypeError:  # not a sequence, or 2.5: never rounded to 2
+        raise ValueError(f"AttentionMask: {name} is {values!r}, expected {expected} as integers") from None
+
+
+def _table_of_bools(visible) -> tuple[tuple[bool, ...], ...]:
+    try:
+        return tuple(tuple(bool(v) for v in row) for row in _listed(visible))
+    except TypeError:
+        raise ValueError(f"AttentionMask: visible is {visible!r}, expected bool [M, M]") from None
 
 
 def _listed(values):

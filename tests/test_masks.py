@@ -114,6 +114,11 @@ def test_masks_compare_by_value_whatever_they_were_built_from():
     ("make", "error", "message"),
     [
         (lambda: AttentionMask(window=(1,)), ValueError, "window is"),
+        (lambda: AttentionMask(window=5), ValueError, "window is 5, expected"),
+        (lambda: AttentionMask(window=(1.5, 2)), ValueError, "window is"),
+        (lambda: AttentionMask(causal=True, prefix=(1.5, 2)), ValueError, "prefix is"),
+        (lambda: AttentionMask(causal=True, bidirectional=1), ValueError, "bidirectional is 1, expected"),
+        (lambda: AttentionMask(visible=(True, False)), ValueError, "visible is"),
         (lambda: AttentionMask(window_scope="some"), ValueError, "window_scope is 'some'"),
         (lambda: AttentionMask(prefix=(1,)), ValueError, "set causal=True"),
         (lambda: AttentionMask(visible=((True,),)), ValueError, "for the layout's modalities"),

@@ -49,6 +49,7 @@ def attention(
     yet, RuntimeError when `impl` cannot run here.
     """
     _refuse_what_issue_3_brings(k_layout, pair_bias, dropout_p, return_modality_mass)
+    _check_types(q, k, v, layout, mask)
     _check(q, k, v, layout)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[2])
@@ -88,6 +89,22 @@ def _refuse_what_issue_3_brings(k_layout, pair_bias, dropout_p: float, return_mo
         raise NotImplementedError(f"attention: dropout_p is {dropout_p}; dropout comes with issue 3")
     if return_modality_mass:
         raise NotImplementedError("attention: return_modality_mass comes with issue 3")
+
+
+def _check_types(q, k, v, layout, mask) -> None:
+    """What users of other attention functions pass by habit: bounds for the layout, a dense mask."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise ValueError(f"attention: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
+    if not isinstance(layout, PackedLayout):
+        raise ValueError(
+            f"attention: layout is {type(layout).__name__}, expected PackedLayout; PackedLayout.from_cu_seqlens takes "
+            "bounds"
+        )
+    if mask is not None and not isinstance(mask, AttentionMask):
+        raise ValueError(
+            f"attention: mask is {type(mask).__name__}, expected AttentionMask or None; dense masks are not taken"
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> None:

@@ -220,6 +220,9 @@ def _call(**changes):
         ({"scale": 0.0}, "scale is 0.0, expected a positive finite number"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"mask": AttentionMask.isolated(3)}, "visible has rows"),
+        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "mask is Tensor, expected AttentionMask or None"),
+        ({"layout": torch.tensor([0, 5, 8])}, "layout is Tensor, expected PackedLayout"),
+        ({"q": [[0.0]]}, "q is list, expected a tensor"),
         ({"impl": "fast"}, "impl is 'fast', expected one of"),
         ({"q": torch.randn(8, 4, 16).to("meta")}, "q is on meta, expected the layout's cpu"),
         ({name: torch.ones(8, 4, 16, dtype=torch.int32) for name in "qkv"}, "q is torch.int32, expected float32"),
@@ -238,6 +241,14 @@ def test_bad_arguments(changes, message):
 def test_what_issue_3_brings_is_refused_by_name(changes):
     with pytest.raises(NotImplementedError, match=rf"{next(iter(changes))}.*issue 3"):
         _call(**changes)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_second_order_gradients_are_refused(impl):
+    q = torch.randn(8, 4, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_call(q=q, impl=impl).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention: only first-order"):
+        gradient.sum().backward()
 
 
 def test_an_implementation_that_cannot_run_says_why():
