@@ -37,9 +37,12 @@ class Stamps:
     def run(self) -> None:
         from mmmodel.data import stamps
 
-        folder = stamps.prepare(
-            cache=self.cache, deb=self.deb, tree=self.tree, languages=self.languages, workers=self.workers
-        )
+        try:
+            folder = stamps.prepare(
+                cache=self.cache, deb=self.deb, tree=self.tree, languages=self.languages, workers=self.workers
+            )
+        except (RuntimeError, FileNotFoundError) as error:  # no way to the files: it says what to do
+            sys.exit(str(error))
         manifest = stamps.read_manifest(folder)
         counts = manifest["counts"]
         print(
@@ -99,10 +102,16 @@ class Pretrain:
     """Fields that differ from the preset: --set steps=100 model.width=64 languages=fr,es"""
 
     def run(self) -> None:
-        from mmmodel import configs, train
+        from mmmodel import configs
+
+        try:
+            config = configs.override(configs.preset(self.preset), self.set)
+        except ValueError as error:
+            sys.exit(str(error))
+        from mmmodel import train
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        if not train.pretrain(configs.override(configs.preset(self.preset), self.set), self.out):
+        if not train.pretrain(config, self.out):
             print(f"stopped; the same command continues from {self.out}/checkpoints")
             sys.exit(train.STOPPED)
 
@@ -119,6 +128,10 @@ class Evaluate:
     """Exit non-zero unless the results clear these bars; none: never."""
 
     def run(self) -> None:
+        if not (self.run_folder / "model.safetensors").exists():
+            sys.exit(
+                f"evaluate: {self.run_folder} holds no model.safetensors, which a finished `mmmodel pretrain` writes"
+            )
         from mmmodel import evaluate
 
         report = evaluate.evaluate(self.run_folder, split=self.split)
@@ -137,7 +150,10 @@ class Plot:
     def run(self) -> None:
         from mmmodel.plot import plot_run
 
-        print(plot_run(self.run_folder) or f"{self.run_folder} has no steps yet")
+        curves = plot_run(self.run_folder)
+        if curves is None:
+            sys.exit(f"plot: {self.run_folder} holds no steps to draw")
+        print(curves)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,22 @@
+"""The command line: a user's mistake is one line and a non-zero exit, not a traceback."""
+
+import pytest
+
+from mmmodel import cli
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--set", "bogus=3"], "config: no field 'bogus', expected one of model"),
+        (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected"),
+        (["evaluate", "--run", "missing"], "evaluate: missing holds no model.safetensors"),
+        (["plot", "--run", "missing"], "plot: missing holds no steps to draw"),
+        (["data", "stamps", "--cache", "cache", "--tree", "missing"], r"stamps: no captions \(\*.txt\) under missing"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(arguments)
