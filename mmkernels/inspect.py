@@ -47,7 +47,7 @@ class InspectError(RuntimeError):
 def available_ops() -> list[str]:
     """Operators that have Triton kernels, by their folder's name."""
     root = Path(__file__).parent / "ops"
-    return sorted(path.parent.name for path in root.glob("*/triton_kernels.py"))
+    return sorted(path.parent.name for path in root.glob("*/kernel_specs.py"))
 
 
 def kernel_specs(arch: str, ops: Iterable[str] | None = None) -> list[KernelSpec]:
@@ -59,7 +59,7 @@ def kernel_specs(arch: str, ops: Iterable[str] | None = None) -> list[KernelSpec
     for op in known if ops is None else ops:
         if op not in known:
             raise InspectError(f"inspect: {op!r} has no Triton kernels, expected one of {', '.join(known)}")
-        specs += _spec_module(op).kernel_specs(arch)
+        specs += importlib.import_module(f"mmkernels.ops.{op}.kernel_specs").kernel_specs(arch)
     return specs
 
 
@@ -174,13 +174,6 @@ def _refuse_where_impossible() -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise InspectError(f"inspect: needs Triton >= 3.6 (pip install triton): {error}") from error
-
-
-def _spec_module(op: str):
-    module = importlib.import_module(f"mmkernels.ops.{op}.triton_kernels")
-    if hasattr(module, "kernel_specs"):
-        return module
-    return importlib.import_module(f"mmkernels.ops.{op}.configs")
 
 
 def _compile(spec: KernelSpec, arch: str):

@@ -11,11 +11,9 @@ class Settings:
     """What the environment asks for.
 
     triton_interpret  TRITON_INTERPRET=1: Triton kernels run in the interpreter, on CPU tensors.
-    debug             MMKERNELS_DEBUG=1: checks that cost time (device asserts on ids and bounds).
     """
 
     triton_interpret: bool
-    debug: bool
 
 
 def _flag(name: str) -> bool:
@@ -24,4 +22,4 @@ def _flag(name: str) -> bool:
 
 def current() -> Settings:
     """The settings as they are now; read afresh, so that tests can change the environment."""
-    return Settings(triton_interpret=_flag("TRITON_INTERPRET"), debug=_flag("MMKERNELS_DEBUG"))
+    return Settings(triton_interpret=_flag("TRITON_INTERPRET"))

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention import configs
-from mmkernels.ops.attention.kernel_specs import kernel_specs
 from mmkernels.ops.attention.triton_backward import (
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
 )
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
-
-__all__ = ["attention_bwd", "attention_fwd", "kernel_specs", "schedule"]
 
 LOG2E = 1.4426950408889634
 

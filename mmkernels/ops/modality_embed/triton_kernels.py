@@ -10,15 +10,12 @@ import triton
 from torch import Tensor
 
 from mmkernels.ops.modality_embed import configs
-from mmkernels.ops.modality_embed.kernel_specs import kernel_specs
 from mmkernels.ops.modality_embed.triton_backward import (
     modality_embed_bwd_rows_kernel,
     modality_embed_bwd_spans_kernel,
     modality_embed_bwd_tables_kernel,
 )
 from mmkernels.ops.modality_embed.triton_forward import MAX_MODALITIES, modality_embed_fwd_kernel
-
-__all__ = ["backward", "forward", "kernel_specs"]
 
 
 def forward(

@@ -11,9 +11,10 @@ triton = pytest.importorskip("triton")
 
 from mmkernels import inspect  # noqa: E402
 from mmkernels.ops.modality_embed import triton_kernels  # noqa: E402
+from mmkernels.ops.modality_embed.kernel_specs import kernel_specs  # noqa: E402
 
 # One width keeps this short; the inspector's report has the others.
-SPECS = [spec for spec in triton_kernels.kernel_specs("sm_90") if spec.config["width"] == 768]
+SPECS = [spec for spec in kernel_specs("sm_90") if spec.config["width"] == 768]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.dtype}")
