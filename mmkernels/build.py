@@ -5,6 +5,7 @@ The same as `pip install --no-build-isolation -e .` does on the way; for machine
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ ROOT = PACKAGE.parent
 
 def main() -> int:
     """Exit code 0 when every module is there afterwards, 1 otherwise."""
+    argparse.ArgumentParser(prog="python -m mmkernels.build", description=__doc__).parse_args()
     if not (ROOT / "setup.py").exists() or not (ROOT / "csrc").is_dir():
         print(f"mmkernels.build: {ROOT} holds no setup.py and csrc/; run it in a checkout (pip install -e .)")
         return 1

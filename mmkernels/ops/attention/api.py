@@ -40,7 +40,8 @@ def attention(
 
     Returns out [T, H, D] in q's dtype; with return_lse also the natural logarithm of each softmax denominator, fp32
     [H, T], differentiable.  A query that sees nothing gets 0, lse -inf and gradient 0.  Samples never touch one
-    another, also when they hold NaN.  First-order gradients for q, k, v; they are deterministic.
+    another, also when they hold NaN (but in the dense reference NaN spreads).  First-order gradients for q, k, v, in
+    reverse mode; they are deterministic.
 
     k_layout, pair_bias, dropout_p and return_modality_mass come with issue 3.  impl is "auto", "reference", "torch" or
     "triton"; see `mmkernels.explain()`.
