@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_VERSION ?= 2.13.0
+# A further package index, where yours carries no CPU build of torch: make demo TORCH_INDEX=...
+TORCH_INDEX ?=
 # Where an NVIDIA driver is present, the package index's own torch (a CUDA build) and the triton that it asks for.
 HAS_NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+PIP_TORCH := $(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SETUP := $(VENV)/.setup
 NATIVE := $(VENV)/.native
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -19,12 +22,12 @@ $(SETUP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: on Debian, install python3-venv"; exit 1; }
 ifeq ($(HAS_NVIDIA),yes)
-	$(PIP) install -q "torch>=2.11"
+	$(PIP_TORCH) "torch>=2.11"
 else
 	@# The CPU build by its own name; an index that does not carry it has only the default build, of several GB.
-	$(PIP) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || { \
-	  echo "no torch $(TORCH_VERSION)+cpu in your package index: taking its default build (large)."; \
-	  $(PIP) install -q "torch==$(TORCH_VERSION)"; }
+	$(PIP_TORCH) "torch==$(TORCH_VERSION)+cpu" || { \
+	  echo "your package index has no torch $(TORCH_VERSION)+cpu (TORCH_INDEX=... names another): taking the default, large build"; \
+	  $(PIP_TORCH) "torch==$(TORCH_VERSION)"; }
 	@# Triton's interpreter, which the tests use, needs numpy < 2.4; registers in `inspect` differ between versions.
 	$(PIP) install -q "triton==3.6.0" "numpy<2.4"
 endif
