@@ -86,7 +86,8 @@ def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
 
 def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:
     cache = settings.current().cache
-    return Corpus(*features.prepare(dataset, model.front_ends, cache, threads=config.threads))
+    # Decoders wait for disks and release the GIL: two threads even where one computes.
+    return Corpus(*features.prepare(dataset, model.front_ends, cache, threads=max(2, config.threads)))
 
 
 def make_batch(
