@@ -54,7 +54,7 @@ def test_nothing_to_align_is_a_zero_that_can_be_differentiated():
     points = torch.nn.functional.normalize(torch.randn(3, 4), dim=1).requires_grad_()
     loss, _ = learned.objectives["contrastive"].loss(points, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert float(points.grad.abs().sum()) == 0
 
 
@@ -138,4 +138,4 @@ def test_samples_without_captions_cost_nothing():
     batch = batch_of(learned, items, features)
     loss, _ = learned(batch, learned.prepare(batch, np.random.default_rng(0)))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
