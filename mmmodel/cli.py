@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mmmodel import settings
+from mmmodel.configs import ConfigError
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,7 @@ class Pretrain:
     def run(self) -> None:
         from mmmodel import configs
 
-        try:
-            config = configs.override(configs.preset(self.preset), self.set)
-        except ValueError as error:
-            sys.exit(str(error))
+        config = configs.override(configs.preset(self.preset), self.set)
         from mmmodel import train
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -185,4 +183,8 @@ Command = (
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script and of `python -m mmmodel`."""
     settings.calm_threads()
-    tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0]).run()
+    command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
+    try:
+        command.run()
+    except ConfigError as error:
+        sys.exit(str(error))

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be: the command line prints it as one line."""
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Subword tokens.  A small vocabulary keeps near-letter pieces, which unseen words can be spelt with."""
@@ -141,9 +145,12 @@ def tiny() -> PretrainConfig:
 PRESETS = {preset.__name__: preset for preset in (demo, native, quick, base, tiny)}
 
 
+_NAMES = {int: "a whole number", float: "a number"}
+
+
 def preset(name: str) -> PretrainConfig:
     if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
@@ -152,11 +159,11 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], cls: type = PretrainConfig):
-    """The inverse of `to_dict`, after a trip through JSON.  Raises ValueError for a field that does not exist."""
+    """The inverse of `to_dict`, after a trip through JSON.  Raises ConfigError for a field that does not exist."""
     hints = get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
-        raise ValueError(f"config: {cls.__name__} has no field {sorted(unknown)}")
+        raise ConfigError(f"config: {cls.__name__} has no field {sorted(unknown)}")
     out = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -172,7 +179,7 @@ def override(config: PretrainConfig, assignments: tuple[str, ...]) -> PretrainCo
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"config: {assignment!r} is not of the form field=value")
+            raise ConfigError(f"config: {assignment!r} is not of the form field=value")
         config = _with(config, path.split("."), text, path)
     return config
 
@@ -181,7 +188,7 @@ def _with(config, path: list[str], text: str, full: str):
     hints = get_type_hints(type(config))
     name, *rest = path
     if name not in hints:
-        raise ValueError(f"config: no field {full!r}, expected one of {', '.join(hints)}")
+        raise ConfigError(f"config: no field {full!r}, expected one of {', '.join(hints)}")
     if rest:
         return dataclasses.replace(config, **{name: _with(getattr(config, name), rest, text, full)})
     return dataclasses.replace(config, **{name: _parsed(text, getattr(config, name), full)})
@@ -191,14 +198,14 @@ def _parsed(text: str, old: Any, full: str) -> Any:
     """text as the type of the old value."""
     if isinstance(old, bool):
         if text not in ("true", "false"):
-            raise ValueError(f"config: {full} is {text!r}, expected true or false")
+            raise ConfigError(f"config: {full} is {text!r}, expected true or false")
         return text == "true"
     if isinstance(old, tuple):
         parts = [part for part in text.split(",") if part]
         return tuple(int(part) for part in parts) if old and isinstance(old[0], int) else tuple(parts)
     if dataclasses.is_dataclass(old):
-        raise ValueError(f"config: {full} is a group of fields; set one of them")
+        raise ConfigError(f"config: {full} is a group of fields; set one of them")
     try:
         return type(old)(text)
     except ValueError as error:
-        raise ValueError(f"config: {full} is {text!r}, expected a {type(old).__name__}") from error
+        raise ConfigError(f"config: {full} is {text!r}, expected {_NAMES.get(type(old), 'text')}") from error

@@ -127,6 +127,9 @@ def _prepare_all(table: _Table, front_end, threads: int) -> tuple[list[np.ndarra
             return front_end.prepare(table.read(row))
         except BrokenSampleError as error:
             return error
+        except Exception as error:  # it decodes to something that no features can be made of, such as NaN
+            key = table.dataset.entries[table.sources[row]].key
+            return BrokenSampleError(f"{key}: {table.name}: {type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(threads) as pool:  # decoders and transforms release the GIL
         rows = range(len(table.sources))

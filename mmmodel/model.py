@@ -17,7 +17,7 @@ from mmkernels.modules import ModalityEmbedding
 from mmkernels.ops.attention.api import attention
 from mmmodel import frontends
 from mmmodel.batches import Batch
-from mmmodel.configs import ModelConfig
+from mmmodel.configs import ConfigError, ModelConfig
 
 
 class Model(nn.Module):
@@ -70,7 +70,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         if width % config.heads:
-            raise ValueError(f"model: width is {width}, expected a multiple of heads, {config.heads}")
+            raise ConfigError(f"model: width is {width}, expected a multiple of heads, {config.heads}")
         self.heads, self.impl = config.heads, config.impl
         self.norm_attention = nn.Identity() if first else nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)

@@ -22,7 +22,7 @@ from torch import nn
 
 from mmmodel import checkpoint, configs, pretraining
 from mmmodel.batches import Batch, Sampler
-from mmmodel.configs import PretrainConfig
+from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.metrics import MetricsFile, batch_figures
@@ -40,7 +40,7 @@ STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 def pretrain(config: PretrainConfig, out: Path) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
-    Raises ValueError if `out` holds a run of another configuration.
+    Raises ConfigError if `out` holds a run of another configuration.
     """
     started = time.perf_counter()
     torch.set_num_threads(config.threads)
@@ -157,7 +157,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
         return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "wsd":
         return config.lr * min(warm, 5 * (1 - done))
-    raise ValueError(f"schedule is {config.schedule!r}, expected cosine or wsd")
+    raise ConfigError(f"schedule is {config.schedule!r}, expected cosine or wsd")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int) -> float:
@@ -176,7 +176,7 @@ def _claim(out: Path, config: PretrainConfig) -> None:
         theirs = configs.to_dict(configs.from_dict(json.loads(path.read_text())))
         differing = sorted(key for key in mine if mine[key] != theirs[key])
         if differing:
-            raise ValueError(f"pretrain: {out} holds a run with other {', '.join(differing)}; choose another --out")
+            raise ConfigError(f"pretrain: {out} holds a run with other {', '.join(differing)}; choose another --out")
         return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(config), indent=1) + "\n")

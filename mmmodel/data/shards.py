@@ -57,7 +57,7 @@ def _encode(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def scan_shard(path: Path) -> list[Entry]:
-    """Entries of one tar, in order.  A KEY.json that does not parse leaves the metadata empty and is logged."""
+    """Entries of one tar, in order.  A KEY.json that is not an object leaves the metadata empty and is logged."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path, "r:") as archive:
         for info in archive:
@@ -73,9 +73,12 @@ def scan_shard(path: Path) -> list[Entry]:
             if "json" in where:
                 file.seek(where["json"][0])
                 try:
-                    meta = json.loads(file.read(where["json"][1]))
+                    read = json.loads(file.read(where["json"][1]))
+                    if not isinstance(read, dict):
+                        raise ValueError(f"it holds a {type(read).__name__}, expected an object")
+                    meta = read
                 except ValueError as error:
-                    logger.warning("%s: %s.json does not parse: %s", path.name, key, error)
+                    logger.warning("%s: %s.json is left out: %s", path.name, key, error)
             entries.append(Entry(key, path.name, where, meta))
     return entries
 

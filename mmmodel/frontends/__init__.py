@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmmodel.configs import ModelConfig
+from mmmodel.configs import ConfigError, ModelConfig
 from mmmodel.frontends.audio import AudioFrontEnd
 from mmmodel.frontends.image import ImageFrontEnd
 from mmmodel.frontends.text import TextFrontEnd
@@ -29,7 +29,7 @@ def build(config: ModelConfig, tokenizer) -> nn.ModuleDict:
     """The front ends of config.modalities, in that order, which is the order of modality ids."""
     unknown = set(config.modalities) - set(FRONT_ENDS)
     if unknown:
-        raise ValueError(f"modalities: no front end for {sorted(unknown)}, expected some of {', '.join(FRONT_ENDS)}")
+        raise ConfigError(f"modalities: no front end for {sorted(unknown)}, expected some of {', '.join(FRONT_ENDS)}")
     return nn.ModuleDict({name: FRONT_ENDS[name](config, tokenizer) for name in config.modalities})
 
 

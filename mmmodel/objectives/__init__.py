@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmmodel.configs import PretrainConfig
+from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.objectives.contrastive import ContrastiveAlignment
 from mmmodel.objectives.masked_text import MaskedText
 
@@ -23,5 +23,5 @@ def build(config: PretrainConfig, tokenizer) -> nn.ModuleDict:
     if config.mlm_weight:
         made["masked_text"] = MaskedText(config, tokenizer)
     if not made:
-        raise ValueError("objectives: all weights are 0, nothing to learn")
+        raise ConfigError("objectives: all weights are 0, nothing to learn")
     return nn.ModuleDict(made)

@@ -1,15 +1,21 @@
 """The command line: a user's mistake is one line and a non-zero exit, not a traceback."""
 
+import json
+
 import pytest
 
-from mmmodel import cli
+from mmmodel import cli, configs
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["pretrain", "--set", "bogus=3"], "config: no field 'bogus', expected one of model"),
-        (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected"),
+        (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected a whole number"),
+        (
+            ["pretrain", "--preset", "tiny", "--set", "schedule=none", "--out", "other"],
+            "other holds a run with other sched",
+        ),
         (["evaluate", "--run", "missing"], "evaluate: missing holds no model.safetensors"),
         (["plot", "--run", "missing"], "plot: missing holds no steps to draw"),
         (["data", "stamps", "--cache", "cache", "--tree", "missing"], r"stamps: no captions \(\*.txt\) under missing"),
@@ -18,5 +24,7 @@ from mmmodel import cli
 )
 def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(configs.to_dict(configs.tiny())))
     with pytest.raises(SystemExit, match=message):
         cli.main(arguments)

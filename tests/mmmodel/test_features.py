@@ -1,9 +1,11 @@
 """Features: computed once, shared between languages, kept on disk, and robust to a broken file."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+import soundfile
 from builders import learner
 
 from mmmodel import features
@@ -71,6 +73,18 @@ def test_another_recipe_is_another_file(folder, tmp_path):
     image = dataclasses.replace(config.model.image, max_tokens=1)
     _, other = prepared(folder, tmp_path / "cache", learner(image=image)[1].model.front_ends)
     assert other.get("image", 0).shape == (3, 16, 16)
+
+
+def test_sound_that_decodes_to_nothing_usable_is_left_out_by_name(tmp_path, caplog):
+    """A float WAV of NaN is a valid file; no features can be made of it."""
+    broken, good = io.BytesIO(), io.BytesIO()
+    soundfile.write(broken, np.full(800, np.nan), 16_000, format="WAV", subtype="FLOAT")
+    soundfile.write(good, np.sin(np.arange(8000)), 16_000, format="WAV", subtype="FLOAT")
+    rows = [{"__key__": key, "txt": "a", "wav": data.getvalue()} for key, data in (("bad", broken), ("fine", good))]
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    items, _ = prepared(tmp_path, tmp_path / "cache")
+    assert {item.key: set(item.rows) for item in items} == {"bad": {"text"}, "fine": {"text", "audio"}}
+    assert "bad: audio" in caplog.text
 
 
 def test_data_that_never_decodes_stops_the_run(tmp_path):

@@ -59,7 +59,8 @@ def test_index_of_a_read_only_folder_is_not_kept(tmp_path, monkeypatch):
     assert [entry.key for entry in read_index(tmp_path)] == ["x"]
 
 
-def test_tars_made_by_others(tmp_path):
+@pytest.mark.parametrize("broken", [b"{nonsense", b"[1, 2]"])  # not JSON; JSON, but not an object
+def test_tars_made_by_others(tmp_path, broken):
     """Directory members, a leading ./, upper-case suffixes, as `tar` over a camera's folder gives; broken JSON."""
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         folder = tarfile.TarInfo("./d")
@@ -68,7 +69,7 @@ def test_tars_made_by_others(tmp_path):
         for name, content in (
             ("./d/x.JPG", b"jpg"),
             ("./d/x.txt", b"t"),
-            ("./d/x.json", b"{nonsense"),
+            ("./d/x.json", broken),
             ("./README", b"r"),
         ):
             info = tarfile.TarInfo(name)
