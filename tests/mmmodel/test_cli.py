@@ -14,7 +14,7 @@ from mmmodel import cli, configs
         (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected a whole number"),
         (
             ["pretrain", "--preset", "tiny", "--set", "schedule=none", "--out", "other"],
-            "other holds a run with other sched",
+            "other holds a run with other",
         ),
         (["evaluate", "--run", "missing"], "evaluate: missing holds no model.safetensors"),
         (["plot", "--run", "missing"], "plot: missing holds no steps to draw"),
