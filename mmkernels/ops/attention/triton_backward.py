@@ -7,7 +7,7 @@ dv = p^T do,  ds = p (dp - delta),  dk = scale ds^T q,  dq = scale ds k.
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_forward import load_rows, store_rows
+from mmkernels.ops.attention.triton_forward import load_rows, seen_pairs, store_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -52,10 +52,7 @@ def _key_step(
         delta = tl.load(delta_ptr + cols)
     p = tl.math.exp2(scores * scale_log2 - (lse * LOG2E)[None, :])
     if MASKED:
-        seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-        if HAS_VISIBLE:
-            q_bits = tl.load(q_bits_ptr + cols, mask=cols < col_end, other=0)
-            seen = seen & ((bits[:, None] & q_bits[None, :]) != 0)
+        seen = seen_pairs(cols, col_end, lo, hi, bits, q_bits_ptr, HAS_VISIBLE)
         # After exp2, so that the inf of a row that sees nothing (lse = -inf) goes as well.
         p = tl.where(seen, p, 0.0)
     do = load_rows(do_ptr + base * stride_dot, stride_dot, count, D, BLOCK_Q, BLOCK_D, MASKED)
@@ -191,11 +188,7 @@ def _query_step(
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
     if MASKED:
-        cols = col + tl.arange(0, BLOCK_K)
-        seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-        if HAS_VISIBLE:
-            k_bits = tl.load(k_bits_ptr + cols, mask=cols < col_end, other=0)
-            seen = seen & ((bits[:, None] & k_bits[None, :]) != 0)
+        seen = seen_pairs(col + tl.arange(0, BLOCK_K), col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE)
         p = tl.where(seen, p, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)

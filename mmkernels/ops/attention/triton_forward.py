@@ -34,6 +34,16 @@ def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
+def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
+    """bool [rows, cols]: which row of the tile meets which column.  lo, hi, bits belong to the rows."""
+    seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+    if HAS_VISIBLE:
+        col_bits = tl.load(col_bits_ptr + cols, mask=cols < col_end, other=0)
+        seen = seen & ((bits[:, None] & col_bits[None, :]) != 0)
+    return seen
+
+
+@triton.jit
 def _attend(
     acc,
     row_max,
@@ -63,11 +73,7 @@ def _attend(
     k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     if MASKED:
-        cols = col + tl.arange(0, BLOCK_K)
-        seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-        if HAS_VISIBLE:
-            k_bits = tl.load(k_bits_ptr + cols, mask=cols < col_end, other=0)
-            seen = seen & ((bits[:, None] & k_bits[None, :]) != 0)
+        seen = seen_pairs(col + tl.arange(0, BLOCK_K), col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE)
         scores = tl.where(seen, scores * scale_log2, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
