@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import dispatch
+from mmkernels.ops.modality_embed.inputs import Inputs
 
 _INPUTS = (
     "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts, "
@@ -60,13 +61,13 @@ def _backward_fake(grad_out, streams, modality_weight, token_weight, tables, *re
 
 
 def _forward(*args):
-    *args, impl = args
-    return dispatch.load("modality_embed", impl).forward(*args)
+    *inputs, norm, eps, out_dtype, impl = args
+    return dispatch.load("modality_embed", impl).forward(Inputs(*inputs), norm, eps, out_dtype)
 
 
-def _backward(*args):
-    *args, impl = args
-    return dispatch.load("modality_embed", impl).backward(*args)
+def _backward(grad_out, *args):
+    *inputs, mean, rstd, norm, needs, impl = args
+    return dispatch.load("modality_embed", impl).backward(grad_out, Inputs(*inputs), mean, rstd, norm, needs)
 
 
 for _device in ("cpu", "cuda"):

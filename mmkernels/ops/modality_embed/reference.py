@@ -17,89 +17,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.modality_embed.inputs import Inputs
 
-def forward(
-    streams: list[Tensor],
-    modality_weight: Tensor,
-    token_weight: Tensor | None,
-    tables: list[Tensor],
-    table_counts: list[int],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    modality_ids: Tensor,
-    source_rows: Tensor,
-    positions: Tensor,
-    norm: str,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+
+def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """-> out [T, E] of out_dtype, mean [T], rstd [T] (both empty when norm is "none").  Differentiable by torch."""
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    x = _summed(
-        streams, modality_weight, token_weight, tables, table_counts, modality_ids, source_rows, positions, dtype
-    )
+    x = _summed(inputs, dtype)
     if norm == "none":
         return x.to(out_dtype), x.new_empty(0), x.new_empty(0)
     mean = x.mean(1, keepdim=True)
     rstd = (x - mean).square().mean(1, keepdim=True).add(eps).rsqrt()
     out = (x - mean) * rstd
-    if norm_weight is not None:
-        out = out * norm_weight.to(dtype)
-    if norm_bias is not None:
-        out = out + norm_bias.to(dtype)
+    if inputs.norm_weight is not None:
+        out = out * inputs.norm_weight.to(dtype)
+    if inputs.norm_bias is not None:
+        out = out + inputs.norm_bias.to(dtype)
     return out.to(out_dtype), mean.squeeze(1), rstd.squeeze(1)
 
 
 def backward(
-    grad_out: Tensor,
-    streams: list[Tensor],
-    modality_weight: Tensor,
-    token_weight: Tensor | None,
-    tables: list[Tensor],
-    table_counts: list[int],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    modality_ids: Tensor,
-    source_rows: Tensor,
-    positions: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm: str,
-    needs: list[bool],
+    grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of streams, modality_weight, token_weight, tables, norm_weight, norm_bias; empty where not needed.
 
     needs  one flag per stream, then modality_weight, token_weight, one per table, norm_weight, norm_bias
     """
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-    M, P = len(streams), len(tables)
+    M, P = len(inputs.streams), len(inputs.tables)
     grad = grad_out.to(dtype)
     dx, d_norm_weight, d_norm_bias = grad, None, None
     if norm != "none":
-        x = _summed(
-            streams, modality_weight, token_weight, tables, table_counts, modality_ids, source_rows, positions, dtype
-        )
+        x = _summed(inputs, dtype)
         normed = (x - mean[:, None]) * rstd[:, None]
-        scaled = grad if norm_weight is None else grad * norm_weight.to(dtype)
+        scaled = grad if inputs.norm_weight is None else grad * inputs.norm_weight.to(dtype)
         dx = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
         dx = dx * rstd[:, None]
         d_norm_weight, d_norm_bias = (grad * normed).sum(0), grad.sum(0)
 
     d_streams, d_tables = [], []
-    d_modality = torch.zeros_like(modality_weight, dtype=dtype).index_add(0, modality_ids.long(), dx)
-    d_token = None if token_weight is None else torch.zeros_like(token_weight, dtype=dtype)
-    for m, stream in enumerate(streams):
-        tokens, rows = _rows_of(m, modality_ids, source_rows)
+    d_modality = torch.zeros_like(inputs.modality_weight, dtype=dtype).index_add(0, inputs.modality_ids.long(), dx)
+    d_token = None if inputs.token_weight is None else torch.zeros_like(inputs.token_weight, dtype=dtype)
+    for m, stream in enumerate(inputs.streams):
+        tokens, rows = _rows_of(m, inputs)
         if stream.is_floating_point():
             d_streams.append(torch.zeros_like(stream, dtype=dtype).index_add(0, rows, dx[tokens]))
         else:
             d_streams.append(None)
             d_token = d_token.index_add(0, stream[rows].long(), dx[tokens])
-        for table, rows, tokens in _position_rows(m, tables, table_counts, modality_ids, positions):
+        for table, rows, tokens in _position_rows(m, inputs):
             d_tables.append(torch.zeros_like(table, dtype=dtype).index_add(0, rows, dx[tokens]))
-    special = (source_rows < 0).nonzero().squeeze(1)
+    special = (inputs.source_rows < 0).nonzero().squeeze(1)
     if d_token is not None:
-        d_token = d_token.index_add(0, -(source_rows[special].long() + 1), dx[special])
+        d_token = d_token.index_add(0, -(inputs.source_rows[special].long() + 1), dx[special])
 
     def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
         if value is None or not needed:
@@ -107,48 +77,46 @@ def backward(
         return value.to(like.dtype)
 
     return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, streams, needs[:M], strict=True)],
-        finish(d_modality, modality_weight, needs[M]),
-        finish(d_token, token_weight, needs[M + 1]),
-        [finish(d, t, n) for d, t, n in zip(d_tables, tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm_weight, norm_weight, needs[-2]),
-        finish(d_norm_bias, norm_bias, needs[-1]),
+        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, needs[:M], strict=True)],
+        finish(d_modality, inputs.modality_weight, needs[M]),
+        finish(d_token, inputs.token_weight, needs[M + 1]),
+        [finish(d, t, n) for d, t, n in zip(d_tables, inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
+        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
+        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
     )
 
 
-def _summed(
-    streams, modality_weight, token_weight, tables, table_counts, modality_ids, source_rows, positions, dtype
-) -> Tensor:
+def _summed(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """x [T, E], before the norm."""
-    x = modality_weight.to(dtype)[modality_ids.long()]
-    for m, stream in enumerate(streams):
-        tokens, rows = _rows_of(m, modality_ids, source_rows)
+    x = inputs.modality_weight.to(dtype)[inputs.modality_ids.long()]
+    for m, stream in enumerate(inputs.streams):
+        tokens, rows = _rows_of(m, inputs)
         picked = stream[rows]
         if not stream.is_floating_point() and tokens.numel():
-            picked = token_weight[picked.long()]
+            picked = inputs.token_weight[picked.long()]
         if tokens.numel():
             x = x.index_add(0, tokens, picked.to(dtype))
-        for table, rows, tokens in _position_rows(m, tables, table_counts, modality_ids, positions):
+        for table, rows, tokens in _position_rows(m, inputs):
             x = x.index_add(0, tokens, table[rows].to(dtype))
-    special = (source_rows < 0).nonzero().squeeze(1)
+    special = (inputs.source_rows < 0).nonzero().squeeze(1)
     if special.numel():
-        x = x.index_add(0, special, token_weight[-(source_rows[special].long() + 1)].to(dtype))
+        x = x.index_add(0, special, inputs.token_weight[-(inputs.source_rows[special].long() + 1)].to(dtype))
     return x
 
 
-def _rows_of(m: int, modality_ids: Tensor, source_rows: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_of(m: int, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Tokens of modality m that come from its stream, and the stream's row of each."""
-    tokens = ((modality_ids == m) & (source_rows >= 0)).nonzero().squeeze(1)
-    return tokens, source_rows[tokens].long()
+    tokens = ((inputs.modality_ids == m) & (inputs.source_rows >= 0)).nonzero().squeeze(1)
+    return tokens, inputs.source_rows[tokens].long()
 
 
-def _position_rows(m, tables, table_counts, modality_ids, positions) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _position_rows(m: int, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each position table of modality m: the table, the rows read, and the tokens that read them."""
-    first, count = sum(table_counts[:m]), table_counts[m]
-    tokens = (modality_ids == m).nonzero().squeeze(1)
+    first, count = sum(inputs.table_counts[:m]), inputs.table_counts[m]
+    tokens = (inputs.modality_ids == m).nonzero().squeeze(1)
     found = []
     for j in range(count):
-        axis = positions.shape[0] - count + j  # a batch without grids has one axis; grid tables then read row 0
-        rows = positions[axis, tokens].long() if axis >= 0 else torch.zeros_like(tokens)
-        found.append((tables[first + j], rows, tokens))
+        axis = inputs.positions.shape[0] - count + j  # a batch without grids has one axis; grid tables then read row 0
+        rows = inputs.positions[axis, tokens].long() if axis >= 0 else torch.zeros_like(tokens)
+        found.append((inputs.tables[first + j], rows, tokens))
     return found

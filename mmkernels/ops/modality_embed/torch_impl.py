@@ -9,66 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.modality_embed.inputs import Inputs
 
-def forward(
-    streams,
-    modality_weight,
-    token_weight,
-    tables,
-    table_counts,
-    norm_weight,
-    norm_bias,
-    modality_ids,
-    source_rows,
-    positions,
-    norm,
-    eps,
-    out_dtype,
-):
+
+def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
     """As in reference.forward."""
-    blocks = _blocks(len(streams), table_counts, modality_ids, source_rows, positions)
-    x = _summed(blocks, streams, modality_weight, token_weight, tables)
+    blocks = _blocks(inputs)
+    x = _summed(blocks, inputs)
     if norm == "none":
         return x.to(out_dtype), x.new_empty(0), x.new_empty(0)
-    out, mean, rstd = torch.native_layer_norm(x, x.shape[1:], _float(norm_weight), _float(norm_bias), eps)
+    out, mean, rstd = torch.native_layer_norm(x, x.shape[1:], _float(inputs.norm_weight), _float(inputs.norm_bias), eps)
     return out.to(out_dtype), mean.reshape(-1), rstd.reshape(-1)
 
 
-def backward(
-    grad_out,
-    streams,
-    modality_weight,
-    token_weight,
-    tables,
-    table_counts,
-    norm_weight,
-    norm_bias,
-    modality_ids,
-    source_rows,
-    positions,
-    mean,
-    rstd,
-    norm,
-    needs,
-):
+def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]):
     """As in reference.backward."""
-    M, P = len(streams), len(tables)
-    blocks = _blocks(M, table_counts, modality_ids, source_rows, positions)
+    M, P = len(inputs.streams), len(inputs.tables)
+    blocks = _blocks(inputs)
     dx, d_norm_weight, d_norm_bias = grad_out.float(), None, None
     if norm != "none":
-        x = _summed(blocks, streams, modality_weight, token_weight, tables)
-        weight, bias = _float(norm_weight), _float(norm_bias)
+        x = _summed(blocks, inputs)
+        weight, bias = _float(inputs.norm_weight), _float(inputs.norm_bias)
         wanted = [True, needs[-2], needs[-1]]
         dx, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
             dx, x, x.shape[1:], mean[:, None], rstd[:, None], weight, bias, wanted
         )
 
-    d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(streams, needs[:M], strict=True)]
-    d_modality = torch.zeros_like(modality_weight, dtype=torch.float32) if needs[M] else None
-    d_token = torch.zeros_like(token_weight, dtype=torch.float32) if needs[M + 1] else None
+    d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(inputs.streams, needs[:M], strict=True)]
+    d_modality = torch.zeros_like(inputs.modality_weight, dtype=torch.float32) if needs[M] else None
+    d_token = torch.zeros_like(inputs.token_weight, dtype=torch.float32) if needs[M + 1] else None
     d_tables = [
         torch.zeros_like(t, dtype=torch.float32) if n else None
-        for t, n in zip(tables, needs[M + 2 : M + 2 + P], strict=True)
+        for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)
     ]
     for m, tokens, rows, table_rows in blocks:
         block = dx if len(tokens) == len(dx) else dx.index_select(0, tokens)  # [n, E]
@@ -80,54 +52,52 @@ def backward(
         if d_streams[m] is not None:  # every row of a stream belongs to one token
             own = (rows >= 0).nonzero().squeeze(1)
             part = block if len(own) == len(rows) else block.index_select(0, own)
-            d_streams[m].index_copy_(0, rows[own], part.to(streams[m].dtype))
+            d_streams[m].index_copy_(0, rows[own], part.to(inputs.streams[m].dtype))
         if d_token is not None:
-            is_token, ids = _token_rows(streams[m], rows)
+            is_token, ids = _token_rows(inputs.streams[m], rows)
             d_token.index_add_(0, ids, block if len(is_token) == len(rows) else block.index_select(0, is_token))
 
     def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
         return value.to(like.dtype) if needed else grad_out.new_empty(0)
 
     return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, streams, needs[:M], strict=True)],
-        finish(d_modality, modality_weight, needs[M]),
-        finish(d_token, token_weight, needs[M + 1]),
-        [finish(d, t, n) for d, t, n in zip(d_tables, tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm_weight, norm_weight, needs[-2]),
-        finish(d_norm_bias, norm_bias, needs[-1]),
+        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, needs[:M], strict=True)],
+        finish(d_modality, inputs.modality_weight, needs[M]),
+        finish(d_token, inputs.token_weight, needs[M + 1]),
+        [finish(d, t, n) for d, t, n in zip(d_tables, inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
+        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
+        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
     )
 
 
 Block = tuple[int, Tensor, Tensor, list[tuple[int, Tensor]]]
 
 
-def _blocks(
-    M: int, table_counts: list[int], modality_ids: Tensor, source_rows: Tensor, positions: Tensor
-) -> list[Block]:
+def _blocks(inputs: Inputs) -> list[Block]:
     """Per modality present: m, its tokens [n], their source rows [n], and (table, rows [n]) of each position table."""
     blocks, first = [], 0
-    for m, count in zip(range(M), table_counts, strict=True):
-        tokens = (modality_ids == m).nonzero().squeeze(1)
+    for m, count in enumerate(inputs.table_counts):
+        tokens = (inputs.modality_ids == m).nonzero().squeeze(1)
         if len(tokens):
             table_rows = []
             for j in range(count):
-                axis = positions.shape[0] - count + j
-                rows = positions[axis].index_select(0, tokens).long() if axis >= 0 else torch.zeros_like(tokens)
+                axis = inputs.positions.shape[0] - count + j
+                rows = inputs.positions[axis].index_select(0, tokens).long() if axis >= 0 else torch.zeros_like(tokens)
                 table_rows.append((first + j, rows))
-            blocks.append((m, tokens, source_rows.index_select(0, tokens).long(), table_rows))
+            blocks.append((m, tokens, inputs.source_rows.index_select(0, tokens).long(), table_rows))
         first += count
     return blocks
 
 
-def _summed(blocks: list[Block], streams, modality_weight, token_weight, tables) -> Tensor:
+def _summed(blocks: list[Block], inputs: Inputs) -> Tensor:
     """x [T, E] fp32, before the norm."""
     total = sum(len(tokens) for _, tokens, _, _ in blocks)
-    x = modality_weight.new_empty((total, modality_weight.shape[1]), dtype=torch.float32)
+    x = inputs.modality_weight.new_empty((total, inputs.modality_weight.shape[1]), dtype=torch.float32)
     for m, tokens, rows, table_rows in blocks:
-        block = _gathered(streams[m], rows, token_weight)
-        block += modality_weight[m]
+        block = _gathered(inputs.streams[m], rows, inputs.token_weight)
+        block += inputs.modality_weight[m]
         for table, keys in table_rows:
-            block += tables[table].index_select(0, keys)
+            block += inputs.tables[table].index_select(0, keys)
         if len(tokens) == total:
             return block
         x.index_copy_(0, tokens, block)

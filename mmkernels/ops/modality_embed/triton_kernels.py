@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from mmkernels.ops.modality_embed import configs
+from mmkernels.ops.modality_embed.inputs import Inputs
 from mmkernels.ops.modality_embed.triton_backward import (
     modality_embed_bwd_rows_kernel,
     modality_embed_bwd_spans_kernel,
@@ -18,48 +19,34 @@ from mmkernels.ops.modality_embed.triton_backward import (
 from mmkernels.ops.modality_embed.triton_forward import MAX_MODALITIES, modality_embed_fwd_kernel
 
 
-def forward(
-    streams,
-    modality_weight,
-    token_weight,
-    tables,
-    table_counts,
-    norm_weight,
-    norm_bias,
-    modality_ids,
-    source_rows,
-    positions,
-    norm,
-    eps,
-    out_dtype,
-):
+def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
     """As in reference.forward.  At most eight modalities."""
-    (T,), E = modality_ids.shape, modality_weight.shape[1]
-    out = modality_weight.new_empty((T, E), dtype=out_dtype)
-    mean, rstd = (modality_weight.new_empty(T if norm != "none" else 0, dtype=torch.float32) for _ in range(2))
+    (T,), E = inputs.modality_ids.shape, inputs.modality_weight.shape[1]
+    out = inputs.modality_weight.new_empty((T, E), dtype=out_dtype)
+    mean, rstd = (inputs.modality_weight.new_empty(T if norm != "none" else 0, dtype=torch.float32) for _ in range(2))
     if T == 0 or E == 0:
         return out, mean, rstd
     config = configs.forward(E)
-    pointers, kinds = _streams(streams, read=True)
-    joint, offsets = _joined(tables, table_counts)
+    pointers, kinds = _streams(inputs.streams, read=True)
+    joint, offsets = _joined(inputs.tables, inputs.table_counts)
     modality_embed_fwd_kernel[(triton.cdiv(T, config.rows),)](
         *pointers,
-        modality_weight.contiguous(),
-        _contiguous(token_weight),
+        inputs.modality_weight.contiguous(),
+        _contiguous(inputs.token_weight),
         joint,
-        _contiguous(norm_weight),
-        _contiguous(norm_bias),
-        modality_ids.contiguous(),
-        source_rows.contiguous(),
-        positions.contiguous(),
+        _contiguous(inputs.norm_weight),
+        _contiguous(inputs.norm_bias),
+        inputs.modality_ids.contiguous(),
+        inputs.source_rows.contiguous(),
+        inputs.positions.contiguous(),
         out,
         mean if norm != "none" else None,
         rstd if norm != "none" else None,
         T,
         E,
         eps,
-        M=len(streams),
-        A=positions.shape[0],
+        M=len(inputs.streams),
+        A=inputs.positions.shape[0],
         STREAMS=kinds,
         TABLES=offsets,
         ROWS=config.rows,
@@ -69,51 +56,35 @@ def forward(
     return out, mean, rstd
 
 
-def backward(
-    grad_out,
-    streams,
-    modality_weight,
-    token_weight,
-    tables,
-    table_counts,
-    norm_weight,
-    norm_bias,
-    modality_ids,
-    source_rows,
-    positions,
-    mean,
-    rstd,
-    norm,
-    needs,
-):
+def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]):
     """As in reference.backward."""
-    M, P, (T, E) = len(streams), len(tables), grad_out.shape
+    M, P, (T, E) = len(inputs.streams), len(inputs.tables), grad_out.shape
     need_streams, need_modality, need_token = needs[:M], needs[M], needs[M + 1]
     need_tables, need_norm = needs[M + 2 : M + 2 + P], needs[-2] or needs[-1]
     keyed = need_token or any(need_tables)
     normed = norm != "none"
-    pointers, kinds = _streams(streams, read=normed)
-    joint, offsets = _joined(tables, table_counts)
+    pointers, kinds = _streams(inputs.streams, read=normed)
+    joint, offsets = _joined(inputs.tables, inputs.table_counts)
     config = configs.backward(E, T)
     programs = triton.cdiv(T, config.rows)
     fp32 = {"dtype": torch.float32}
-    d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(streams, need_streams, strict=True)]
+    d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(inputs.streams, need_streams, strict=True)]
     norm_partial = grad_out.new_empty((programs, 2, E), **fp32) if need_norm else None
     modality_partial = grad_out.new_zeros((programs, M, E), **fp32) if need_modality else None
     dx = grad_out.new_empty((T, E), **fp32) if keyed else None
     slots = len(offsets) // M
-    keys = modality_ids.new_empty((slots + 1, T), dtype=torch.int32) if keyed else None
+    keys = inputs.modality_ids.new_empty((slots + 1, T), dtype=torch.int32) if keyed else None
     if T and E:
         modality_embed_bwd_rows_kernel[(programs,)](
             grad_out.contiguous(),
             *pointers,
-            modality_weight.contiguous(),
-            _contiguous(token_weight),
+            inputs.modality_weight.contiguous(),
+            _contiguous(inputs.token_weight),
             joint,
-            _contiguous(norm_weight),
-            modality_ids.contiguous(),
-            source_rows.contiguous(),
-            positions.contiguous(),
+            _contiguous(inputs.norm_weight),
+            inputs.modality_ids.contiguous(),
+            inputs.source_rows.contiguous(),
+            inputs.positions.contiguous(),
             mean if normed else None,
             rstd if normed else None,
             *_padded(d_streams),
@@ -124,7 +95,7 @@ def backward(
             T,
             E,
             M=M,
-            A=positions.shape[0],
+            A=inputs.positions.shape[0],
             STREAMS=kinds,
             TABLES=offsets,
             ROWS=config.rows,
@@ -135,26 +106,26 @@ def backward(
     # Sums over programs: torch.sum adds in an order that depends on the shape alone.
     d_norm = norm_partial.sum(0) if need_norm else (None, None)
     d_modality = modality_partial.sum(0) if need_modality else None
-    d_token = grad_out.new_zeros(token_weight.shape, **fp32) if need_token else None
+    d_token = grad_out.new_zeros(inputs.token_weight.shape, **fp32) if need_token else None
     if need_token:
         _sum_by_key(dx, keys[slots], d_token)
     d_tables = [None] * P
     if any(need_tables):
-        d_joint = grad_out.new_zeros((sum(t.shape[0] for t in tables), E), **fp32)
+        d_joint = grad_out.new_zeros((sum(t.shape[0] for t in inputs.tables), E), **fp32)
         for q in range(slots):  # a table belongs to one axis, so no table row is written twice
             _sum_by_key(dx, keys[q], d_joint)
-        d_tables = [d.clone() for d in d_joint.split([t.shape[0] for t in tables])]
+        d_tables = [d.clone() for d in d_joint.split([t.shape[0] for t in inputs.tables])]
 
     def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
         return value.to(like.dtype) if needed else grad_out.new_empty(0)
 
     return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, streams, need_streams, strict=True)],
-        finish(d_modality, modality_weight, need_modality),
-        finish(d_token, token_weight, need_token),
-        [finish(d, t, n) for d, t, n in zip(d_tables, tables, need_tables, strict=True)],
-        finish(d_norm[0], norm_weight, needs[-2]),
-        finish(d_norm[1], norm_bias, needs[-1]),
+        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, need_streams, strict=True)],
+        finish(d_modality, inputs.modality_weight, need_modality),
+        finish(d_token, inputs.token_weight, need_token),
+        [finish(d, t, n) for d, t, n in zip(d_tables, inputs.tables, need_tables, strict=True)],
+        finish(d_norm[0], inputs.norm_weight, needs[-2]),
+        finish(d_norm[1], inputs.norm_bias, needs[-1]),
     )
 
 

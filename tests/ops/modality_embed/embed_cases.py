@@ -15,6 +15,7 @@ from torch import Tensor
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import reference
 from mmkernels.ops.modality_embed.api import modality_embed
+from mmkernels.ops.modality_embed.inputs import Inputs as OperatorInputs
 from mmkernels.testing import poisoned_empty
 
 
@@ -175,7 +176,7 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
     layout, width = inputs.layout, inputs.modality_weight.shape[1]
     streams = [inputs.modality_weight.new_empty(0, width) if s is None else s for s in inputs.streams]
     tables = [tables or () for tables in inputs.position_weights]
-    out, _, _ = reference.forward(
+    given = OperatorInputs(
         streams,
         inputs.modality_weight,
         inputs.token_weight,
@@ -186,10 +187,8 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
         layout.modality_ids,
         layout.source_rows,
         layout.positions,
-        inputs.norm or "none",
-        inputs.eps,
-        torch.float64,
     )
+    out, _, _ = reference.forward(given, inputs.norm or "none", inputs.eps, torch.float64)
     return {"out": out.detach(), **_gradients(out, inputs)}
 
 

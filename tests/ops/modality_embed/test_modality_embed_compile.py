@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 
 from mmkernels import inspect  # noqa: E402
 from mmkernels.ops.modality_embed import triton_kernels  # noqa: E402
+from mmkernels.ops.modality_embed.inputs import Inputs as OperatorInputs  # noqa: E402
 from mmkernels.ops.modality_embed.kernel_specs import kernel_specs  # noqa: E402
 
 # One width keeps this short; the inspector's report has the others.
@@ -77,7 +78,7 @@ def test_launches_compile_in_bf16(name, compiled_launches):
             layout.positions,
         ),
     )
-    _, mean, rstd = triton_kernels.forward(*common, "layernorm", 1e-5, torch.bfloat16)
+    _, mean, rstd = triton_kernels.forward(OperatorInputs(*common), "layernorm", 1e-5, torch.bfloat16)
     needs = [
         *(s.is_floating_point() for s in common[0]),
         True,
@@ -86,7 +87,7 @@ def test_launches_compile_in_bf16(name, compiled_launches):
         case.weight,
         case.bias,
     ]
-    triton_kernels.backward(inputs.grad_out, *common, mean, rstd, "layernorm", needs)
+    triton_kernels.backward(inputs.grad_out, OperatorInputs(*common), mean, rstd, "layernorm", needs)
     names = [name for name, _ in compiled_launches]
     assert names[:2] == ["modality_embed_fwd_kernel", "modality_embed_bwd_rows_kernel"]
     table_sums = max(case.axes) + (case.vocab is not None)

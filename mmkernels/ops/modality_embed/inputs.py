@@ -1,0 +1,20 @@
+"""What every implementation of modality_embed is given, in the schema's order.   T tokens, E width, M modalities."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    streams: list[Tensor]  # [M]: floats [N_m, E], or token ids [N_m]
+    modality_weight: Tensor  # [M, E]
+    token_weight: Tensor | None  # [V, E]
+    tables: list[Tensor]  # position tables [P, E], all modalities' in one list
+    table_counts: list[int]  # [M]: how many of them each modality has
+    norm_weight: Tensor | None  # [E]
+    norm_bias: Tensor | None  # [E]
+    modality_ids: Tensor  # uint8 [T]
+    source_rows: Tensor  # int32 [T]
+    positions: Tensor  # int32 [A, T], A axes
