@@ -100,8 +100,8 @@ class PackedLayout:
     ) -> PackedLayout:
         """For callers who have only bounds, perhaps on the device.  cu_seqlens int32 [B + 1].
 
-        Bounds on the CPU give a complete layout when there is one modality.  Bounds on a GPU are never copied back:
-        lowering a mask on such a layout is refused until token tiles come with issue 3.
+        Bounds on the CPU give a complete layout, in which a stretch of one modality in one sample is a segment.
+        Bounds on a GPU are never copied back: masks are lowered on the device, for token tiles.
         """
         if not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")
@@ -129,21 +129,34 @@ class PackedLayout:
                     f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
                     f"is {num_modalities}"
                 )
-            if num_modalities == 1:
-                return cls.from_segments([[(0, n)] for n in cu_seqlens.diff().tolist()], num_modalities=1)
-        rows = torch.arange(total_tokens, dtype=torch.int32, device=device)
-        segment_ids = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
+            samples = [_runs(ids) for ids in torch.split(modality_ids, cu_seqlens.diff().tolist())]
+            return cls.from_segments(samples, num_modalities=num_modalities)
+        return cls._from_device_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
+
+    @classmethod
+    def _from_device_bounds(cls, cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities) -> PackedLayout:
+        """Bounds that must not be read.  Its own function so that tests reach it without a GPU."""
+        token = torch.arange(total_tokens, dtype=torch.int32, device=cu_seqlens.device)
+        sample = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
+        if num_modalities == 1:
+            segment_ids, starts = sample, cu_seqlens[sample.long()]
+        else:
+            opens = torch.ones_like(token, dtype=torch.bool)
+            opens[1:] = (modality_ids[1:] != modality_ids[:-1]) | (sample[1:] != sample[:-1])
+            segment_ids = opens.cumsum(0, dtype=torch.int32) - 1
+            starts = torch.where(opens, token, 0).cummax(0).values if total_tokens else token
         return cls(
             cu_seqlens=cu_seqlens,
             modality_ids=modality_ids,
-            positions=(rows - cu_seqlens[segment_ids.long()]).unsqueeze(0),
+            positions=(token - starts).unsqueeze(0),
             segment_ids=segment_ids,
-            source_rows=rows,
+            source_rows=token,
             segments=None,
             total_tokens=int(total_tokens),
             max_seqlen=int(max_seqlen),
             num_modalities=num_modalities,
-            segment_cu_seqlens=cu_seqlens,
+            # How many segments several modalities make is on the device alone.
+            segment_cu_seqlens=cu_seqlens if num_modalities == 1 else None,
         )
 
     @property
@@ -152,6 +165,8 @@ class PackedLayout:
 
     @property
     def num_segments(self) -> int:
+        if self.segment_cu_seqlens is None:
+            raise ValueError("num_segments: a layout from device-side bounds of several modalities does not know it")
         return self.segment_cu_seqlens.numel() - 1
 
     @property
@@ -165,9 +180,9 @@ class PackedLayout:
     @property
     def host(self) -> PackedLayout | None:
         """The same layout on the CPU, or None when only device-side bounds are known.  Never syncs."""
-        if self.device.type == "cpu":
-            return self
-        return self._host
+        if self.segments is None:
+            return None
+        return self if self.device.type == "cpu" else self._host
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
@@ -190,7 +205,8 @@ class PackedLayout:
         if device.type == "cpu" and self._host is not None:
             return self._host
         if self._buffer is None:
-            moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+            tensors = {name: getattr(self, name) for name in _TENSORS}
+            moved = {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
         else:
             buffer = self._buffer
             if device.type == "cuda" and not buffer.is_pinned():
@@ -209,8 +225,9 @@ class PackedLayout:
         )
 
     def __repr__(self) -> str:
+        segments = "unknown" if self.segment_cu_seqlens is None else self.num_segments
         return (
-            f"PackedLayout({self.num_samples} samples, {self.num_segments} segments, {self.total_tokens} tokens, "
+            f"PackedLayout({self.num_samples} samples, {segments} segments, {self.total_tokens} tokens, "
             f"longest {self.max_seqlen}, {self.num_modalities} modalities, {self.device})"
         )
 
@@ -262,6 +279,12 @@ def _views(buffer: Tensor, num_samples: int, num_segments: int, total: int, axes
     views["positions"] = views["positions"].view(axes, total)
     views["modality_ids"] = views["modality_ids"].view(torch.uint8)[:total]
     return views
+
+
+def _runs(modality_ids: Tensor) -> list[tuple[int, int]]:
+    """Stretches of one modality as (modality, length)."""
+    values, lengths = torch.unique_consecutive(modality_ids, return_counts=True)
+    return list(zip(values.tolist(), lengths.tolist(), strict=True)) or [(0, 0)]
 
 
 def _host_array(values, name: str) -> np.ndarray:

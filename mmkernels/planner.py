@@ -51,12 +51,13 @@ def build_layout(segments, grids, special_ids, num_samples: int, axes: int) -> n
 
 
 def attention_tiles(
-    cu_seqlens, lo, hi, row_bits, col_bits, block_rows: int, block_cols: int, *, rows: str
+    cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows: int, block_cols: int, *, rows: str
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Per-sample tiles of `block_rows` rows and, for each, the spans of column blocks that some row sees.
+    """Tiles of `block_rows` rows of one sample and, for each, the spans of column blocks that some row sees.
 
     Row i sees column j when lo[i] <= j < hi[i] (both non-decreasing within a sample) and row_bits[i] & col_bits[j].
     rows="query": rows are queries and columns keys; rows="key": the transpose, for backward. Keys carry one bit.
+    cu_rows, cu_cols [B + 1]: bounds of the samples; one sample [0, R], [0, C] gives tiles that cross real samples.
 
     tiles int32 [n, 4]: row_start, row_end, first span, last span (exclusive); most blocks first, stable.
     spans int32 [m, 3]: col_start, col_end, masked. Blocks count from the sample's start and are clipped at its end.
@@ -66,17 +67,19 @@ def attention_tiles(
     """
     if rows not in ("query", "key"):
         raise ValueError(f'attention_tiles: rows is {rows!r}, expected "query" or "key"')
-    cu_seqlens = _int32("attention_tiles", "cu_seqlens", cu_seqlens)
-    names = ("lo", "hi", "row_bits", "col_bits")
-    per_token = [
-        _int32("attention_tiles", name, array) for name, array in zip(names, (lo, hi, row_bits, col_bits), strict=True)
-    ]
-    for name, array in zip(names, per_token, strict=True):
-        if len(array) != len(per_token[0]):
-            raise ValueError(f"attention_tiles: {name} has {len(array)} tokens, expected {len(per_token[0])} as lo")
-    if len(cu_seqlens) == 0:
-        raise ValueError("attention_tiles: cu_seqlens is empty, expected B + 1 bounds")
-    return _backend.attention_tiles(cu_seqlens, *per_token, block_rows, block_cols, rows == "key")
+    arrays = {"cu_rows": cu_rows, "cu_cols": cu_cols, "lo": lo, "hi": hi, "row_bits": row_bits, "col_bits": col_bits}
+    arrays = {name: _int32("attention_tiles", name, array) for name, array in arrays.items()}
+    for name in ("hi", "row_bits"):
+        if len(arrays[name]) != len(arrays["lo"]):
+            raise ValueError(
+                f"attention_tiles: {name} has {len(arrays[name])} tokens, expected {len(arrays['lo'])} as lo"
+            )
+    if len(arrays["cu_rows"]) == 0 or len(arrays["cu_rows"]) != len(arrays["cu_cols"]):
+        raise ValueError(
+            f"attention_tiles: cu_rows has {len(arrays['cu_rows'])} and cu_cols {len(arrays['cu_cols'])} bounds, "
+            "expected B + 1 both"
+        )
+    return _backend.attention_tiles(*arrays.values(), block_rows, block_cols, rows == "key")
 
 
 @dataclass(frozen=True, eq=False)

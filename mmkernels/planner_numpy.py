@@ -99,16 +99,20 @@ def _check_grids(time, rows, cols, tokens, axes: int) -> None:
     _reject(held != tokens, lambda n: f"grids[{n}] holds {held[n]} tokens, expected {tokens[n]} as in segments")
 
 
-def attention_tiles(cu_seqlens, lo, hi, row_bits, col_bits, block_rows: int, block_cols: int, rows_are_keys: bool):
+def attention_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys: bool):
     """(tiles, spans, pairs) by looking at every pair; mmkernels.planner.attention_tiles documents them."""
-    _check_tiles(cu_seqlens, lo, hi, row_bits if rows_are_keys else col_bits, block_rows, block_cols, rows_are_keys)
+    _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys)
     tiles, spans, weights = [], [], []
-    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+    for rows_begin, rows_end, begin, end in zip(cu_rows[:-1], cu_rows[1:], cu_cols[:-1], cu_cols[1:], strict=True):
         blocks = np.arange(begin, end, block_cols)
         columns = np.arange(begin, end)
-        for row in range(begin, end, block_rows):
-            row_end = min(row + block_rows, end)
+        for row in range(rows_begin, rows_end, block_rows):
+            row_end = min(row + block_rows, int(rows_end))
             r = slice(row, row_end)
+            if begin == end:
+                tiles.append((row, row_end, len(spans), len(spans)))
+                weights.append(0)
+                continue
             seen = (columns >= lo[r, None]) & (columns < hi[r, None])
             seen &= (row_bits[r, None] & col_bits[None, begin:end]) != 0  # [rows, columns]
             some = np.logical_or.reduceat(seen.any(0), blocks - begin)
@@ -117,7 +121,7 @@ def attention_tiles(cu_seqlens, lo, hi, row_bits, col_bits, block_rows: int, blo
                 every[:] = False
             first = len(spans)
             for block in np.flatnonzero(some):
-                start, stop = int(blocks[block]), min(int(blocks[block]) + block_cols, end)
+                start, stop = int(blocks[block]), min(int(blocks[block]) + block_cols, int(end))
                 masked = int(not every[block])
                 if len(spans) > first and spans[-1][1] == start and spans[-1][2] == masked:
                     spans[-1][1] = stop
@@ -130,23 +134,22 @@ def attention_tiles(cu_seqlens, lo, hi, row_bits, col_bits, block_rows: int, blo
     return tiles, np.asarray(spans, np.int32).reshape(-1, 3), sum(weights) * block_rows * block_cols
 
 
-def _check_tiles(cu_seqlens, lo, hi, key_bits, block_rows: int, block_cols: int, rows_are_keys: bool) -> None:
-    total = len(lo)
+def _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys) -> None:
     if block_rows < 1 or block_cols < 1:
         raise ValueError("attention_tiles: block_rows and block_cols must be at least 1")
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total:
-        raise ValueError(
-            f"attention_tiles: cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, expected 0 to {total}"
-        )
-    if (np.diff(cu_seqlens) < 0).any():
-        raise ValueError(f"attention_tiles: cu_seqlens decreases at sample {np.argmax(np.diff(cu_seqlens) < 0)}")
+    for name, cu, total in (("cu_rows", cu_rows, len(row_bits)), ("cu_cols", cu_cols, len(col_bits))):
+        if cu[0] != 0 or cu[-1] != total:
+            raise ValueError(f"attention_tiles: {name} runs from {cu[0]} to {cu[-1]}, expected 0 to {total}")
+        if (np.diff(cu) < 0).any():
+            raise ValueError(f"attention_tiles: {name} decreases at sample {np.argmax(np.diff(cu) < 0)}")
     if (hi < lo).any():
         raise ValueError(f"attention_tiles: hi is below lo at row {np.argmax(hi < lo)}")
-    inside = np.ones(total, bool)
-    inside[cu_seqlens[:-1][np.diff(cu_seqlens) > 0]] = False  # the first row of a sample follows nothing
+    inside = np.ones(len(lo), bool)
+    inside[cu_rows[:-1][np.diff(cu_rows) > 0]] = False  # the first row of a sample follows nothing
     decreases = inside & ((np.diff(lo, prepend=lo[:1]) < 0) | (np.diff(hi, prepend=hi[:1]) < 0))
     if decreases.any():
         raise ValueError(f"attention_tiles: lo or hi decreases at row {np.argmax(decreases)}")
+    key_bits = row_bits if rows_are_keys else col_bits
     bits = key_bits.view(np.uint32)
     wrong = (bits == 0) | ((bits & (bits - np.uint32(1))) != 0)
     if wrong.any():

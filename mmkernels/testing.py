@@ -59,28 +59,37 @@ def assert_error_rule(name: str, ours: Tensor, ref: Tensor, torch_same: Tensor) 
         raise AssertionError(f"{name}: rms error {rms:.3e} > {RMS_RATIO} x torch's {rms_torch:.3e} + {floor / 4:.1e}")
 
 
-def reference_mask(layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
-    """bool [T, T], True where query may see key: the definition of AttentionMask, pair by pair.  For tests."""
+def reference_mask(
+    layout: PackedLayout, mask: AttentionMask | None = None, k_layout: PackedLayout | None = None
+) -> Tensor:
+    """bool [Tq, Tk], True where query may see key: the definition of AttentionMask, pair by pair.  For tests."""
     mask = mask or AttentionMask()
-    cu_seqlens = layout.cu_seqlens.tolist()
-    modality, segment = layout.modality_ids.tolist(), layout.segment_ids.tolist()
-    seen = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.bool)
-    for sample, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
+    keys = layout if k_layout is None else k_layout
+    q_modality, segment = layout.modality_ids.tolist(), layout.segment_ids.tolist()
+    k_modality = keys.modality_ids.tolist()
+    seen = torch.zeros(layout.total_tokens, keys.total_tokens, dtype=torch.bool)
+    q_bounds, k_bounds = (itertools.pairwise(side.cu_seqlens.tolist()) for side in (layout, keys))
+    for sample, ((start, stop), (first, last)) in enumerate(zip(q_bounds, k_bounds, strict=True)):
         prefix = mask.prefix[sample] if mask.prefix is not None else 0
+        shift = first - start  # of the query's place among the keys
+        if mask.align == "bottom_right":
+            shift = last - stop
         for i in range(start, stop):
-            for j in range(start, stop):
+            own = i + shift
+            for j in range(first, last):
                 kept = mask.causal and (
-                    j < start + prefix or (segment[i] == segment[j] and modality[i] in mask.bidirectional)
+                    j < first + prefix
+                    or (k_layout is None and segment[i] == segment[j] and q_modality[i] in mask.bidirectional)
                 )
-                inside = (mask.window[0] < 0 or j >= i - mask.window[0]) and (
-                    mask.window[1] < 0 or j <= i + mask.window[1]
+                inside = (mask.window[0] < 0 or j >= own - mask.window[0]) and (
+                    mask.window[1] < 0 or j <= own + mask.window[1]
                 )
                 if mask.window_scope == "all":
-                    allowed = (not mask.causal or j <= i or kept) and inside
+                    allowed = (not mask.causal or j <= own or kept) and inside
                 else:
-                    allowed = kept or ((not mask.causal or j <= i) and inside)
+                    allowed = kept or ((not mask.causal or j <= own) and inside)
                 if mask.visible is not None:
-                    allowed = allowed and mask.visible[modality[i]][modality[j]]
+                    allowed = allowed and mask.visible[q_modality[i]][k_modality[j]]
                 seen[i, j] = allowed
     return seen
 

@@ -71,7 +71,8 @@ def test_from_cu_seqlens_equals_one_modality():
         ours.cu_seqlens, total_tokens=7, max_seqlen=4, modality_ids=ids, num_modalities=2
     )
     assert mixed.modality_ids.tolist() == ids.tolist()
-    assert mixed.positions.tolist() == ours.positions.tolist()
+    segments = PackedLayout.from_segments([[(0, 1), (1, 2)], [], [(0, 2), (1, 2)]], num_modalities=2)
+    assert mixed.positions.tolist() == segments.positions.tolist()  # a stretch of one modality is a segment
 
 
 def test_pickle_sends_one_buffer():

@@ -119,9 +119,10 @@ def test_masks_compare_by_value_whatever_they_were_built_from():
         (lambda: AttentionMask(causal=True, prefix=(1.5, 2)), ValueError, "prefix is"),
         (lambda: AttentionMask(causal=True, bidirectional=1), ValueError, "bidirectional is 1, expected"),
         (lambda: AttentionMask(visible=(True, False)), ValueError, "visible is"),
+        (lambda: AttentionMask(align="left"), ValueError, "align is 'left'"),
         (lambda: AttentionMask(window_scope="some"), ValueError, "window_scope is 'some'"),
         (lambda: AttentionMask(prefix=(1,)), ValueError, "set causal=True"),
-        (lambda: AttentionMask(visible=((True,),)), ValueError, "for the layout's modalities"),
+        (lambda: AttentionMask(visible=((True,),)), ValueError, "for the modalities of queries and keys"),
         (lambda: AttentionMask(causal=True, prefix=(1,)), ValueError, "expected 2 lengths"),
         (lambda: AttentionMask(causal=True, bidirectional=(7,)), ValueError, "names modality 7"),
         (
@@ -137,8 +138,115 @@ def test_bad_masks_are_refused_by_name(make, error, message):
         MaskPlan.lower(layout, make())
 
 
-def test_device_side_bounds_are_refused_until_token_tiles_exist():
+def random_cross_mask(rng, layout):
+    """Any combination of the mask's parts that cross-attention takes."""
+    M = layout.num_modalities
+    return AttentionMask(
+        causal=bool(rng.integers(2)),
+        window=tuple(int(w) for w in rng.choice([-1, 0, 1, 3, 9], 2)),
+        window_scope="all" if rng.integers(2) else "causal",
+        visible=rng.integers(0, 2, (M, M)).astype(bool) if rng.integers(2) else None,
+        align="bottom_right" if rng.integers(2) else "top_left",
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_cross_plan_equals_definition(seed):
+    layout, k_layout = random_layout(seed, max_length=9), random_layout(seed + 1000, max_length=9)
+    mask = random_cross_mask(np.random.default_rng(seed), layout)
+    plan = MaskPlan.lower(layout, mask, k_layout)
+    assert MaskPlan.lower(layout, mask, k_layout) is plan
+    expected = reference_mask(layout, mask, k_layout)
+    key = torch.arange(k_layout.total_tokens, dtype=torch.int32)
+    query = torch.arange(layout.total_tokens, dtype=torch.int32)[:, None]
+    inside = (key >= plan.kv_lo[:, None]) & (key < plan.kv_hi[:, None])
+    assert torch.equal(inside, (query >= plan.q_lo) & (query < plan.q_hi))
+    assert torch.equal(inside & ((plan.q_bits[:, None] & plan.k_bits) != 0), expected), mask
+    assert plan.visible_pairs == int(expected.sum())
+
+
+@pytest.mark.parametrize(
+    ("mask", "k_counts", "message"),
+    [
+        (AttentionMask(causal=True, prefix=(1, 1)), [[4], [2]], "prefix has no meaning in cross-attention"),
+        (AttentionMask(causal=True, bidirectional=(0,)), [[4], [2]], "bidirectional has no meaning"),
+        (AttentionMask(), [[4]], "k_layout has 1 samples, expected layout's 2"),
+    ],
+)
+def test_cross_refuses_by_name(mask, k_counts, message):
+    with pytest.raises(ValueError, match=message):
+        MaskPlan.lower(PackedLayout.from_counts([[3], [5]]), mask, PackedLayout.from_counts(k_counts))
+
+
+def device_bounds(layout):
+    """The layout as a GPU user has it: bounds and modalities that must not be read."""
+    return PackedLayout._from_device_bounds(
+        layout.cu_seqlens, layout.total_tokens, layout.max_seqlen, layout.modality_ids, layout.num_modalities
+    )
+
+
+def merged(layout):
+    """The layout with equal neighbours joined: what device-side bounds can tell."""
+    return PackedLayout.from_cu_seqlens(
+        layout.cu_seqlens,
+        total_tokens=layout.total_tokens,
+        max_seqlen=layout.max_seqlen,
+        modality_ids=layout.modality_ids,
+        num_modalities=layout.num_modalities,
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_lowering_on_the_device_equals_the_host(seed):
+    """Run on CPU tensors; the code holds no read of a value, which the GPU stage checks by forbidding syncs."""
+    layout = merged(random_layout(seed, max_length=12))
+    mask = random_mask(np.random.default_rng(seed), layout)
+    on_device = device_bounds(layout)
+    host, device = MaskPlan.lower(layout, mask), MaskPlan.lower(on_device, mask)
+    assert torch.equal(on_device.positions, layout.positions)
+    # Empty segments have no token that could tell of them, so numbers may differ, but not which tokens share one.
+    assert torch.equal(on_device.segment_ids.diff() != 0, layout.segment_ids.diff() != 0)
+    assert torch.equal(host.q_table, device.q_table), mask
+    assert torch.equal(host.k_table, device.k_table), mask
+
+
+@pytest.mark.parametrize("rows", ["query", "key"])
+@pytest.mark.parametrize("seed", range(60))
+def test_token_tiles_from_the_device_cover_what_is_seen(seed, rows):
+    layout = merged(random_layout(seed, max_length=30))
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, layout)
+    block_rows, block_cols = (int(n) for n in rng.choice([4, 8, 16], 2))
+    seen = reference_mask(layout, mask)
+    seen = seen if rows == "query" else seen.T
+    plan = MaskPlan.lower(device_bounds(layout), mask)
+    assert plan.schedules == ("token",)
+    schedule = plan.tiles(rows, block_rows, block_cols, "token")
+    total = layout.total_tokens
+    assert len(schedule.tiles) == -(-total // block_rows)  # of T alone: a CUDA graph's grid
+    assert len(schedule.spans) == 3 * len(schedule.tiles)
+    for tile, (row_start, row_end, first, last) in enumerate(schedule.tiles.tolist()):
+        assert (row_start, row_end) == (tile * block_rows, min((tile + 1) * block_rows, total))
+        visited = torch.zeros(total, dtype=torch.bool)
+        for col_start, col_end, masked in schedule.spans[first:last].tolist():
+            assert col_start % block_cols == 0 or col_start == col_end
+            assert 0 <= col_start <= col_end <= total
+            assert not visited[col_start:col_end].any()
+            visited[col_start:col_end] = True
+            if not masked:
+                assert (col_end - col_start) % block_cols == 0
+                assert seen[row_start:row_end, col_start:col_end].all()
+                assert rows == "query" or row_end - row_start == block_rows or col_start == col_end
+        assert not seen[row_start:row_end, ~visited].any()
+
+
+def test_device_side_bounds_refuse_what_would_sync():
     bounds = torch.empty(3, dtype=torch.int32, device="meta")
     layout = PackedLayout.from_cu_seqlens(bounds, total_tokens=7, max_seqlen=4)
-    with pytest.raises(NotImplementedError, match="issue 3"):
-        MaskPlan.lower(layout)
+    plan = MaskPlan.lower(layout)
+    with pytest.raises(NotImplementedError, match="allow token tiles only"):
+        plan.tiles("query", 16, 16)
+    with pytest.raises(NotImplementedError, match="would sync"):
+        plan.cost("token", 16, 16)
+    with pytest.raises(NotImplementedError, match="would sync"):
+        _ = plan.visible_pairs

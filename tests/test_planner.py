@@ -126,39 +126,44 @@ def test_build_layout_names_what_is_wrong(backend, segments, grids, message):
 
 
 def random_mask(seed: int):
-    """(cu_seqlens, lo, hi, row_bits, col_bits) of queries over keys: any non-decreasing bounds, any visibility."""
+    """(cu_rows, cu_cols, lo, hi, row_bits, col_bits): any non-decreasing bounds, any visibility; odd seeds: two sides."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 40, rng.integers(0, 5))
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    key_lengths = lengths if seed % 2 == 0 else rng.integers(0, 40, len(lengths))  # odd: cross-attention
+    cu, cu_keys = (np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in (lengths, key_lengths))
     total, style = int(cu[-1]), rng.integers(4)
     lo, hi = np.zeros(total, np.int32), np.zeros(total, np.int32)
-    for begin, end in itertools.pairwise(cu):
+    for begin, end, first, last in zip(cu[:-1], cu[1:], cu_keys[:-1], cu_keys[1:], strict=True):
         rows = np.arange(begin, end)
+        own = first + rows - begin
         if style == 0:  # everything
-            lo[rows], hi[rows] = begin, end
+            lo[rows], hi[rows] = first, last
         elif style == 1:  # causal
-            lo[rows], hi[rows] = begin, rows + 1
+            lo[rows], hi[rows] = first, np.minimum(own + 1, last)
         elif style == 2:  # window
-            lo[rows], hi[rows] = np.maximum(begin, rows - 5), np.minimum(end, rows + 4)
+            lo[rows], hi[rows] = np.clip(own - 5, first, last), np.clip(own + 4, first, last)
         else:  # whatever is monotone, rows that see nothing too
-            lo[rows] = np.sort(rng.integers(begin, end + 1, len(rows)))
-            hi[rows] = np.maximum(np.sort(rng.integers(begin, end + 1, len(rows))), lo[rows])
-    modalities = np.repeat(rng.integers(0, 4, total), rng.integers(1, 12, total))[:total]
+            lo[rows] = np.sort(rng.integers(first, last + 1, len(rows)))
+            hi[rows] = np.maximum(np.sort(rng.integers(first, last + 1, len(rows))), lo[rows])
     visible = rng.random((4, 4)) < rng.choice([0.3, 0.7, 1.0])
     bit_of = np.array([0, 5, 30, 31])  # 31: the sign bit of int32 is a bit like the others
-    row_bits = (visible * (np.uint64(1) << bit_of.astype(np.uint64))).sum(1).astype(np.uint32)[modalities]
-    col_bits = (np.uint32(1) << bit_of.astype(np.uint32))[modalities]
-    return cu, lo, hi, row_bits.view(np.int32), col_bits.view(np.int32)
+
+    def modalities(count):
+        return np.repeat(rng.integers(0, 4, count), rng.integers(1, 12, count))[:count]
+
+    row_bits = (visible * (np.uint64(1) << bit_of.astype(np.uint64))).sum(1).astype(np.uint32)[modalities(total)]
+    col_bits = (np.uint32(1) << bit_of.astype(np.uint32))[modalities(int(cu_keys[-1]))]
+    return cu, cu_keys, lo, hi, row_bits.view(np.int32), col_bits.view(np.int32)
 
 
-def transpose_mask(cu, lo, hi, row_bits, col_bits):
+def transpose_mask(cu, cu_keys, lo, hi, row_bits, col_bits):
     """The same mask from the keys' side: key j is seen by queries [lo, hi)."""
-    q_lo, q_hi = np.zeros_like(lo), np.zeros_like(hi)
-    for begin, end in itertools.pairwise(cu):
-        for j in range(begin, end):
+    q_lo, q_hi = np.zeros_like(col_bits), np.zeros_like(col_bits)
+    for begin, end, first, last in zip(cu[:-1], cu[1:], cu_keys[:-1], cu_keys[1:], strict=True):
+        for j in range(first, last):
             q_lo[j] = begin + np.searchsorted(hi[begin:end], j, side="right")
             q_hi[j] = max(q_lo[j], begin + np.searchsorted(lo[begin:end], j, side="right"))
-    return cu, q_lo, q_hi, col_bits, row_bits
+    return cu_keys, cu, q_lo, q_hi, col_bits, row_bits
 
 
 BLOCKS = [(16, 16), (1, 1), (8, 32), (32, 8), (64, 64)]  # square, degenerate, wide, tall, larger than a sample
@@ -182,20 +187,22 @@ def test_attention_tiles_backends_are_equal(seed, rows):
 @pytest.mark.parametrize("seed", range(20))
 def test_attention_tiles_say_what_is_seen(backend, seed, rows):
     """Against the dense mask: each row in one tile, no seen pair outside spans, no unseen pair in an unmasked span."""
-    cu, lo, hi, row_bits, col_bits = mask = random_mask(seed) if rows == "query" else transpose_mask(*random_mask(seed))
-    total = int(cu[-1])
+    mask = random_mask(seed) if rows == "query" else transpose_mask(*random_mask(seed))
+    cu, cu_cols, lo, hi, row_bits, col_bits = mask
+    total = int(cu_cols[-1])
     columns = np.arange(total)
     seen = (columns >= lo[:, None]) & (columns < hi[:, None]) & ((row_bits[:, None] & col_bits) != 0)
     tiles, spans, pairs = planner.attention_tiles(*mask, 16, 8, rows=rows)
-    covered, unmasked, count = np.zeros((total, total), bool), np.zeros((total, total), bool), 0
+    covered, unmasked, count = np.zeros(seen.shape, bool), np.zeros(seen.shape, bool), 0
     for row, row_end, first, last in tiles.tolist():
         sample = np.searchsorted(cu, row, side="right") - 1
+        start, stop = int(cu_cols[sample]), int(cu_cols[sample + 1])
         assert row < row_end <= min(row + 16, cu[sample + 1])
         assert (row - cu[sample]) % 16 == 0
         previous = None
         for col, col_end, masked in spans[first:last].tolist():
-            assert (col - cu[sample]) % 8 == 0
-            assert (col_end - cu[sample]) % 8 == 0 or col_end == cu[sample + 1]
+            assert (col - start) % 8 == 0
+            assert (col_end - start) % 8 == 0 or col_end == stop
             assert masked or (col_end - col) % 8 == 0
             assert masked or rows == "query" or row_end - row == 16
             assert previous is None or previous[0] < col or (previous[0] == col and previous[1] != masked)  # merged
@@ -223,15 +230,17 @@ def test_attention_tiles_say_what_is_seen(backend, seed, rows):
         ({"hi": [3, 3, 3], "lo": [0, 0, 4]}, "hi is below lo at row 2"),
         ({"col_bits": [1, 3, 1]}, "col_bits of key 1 does not have exactly one bit"),
         ({"col_bits": [1, 0, 1]}, "col_bits of key 1 does not have exactly one bit"),
-        ({"cu_seqlens": [0, 2]}, "cu_seqlens runs from 0 to 2, expected 0 to 3"),
-        ({"cu_seqlens": [0, 2, 1, 3]}, "cu_seqlens decreases at sample 1"),
+        ({"cu_rows": [0, 2]}, "cu_rows runs from 0 to 2, expected 0 to 3"),
+        ({"cu_cols": [0, 2]}, "cu_cols runs from 0 to 2, expected 0 to 3"),
+        ({"cu_rows": [0, 2, 1, 3], "cu_cols": [0, 1, 2, 3]}, "cu_rows decreases at sample 1"),
+        ({"cu_cols": [0, 1, 3]}, "cu_rows has 2 and cu_cols 3 bounds"),
         ({"lo": [0, 0]}, "hi has 3 tokens, expected 2"),
         ({"block_rows": 0}, "block_rows and block_cols must be at least 1"),
         ({"rows": "column"}, 'rows is \'column\', expected "query" or "key"'),
     ],
 )
 def test_attention_tiles_name_what_is_wrong(backend, change, message):
-    arguments = dict(cu_seqlens=[0, 3], lo=[0] * 3, hi=[3] * 3, row_bits=[1] * 3, col_bits=[1] * 3)
+    arguments = dict(cu_rows=[0, 3], cu_cols=[0, 3], lo=[0] * 3, hi=[3] * 3, row_bits=[1] * 3, col_bits=[1] * 3)
     arguments |= dict(block_rows=2, block_cols=2, rows="query")
     with pytest.raises(ValueError, match=message):
         planner.attention_tiles(**(arguments | change))

@@ -50,15 +50,18 @@ Int32s py_build_layout(const Int32s& segments, const Int32s& grids, const Int32s
   return buffer;
 }
 
-py::tuple py_attention_tiles(const Int32s& cu_seqlens, const Int32s& lo, const Int32s& hi, const Int32s& row_bits,
-                             const Int32s& col_bits, int64_t block_rows, int64_t block_cols, bool rows_are_keys) {
-  const TilesInput in{.cu_seqlens = cu_seqlens.data(),
+py::tuple py_attention_tiles(const Int32s& cu_rows, const Int32s& cu_cols, const Int32s& lo, const Int32s& hi,
+                             const Int32s& row_bits, const Int32s& col_bits, int64_t block_rows, int64_t block_cols,
+                             bool rows_are_keys) {
+  const TilesInput in{.cu_rows = cu_rows.data(),
+                      .cu_cols = cu_cols.data(),
                       .lo = lo.data(),
                       .hi = hi.data(),
                       .row_bits = reinterpret_cast<const uint32_t*>(row_bits.data()),
                       .col_bits = reinterpret_cast<const uint32_t*>(col_bits.data()),
-                      .num_samples = cu_seqlens.size() - 1,
-                      .total_tokens = lo.size(),
+                      .num_samples = cu_rows.size() - 1,
+                      .num_rows = lo.size(),
+                      .num_cols = col_bits.size(),
                       .block_rows = block_rows,
                       .block_cols = block_cols,
                       .rows_are_keys = rows_are_keys};

@@ -1,4 +1,4 @@
-// Attention tile schedule: which column blocks each tile of rows visits.   B samples, T tokens
+// Attention tile schedule: which column blocks each tile of rows visits.   B samples, R rows, C columns
 #include "tiles.h"
 
 #include <algorithm>
@@ -11,22 +11,28 @@ namespace {
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("attention_tiles: " + what); }
 
+void check_bounds(const char* name, const int32_t* cu, int64_t num_samples, int64_t total) {
+  if (cu[0] != 0 || cu[num_samples] != total)
+    fail(std::string(name) + " runs from " + std::to_string(cu[0]) + " to " + std::to_string(cu[num_samples]) +
+         ", expected 0 to " + std::to_string(total));
+  for (int64_t b = 0; b < num_samples; ++b)
+    if (cu[b + 1] < cu[b]) fail(std::string(name) + " decreases at sample " + std::to_string(b));
+}
+
 void check(const TilesInput& in) {
-  const int32_t* cu = in.cu_seqlens;
   if (in.block_rows < 1 || in.block_cols < 1) fail("block_rows and block_cols must be at least 1");
-  if (cu[0] != 0 || cu[in.num_samples] != in.total_tokens)
-    fail("cu_seqlens runs from " + std::to_string(cu[0]) + " to " + std::to_string(cu[in.num_samples]) +
-         ", expected 0 to " + std::to_string(in.total_tokens));
+  check_bounds("cu_rows", in.cu_rows, in.num_samples, in.num_rows);
+  check_bounds("cu_cols", in.cu_cols, in.num_samples, in.num_cols);
   for (int64_t b = 0; b < in.num_samples; ++b) {
-    if (cu[b + 1] < cu[b]) fail("cu_seqlens decreases at sample " + std::to_string(b));
-    for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
+    for (int64_t i = in.cu_rows[b]; i < in.cu_rows[b + 1]; ++i) {
       if (in.hi[i] < in.lo[i]) fail("hi is below lo at row " + std::to_string(i));
-      if (i > cu[b] && (in.lo[i] < in.lo[i - 1] || in.hi[i] < in.hi[i - 1]))
+      if (i > in.cu_rows[b] && (in.lo[i] < in.lo[i - 1] || in.hi[i] < in.hi[i - 1]))
         fail("lo or hi decreases at row " + std::to_string(i));
     }
   }
   const uint32_t* keys = in.rows_are_keys ? in.row_bits : in.col_bits;
-  for (int64_t i = 0; i < in.total_tokens; ++i)
+  const int64_t num_keys = in.rows_are_keys ? in.num_rows : in.num_cols;
+  for (int64_t i = 0; i < num_keys; ++i)
     if (keys[i] == 0 || (keys[i] & (keys[i] - 1)) != 0)
       fail(std::string(in.rows_are_keys ? "row_bits" : "col_bits") + " of key " + std::to_string(i) +
            " does not have exactly one bit");
@@ -126,10 +132,10 @@ TileSchedule attention_tiles(const TilesInput& in) {
   std::vector<int64_t> weights;  // blocks of each tile
   int64_t total_blocks = 0;
   for (int64_t b = 0; b < in.num_samples; ++b) {
-    const int64_t begin = in.cu_seqlens[b], end = in.cu_seqlens[b + 1];
-    const Sample sample(in, begin, end);
-    for (int64_t row = begin; row < end; row += in.block_rows) {
-      const int64_t row_end = std::min(row + in.block_rows, end);
+    const Sample sample(in, in.cu_cols[b], in.cu_cols[b + 1]);
+    const int64_t rows_end = in.cu_rows[b + 1];
+    for (int64_t row = in.cu_rows[b]; row < rows_end; row += in.block_rows) {
+      const int64_t row_end = std::min(row + in.block_rows, rows_end);
       const auto first = static_cast<int32_t>(out.spans.size());
       weights.push_back(sample.append_spans(row, row_end, out.spans));
       if (out.spans.size() > std::numeric_limits<int32_t>::max()) fail("more than 2**31 - 1 spans");

@@ -1,4 +1,4 @@
-// Attention tile schedule: which column blocks each tile of rows visits.   B samples, T tokens
+// Attention tile schedule: which column blocks each tile of rows visits.   B samples, R rows, C columns
 #pragma once
 
 #include <array>
@@ -8,10 +8,10 @@
 namespace mm::planner {
 
 struct TilesInput {
-  const int32_t* cu_seqlens;            // [B + 1]
-  const int32_t *lo, *hi;               // [T] row i sees columns [lo[i], hi[i]), both non-decreasing within a sample
-  const uint32_t *row_bits, *col_bits;  // [T] and of those, the columns with row_bits & col_bits != 0
-  int64_t num_samples, total_tokens;
+  const int32_t *cu_rows, *cu_cols;     // [B + 1]
+  const int32_t *lo, *hi;               // [R] row i sees columns [lo[i], hi[i]), both non-decreasing within a sample
+  const uint32_t *row_bits, *col_bits;  // [R], [C] and of those, the columns with row_bits & col_bits != 0
+  int64_t num_samples, num_rows, num_cols;
   int64_t block_rows, block_cols;
   bool rows_are_keys;  // keys carry exactly one bit; a short tile of keys gets masked spans only
 };

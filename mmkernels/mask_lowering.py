@@ -1,0 +1,128 @@
+"""AttentionMask to intervals and bits, on the host.   Tq queries, Tk keys, B samples, M modalities.
+
+`tables` is the definition in O(T) numpy; mask_lowering_device computes the same from device-side bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmkernels.layout import PackedLayout
+
+
+def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [4, Tq]: kv_lo, kv_hi, q_bits, q_modality; int32 [4, Tk]: q_lo, q_hi, k_bits, k_modality."""
+    q_table = np.empty((4, layout.total_tokens), np.int32)
+    k_table = np.empty((4, k_layout.total_tokens), np.int32)
+    q_table[0], q_table[1] = _intervals(layout, k_layout, mask)
+    # Both bounds are monotone, so the queries with kv_lo <= j < kv_hi are an interval: searchsorted finds its ends.
+    keys = np.arange(k_layout.total_tokens)
+    q_hi = np.searchsorted(q_table[0], keys, side="right")  # first query whose kv_lo > j
+    k_table[0] = np.minimum(np.searchsorted(q_table[1], keys, side="right"), q_hi)  # first query whose kv_hi > j
+    k_table[1] = q_hi
+    q_modality, k_modality = layout.modality_ids.numpy(), k_layout.modality_ids.numpy()
+    q_table[2] = visible_bits(mask, layout.num_modalities, k_layout.num_modalities)[q_modality].view(np.int32)
+    q_table[3], k_table[3] = q_modality, k_modality
+    k_table[2] = (np.uint32(1) << k_modality.astype(np.uint32)).view(np.int32)
+    return q_table, k_table
+
+
+def count_pairs(q_table: np.ndarray, k_table: np.ndarray, num_modalities: int, has_visible: bool) -> int:
+    """Visible query-key pairs."""
+    lo, hi, q_bits, _ = q_table
+    if not has_visible:
+        return int((hi.astype(np.int64) - lo).sum())
+    total = 0
+    for m in range(num_modalities):
+        bit = np.uint32(1 << m)
+        seen = np.concatenate(([0], np.cumsum(k_table[3] == m)))  # keys of m before each token
+        rows = (q_bits.view(np.uint32) & bit) != 0
+        total += int((seen[hi[rows]] - seen[lo[rows]]).sum())
+    return total
+
+
+def check_cross(layout: PackedLayout, k_layout: PackedLayout, mask) -> None:
+    """Raises where queries and keys of two layouts cannot be put together."""
+    if layout.num_samples != k_layout.num_samples:
+        raise ValueError(
+            f"attention: k_layout has {k_layout.num_samples} samples, expected layout's {layout.num_samples}"
+        )
+    if layout.device != k_layout.device:
+        raise ValueError(f"attention: k_layout is on {k_layout.device}, expected layout's {layout.device}")
+    for name, value in (("prefix", mask.prefix), ("bidirectional", mask.bidirectional)):
+        if value:
+            raise ValueError(
+                f"AttentionMask: {name} has no meaning in cross-attention, where queries and keys are not the same "
+                "tokens; leave it out, or use dense attention with this mask"
+            )
+
+
+def visible_bits(mask, num_modalities: int, num_key_modalities: int) -> np.ndarray:
+    """uint32 [M]: the set of key modalities that each query modality sees."""
+    everything = (1 << num_key_modalities) - 1
+    if mask.visible is None:
+        return np.full(num_modalities, everything, np.uint32)
+    if len(mask.visible) != num_modalities or any(len(row) != num_key_modalities for row in mask.visible):
+        raise ValueError(
+            f"AttentionMask: visible has rows of {[len(row) for row in mask.visible]}, expected "
+            f"[{num_modalities}, {num_key_modalities}] for the modalities of queries and keys"
+        )
+    return np.array([sum(1 << k for k, seen in enumerate(row) if seen) for row in mask.visible], np.uint32)
+
+
+def check_bidirectional(mask, num_modalities: int) -> None:
+    for m in mask.bidirectional:
+        if not 0 <= m < num_modalities:
+            raise ValueError(f"AttentionMask: bidirectional names modality {m}, the layout has {num_modalities}")
+
+
+def prefix_lengths(prefix: Sequence[int], num_samples: int) -> np.ndarray:
+    if len(prefix) != num_samples or min(prefix, default=0) < 0:
+        raise ValueError(f"AttentionMask: prefix is {prefix}, expected {num_samples} lengths >= 0, one per sample")
+    return np.array(prefix, np.int64)
+
+
+def refuse_gap() -> None:
+    raise NotImplementedError(
+        "AttentionMask: prefix with a left window of scope 'causal' leaves a gap between prefix and window, "
+        "which one interval per query cannot hold; use window_scope='all', or dense attention with this mask"
+    )
+
+
+def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarray, np.ndarray]:
+    """kv_lo and kv_hi [Tq] of the mask without its modality visibility."""
+    cu_q, cu_k = layout.cu_seqlens.numpy().astype(np.int64), k_layout.cu_seqlens.numpy().astype(np.int64)
+    sample = np.repeat(np.arange(layout.num_samples), np.diff(cu_q))
+    start, stop = cu_k[:-1][sample], cu_k[1:][sample]
+    # Where the query stands among the keys: itself in self-attention.
+    own = np.arange(layout.total_tokens, dtype=np.int64) - cu_q[:-1][sample] + start
+    if mask.align == "bottom_right":
+        own += (np.diff(cu_k) - np.diff(cu_q))[sample]
+    left, right = mask.window
+    lo, hi = start, stop
+    if mask.causal:
+        segment_lo, segment_hi, prefix_hi = own, own + 1, start
+        if mask.bidirectional:
+            check_bidirectional(mask, layout.num_modalities)
+            whole = np.isin(layout.modality_ids.numpy(), mask.bidirectional)
+            bounds = layout.segment_cu_seqlens.numpy().astype(np.int64)
+            segment = layout.segment_ids.numpy()
+            segment_lo = np.where(whole, bounds[:-1][segment], segment_lo)
+            segment_hi = np.where(whole, bounds[1:][segment], segment_hi)
+        if mask.prefix is not None:
+            prefix_hi = start + prefix_lengths(mask.prefix, layout.num_samples)[sample]
+        hi = np.maximum(np.maximum(own + 1, segment_hi), prefix_hi)
+        if mask.window_scope == "causal":
+            if left >= 0:
+                if (np.minimum(prefix_hi, stop) > start).any():
+                    refuse_gap()
+                lo = np.maximum(lo, np.minimum(own - left, segment_lo))
+            left = right = -1
+    if left >= 0:
+        lo = np.maximum(lo, own - left)
+    if right >= 0:
+        hi = np.minimum(hi, own + right + 1)
+    lo, hi = np.clip(lo, start, stop), np.clip(hi, start, stop)
+    return lo, np.maximum(lo, hi)
