@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Operators register themselves with torch when first used, so that `import mmkernels` stays quick.
 _LAZY = {
     "attention": "mmkernels.ops.attention.api",
+    "prepare_attention": "mmkernels.ops.attention.api",
     "modality_embed": "mmkernels.ops.modality_embed.api",
     "pack": "mmkernels.ops.packing.api",
     "unpack": "mmkernels.ops.packing.api",
@@ -17,7 +18,7 @@ _LAZY = {
     "segment_mean": "mmkernels.ops.packing.api",
     "plan_packs": "mmkernels.ops.packing.api",
 }
-__all__ += ["gather_rows", "pack", "segment_mean", "unpack"]
+__all__ += ["gather_rows", "pack", "prepare_attention", "segment_mean", "unpack"]
 
 
 def __getattr__(name: str):

@@ -11,6 +11,7 @@ from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention import op as _op  # noqa: F401  registers torch.ops.mm.attention_*
+from mmkernels.ops.attention.inputs import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
@@ -32,92 +33,144 @@ def attention(
     return_modality_mass: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T scale) v over the keys that `mask` lets each query see, per sample of `layout`.
+    """softmax(q k^T scale + pair_bias) v over the keys that `mask` lets each query see, per sample of `layout`.
 
-    q [T, H, D], k and v [T, G, D], H % G == 0, D in 8..256, of one dtype: fp32, bf16 or fp16 (fp64 by the reference).
+    q [Tq, H, D], k and v [Tk, G, D], H % G == 0, D in 8..256, of one dtype: fp32, bf16 or fp16 (fp64 by the reference).
     Any strides with the last dimension contiguous: views of one [T, 3, H, D] projection are taken as they are.
     scale is positive; None means 1/sqrt(D).  Sums and softmax are in fp32.
 
-    Returns out [T, H, D] in q's dtype; with return_lse also the natural logarithm of each softmax denominator, fp32
-    [H, T], differentiable.  A query that sees nothing gets 0, lse -inf and gradient 0.  Samples never touch one
-    another, also when they hold NaN (but in the dense reference NaN spreads).  First-order gradients for q, k, v, in
-    reverse mode; they are deterministic.
+    k_layout     layout of k and v in cross-attention, with as many samples; None: self-attention
+    pair_bias    [H, Mq, Mk], added to the scaled score by the modalities of query and key; differentiable
+    dropout_p    fraction of probabilities set to 0, the rest divided by 1 - dropout_p.  By Philox on (seed, offset,
+                 head, query, key), seed and offset drawn from torch's generator of the device
+    deterministic  True: gradients repeat bit by bit.  None follows torch.are_deterministic_algorithms_enabled(), False
+                 allows sums whose order differs between runs, where they are faster
+    impl         "auto", "reference", "torch", "cpp" or "triton"; see `mmkernels.explain()`
 
-    k_layout, pair_bias, dropout_p and return_modality_mass come with issue 3.  impl is "auto", "reference", "torch" or
-    "triton"; see `mmkernels.explain()`.
+    Returns out [Tq, H, D] in q's dtype.  With return_lse also the natural logarithm of each softmax denominator, fp32
+    [H, Tq], differentiable.  With return_modality_mass also [Tq, H, Mk] fp32: how much of each query's probability went
+    to each modality, before dropout, not differentiable.  A query that sees nothing gets 0, lse -inf, mass 0 and
+    gradient 0.  Samples never touch one another, also when they hold NaN (except in the dense reference, and under
+    token tiles on a GPU, where a non-finite sample may reach the neighbours it shares a tile with).  First-order
+    gradients for q, k, v and pair_bias, in reverse mode.
 
-    Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for what is not there
-    yet, RuntimeError when `impl` cannot run here.
+    Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for masks that cannot
+    be expressed, RuntimeError when `impl` cannot run here.
     """
-    _refuse_what_issue_3_brings(k_layout, pair_bias, dropout_p, return_modality_mass)
-    _check_types(q, k, v, layout, mask)
-    _check(q, k, v, layout)
+    keys = layout if k_layout is None else k_layout
+    _check_types(q, k, v, layout, keys, mask)
+    _check(q, k, v, layout, keys)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[2])
     elif not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"attention: scale is {scale}, expected a positive finite number")
-    plan = MaskPlan.lower(layout, mask)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
+    if pair_bias is not None:
+        pair_bias = _checked_bias(pair_bias, q, layout, keys)
+    plan = MaskPlan.lower(layout, mask, k_layout)
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
-    needs_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl, schedule = _prepare(plan, q, impl, needs_backward)
-    out, lse = torch.ops.mm.attention_fwd(q, k, v, plan.table, *schedule, float(scale), plan.has_visible, impl)
-    return (out, lse) if return_lse else out
+    learns = (
+        q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
+    )
+    impl, schedule = _prepare(
+        plan,
+        impl,
+        Request(
+            dtype=q.dtype,
+            head_dim=q.shape[2],
+            needs_backward=torch.is_grad_enabled() and learns,
+            deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+            extras=pair_bias is not None or dropout_p > 0.0 or return_modality_mass,
+        ),
+    )
+    rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0.0 else None
+    out, lse, mass = torch.ops.mm.attention_fwd(
+        q, k, v, pair_bias, rng, plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible,
+        float(dropout_p), keys.num_modalities if return_modality_mass else 0, impl,
+    )  # fmt: skip
+    if not (return_lse or return_modality_mass):
+        return out
+    return out, *((lse,) if return_lse else ()), *((mass,) if return_modality_mass else ())
 
 
-def _prepare(plan: MaskPlan, q: Tensor, impl: str, needs_backward: bool) -> tuple[str, tuple]:
+def prepare_attention(
+    layout: PackedLayout,
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    k_layout: PackedLayout | None = None,
+    mask: AttentionMask | None = None,
+    needs_backward: bool = True,
+    deterministic: bool | None = None,
+    extras: bool = False,
+    impl: str = "auto",
+) -> None:
+    """Lower `mask` on `layout` and plan its tiles ahead, as the first `attention` call would.
+
+    For torch.compile, whose regions cannot hold this host code, and for data workers.  extras: the call will have a
+    pair_bias, dropout or return_modality_mass.  Raises what `attention` would.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    request = Request(dtype, head_dim, needs_backward, deterministic, extras)
+    _prepare(MaskPlan.lower(layout, mask, k_layout), impl, request)
+
+
+def _prepare(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
     """The implementation that runs, and what it makes of the plan: once, then shared by all layers."""
-    key = (impl, q.dtype, q.shape[2], needs_backward)
+    key = (impl, request)
     prepared = plan.cache.get(key)
     if prepared is None:
         if torch.compiler.is_compiling():
-            # Host code that Dynamo cannot trace.  Lowering as an op of its own comes with issue 3.
             raise RuntimeError(
                 "attention: inside torch.compile the layout must have met this mask, dtype, head width and "
-                "requires_grad before; call attention on it once outside"
+                "requires_grad before; call mmkernels.prepare_attention, or attention itself, on it once outside"
             )
-        impl = dispatch.resolve("attention", impl, device=q.device, dtype=q.dtype)
-        schedule = dispatch.load("attention", impl).schedule(plan, q, needs_backward)
+        impl = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
+        schedule = dispatch.load("attention", impl).schedule(plan, request)
         prepared = plan.cache[key] = (impl, schedule)
     return prepared
 
 
-def _refuse_what_issue_3_brings(k_layout, pair_bias, dropout_p: float, return_modality_mass: bool) -> None:
-    if k_layout is not None:
-        raise NotImplementedError("attention: k_layout (cross-attention) comes with issue 3")
-    if pair_bias is not None:
-        raise NotImplementedError("attention: pair_bias comes with issue 3")
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"attention: dropout_p is {dropout_p}; dropout comes with issue 3")
-    if return_modality_mass:
-        raise NotImplementedError("attention: return_modality_mass comes with issue 3")
+def _checked_bias(pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: PackedLayout) -> Tensor:
+    """pair_bias as the kernels read it: contiguous, in the dtype of the softmax."""
+    expected = (q.shape[1], layout.num_modalities, keys.num_modalities)
+    if not isinstance(pair_bias, Tensor) or tuple(pair_bias.shape) != expected or not pair_bias.is_floating_point():
+        found = tuple(pair_bias.shape) if isinstance(pair_bias, Tensor) else type(pair_bias).__name__
+        raise ValueError(f"attention: pair_bias is {found}, expected floating point {expected}, [H, Mq, Mk]")
+    if pair_bias.device != q.device:
+        raise ValueError(f"attention: pair_bias is on {pair_bias.device}, expected q's {q.device}")
+    return pair_bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _check_types(q, k, v, layout, mask) -> None:
+def _check_types(q, k, v, layout, keys, mask) -> None:
     """What users of other attention functions pass by habit: bounds for the layout, a dense mask."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise ValueError(f"attention: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
-    if not isinstance(layout, PackedLayout):
-        raise ValueError(
-            f"attention: layout is {type(layout).__name__}, expected PackedLayout; PackedLayout.from_cu_seqlens takes "
-            "bounds"
-        )
+    for name, value in (("layout", layout), ("k_layout", keys)):
+        if not isinstance(value, PackedLayout):
+            raise ValueError(
+                f"attention: {name} is {type(value).__name__}, expected PackedLayout; PackedLayout.from_cu_seqlens "
+                "takes bounds"
+            )
     if mask is not None and not isinstance(mask, AttentionMask):
         raise ValueError(
             f"attention: mask is {type(mask).__name__}, expected AttentionMask or None; dense masks are not taken"
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v)):
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys: PackedLayout) -> None:
+    for name, t, side in (("q", q, layout), ("k", k, keys), ("v", v, keys)):
         if t.ndim != 3:
             raise ValueError(f"attention: {name} has shape {tuple(t.shape)}, expected [T, heads, D]")
-        if t.shape[0] != layout.total_tokens:
-            raise ValueError(f"attention: {name} has {t.shape[0]} tokens, expected the layout's {layout.total_tokens}")
+        if t.shape[0] != side.total_tokens:
+            raise ValueError(f"attention: {name} has {t.shape[0]} tokens, expected the layout's {side.total_tokens}")
         if t.dtype != q.dtype:
             raise ValueError(f"attention: {name} is {t.dtype}, expected q's {q.dtype}")
-        if t.device != layout.device:
-            raise ValueError(f"attention: {name} is on {t.device}, expected the layout's {layout.device}")
+        if t.device != side.device:
+            raise ValueError(f"attention: {name} is on {t.device}, expected the layout's {side.device}")
     if q.dtype not in DTYPES:
         raise ValueError(f"attention: q is {q.dtype}, expected float32, bfloat16, float16 or float64")
     heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[2]

@@ -1,8 +1,8 @@
-"""Contract of attention: schemas, fakes, autograd, FLOPs.   T tokens, H heads, G key/value heads, D head width.
+"""Contract of attention: schemas, fakes, autograd, FLOPs.   Tq, Tk tokens, H heads, G key/value heads, D head width.
 
-The mask arrives lowered: `table` int32 [6, T] holds kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits of the MaskPlan, and the
-six schedule tensors with `config` hold what the implementation's own `schedule` made of it: tiles, spans and block
-shapes of the Triton kernels, or runs of the CPU path.  `impl` is a concrete name, resolved before the call.
+The mask arrives lowered, as inputs.Lowered says.  pair_bias is fp32 [H, Mq, Mk] (fp64 for the reference).  rng int64
+[2] is (seed, offset) of the dropout mask.  mass_modalities is Mk where modality mass is wanted, else 0.  `impl` is a
+concrete name, resolved before the call.
 """
 
 from __future__ import annotations
@@ -12,68 +12,87 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import dispatch
+from mmkernels.ops.attention.inputs import Lowered
 
 _TILES = ", ".join(f"Tensor {kernel}_tiles, Tensor {kernel}_spans" for kernel in ("fwd", "dq", "dkdv"))
-_TAIL = f"Tensor table, {_TILES}, int[] config, float scale, bool has_visible, str impl"
+_LOWERED = f"Tensor q_table, Tensor k_table, {_TILES}, int[] config, float scale, bool has_visible, float dropout_p"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? pair_bias, Tensor? rng"
 
-torch.library.define("mm::attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "mm::attention_fwd",
+    f"({_INPUTS}, {_LOWERED}, int mass_modalities, str impl) -> (Tensor out, Tensor lse, Tensor mass)",
+)
 torch.library.define(
     "mm::attention_bwd",
-    f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TAIL})"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"(Tensor do, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, {_LOWERED}, str impl)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
 )
 
 
 @torch.library.register_fake("mm::attention_fwd")
-def _fwd_fake(q, k, v, *plan):
-    return _outputs(q)
+def _fwd_fake(q, k, v, pair_bias, rng, *rest):
+    return _outputs(q, rest[-2])
 
 
 @torch.library.register_fake("mm::attention_bwd")
-def _bwd_fake(do, dlse, q, k, v, *plan):
-    return _gradients(q, k, v)
+def _bwd_fake(do, dlse, q, k, v, pair_bias, *rest):
+    return _gradients(q, k, v, pair_bias)
 
 
 @torch.library.impl("mm::attention_fwd", ("cpu", "cuda"))
-def _fwd(q, k, v, *plan):
-    *rest, impl = plan
-    out, lse = _outputs(q)
-    dispatch.load("attention", impl).attention_fwd(q, k, v, out, lse, *rest)
-    return out, lse
+def _fwd(q, k, v, pair_bias, rng, *rest):
+    *lowered, mass_modalities, impl = rest
+    out, lse, mass = _outputs(q, mass_modalities)
+    dispatch.load("attention", impl).attention_fwd(
+        q, k, v, pair_bias, rng, out, lse, mass if mass_modalities else None, Lowered(*lowered)
+    )
+    return out, lse, mass
 
 
 @torch.library.impl("mm::attention_bwd", ("cpu", "cuda"))
-def _bwd(do, dlse, q, k, v, out, lse, *plan):
-    *rest, impl = plan
-    dq, dk, dv = _gradients(q, k, v)
-    dispatch.load("attention", impl).attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, *rest)
-    return dq, dk, dv
+def _bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, *rest):
+    *lowered, impl = rest
+    dq, dk, dv, dbias = _gradients(q, k, v, pair_bias)
+    dispatch.load("attention", impl).attention_bwd(
+        do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, None if pair_bias is None else dbias, Lowered(*lowered)
+    )
+    return dq, dk, dv, dbias
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out [T, H, D] in q's dtype, lse [H, T]: fp32, or fp64 where the reference computes in it."""
+def _outputs(q: Tensor, mass_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
+    """out [Tq, H, D] in q's dtype, lse [H, Tq] and mass [Tq, H, Mk] in fp32 (of fp64 q: fp64)."""
     T, H, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(H, T, dtype=lse_dtype, device=q.device)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(H, T, dtype=exact, device=q.device)
+    return out, lse, torch.empty(T, H, mass_modalities, dtype=exact, device=q.device)
 
 
-def _gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+def _gradients(q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor | None) -> tuple[Tensor, ...]:
+    dbias = q.new_empty(0) if pair_bias is None else torch.empty_like(pair_bias)
+    return *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)), dbias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, *plan, config, scale, has_visible, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, *plan)
-    ctx.rest = (config, scale, has_visible, impl)
+    q, k, v, pair_bias, rng, *rest = inputs
+    out, lse, mass = output
+    tensors = len(rest) - 6  # then config, scale, has_visible, dropout_p, mass_modalities, impl
+    ctx.save_for_backward(q, k, v, pair_bias, rng, out, lse, *rest[:tensors])
+    ctx.rest = rest[tensors:]
+    ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)  # most callers never use lse: its gradient stays None
 
 
-def _backward(ctx, do, dlse):
-    q, k, v, out, lse, *plan = ctx.saved_tensors
+def _backward(ctx, do, dlse, _):
+    q, k, v, pair_bias, rng, out, lse, *tensors = ctx.saved_tensors
+    *scalars, _, impl = ctx.rest
     if do is None:
         do = torch.zeros_like(out)
-    gradients = torch.ops.mm.attention_bwd(do, dlse, q, k, v, out, lse, *plan, *ctx.rest)
-    return *gradients, *(None,) * (len(plan) + len(ctx.rest))
+    dq, dk, dv, dbias = torch.ops.mm.attention_bwd(
+        do, dlse, q, k, v, pair_bias, rng, out, lse, *tensors, *scalars, impl
+    )
+    dbias = dbias if pair_bias is not None else None
+    return dq, dk, dv, dbias, None, *(None,) * (len(tensors) + len(ctx.rest))
 
 
 def _refuse_second_order(ctx, *grads):
@@ -84,27 +103,27 @@ torch.library.register_autograd("mm::attention_fwd", _backward, setup_context=_s
 torch.library.register_autograd("mm::attention_bwd", _refuse_second_order)
 
 
-def visible_pairs(table: Tensor, has_visible: bool) -> int:
-    """Query-key pairs that the lowered mask lets through.  A table without data (fake, meta) counts as dense."""
-    T = table.shape[1]
-    if table.device.type == "meta" or isinstance(table, torch._subclasses.FakeTensor):
-        return T * T
-    lo, hi, _, _, q_bits, k_bits = table.long().unbind(0)
+def visible_pairs(q_table: Tensor, k_table: Tensor, has_visible: bool) -> int:
+    """Query-key pairs that the lowered mask lets through.  Tables without data (fake, meta) count as dense."""
+    if q_table.device.type == "meta" or isinstance(q_table, torch._subclasses.FakeTensor):
+        return q_table.shape[1] * k_table.shape[1]
+    lo, hi, q_bits, _ = q_table.long().unbind(0)
     if not has_visible:
         return int((hi - lo).sum())
     pairs = 0
     for m in range(32):
-        is_key = (k_bits >> m) & 1
+        is_key = (k_table[3] == m).long()
         before = torch.cat([is_key.new_zeros(1), is_key.cumsum(0)])  # keys of modality m before each token
         pairs += int((((q_bits >> m) & 1) * (before[hi] - before[lo])).sum())
     return pairs
 
 
 @register_flop_formula(torch.ops.mm.attention_fwd, get_raw=True)
-def _fwd_flops(q, k, v, table, *plan, out_val=None, **kwargs) -> int:
-    return 4 * visible_pairs(table, plan[-2]) * q.shape[1] * q.shape[2]
+def _fwd_flops(q, k, v, pair_bias, rng, q_table, k_table, *rest, out_val=None, **kwargs) -> int:
+    return 4 * visible_pairs(q_table, k_table, rest[-4]) * q.shape[1] * q.shape[2]
 
 
 @register_flop_formula(torch.ops.mm.attention_bwd, get_raw=True)
-def _bwd_flops(do, dlse, q, k, v, out, lse, table, *plan, out_val=None, **kwargs) -> int:
-    return 10 * visible_pairs(table, plan[-2]) * q.shape[1] * q.shape[2]  # five products of the forward's two
+def _bwd_flops(do, dlse, q, k, v, pair_bias, rng, out, lse, q_table, k_table, *rest, out_val=None, **kwargs) -> int:
+    # Five products to the forward's two.
+    return 10 * visible_pairs(q_table, k_table, rest[-3]) * q.shape[1] * q.shape[2]

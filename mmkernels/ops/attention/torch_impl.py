@@ -19,23 +19,26 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
+def schedule(plan, request) -> tuple:
     """The runs [R, 4], five empty tensors and no configuration."""
     found = plan.cache.get("runs")  # the same for every dtype and width
     if found is None:
-        found = torch.from_numpy(runs(plan.layout.cu_seqlens.numpy(), plan.table.numpy(), plan.has_visible))
+        found = torch.from_numpy(
+            runs(plan.layout.cu_seqlens.numpy(), plan.q_table.numpy(), plan.k_table.numpy(), plan.has_visible)
+        )
         plan.cache["runs"] = found
     return found, *(torch.empty(0, dtype=torch.int32),) * 5, []
 
 
-def attention_fwd(q, k, v, out, lse, table, found, *rest) -> None:
+def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     """Fills out [T, H, D] and lse [H, T]."""
-    *_, scale, _ = rest
+    _refuse(pair_bias, mass, lowered)
+    found, scale = lowered.fwd_tiles, lowered.scale
     for run in _runs(found, q, k):
         if run.kind == BLIND:
             out[run.at], lse[:, run.at] = 0, -math.inf
             continue
-        mask, blind = _mask(table, run, q.dtype)
+        mask, blind = _mask(lowered, run, q.dtype)
         heads = (run.view(q), run.view(k), run.view(v))
         run_out, run_lse = _flash(*heads, 0.0, run.kind == CAUSAL, attn_mask=mask, scale=scale)
         if blind is not None:
@@ -45,14 +48,14 @@ def attention_fwd(q, k, v, out, lse, table, found, *rest) -> None:
         run.view_lse(lse).copy_(run_lse)
 
 
-def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, found, *rest) -> None:
+def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
     """Fills dq [T, H, D], dk and dv [T, G, D]."""
-    *_, scale, _ = rest
+    found, scale = lowered.fwd_tiles, lowered.scale
     for run in _runs(found, q, k):
         if run.kind == BLIND:
             dq[run.at], dk[run.at], dv[run.at] = 0, 0, 0
             continue
-        mask, blind = _mask(table, run, q.dtype)
+        mask, blind = _mask(lowered, run, q.dtype)
         heads = (run.view(q), run.view(k), run.view(v))
         run_out, run_lse = run.view(out), run.view_lse(lse)
         if blind is not None:
@@ -68,6 +71,11 @@ def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, found, *rest) 
         run.view(dq).copy_(run_dq)
         run.write_key_gradient(dk, run_dk)
         run.write_key_gradient(dv, run_dv)
+
+
+def _refuse(pair_bias, mass, lowered) -> None:
+    if pair_bias is not None or mass is not None or lowered.dropout_p or lowered.q_table.shape != lowered.k_table.shape:
+        raise NotImplementedError("attention: the torch path has no pair_bias, dropout, mass or k_layout yet (issue 3)")
 
 
 class _Run(NamedTuple):
@@ -125,14 +133,15 @@ def _runs(found: Tensor, q: Tensor, k: Tensor):
             yield from (_Run(start + i * length, length, 1, kind, heads, kv_heads) for i in range(count))
 
 
-def _mask(table: Tensor, run: _Run, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _mask(lowered, run: _Run, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """0 / -inf [L, L] of a MASKED run (None: needs none), and which queries see nothing [L] (None: all see something).
 
     Those see everything in the mask, because the kernel has no answer for an empty row; the caller overwrites them.
     """
     if run.kind != MASKED:
         return None, None
-    lo, hi, _, _, q_bits, k_bits = table[:, run.at].unbind(0)
+    lo, hi, q_bits, _ = lowered.q_table[:, run.at].unbind(0)
+    k_bits = lowered.k_table[2, run.at]
     keys = torch.arange(run.at.start, run.at.stop, dtype=torch.int32)
     seen = (keys >= lo.unsqueeze(1)) & (keys < hi.unsqueeze(1)) & ((q_bits.unsqueeze(1) & k_bits) != 0)
     blind = ~seen.any(1)

@@ -12,11 +12,12 @@ import numpy as np
 FULL, CAUSAL, MASKED, BLIND = range(4)  # all see all; key at or before query; any other mask; nobody sees anything
 
 
-def runs(cu_seqlens: np.ndarray, table: np.ndarray, has_visible: bool) -> np.ndarray:
+def runs(cu_seqlens: np.ndarray, q_table: np.ndarray, k_table: np.ndarray, has_visible: bool) -> np.ndarray:
     """int32 [R, 4]: start, length, count, kind.  `count` runs of equal length and kind stand one after another.
 
-    table is MaskPlan's: kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits.  Empty samples are in no run.
+    The tables are MaskPlan's.  Empty samples are in no run.
     """
+    table = np.stack([*q_table[:3], k_table[2]])
     found: list[list[int]] = []
     for start, stop in pairwise(cu_seqlens.tolist()):
         bounds = _split(table, start, stop) if has_visible and stop > start else [start, stop]
@@ -35,7 +36,7 @@ def runs(cu_seqlens: np.ndarray, table: np.ndarray, has_visible: bool) -> np.nda
 
 def _split(table: np.ndarray, start: int, stop: int) -> list[int]:
     """Bounds of the finest contiguous pieces of a sample that do not see one another."""
-    lo, hi, _, _, q_bits, k_bits = table[:, start:stop]
+    lo, hi, q_bits, k_bits = table[:, start:stop]
     changes = np.flatnonzero((np.diff(q_bits) != 0) | (np.diff(k_bits) != 0)) + 1
     first = np.concatenate(([0], changes))  # pieces of one modality each
     last = np.concatenate((changes, [stop - start])) - 1
@@ -52,7 +53,7 @@ def _split(table: np.ndarray, start: int, stop: int) -> list[int]:
 
 
 def _kind(table: np.ndarray, start: int, stop: int, has_visible: bool) -> int:
-    lo, hi, _, _, q_bits, k_bits = table[:, start:stop]
+    lo, hi, q_bits, k_bits = table[:, start:stop]
     if has_visible:
         met = np.unique(q_bits)[:, None] & np.unique(k_bits) != 0
         if not met.any():

@@ -21,25 +21,31 @@ from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
 LOG2E = 1.4426950408889634
 
 
-def schedule(plan, q: Tensor, needs_backward: bool) -> tuple:
+def schedule(plan, request) -> tuple:
     """Tiles and spans of the forward, dQ and dK/dV kernels, and the configurations that these were made for."""
-    arch = "sm_80" if q.device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
-    chosen = configs.select(arch, q.element_size(), q.shape[2])
+    device = plan.layout.device
+    arch = "sm_80" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    chosen = configs.select(arch, request.dtype.itemsize, request.head_dim)
     flat = chosen.flat()
     fwd = plan.tiles("query", chosen.fwd.rows, chosen.fwd.cols)
-    if not needs_backward:
-        empty = plan.table[0, :0]
+    if not request.needs_backward:
+        empty = plan.q_table[0, :0]
         return fwd.tiles, fwd.spans, empty, empty, empty, empty, flat
     dq = plan.tiles("query", chosen.dq.rows, chosen.dq.cols)
     dkdv = plan.tiles("key", chosen.dkdv.rows, chosen.dkdv.cols)
     return fwd.tiles, fwd.spans, dq.tiles, dq.spans, dkdv.tiles, dkdv.spans, flat
 
 
-def attention_fwd(q, k, v, out, lse, table, tiles, spans, *rest) -> None:
+def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     """Fills out [T, H, D] and lse [H, T]."""
-    *_, config, scale, has_visible = rest
+    if pair_bias is not None or mass is not None or lowered.dropout_p:
+        raise NotImplementedError("attention: the Triton path has no pair_bias, dropout or mass yet (issue 3)")
+    tiles, spans, config, scale, has_visible = (
+        lowered.fwd_tiles, lowered.fwd_spans, lowered.config, lowered.scale, lowered.has_visible
+    )  # fmt: skip
     T, H, D = q.shape
-    kv_lo, kv_hi, _, _, q_bits, k_bits = table.unbind(0)
+    kv_lo, kv_hi, q_bits, _ = lowered.q_table.unbind(0)
+    k_bits = lowered.k_table[2]
     config = configs.Configs.from_flat(config).fwd
     if len(tiles) == 0:
         return
@@ -52,14 +58,15 @@ def attention_fwd(q, k, v, out, lse, table, tiles, spans, *rest) -> None:
         )  # fmt: skip
 
 
-def attention_bwd(do, dlse, q, k, v, out, lse, dq, dk, dv, table, *rest) -> None:
+def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
     """Fills dq [T, H, D], dk and dv [T, G, D]."""
-    _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, flat, scale, has_visible = rest
+    _, _, _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, flat, scale, has_visible, _ = lowered
     T, H, D = q.shape
     G = k.shape[1]
     if T == 0:
         return
-    kv_lo, kv_hi, q_lo, q_hi, q_bits, k_bits = table.unbind(0)
+    kv_lo, kv_hi, q_bits, _ = lowered.q_table.unbind(0)
+    q_lo, q_hi, k_bits, _ = lowered.k_table.unbind(0)
     chosen = configs.Configs.from_flat(flat)
     do = do if do.stride(2) == 1 else do.contiguous()
     shared = {"D": D, "BLOCK_D": configs.padded(D), "HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}

@@ -1,17 +1,21 @@
 """What attention is compared with: a dense float64 oracle and torch's SDPA, both on the brute-force mask.
 
-T tokens, H heads, G key/value heads, D head width.  Queries, keys and values are one leaf [T, H + 2 G, D], so that
-every test also runs on strided views.
+T tokens, H heads, G key/value heads, D head width, M modalities.  In self-attention queries, keys and values are one
+leaf [T, H + 2 G, D], so that every test also runs on strided views.
 """
 
 import functools
+from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from mmkernels import AttentionMask, attention
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.attention.reference import dropout_keep
 from mmkernels.testing import assert_error_rule, random_layout, reference_mask
 
 NUM_MODALITIES = 3
@@ -49,91 +53,237 @@ MASKS = {
 }
 
 
+# What cross-attention takes.
+CROSS_MASKS = {
+    "document": lambda layout, seed: None,
+    "causal": lambda layout, seed: AttentionMask(causal=True),
+    "causal_top_left": lambda layout, seed: AttentionMask(causal=True, align="top_left"),
+    "window": lambda layout, seed: AttentionMask(window=(seed % 5, 3)),
+    "visible_causal": lambda layout, seed: AttentionMask(causal=True, visible=_visibility(seed, blind=True)),
+}
+
+
 @functools.cache
 def shared_layout(seed, max_length=24):
     return random_layout(seed, num_modalities=NUM_MODALITIES, max_length=max_length)
-
-
-def make_qkv(layout, heads, kv_heads, width, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (layout.total_tokens, heads + 2 * kv_heads, width)
-    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-
-
-def dense_oracle(q, k, v, seen, scale):
-    """out, lse in the inputs' dtype, from the definition."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~seen, float("-inf"))
-    lse = torch.logsumexp(scores, 2)
-    p = torch.where(seen, torch.exp(scores - torch.where(lse.isinf(), 0, lse).unsqueeze(2)), 0)
-    return torch.einsum("hqk,khd->qhd", p, v), lse
-
-
-def torch_best(q, k, v, seen, scale, cu_seqlens):
-    """out and lse by torch's SDPA per sample, in the inputs' dtype.  lse takes no part in autograd."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    blind = ~seen.any(1)
-    outs, lses = [q.new_zeros(0, *q.shape[1:])], [torch.zeros(q.shape[1], 0)]
-    for start, stop in pairwise(cu_seqlens):
-        if start == stop:
-            continue
-        heads = [t[start:stop].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-        # SDPA has no answer for a row that sees nothing: let it see all, then overwrite.
-        allowed = seen[start:stop, start:stop] | blind[start:stop, None]
-        out = F.scaled_dot_product_attention(*heads, attn_mask=allowed, scale=scale)[0].transpose(0, 1)
-        outs.append(out.masked_fill(blind[start:stop, None, None], 0))
-        bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        _, lse = flash(*(t.detach() for t in heads), attn_mask=bias, scale=scale)
-        lses.append(lse[0].masked_fill(blind[start:stop], float("-inf")))
-    return torch.cat(outs), torch.cat(lses, 1)
 
 
 # Pair by pair in Python, so each layout's is made once and shared by dtypes.  Layouts compare by identity.
 brute_force = functools.lru_cache(maxsize=256)(reference_mask)
 
 
-def check(layout, mask, *, impl, dtype, heads=2, kv_heads=2, width=16, seed=0, scale=None):
-    """Values, lse and gradients of one case under the error rule."""
-    groups = (heads, kv_heads, kv_heads)
-    qkv = make_qkv(layout, heads, kv_heads, width, dtype, seed)
-    out, lse = attention(*qkv.split(groups, 1), layout=layout, mask=mask, scale=scale, return_lse=True, impl=impl)
-    do = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
-    (gradient,) = torch.autograd.grad(out, qkv, do)
-    compare(layout, mask, qkv, groups, scale, out, lse, do, gradient)
+@dataclass(frozen=True)
+class Case:
+    """One call of attention and all that its results are compared with."""
+
+    layout: PackedLayout
+    mask: AttentionMask | None
+    k_layout: PackedLayout | None = None
+    heads: int = 2
+    kv_heads: int = 2
+    width: int = 16
+    dtype: torch.dtype = torch.float32
+    scale: float | None = None
+    pair_bias: bool = False
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.width**-0.5 if self.scale is None else self.scale
+
+    @property
+    def keys(self) -> PackedLayout:
+        return self.layout if self.k_layout is None else self.k_layout
+
+    @functools.cached_property
+    def seen(self) -> torch.Tensor:
+        return brute_force(self.layout, self.mask, self.k_layout)
+
+    @functools.cached_property
+    def leaves(self) -> list[torch.Tensor]:
+        """[qkv] or [q, kv], and the pair bias in fp32."""
+        generator = torch.Generator().manual_seed(self.seed)
+        groups = [self.heads + 2 * self.kv_heads] if self.k_layout is None else [self.heads, 2 * self.kv_heads]
+        tokens = [self.layout.total_tokens, self.keys.total_tokens]
+        leaves = [
+            torch.randn(T, n, self.width, generator=generator).to(self.dtype)
+            for T, n in zip(tokens, groups, strict=False)
+        ]
+        if self.pair_bias:
+            M = (self.layout.num_modalities, self.keys.num_modalities)
+            leaves.append(torch.randn(self.heads, *M, generator=generator))
+        return leaves
+
+    def arguments(self, leaves):
+        """q, k, v, pair_bias as views of leaves of any dtype."""
+        bias = leaves[-1] if self.pair_bias else None
+        if self.k_layout is None:
+            return *leaves[0].split((self.heads, self.kv_heads, self.kv_heads), 1), bias
+        return leaves[0], *leaves[1].split(self.kv_heads, 1), bias
+
+    @functools.cached_property
+    def gradients(self):
+        """Of out, in its dtype, and of lse."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        do = torch.randn(self.layout.total_tokens, self.heads, self.width, generator=generator).to(self.dtype)
+        return do, torch.randn(self.heads, self.layout.total_tokens, generator=generator)
+
+    def keep(self):
+        """bool [H, Tq, Tk]: the dropout mask that a call under torch.manual_seed(seed) draws; None without dropout."""
+        if self.dropout_p == 0.0:
+            return None
+        torch.manual_seed(self.seed)
+        rng = torch.randint(2**63 - 1, (2,))
+        axes = (torch.arange(n) for n in (self.heads, self.layout.total_tokens, self.keys.total_tokens))
+        return dropout_keep(rng, *torch.meshgrid(*axes, indexing="ij"), self.dropout_p)
 
 
-def compare(layout, mask, qkv, groups, scale, out, lse, do, gradient):
-    """Raises AssertionError unless out, lse and the gradient of qkv keep to the error rule."""
-    scale = scale if scale is not None else qkv.shape[2] ** -0.5
-    seen = brute_force(layout, mask)
-    wide = qkv.detach().double().requires_grad_()
-    ref_out, ref_lse = dense_oracle(*wide.split(groups, 1), seen, scale)
-    (ref_gradient,) = torch.autograd.grad(ref_out, wide, do.double())
-    same = qkv.detach().clone().requires_grad_()
-    same_out, same_lse = torch_best(*same.split(groups, 1), seen, scale, layout.cu_seqlens.tolist())
-    same_gradient = torch.zeros_like(same)
-    if same_out.requires_grad:
-        (same_gradient,) = torch.autograd.grad(same_out, same, do)
+def make_qkv(layout, heads, kv_heads, width, dtype, seed):
+    case = Case(layout, None, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, seed=seed)
+    return case.leaves[0].requires_grad_()
+
+
+def dense_oracle(case, q, k, v, bias):
+    """out, lse and modality mass in the inputs' dtype, from the definition."""
+    k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * case.softmax_scale
+    scores = _add_bias(case, scores, bias).masked_fill(~case.seen, -inf)
+    lse = torch.logsumexp(scores, 2)
+    p = torch.where(case.seen, torch.exp(scores - torch.where(lse.isinf(), 0, lse).unsqueeze(2)), 0)
+    return torch.einsum("hqk,khd->qhd", _drop(case, p), v), lse, _mass(case, p)
+
+
+def _add_bias(case, scores, bias):
+    if bias is None:
+        return scores
+    return scores + bias.to(scores.dtype)[:, case.layout.modality_ids.long()][:, :, case.keys.modality_ids.long()]
+
+
+def _drop(case, p):
+    keep = case.keep()
+    return p if keep is None else p * keep / (1 - case.dropout_p)
+
+
+def _mass(case, p):
+    of_key = F.one_hot(case.keys.modality_ids.long(), case.keys.num_modalities)
+    return torch.einsum("hqk,km->qhm", p, of_key.to(p.dtype))
+
+
+def torch_best(case, q, k, v, bias):
+    """out, lse and mass as torch computes them best in the inputs' dtype.  lse and mass take no part in autograd."""
+    lse, mass = _torch_lse_and_mass(case, *(None if t is None else t.detach() for t in (q, k, v, bias)))
+    if case.dropout_p or case.k_layout is not None:
+        return _torch_rounded(case, q, k, v, bias), lse, mass  # SDPA draws masks of its own, and bias takes one shape
+    k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
+    blind = ~case.seen.any(1)
+    outs, lses = [q[:0]], [lse[:, :0]]  # of no sample, but part of the graph
+    for start, stop in pairwise(case.layout.cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        heads = [t[start:stop].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        # SDPA has no answer for a row that sees nothing: let it see all, then overwrite.
+        allowed = case.seen[start:stop, start:stop] | blind[start:stop, None]
+        if bias is not None:
+            modality = case.layout.modality_ids[start:stop].long()
+            dense = bias.to(q.dtype)[:, modality][:, :, modality]
+            allowed = dense.masked_fill(~allowed, -inf).unsqueeze(0)
+        out = F.scaled_dot_product_attention(*heads, attn_mask=allowed, scale=case.softmax_scale)[0].transpose(0, 1)
+        outs.append(out.masked_fill(blind[start:stop, None, None], 0))
+        dense = allowed if bias is not None else torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -inf)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        _, sample_lse = flash(*(t.detach() for t in heads), attn_mask=dense.detach(), scale=case.softmax_scale)
+        lses.append(sample_lse[0].masked_fill(blind[start:stop], -inf))
+    return torch.cat(outs), torch.cat(lses, 1), mass
+
+
+def _torch_lse_and_mass(case, q, k, v, bias):
+    """With scores and softmax in fp32, as every fused kernel has them."""
+    _, lse, mass = dense_oracle(case, *(None if t is None else t.float() for t in (q, k, v, bias)))
+    return lse, mass
+
+
+def _torch_rounded(case, q, k, v, bias):
+    """Scores and softmax in fp32, probabilities rounded to the dtype: what a fused kernel does, without its tiling."""
+    k, v = (t.repeat_interleave(case.heads // case.kv_heads, 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * case.softmax_scale
+    scores = _add_bias(case, scores, bias).masked_fill(~case.seen, -inf)
+    lse = torch.logsumexp(scores, 2)
+    p = torch.where(case.seen, torch.exp(scores - torch.where(lse.isinf(), 0, lse).unsqueeze(2)), 0)
+    p = _drop(case, p).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", p.float(), v.float()).to(q.dtype)
+
+
+def check(layout, mask, *, impl, mass=False, lse_gradient=False, **options):
+    """Values, lse, modality mass (if `mass`) and gradients of one case under the error rule; options are Case's."""
+    case = Case(layout, mask, **options)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    q, k, v, bias = case.arguments(leaves)
+    torch.manual_seed(case.seed)
+    out, lse, *masses = attention(
+        q, k, v, layout=layout, k_layout=case.k_layout, mask=mask, scale=case.scale, pair_bias=bias,
+        dropout_p=case.dropout_p, return_lse=True, return_modality_mass=mass, impl=impl,
+    )  # fmt: skip
+    compare(case, leaves, out, lse, masses[0] if mass else None, lse_gradient)
+
+
+def compare(case, leaves, out, lse, mass, lse_gradient=False):
+    """Raises AssertionError unless out, lse, mass and the gradients of leaves keep to the error rule."""
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    same = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    ref_out, ref_lse, ref_mass = dense_oracle(case, *case.arguments(wide))
+    same_out, same_lse, same_mass = torch_best(case, *case.arguments(same))
     assert_error_rule("out", out.detach(), ref_out.detach(), same_out.detach())
-    assert_error_rule("lse", lse.detach(), ref_lse.detach(), same_lse.detach())
-    parts = zip(*(g.split(groups, 1) for g in (gradient, ref_gradient, same_gradient)), strict=True)
-    for name, (ours, ref, torchs) in zip(("dq", "dk", "dv"), parts, strict=True):
-        assert_error_rule(name, ours, ref, torchs)
+    assert_error_rule("lse", lse.detach(), ref_lse.detach(), same_lse)
+    if mass is not None:
+        assert not mass.requires_grad
+        assert_error_rule("mass", mass, ref_mass.detach(), same_mass)
+    do, dlse = case.gradients
+    losses = [
+        (out.double() * do.double()).sum(),
+        (ref_out * do.double()).sum(),
+        (same_out.double() * do.double()).sum(),
+    ]
+    if lse_gradient:
+        # torch's kernels have no gradient of lse: its own chain in fp32 stands in for them.
+        again = [leaf.detach().clone().requires_grad_() for leaf in same]
+        upcast = [t if t is None else t.float() for t in case.arguments(again)]
+        lses = (lse, ref_lse, dense_oracle(case, *upcast)[1])
+        finite = torch.isfinite(ref_lse)
+        parts = [torch.where(finite, value.double(), 0) * dlse.double() for value in lses]
+        losses = [loss + part.sum() for loss, part in zip(losses, parts, strict=True)]
+        same = [*same, *again]
+    ours, ref = (torch.autograd.grad(loss, x) for loss, x in zip(losses, (leaves, wide), strict=False))
+    torchs = torch.autograd.grad(losses[2], same, allow_unused=True)
+    torchs = [torch.zeros_like(x) if g is None else g for g, x in zip(torchs, same, strict=True)]
+    if lse_gradient:
+        torchs = [(a.double() + b.double()).to(a.dtype) for a, b in zip(*_halves(torchs), strict=True)]
+    names = ("dq", "dk", "dv", "dbias")
+    for name, *parts in zip(names, *(case.arguments(g) for g in (ours, ref, torchs)), strict=True):
+        if parts[0] is not None:
+            assert_error_rule(name, *parts)
 
 
-def check_plan(plan, layout, mask, *, dtype, scale_factor=1.0, heads=4, kv_heads=2, width=32):
+def _halves(values):
+    half = len(values) // 2
+    return values[:half], values[half:]
+
+
+def check_plan(plan, layout, mask, *, dtype, scale_factor=1.0, bias_factor=None, heads=4, kv_heads=2, width=32):
     """The reference on `plan` (perhaps spoilt) held to the error rule of what `mask` means on `layout`.
 
     The reference is used because it is exact: what fails the rule is then the mistake, not the rounding.
+    bias_factor: with a pair bias, times this in the call alone.
     """
     from mmkernels.ops.attention import reference
 
-    groups = (heads, kv_heads, kv_heads)
-    qkv = make_qkv(layout, heads, kv_heads, width, dtype, 0)
-    scale = width**-0.5
-    arguments = (plan.table, *reference.schedule(plan, qkv, True), scale * scale_factor, plan.has_visible, "reference")
-    out, lse = torch.ops.mm.attention_fwd(*qkv.split(groups, 1), *arguments)
-    do = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    (gradient,) = torch.autograd.grad(out, qkv, do)
-    compare(layout, mask, qkv, groups, scale, out, lse, do, gradient)
+    case = Case(
+        layout, mask, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, pair_bias=bias_factor is not None
+    )
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    q, k, v, bias = case.arguments(leaves)
+    bias = bias if bias is None else bias * bias_factor
+    tail = (case.softmax_scale * scale_factor, plan.has_visible, 0.0, 0, "reference")
+    tables = (plan.q_table, plan.k_table, *reference.schedule(plan, None))
+    out, lse, _ = torch.ops.mm.attention_fwd(q, k, v, bias, None, *tables, *tail)
+    compare(case, leaves, out, lse, None)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from attention_oracle import MASKS, NUM_MODALITIES, check, dense_oracle, make_qkv, shared_layout
+from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES, Case, check, dense_oracle, make_qkv, shared_layout
 
 from mmkernels import AttentionMask, PackedLayout, attention
 from mmkernels.masks import MaskPlan
+from mmkernels.ops.attention.inputs import Request
 from mmkernels.ops.attention.op import visible_pairs
 from mmkernels.testing import poisoned_empty, random_layout, reference_mask
 
@@ -29,20 +30,43 @@ def test_error_rule(kind, dtype):
 def test_reference_error_rule(kind):
     layout = shared_layout(3)
     mask = MASKS[kind](layout, 3)
-    check(layout, mask, impl="reference", dtype=torch.float32, heads=4, kv_heads=2)
+    check(layout, mask, impl="reference", dtype=torch.float32, heads=4, kv_heads=2, mass=True)
 
 
-def test_reference_float64_equals_the_oracle():
+@pytest.mark.parametrize("extras", [{"pair_bias": True}, {"dropout_p": 0.3}, {"pair_bias": True, "dropout_p": 0.1}])
+@pytest.mark.parametrize("kind", ["document", "causal", "visible_blind"])
+def test_reference_extras(kind, extras):
+    layout = shared_layout(2)
+    mask = MASKS[kind](layout, 2)
+    check(layout, mask, impl="reference", heads=4, kv_heads=2, mass=True, lse_gradient=True, **extras)
+
+
+@pytest.mark.parametrize("kind", CROSS_MASKS)
+def test_reference_cross(kind):
+    layout, k_layout = shared_layout(1), shared_layout(4)
+    mask = CROSS_MASKS[kind](layout, 1)
+    check(layout, mask, k_layout=k_layout, impl="reference", heads=4, kv_heads=2, mass=True, pair_bias=True)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_reference_float64_equals_the_oracle(cross):
     layout = shared_layout(5)
-    mask = AttentionMask(causal=True, bidirectional=(1,))
-    qkv = make_qkv(layout, 4, 2, 16, torch.float64, 0)
-    q, k, v = qkv.split((4, 2, 2), 1)
-    out, lse = attention(q, k, v, layout=layout, mask=mask, return_lse=True, impl="reference")
-    ref_out, ref_lse = dense_oracle(q, k, v, reference_mask(layout, mask), 0.25)
-    torch.testing.assert_close(out, ref_out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(lse, ref_lse, rtol=0, atol=1e-12)
-    ours, ref = (torch.autograd.grad(o.square().sum(), qkv)[0] for o in (out, ref_out))
-    torch.testing.assert_close(ours, ref, rtol=0, atol=1e-12)
+    mask = AttentionMask(causal=True) if cross else AttentionMask(causal=True, bidirectional=(1,))
+    k_layout = shared_layout(6) if cross else None
+    case = Case(layout, mask, k_layout, heads=4, kv_heads=2, dtype=torch.float64, pair_bias=True, dropout_p=0.2)
+    leaves = [leaf.double().requires_grad_() for leaf in case.leaves]
+    q, k, v, bias = case.arguments(leaves)
+    torch.manual_seed(case.seed)
+    ours = attention(
+        q, k, v, layout=layout, k_layout=k_layout, mask=mask, pair_bias=bias, dropout_p=0.2, return_lse=True,
+        return_modality_mass=True, impl="reference",
+    )  # fmt: skip
+    ref = dense_oracle(case, q, k, v, bias)
+    for a, b in zip(ours, ref, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(values[0].square().sum(), leaves) for values in (ours, ref))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 # Nothing at all; empty samples around one token; tile and vector edges; one modality missing everywhere.
@@ -77,16 +101,8 @@ def test_a_query_that_sees_nothing(impl):
 def test_gradient_through_lse(kind, impl):
     layout = shared_layout(4)
     mask = MASKS[kind](layout, 4)
+    check(layout, mask, impl=impl, heads=4, kv_heads=2, width=24, lse_gradient=True)
     qkv = make_qkv(layout, 4, 2, 24, torch.float32, 0)
-    wide = qkv.detach().double().requires_grad_()
-    out, lse = attention(*qkv.split((4, 2, 2), 1), layout=layout, mask=mask, return_lse=True, impl=impl)
-    ref_out, ref_lse = dense_oracle(*wide.split((4, 2, 2), 1), reference_mask(layout, mask), 24**-0.5)
-    weights = torch.randn(lse.shape) * lse.isfinite()
-    (ours,) = torch.autograd.grad((out.square().sum(), (torch.where(lse.isinf(), 0, lse) * weights).sum()), qkv)
-    (ref,) = torch.autograd.grad(
-        (ref_out.square().sum(), (torch.where(ref_lse.isinf(), 0, ref_lse) * weights).sum()), wide
-    )
-    torch.testing.assert_close(ours.double(), ref, rtol=1e-5, atol=1e-5)
     (only_lse,) = torch.autograd.grad(
         attention(*qkv.split((4, 2, 2), 1), layout=layout, mask=mask, return_lse=True, impl=impl)[1][:, -1].sum(), qkv
     )
@@ -140,24 +156,28 @@ def test_repeats_are_bit_equal():
     assert all(torch.equal(a, b) for later in runs[1:] for a, b in zip(runs[0], later, strict=True))
 
 
-def _operator_arguments(dtype=torch.float32, impl="torch"):
-    layout = random_layout(2, num_modalities=NUM_MODALITIES)
-    plan = MaskPlan.lower(layout, AttentionMask(causal=True, bidirectional=(1,)))
-    q, k, v = (t.detach().clone() for t in make_qkv(layout, 4, 2, 16, dtype, 0).split((4, 2, 2), 1))
+def _operator_arguments(impl, extras=False):
+    """q, k, v, pair_bias, rng; the lowered mask and scalars; mass_modalities and impl."""
+    case = Case(random_layout(2, num_modalities=NUM_MODALITIES), None, heads=4, kv_heads=2, pair_bias=extras)
+    plan = MaskPlan.lower(case.layout, AttentionMask(causal=True, bidirectional=(1,)))
     from mmkernels import dispatch
 
-    schedule = dispatch.load("attention", impl).schedule(plan, q, True)
-    return (q, k, v), (plan.table, *schedule, 0.25, plan.has_visible, impl)
+    schedule = dispatch.load("attention", impl).schedule(plan, Request(torch.float32, 16, True, True, extras))
+    *qkv, bias = (None if t is None else t.clone() for t in case.arguments(case.leaves))
+    rng = torch.tensor([3, 5]) if extras else None
+    lowered = (plan.q_table, plan.k_table, *schedule, 0.25, plan.has_visible, 0.2 if extras else 0.0)
+    return (*qkv, bias, rng), lowered, (NUM_MODALITIES if extras else 0, impl)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_opcheck(impl):
-    qkv, rest = _operator_arguments(impl=impl)
-    torch.library.opcheck(torch.ops.mm.attention_fwd.default, (*(t.requires_grad_() for t in qkv), *rest))
-    qkv = tuple(t.detach() for t in qkv)
-    out, lse = torch.ops.mm.attention_fwd(*qkv, *rest)
+@pytest.mark.parametrize(("impl", "extras"), [("torch", False), ("reference", False), ("reference", True)])
+def test_opcheck(impl, extras):
+    inputs, lowered, tail = _operator_arguments(impl, extras)
+    leaves = tuple(t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs)
+    torch.library.opcheck(torch.ops.mm.attention_fwd.default, (*leaves, *lowered, *tail))
+    out, lse, _ = torch.ops.mm.attention_fwd(*inputs, *lowered, *tail)
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(torch.ops.mm.attention_bwd.default, (torch.randn_like(out), dlse, *qkv, out, lse, *rest))
+        backward = (torch.randn_like(out), dlse, *inputs, out, lse, *lowered, impl)
+        torch.library.opcheck(torch.ops.mm.attention_bwd.default, backward)
 
 
 def test_torch_compile_takes_other_layouts_without_recompiling():
@@ -184,7 +204,7 @@ def test_torch_compile_names_an_unprepared_layout():
     qkv = torch.randn(6, 3, 2, 16)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: attention(*x.unbind(1), layout=layout), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"call attention on it\s+once outside"):
+    with pytest.raises(Exception, match=r"call\s+mmkernels.prepare_attention"):
         compiled(qkv)
 
 
@@ -194,7 +214,7 @@ def test_flops_count_visible_pairs(kind):
     mask = MASKS[kind](layout, 6)
     plan = MaskPlan.lower(layout, mask)
     pairs = int(reference_mask(layout, mask).sum())
-    assert visible_pairs(plan.table, plan.has_visible) == plan.visible_pairs == pairs
+    assert visible_pairs(plan.q_table, plan.k_table, plan.has_visible) == plan.visible_pairs == pairs
     qkv = make_qkv(layout, 4, 2, 16, torch.float32, 0)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         attention(*qkv.split((4, 2, 2), 1), layout=layout, mask=mask).sum().backward()
@@ -219,6 +239,11 @@ def _call(**changes):
         ({"q": torch.randn(8, 4, 4), "k": torch.randn(8, 2, 4), "v": torch.randn(8, 2, 4)}, "width is 4, expected 8"),
         ({"scale": 0.0}, "scale is 0.0, expected a positive finite number"),
         ({"scale": -1.0}, "scale is -1.0"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0, expected 0 <= dropout_p < 1"),
+        ({"pair_bias": torch.zeros(4, 1, 2)}, r"pair_bias is \(4, 1, 2\), expected floating point \(4, 1, 1\)"),
+        ({"pair_bias": 0.5}, "pair_bias is float, expected"),
+        ({"k_layout": PackedLayout.from_counts([[8]])}, "k_layout has 1 samples, expected layout's 2"),
+        ({"k_layout": PackedLayout.from_counts([[5], [4]])}, "k has 8 tokens, expected the layout's 9"),
         ({"mask": AttentionMask.isolated(3)}, "visible has rows"),
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "mask is Tensor, expected AttentionMask or None"),
         ({"layout": torch.tensor([0, 5, 8])}, "layout is Tensor, expected PackedLayout"),
@@ -230,16 +255,6 @@ def _call(**changes):
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
-        _call(**changes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"k_layout": 0}, {"pair_bias": 0}, {"dropout_p": 0.1}, {"return_modality_mass": True}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_what_issue_3_brings_is_refused_by_name(changes):
-    with pytest.raises(NotImplementedError, match=rf"{next(iter(changes))}.*issue 3"):
         _call(**changes)
 
 

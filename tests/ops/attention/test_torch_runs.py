@@ -14,7 +14,7 @@ from mmkernels.ops.attention.torch_runs import BLIND, CAUSAL, FULL, MASKED, runs
 
 def _runs(layout, mask):
     plan = MaskPlan.lower(layout, mask)
-    return runs(layout.cu_seqlens.numpy(), plan.table.numpy(), plan.has_visible).tolist()
+    return runs(layout.cu_seqlens.numpy(), plan.q_table.numpy(), plan.k_table.numpy(), plan.has_visible).tolist()
 
 
 def _pieces(found):
