@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN ?= runs/demo
 
-.PHONY: setup demo test lint format filemap clean
+.PHONY: setup demo test test-extended lint format filemap clean
 
 setup: $(SETUP) $(NATIVE)
 
@@ -51,6 +51,11 @@ test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(PY) -m mmkernels.inspect --arch sm_90 --check
+
+# The same checks on thousands of cases: before a release, or after a change to a kernel.
+test-extended: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest --extended -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --extended -n 2
 
 lint: setup
 	$(VENV)/bin/ruff check .
