@@ -1,24 +1,19 @@
 """Packed attention, Triton, sm_80+: what launches the kernels.   T tokens, H heads, G key heads, D head width.
 
-The kernels walk MaskPlan.tiles: one program per (tile of one sample, head), longest tiles first.  Backward is the
-deterministic pair dQ over query tiles and dK/dV over key tiles.  Nothing here waits for the device.
+The kernels walk MaskPlan.tiles: one program per (tile of one sample, head), longest tiles first.  Nothing here
+waits for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
-from torch import Tensor
 
 from mmkernels.ops.attention import configs
-from mmkernels.ops.attention.triton_backward import (
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
+from mmkernels.ops.attention.triton_launch import LOG2E, on_device, precision, strides
+from mmkernels.ops.attention.triton_launch_backward import attention_bwd
 
-LOG2E = 1.4426950408889634
+__all__ = ["attention_bwd", "attention_fwd", "schedule"]
 
 
 def schedule(plan, request) -> tuple:
@@ -49,55 +44,10 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     config = configs.Configs.from_flat(config).fwd
     if len(tiles) == 0:
         return
-    with _on_device(q):
+    with on_device(q):
         attention_fwd_kernel[(len(tiles) * H,)](
             q, k, v, kv_lo, kv_hi, q_bits, k_bits, tiles, spans, out, lse,
-            T, H, H // k.shape[1], *_strides(q, k, v, out), scale * LOG2E,
+            T, H, H // k.shape[1], *strides(q, k, v, out), scale * LOG2E,
             D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
-            HAS_VISIBLE=has_visible, PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages,
+            HAS_VISIBLE=has_visible, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-
-
-def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
-    """Fills dq [T, H, D], dk and dv [T, G, D]."""
-    _, _, _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, flat, scale, has_visible, _ = lowered
-    T, H, D = q.shape
-    G = k.shape[1]
-    if T == 0:
-        return
-    kv_lo, kv_hi, q_bits, _ = lowered.q_table.unbind(0)
-    q_lo, q_hi, k_bits, _ = lowered.k_table.unbind(0)
-    chosen = configs.Configs.from_flat(flat)
-    do = do if do.stride(2) == 1 else do.contiguous()
-    shared = {"D": D, "BLOCK_D": configs.padded(D), "HAS_VISIBLE": has_visible, "PRECISION": _precision(q)}
-    scales = (scale, scale * LOG2E)
-
-    with _on_device(q):
-        delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
-        config = chosen.dq
-        attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
-            q, k, v, out, do, lse, None if dlse is None else dlse.contiguous(),
-            kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq, delta,
-            T, H, H // G, *_strides(q, k, v, out, do, dq), *scales,
-            BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-        )  # fmt: skip
-        config = chosen.dkdv
-        attention_bwd_dkdv_kernel[(len(dkdv_tiles) * G,)](
-            q, k, v, do, lse, delta, q_lo, q_hi, q_bits, k_bits, dkdv_tiles, dkdv_spans, dk, dv,
-            T, G, H // G, *_strides(q, k, v, do, dk, dv), *scales,
-            BLOCK_K=config.rows, BLOCK_Q=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-        )  # fmt: skip
-
-
-def _on_device(q: Tensor):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
-
-
-def _precision(q: Tensor) -> str:
-    """fp32 products are true fp32 unless the user has turned torch's own TF32 on."""
-    return "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for t in tensors for stride in t.stride()[:2])
