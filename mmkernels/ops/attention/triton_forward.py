@@ -3,44 +3,7 @@
 import triton
 import triton.language as tl
 
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_rows(ptr, stride, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """[BLOCK, BLOCK_D] from ptr on; rows at or past count (if CHECK) and columns past D read 0."""
-    rows = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + rows * stride + dims
-    if CHECK:
-        if D == BLOCK_D:
-            block = tl.load(ptrs, mask=rows < count, other=0.0)
-        else:
-            block = tl.load(ptrs, mask=(rows < count) & (dims < D), other=0.0)
-    else:
-        if D == BLOCK_D:
-            block = tl.load(ptrs)
-        else:
-            block = tl.load(ptrs, mask=dims < D, other=0.0)
-    return block
-
-
-@triton.jit
-def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of load_rows: rows at or past count and columns past D are not written."""
-    rows = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(ptr + rows * stride + dims, block.to(ptr.dtype.element_ty), mask=(rows < count) & (dims < D))
-
-
-@triton.jit
-def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
-    """bool [rows, cols]: which row of the tile meets which column.  lo, hi, bits belong to the rows."""
-    seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
-    if HAS_VISIBLE:
-        col_bits = tl.load(col_bits_ptr + cols, mask=cols < col_end, other=0)
-        seen = seen & ((bits[:, None] & col_bits[None, :]) != 0)
-    return seen
+from mmkernels.ops.attention.triton_tiles import LN2, load_rows, seen_pairs, store_rows
 
 
 @triton.jit

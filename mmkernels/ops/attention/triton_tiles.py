@@ -1,0 +1,105 @@
+"""What the attention kernels do with one tile: load, store, mask, bias and drop.   D head width, Mk key modalities.
+
+Helpers of the Triton kernels; each is traced into its caller, so that an absent feature leaves no instruction.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(ptr, stride, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """[BLOCK, BLOCK_D] from ptr on; rows at or past count (if CHECK) and columns past D read 0."""
+    rows = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = ptr + rows * stride + dims
+    if CHECK:
+        if D == BLOCK_D:
+            block = tl.load(ptrs, mask=rows < count, other=0.0)
+        else:
+            block = tl.load(ptrs, mask=(rows < count) & (dims < D), other=0.0)
+    else:
+        if D == BLOCK_D:
+            block = tl.load(ptrs)
+        else:
+            block = tl.load(ptrs, mask=dims < D, other=0.0)
+    return block
+
+
+@triton.jit
+def load_rows_tma(desc, token, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] of one head through a [T, heads, D] descriptor, which gives 0 past D: never the next head.
+
+    For whole blocks only: rows of the next sample would be read as they are.
+    """
+    return desc.load([token, head, 0]).reshape(BLOCK, BLOCK_D)
+
+
+@triton.jit
+def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of load_rows: rows at or past count and columns past D are not written."""
+    rows = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptr + rows * stride + dims, block.to(ptr.dtype.element_ty), mask=(rows < count) & (dims < D))
+
+
+@triton.jit
+def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
+    """bool [rows, cols]: which row of the tile meets which column.  lo, hi, bits belong to the rows."""
+    seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+    if HAS_VISIBLE:
+        col_bits = tl.load(col_bits_ptr + cols, mask=cols < col_end, other=0)
+        seen = seen & ((bits[:, None] & col_bits[None, :]) != 0)
+    return seen
+
+
+@triton.jit
+def bias_tile(bias_ptr, row_offsets, col_offsets):
+    """fp32 [rows, cols] of one head's pair bias [Mq, Mk], in units of log2.
+
+    A query's offset is its modality times Mk, a key's is its modality; either may own the rows.
+    """
+    # A gather from one or two cache lines.
+    return tl.load(bias_ptr + (row_offsets[:, None] + col_offsets[None, :])) * LOG2E
+
+
+@triton.jit
+def dropout_keep_tile(
+    rng_ptr, threshold, head, queries, first_key, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """bool [queries, BLOCK_K]: which probabilities of keys first_key, first_key + 1, ... survive dropout.
+
+    rng_ptr    int64 [2]: seed and offset
+    threshold  philox.threshold(dropout_p) as int32 of the same bits
+    ALIGNED    first_key is a multiple of 4: token tiles.  Half the work: four neighbouring keys share one Philox call
+    """
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1).to(tl.uint32)
+    least = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    group = (tl.cast(first_key, tl.int32) // 4 + tl.arange(0, BLOCK_K // 4))[None, :].to(tl.uint32)
+    query = queries[:, None].to(tl.uint32)
+    at_head = tl.cast(head, tl.int32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group, query, at_head, offset)
+    k0, k1, k2, k3 = w0 >= least, w1 >= least, w2 >= least, w3 >= least
+    if not ALIGNED:
+        # Column j is key 4 group + shift + j: its word is one of eight, of this group and the next.
+        shift = tl.cast(first_key, tl.int32) % 4
+        w0, w1, w2, w3 = tl.philox(seed, group + 1, query, at_head, offset)
+        k4, k5, k6 = w0 >= least, w1 >= least, w2 >= least
+        k0, k1, k2, k3 = (
+            _one_of_four(shift, k0, k1, k2, k3),
+            _one_of_four(shift, k1, k2, k3, k4),
+            _one_of_four(shift, k2, k3, k4, k5),
+            _one_of_four(shift, k3, k4, k5, k6),
+        )
+    # join makes the last axis: [..., 0] of the outer join is (k0, k2), so the words come out in the order of the keys.
+    pairs = tl.join(tl.join(k0, k2), tl.join(k1, k3))
+    return pairs.reshape(queries.shape[0], BLOCK_K)
+
+
+@triton.jit
+def _one_of_four(index, a, b, c, d):
+    return tl.where(index < 2, tl.where(index == 0, a, b), tl.where(index == 2, c, d))
