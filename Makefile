@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-extended lint format filemap clean
+.PHONY: setup demo test test-extended lint format filemap pictures clean
 
 setup: $(SETUP) $(NATIVE)
 
@@ -70,6 +70,10 @@ format: setup
 # Rewrites the file map of the README from the first line of each file.
 filemap: setup
 	$(PY) tests/file_map.py --write
+
+# Draws the masks of docs/attention.md again.
+pictures: setup
+	$(PY) -m docs.mask_pictures
 
 clean:
 	rm -rf build *.egg-info mmkernels/*.so $(NATIVE)

@@ -243,3 +243,9 @@ def _table_of_bools(visible) -> tuple[tuple[bool, ...], ...]:
 
 def _listed(values):
     return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+
+
+if __name__ == "__main__":
+    from mmkernels.mask_drawing import main
+
+    raise SystemExit(main())
