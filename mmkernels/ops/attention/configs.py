@@ -1,72 +1,135 @@
-"""Tile sizes of the Triton attention kernels, per architecture, operand size and head width."""
+"""Tile sizes of the Triton attention kernels: the built-in table, and above it what a tuner measured.
+
+A kernel has one or more candidates, the default first.  For each batch `triton_kernels.schedule` takes the one whose
+tiles compute the fewest pairs, a candidate's pairs counted times its `price`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from mmkernels.ops.attention import tuned
+
+KERNELS = ("fwd", "dkdv", "dq", "fused")
+BUCKETS = (32, 64, 128, 256)  # head widths, each up to and including
 
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's tile: `rows` are what the tile owns (queries, or keys for dkdv), `cols` what its loop walks over."""
+    """One kernel's tile: `rows` are what the tile owns (queries; keys for dkdv and fused), `cols` what its loop walks.
+
+    tma    whole blocks of the loop come through tensor descriptors (sm_90 and later), where base and strides allow it
+    token  token tiles rather than tiles per sample: `schedule` sets it, the table does not
+    price  what computing one pair costs, relative to the kernel's default
+    """
 
     rows: int
     cols: int
     warps: int
     stages: int
+    tma: bool = False
+    token: bool = False
+    price: float = field(default=1.0, compare=False)
+
+    def flat(self) -> list[int]:
+        return [self.rows, self.cols, self.warps, self.stages, int(self.tma), int(self.token)]
 
 
 @dataclass(frozen=True)
 class Configs:
-    """The three tiled kernels of one (architecture, operand size, head width)."""
+    """What one schedule was made for.  fused: `dkdv` is the fused kernel's configuration, and `dq` is not used."""
 
     fwd: Config
     dkdv: Config
     dq: Config
+    fused: bool = False
 
     def flat(self) -> list[int]:
         """As the operator carries it, so that tiles and the kernels that walk them cannot disagree."""
-        return [n for config in (self.fwd, self.dkdv, self.dq) for n in astuple(config)]
+        return [*self.fwd.flat(), *self.dkdv.flat(), *self.dq.flat(), int(self.fused)]
 
     @classmethod
     def from_flat(cls, numbers: list[int]) -> Configs:
-        return cls(*(Config(*numbers[i : i + 4]) for i in (0, 4, 8)))
+        configs = (Config(*numbers[i : i + 4], *map(bool, numbers[i + 4 : i + 6])) for i in (0, 6, 12))
+        return cls(*configs, fused=bool(numbers[18]))
 
 
-# Chosen from the inspector's report (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at
-# most 99 KiB of shared memory, for sm_86, sm_89 and sm_120.  Not timed on a GPU yet: issue 3 sweeps and replaces this.
-# Keys: architecture, bytes per element, widest head of the bucket.
-TABLE: dict[tuple[str, int, int], Configs] = {
-    ("sm_80", 2, 32): Configs(fwd=Config(128, 64, 4, 3), dkdv=Config(64, 64, 4, 2), dq=Config(64, 64, 4, 2)),
-    ("sm_80", 2, 64): Configs(fwd=Config(128, 64, 8, 3), dkdv=Config(128, 64, 8, 2), dq=Config(128, 64, 8, 2)),
-    ("sm_80", 2, 128): Configs(fwd=Config(128, 64, 8, 2), dkdv=Config(64, 64, 8, 2), dq=Config(64, 64, 8, 2)),
-    ("sm_80", 2, 256): Configs(fwd=Config(64, 32, 8, 2), dkdv=Config(32, 16, 8, 2), dq=Config(32, 32, 8, 2)),
-    ("sm_80", 4, 32): Configs(fwd=Config(64, 32, 8, 2), dkdv=Config(64, 32, 8, 2), dq=Config(64, 32, 8, 2)),
-    ("sm_80", 4, 64): Configs(fwd=Config(64, 32, 8, 2), dkdv=Config(32, 32, 8, 2), dq=Config(64, 32, 8, 2)),
-    ("sm_80", 4, 128): Configs(fwd=Config(32, 32, 8, 2), dkdv=Config(32, 16, 8, 2), dq=Config(32, 32, 8, 2)),
-    ("sm_80", 4, 256): Configs(fwd=Config(16, 16, 8, 2), dkdv=Config(16, 16, 8, 1), dq=Config(16, 16, 8, 2)),
-    ("sm_90", 2, 32): Configs(fwd=Config(128, 64, 8, 3), dkdv=Config(128, 64, 8, 3), dq=Config(128, 64, 8, 3)),
-    ("sm_90", 2, 64): Configs(fwd=Config(128, 64, 8, 3), dkdv=Config(128, 64, 8, 3), dq=Config(128, 64, 8, 3)),
-    ("sm_90", 2, 128): Configs(fwd=Config(128, 64, 8, 3), dkdv=Config(128, 32, 8, 3), dq=Config(128, 64, 8, 2)),
-    ("sm_90", 2, 256): Configs(fwd=Config(128, 64, 8, 2), dkdv=Config(64, 16, 8, 2), dq=Config(128, 32, 8, 2)),
-}
-# fp32 products do not use tensor cores, so they fare alike on every architecture.
-for _bucket in (32, 64, 128, 256):
-    TABLE["sm_90", 4, _bucket] = TABLE["sm_100", 4, _bucket] = TABLE["sm_80", 4, _bucket]
-    TABLE["sm_100", 2, _bucket] = TABLE["sm_90", 2, _bucket]
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to choose from, per kernel, the default first.  Backward is `fused`, or the pair dkdv and dq."""
 
-_override: dict[str, Config] = {}
+    fwd: tuple[Config, ...]
+    dkdv: tuple[Config, ...]
+    dq: tuple[Config, ...]
+    fused: tuple[Config, ...] = ()
 
 
-def select(arch: str, itemsize: int, head_dim: int) -> Configs:
-    """The configurations for `arch` ("sm_90"), operands of `itemsize` bytes and head width `head_dim`.
+def _table() -> dict[tuple[str, int, int], Candidates]:
+    """Keys: architecture, bytes per element, widest head of the bucket.
 
+    Chosen from the inspector's report (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at
+    most 99 KiB of shared memory, for sm_86, sm_89 and sm_120.  Nothing here has been timed on a GPU: `python -m
+    benchmarks tune attention` times, and what it writes comes first.
+    """
+    C = Config
+
+    def entry(fwd, dkdv, dq, fused=()):
+        return Candidates(*((c,) if isinstance(c, Config) else c for c in (fwd, dkdv, dq, fused)))
+
+    table = {
+        ("sm_80", 2, 32): entry(fwd=C(128, 64, 4, 3), dkdv=C(64, 64, 4, 2), dq=C(64, 64, 4, 2)),
+        ("sm_80", 2, 64): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 2), dq=C(128, 64, 8, 2)),
+        ("sm_80", 2, 128): entry(fwd=C(128, 64, 8, 2), dkdv=C(64, 64, 8, 2), dq=C(64, 64, 8, 2)),
+        ("sm_80", 2, 256): entry(fwd=C(64, 32, 8, 2), dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
+        ("sm_80", 4, 32): entry(fwd=C(64, 32, 8, 2), dkdv=C(64, 32, 8, 2), dq=C(64, 32, 8, 2)),
+        ("sm_80", 4, 64): entry(fwd=C(64, 32, 8, 2), dkdv=C(32, 32, 8, 2), dq=C(64, 32, 8, 2)),
+        ("sm_80", 4, 128): entry(fwd=C(32, 32, 8, 2), dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
+        ("sm_80", 4, 256): entry(fwd=C(16, 16, 8, 2), dkdv=C(16, 16, 8, 1), dq=C(16, 16, 8, 2)),
+        ("sm_90", 2, 32): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+        ("sm_90", 2, 64): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+        ("sm_90", 2, 128): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 32, 8, 3), dq=C(128, 64, 8, 2)),
+        ("sm_90", 2, 256): entry(fwd=C(128, 64, 8, 2), dkdv=C(64, 16, 8, 2), dq=C(128, 32, 8, 2)),
+    }
+    # fp32 products do not use tensor cores, so they fare alike on every architecture.
+    for bucket in BUCKETS:
+        table["sm_90", 4, bucket] = table["sm_100", 4, bucket] = table["sm_80", 4, bucket]
+        table["sm_100", 2, bucket] = table["sm_90", 2, bucket]
+    return table
+
+
+TABLE = _table()
+# What pair bias, dropout and modality mass leave room for, where that is less than the plain kernel's.
+EXTRAS: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {}
+
+_override: dict[str, tuple[Config, ...]] = {}
+_schedule: list[str] = []
+
+
+def select(
+    arch: str, dtype: str, head_dim: int, *, extras: bool = False, mask: str = "document", lengths: str = "medium"
+) -> Candidates:
+    """The candidates for `arch` ("sm_90"), `dtype` ("bf16", "fp16", "fp32") and a head width.
+
+    extras: with pair bias, dropout or modality mass.  mask, lengths: classes of the batch, of `tuned.classify`.
     Architectures that the table does not name take the nearest lower one of the same major number, then sm_80.
     """
-    bucket = next(width for width in (32, 64, 128, 256) if head_dim <= width)
-    configs = TABLE[(_family(arch), 2 if itemsize == 2 else 4, bucket)]
-    return replace(configs, **_override) if _override else configs
+    width = bucket(head_dim)
+    key = (_family(arch), 4 if dtype == "fp32" else 2, width)
+    found = replace(TABLE[key], **EXTRAS.get(key, {}) if extras else {})
+    measured = tuned.lookup(arch, dtype, width, extras, mask, lengths)
+    found = replace(found, **{kernel: (Config(**numbers),) for kernel, numbers in measured.items()})
+    return replace(found, **_override) if _override else found
+
+
+def forced_schedule() -> str | None:
+    """The schedule that `override` asks for; None: whichever is cheaper."""
+    return _schedule[-1] if _schedule else None
+
+
+def bucket(head_dim: int) -> int:
+    return next(width for width in BUCKETS if head_dim <= width)
 
 
 def padded(head_dim: int) -> int:
@@ -75,15 +138,23 @@ def padded(head_dim: int) -> int:
 
 
 @contextlib.contextmanager
-def override(**kernels: Config) -> Iterator[None]:
-    """For tests and the tuner: schedules made inside the block take fwd=, dkdv= and dq= in place of the table's."""
+def override(*, schedule: str | None = None, **kernels: Config) -> Iterator[None]:
+    """For tests and the tuner: schedules made inside the block take these configurations, and tiles of `schedule`.
+
+    kernels: fwd=, dkdv=, dq=, fused=, in place of the table's candidates.  A layout keeps the schedules that were made
+    for it: use a fresh one.
+    """
     before = dict(_override)
-    _override.update(kernels)
+    _override.update({kernel: (config,) for kernel, config in kernels.items()})
+    if schedule is not None:
+        _schedule.append(schedule)
     try:
         yield
     finally:
         _override.clear()
         _override.update(before)
+        if schedule is not None:
+            _schedule.pop()
 
 
 def _family(arch: str) -> str:

@@ -24,11 +24,11 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
     shapes = [(dtype, D) for dtype in DTYPES for D in HEAD_DIMS] + [("bf16", D) for D in OTHER_HEAD_DIMS]
     specs = []
     for dtype, D in shapes:
-        chosen = configs.select(arch, 4 if dtype == "fp32" else 2, D)
+        found = configs.select(arch, dtype, D)
         for visible in (False, True):
-            specs.append(forward_spec(dtype, D, chosen.fwd, visible))
-            specs.append(dkdv_spec(dtype, D, chosen.dkdv, visible))
-            specs.append(dq_spec(dtype, D, chosen.dq, visible))
+            specs += [forward_spec(dtype, D, config, visible) for config in found.fwd]
+            specs += [dkdv_spec(dtype, D, config, visible) for config in found.dkdv]
+            specs += [dq_spec(dtype, D, config, visible) for config in found.dq]
     return specs
 
 

@@ -6,9 +6,11 @@ waits for the device.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from mmkernels.ops.attention import configs
+from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
 from mmkernels.ops.attention.triton_launch import LOG2E, on_device, precision, strides
 from mmkernels.ops.attention.triton_launch_backward import attention_bwd
@@ -16,19 +18,57 @@ from mmkernels.ops.attention.triton_launch_backward import attention_bwd
 __all__ = ["attention_bwd", "attention_fwd", "schedule"]
 
 
+# Token tiles are chosen where they compute less than this share of the pairs of sample tiles: they mix samples, so that
+# a non-finite one may spoil its neighbours.
+TOKEN_SHARE = 0.8
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
 def schedule(plan, request) -> tuple:
     """Tiles and spans of the forward, dQ and dK/dV kernels, and the configurations that these were made for."""
     device = plan.layout.device
     arch = "sm_80" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    chosen = configs.select(arch, request.dtype.itemsize, request.head_dim)
-    flat = chosen.flat()
-    fwd = plan.tiles("query", chosen.fwd.rows, chosen.fwd.cols)
+    mask, lengths = tuned.classify(plan)
+    found = configs.select(
+        arch, DTYPES[request.dtype], request.head_dim, extras=request.extras, mask=mask, lengths=lengths
+    )
+    fwd, fwd_tiles = _cheapest(plan, "query", found.fwd)
+    none = plan.q_table[0, :0]
     if not request.needs_backward:
-        empty = plan.q_table[0, :0]
-        return fwd.tiles, fwd.spans, empty, empty, empty, empty, flat
-    dq = plan.tiles("query", chosen.dq.rows, chosen.dq.cols)
-    dkdv = plan.tiles("key", chosen.dkdv.rows, chosen.dkdv.cols)
-    return fwd.tiles, fwd.spans, dq.tiles, dq.spans, dkdv.tiles, dkdv.spans, flat
+        return *fwd_tiles, none, none, none, none, configs.Configs(fwd, found.dkdv[0], found.dq[0]).flat()
+    if found.fused and not request.deterministic:
+        fused, fused_tiles = _cheapest(plan, "key", found.fused)
+        return *fwd_tiles, none, none, *fused_tiles, configs.Configs(fwd, fused, found.dq[0], fused=True).flat()
+    dq, dq_tiles = _cheapest(plan, "query", found.dq)
+    dkdv, dkdv_tiles = _cheapest(plan, "key", found.dkdv)
+    return *fwd_tiles, *dq_tiles, *dkdv_tiles, configs.Configs(fwd, dkdv, dq).flat()
+
+
+def _cheapest(plan, rows: str, candidates) -> tuple[configs.Config, tuple[torch.Tensor, torch.Tensor]]:
+    """The candidate and schedule that compute the fewest pairs, at the candidate's price, and their tiles and spans."""
+    config = _on_device_bounds(plan, rows, candidates) if "sample" not in plan.schedules else None
+    if config is None:
+        costs = []
+        forced = configs.forced_schedule()
+        for name, share in (("sample", 1.0), ("token", TOKEN_SHARE)):
+            for candidate in candidates:
+                # No tiles compute fewer pairs than are visible: what cannot win is not made.
+                least = candidate.price * plan.visible_pairs / share
+                if forced in (None, name) and (not costs or least < costs[0][0]):
+                    cost = candidate.price * plan.cost(name, candidate.rows, candidate.cols, rows) / share
+                    costs.append((cost, replace(candidate, token=name == "token")))
+                    costs.sort(key=lambda pair: pair[0])  # stable: the earlier wins a tie
+        config = costs[0][1]
+    tiles = plan.tiles(rows, config.rows, config.cols, "token" if config.token else "sample")
+    return config, (tiles.tiles, tiles.spans)
+
+
+def _on_device_bounds(plan, rows: str, candidates) -> configs.Config:
+    """Token tiles, the first candidate that a sample of mean length fills: pairs cannot be counted without waiting."""
+    layout = plan.layout if rows == "query" else plan.k_layout
+    mean = layout.total_tokens / max(1, layout.num_samples)
+    config = next((c for c in candidates if c.rows <= mean), candidates[-1])
+    return replace(config, token=True)
 
 
 def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
