@@ -10,12 +10,20 @@
 namespace mm::cpu::embed {
 
 enum class Kind : int8_t { kF32, kBF16, kF16, kI32, kI64 };
+enum class Norm : int8_t { kNone, kLayer, kRms };
 
 // rows x E numbers, or `rows` ids.
 struct Rows {
   void* data = nullptr;  // null: absent, or a gradient that is not wanted
   int64_t rows = 0;
   Kind kind = Kind::kF32;
+};
+
+// Element (t, e) is kept where word e % 4 of Philox at counter (e / 4, t, 0, offset) is at least `threshold`.
+struct Dropout {
+  bool on = false;
+  uint32_t threshold = 0, key[2] = {}, offset = 0;
+  float scale = 1;  // of what is kept
 };
 
 struct Inputs {
@@ -29,19 +37,21 @@ struct Inputs {
   const int32_t* source_rows = nullptr;   // [T]; negative: row -(r + 1) of the token table
   const int32_t* positions = nullptr;     // [A, T]
   int64_t T = 0, E = 0, A = 0;
-  bool normalize = true;
+  Norm norm = Norm::kLayer;
   float eps = 0;
+  Dropout dropout;
 };
 
+// All are written, none is read; null where not wanted.
 struct Grads {
-  Rows out;                     // gradient of the result
-  const float* mean = nullptr;  // [T], of forward
+  Rows out;                     // gradient of the result: an input
+  const float* mean = nullptr;  // [T], of forward; null for kRms
   const float* rstd = nullptr;
-  std::vector<Rows> streams;  // every row is written once
-  float* modality = nullptr;  // [M, E], written; the tables below are added to
+  std::vector<Rows> streams;
+  float* modality = nullptr;  // [M, E]
   float* token = nullptr;     // [V, E]
   std::vector<float*> tables;
-  float* norm_weight = nullptr;  // [E], written
+  float* norm_weight = nullptr;  // [E]
   float* norm_bias = nullptr;
 };
 

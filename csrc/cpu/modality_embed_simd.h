@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "cpu/dtypes.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // all of these are inlined: no vector crosses a call
@@ -89,7 +93,28 @@ MM_INLINE void store(T* to, const F32x8& x) {
   std::memcpy(to, &raw, sizeof(raw));
 }
 
-// The first n < 8 lanes; the others read as zero and are not written.
+// Writes around the caches: for results too large to be found there again.  `to` is aligned to 16 bytes, and a fence
+// must follow before another thread reads.
+template <class T>
+MM_INLINE void store_past_cache(T* to, const F32x8& x) {
+  const auto raw = narrow(x, T{});
+#if defined(__SSE2__)
+  __m128i parts[sizeof(raw) / sizeof(__m128i)];
+  std::memcpy(parts, &raw, sizeof(raw));
+  for (size_t i = 0; i < sizeof(raw) / sizeof(__m128i); ++i)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, parts[i]);
+#else
+  std::memcpy(to, &raw, sizeof(raw));
+#endif
+}
+
+MM_INLINE void fence_past_cache() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The first n <= 8 lanes; the others read as zero and are not written.
 template <class T>
 MM_INLINE F32x8 load_tail(const T* from, int64_t n) {
   T padded[kLanes] = {};
@@ -105,5 +130,30 @@ MM_INLINE void store_tail(T* to, const F32x8& x, int64_t n) {
 }
 
 MM_INLINE float sum(const F32x8& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// Philox 4x32-10 of eight counters (column, row, 0, offset); the same words as mmkernels/philox.py.
+MM_INLINE void philox(const U32x8& column, const U32x8& row, uint32_t offset, uint32_t k0, uint32_t k1, U32x8* words) {
+  U32x8 c0 = column, c1 = row, c2 = splat(0u), c3 = splat(offset);
+  for (int round = 0; round < 10; ++round) {
+    U32x8 high0, low0, high2, low2;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint64_t first = uint64_t{0xD2511F53u} * c0[lane], second = uint64_t{0xCD9E8D57u} * c2[lane];
+      high0[lane] = static_cast<uint32_t>(first >> 32);
+      low0[lane] = static_cast<uint32_t>(first);
+      high2[lane] = static_cast<uint32_t>(second >> 32);
+      low2[lane] = static_cast<uint32_t>(second);
+    }
+    c0 = high2 ^ c1 ^ splat(k0);
+    c1 = low2;
+    c2 = high0 ^ c3 ^ splat(k1);
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
 
 }  // namespace mm::cpu::simd

@@ -16,8 +16,10 @@ from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
-NORMS = (None, "layernorm")
+NORMS = ("layernorm", "rmsnorm", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = ", ".join(map(str, DTYPES))
+MAX_TABLES = 3  # the most axes that a layout has
 PositionTables = Tensor | Sequence[Tensor] | None
 
 
@@ -35,7 +37,7 @@ def modality_embed(
     dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """norm(row + modality_weight[m] + position rows) for every token, packed: [T, E], each row read and written once.
+    """dropout(norm(row + modality_weight[m] + position rows)) for every token, packed: [T, E], in one pass.
 
     streams           per modality: floats [N_m, E]; or token ids [N_m], int32 or int64, looked up in token_weight; or
                       None (or anything empty) where the batch has no row of it
@@ -44,37 +46,30 @@ def modality_embed(
     token_weight      [V, E]
     position_weights  per modality: None, a table [P, E] read on the last position axis, or a tuple of k tables read on
                       the last k axes and summed.  An axis that the layout does not have counts as 0
-    norm              "layernorm" over E with optional norm_weight [E] and norm_bias [E], or None: the plain sum
+    norm              "layernorm" over E with optional norm_weight [E] and norm_bias [E]; "rmsnorm" with optional
+                      norm_weight; or None: the plain sum
+    dropout_p         fraction of elements set to 0, the rest divided by 1 - dropout_p.  By Philox on (seed, offset,
+                      token, column), seed and offset drawn from torch's generator of the device: one mask in forward
+                      and backward, the same in every implementation, another in every call and every graph replay
 
-    fp32, bf16 or fp16; parameters may differ in dtype from the streams (fp32 parameters, bf16 streams).  The result has
-    the autocast dtype where autocast is on, else that of the float streams, else that of the parameters.  Sums and
-    statistics are in fp32.  First-order gradients; those of tables are deterministic.
+    fp32, bf16 or fp16; streams may differ in dtype, and parameters from them (fp32 parameters, bf16 streams).  The
+    result has the autocast dtype where autocast is on, else what the float streams promote to, else that of the
+    parameters.  Sums and statistics are in fp32.  First-order gradients, all deterministic.
 
     Raises ValueError for shapes and dtypes that do not fit, and for row counts and position tables that do not fit the
     layout (read on the host, without a sync).  An id outside the token table raises IndexError on CPU; on a GPU it is
-    the caller's promise.  Under torch.compile what the layout asks for is not checked; the C++ path still refuses to
-    read outside its arrays.
+    the caller's promise, asserted on the device in Triton's debug mode, and no row outside a table is read.  Under
+    torch.compile what the layout asks for is not checked here; the C++ path still refuses to read outside its arrays.
     """
-    if norm == "rmsnorm":
-        raise NotImplementedError("modality_embed: norm='rmsnorm' comes with issue 5; use 'layernorm' or None")
-    if dropout_p:
-        raise NotImplementedError(f"modality_embed: dropout_p={dropout_p} comes with issue 5")
-    if norm not in NORMS:
-        raise ValueError(f"modality_embed: norm is {norm!r}, expected 'layernorm' or None")
-    if norm is None and (norm_weight is not None or norm_bias is not None):
-        raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
-
+    _check_options(norm, norm_weight, norm_bias, eps, dropout_p)
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
-    parameters = {"modality_weight": modality_weight, "token_weight": token_weight}
-    parameters |= {f"position table {i}": table for i, table in enumerate(tables)}
-    _check_shapes(streams, layout, parameters, norm_weight, norm_bias)
-    out_dtype = _out_dtype(streams, parameters | {"norm_weight": norm_weight, "norm_bias": norm_bias})
+    out_dtype = _check_tensors(streams, layout, modality_weight, token_weight, tables, norm_weight, norm_bias)
     if not torch.compiler.is_compiling():
         _check_rows(streams, layout, token_weight, tables, table_counts)
-    chosen = dispatch.resolve("modality_embed", impl, device=modality_weight.device, dtype=out_dtype)
+    device = modality_weight.device
+    chosen = dispatch.resolve("modality_embed", impl, device=device, dtype=out_dtype)
+    rng = torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None
     out, _, _ = op.modality_embed_fwd(
         streams,
         modality_weight,
@@ -86,12 +81,27 @@ def modality_embed(
         layout.modality_ids,
         layout.source_rows,
         layout.positions,
+        rng,
         norm or "none",
         eps,
+        dropout_p,
         out_dtype,
         chosen,
     )
     return out
+
+
+def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"modality_embed: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
+    if norm is None and (norm_weight is not None or norm_bias is not None):
+        raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
+    if norm == "rmsnorm" and norm_bias is not None:
+        raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"modality_embed: dropout_p is {dropout_p}, expected 0 <= p < 1")
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
@@ -122,66 +132,87 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
             per_modality.append(())
         else:
             per_modality.append((entry,) if isinstance(entry, Tensor) else tuple(entry))
-        if len(per_modality[-1]) > 3:
+        if len(per_modality[-1]) > MAX_TABLES:
             raise ValueError(
                 f"modality_embed: modality {len(per_modality) - 1} has {len(per_modality[-1])} tables, expected "
-                "at most 3, the most axes that a layout has"
+                f"at most {MAX_TABLES}, the most axes that a layout has"
             )
     return [table for tables in per_modality for table in tables], [len(tables) for tables in per_modality]
 
 
-def _check_shapes(streams, layout, parameters, norm_weight, norm_bias) -> None:
-    modality_weight = parameters["modality_weight"]
+def _check_tensors(
+    streams: list[Tensor],
+    layout: PackedLayout,
+    modality_weight: Tensor,
+    token_weight: Tensor | None,
+    tables: list[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> torch.dtype:
+    """Checks shapes, dtypes and devices; the result's dtype.  Runs at every call: cheap where all is well."""
     if modality_weight.ndim != 2 or not modality_weight.shape[0] == len(streams) == layout.num_modalities:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
             f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
         )
-    width, device = modality_weight.shape[1], modality_weight.device
-    for name, tensor in (parameters | {"norm_weight": norm_weight, "norm_bias": norm_bias}).items():
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"modality_embed: {name} is {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        if tensor is not None and tensor.device != device:
+    width, device, own = modality_weight.shape[1], modality_weight.device, modality_weight.dtype
+    if own not in DTYPES:
+        raise ValueError(f"modality_embed: modality_weight is {own}, expected one of {DTYPE_NAMES}")
+
+    def check(name: str, tensor: Tensor, fits: bool, shape: str) -> None:
+        if not fits:
+            raise ValueError(f"modality_embed: {name} is {tuple(tensor.shape)}, expected [{shape}{width}]")
+        if tensor.dtype != own:
+            raise ValueError(
+                f"modality_embed: {name} is {tensor.dtype}, expected {own} like modality_weight: parameters have one "
+                "dtype"
+            )
+        if tensor.device != device:
             raise ValueError(f"modality_embed: {name} is on {tensor.device}, expected {device} like modality_weight")
-    for name, table in parameters.items():
-        if table is not None and (table.ndim != 2 or table.shape[1] != width):
-            raise ValueError(f"modality_embed: {name} is {tuple(table.shape)}, expected [rows, {width}]")
+
+    if token_weight is not None:
+        check("token_weight", token_weight, token_weight.ndim == 2 and token_weight.shape[1] == width, "rows, ")
+    for i, table in enumerate(tables):
+        check(f"position table {i}", table, table.ndim == 2 and table.shape[1] == width, "rows, ")
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector is not None and tuple(vector.shape) != (width,):
-            raise ValueError(f"modality_embed: {name} is {tuple(vector.shape)}, expected [{width}]")
+        if vector is not None:
+            check(name, vector, tuple(vector.shape) == (width,), "")
+    if layout.device != device:
+        raise ValueError(f"modality_embed: the layout is on {layout.device}, expected {device}; move it by layout.to")
+    found = _check_streams(streams, width, device, token_weight is not None)
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    found = own if found is None else found
+    if (found == torch.float64) != (own == torch.float64):
+        raise ValueError(f"modality_embed: streams are {found} and parameters {own}; float64 is for both or neither")
+    return found
+
+
+def _check_streams(streams: list[Tensor], width: int, device: torch.device, has_tokens: bool) -> torch.dtype | None:
+    """What the float streams that have rows promote to, or None without one."""
+    found = None
     for m, stream in enumerate(streams):
+        dtype = stream.dtype
         if stream.is_floating_point():
             if stream.ndim != 2 or stream.shape[1] != width:
                 raise ValueError(f"modality_embed: stream {m} is {tuple(stream.shape)}, expected [N, {width}]")
-        elif stream.ndim != 1 or stream.dtype not in (torch.int32, torch.int64):
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"modality_embed: stream {m} is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
+                )
+            if stream.shape[0]:
+                found = dtype if found is None or found == dtype else torch.promote_types(found, dtype)
+        elif stream.ndim != 1 or dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"modality_embed: stream {m} is {stream.dtype} {tuple(stream.shape)}, expected floats [N, {width}] or "
+                f"modality_embed: stream {m} is {dtype} {tuple(stream.shape)}, expected floats [N, {width}] or "
                 "int32 or int64 ids [N]"
             )
-        elif parameters["token_weight"] is None:
+        elif not has_tokens:
             raise ValueError(f"modality_embed: stream {m} holds token ids, but token_weight is None")
         if stream.device != device:
             raise ValueError(
                 f"modality_embed: stream {m} is on {stream.device}, expected {device} like modality_weight"
             )
-    if layout.device != device:
-        raise ValueError(f"modality_embed: the layout is on {layout.device}, expected {device}; move it by layout.to")
-
-
-def _out_dtype(streams: list[Tensor], parameters: dict[str, Tensor | None]) -> torch.dtype:
-    kept = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
-    if len(set(kept.values())) != 1:
-        raise ValueError(f"modality_embed: parameters have dtypes {kept}, expected one")
-    own = parameters["modality_weight"].dtype
-    floats = {s.dtype for s in streams if s.is_floating_point() and s.shape[0]}
-    device_type = parameters["modality_weight"].device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    if len(floats) > 1:
-        raise ValueError(f"modality_embed: float streams have dtypes {sorted(map(str, floats))}, expected one")
-    found = floats.pop() if floats else own
-    if (found == torch.float64) != (own == torch.float64):
-        raise ValueError(f"modality_embed: streams are {found} and parameters {own}; float64 is for both or neither")
     return found
 
 
@@ -200,15 +231,13 @@ def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor
             if stream.shape[0] != length:
                 raise ValueError(f"modality_embed: stream {m} has {stream.shape[0]} rows, the layout takes {length}")
     rows = 0 if token_weight is None else token_weight.shape[0]
-    present = () if layout.segments is None else np.unique(layout.segments[:, 1]).tolist()
-    for m in present:
-        special = layout.special_tokens[m] if layout.special_tokens is not None else None
-        if special is not None and token_weight is None:
+    for m, special in _present_special_tokens(layout):
+        if token_weight is None:
             raise ValueError(f"modality_embed: modality {m} has special token {special}, but token_weight is None")
-        if special is not None and special >= rows:
+        if special >= rows:
             raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
     for m, stream in enumerate(streams):
-        if not stream.is_floating_point() and stream.numel() and stream.device.type == "cpu":
+        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu":
             low, high = (int(x) for x in stream.aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(
@@ -221,7 +250,7 @@ def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor
     for m, count in enumerate(table_counts):
         for j in range(count):
             axis = layout.axes - count + j
-            need = int(extents[m, axis]) if axis >= 0 else int(extents[m].max() > 0)
+            need = extents[m][axis] if axis >= 0 else int(max(extents[m]) > 0)
             if tables[first + j].shape[0] < need:
                 raise ValueError(
                     f"modality_embed: position table {j} of modality {m} has {tables[first + j].shape[0]} rows, the "
@@ -230,18 +259,30 @@ def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor
         first += count
 
 
-def _extents(layout: PackedLayout) -> np.ndarray | None:
-    """int [M, A]: one more than the largest position of each modality on each axis, 0 where it is absent."""
+def _present_special_tokens(layout: PackedLayout) -> list[tuple[int, int]]:
+    """(modality, token id) of each special token that the layout holds."""
+    if layout.segments is None or layout.special_tokens is None:
+        return []
+    found = layout.cache.get("present_special_tokens")
+    if found is None:
+        special = enumerate(layout.special_tokens)
+        found = [(m, token) for m, token in special if token is not None and (layout.segments[:, 1] == m).any()]
+        layout.cache["present_special_tokens"] = found
+    return found
+
+
+def _extents(layout: PackedLayout) -> list[list[int]] | None:
+    """[M][A]: one more than the largest position of each modality on each axis, 0 where it is absent."""
     host = layout.host
     if host is None or host.segments is None:
         return None
     extents = host.cache.get("position_extents")
     if extents is None:
-        extents = np.zeros((host.num_modalities, host.axes), np.int64)
+        table = np.zeros((host.num_modalities, host.axes), np.int64)
         kept = host.segments[:, 2] > 0
         if kept.any():
             starts = host.segment_cu_seqlens.numpy()[:-1][kept]
             longest = np.maximum.reduceat(host.positions.numpy(), starts, axis=1).T + 1  # [segments, A]
-            np.maximum.at(extents, host.segments[kept, 1], longest)
-        host.cache["position_extents"] = extents
+            np.maximum.at(table, host.segments[kept, 1], longest)
+        extents = host.cache["position_extents"] = table.tolist()
     return extents

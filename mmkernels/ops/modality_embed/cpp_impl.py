@@ -1,4 +1,4 @@
-"""Modality embedding by the C++ extension: allocates and calls csrc/cpu/modality_embed.cpp.   T tokens, E width."""
+"""Modality embedding by the C++ extension: allocates and calls csrc/cpu/modality_embed*.cpp.   T tokens, E width."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ import torch
 from torch import Tensor
 
 from mmkernels import native
-from mmkernels.ops.modality_embed.inputs import Inputs
+from mmkernels.ops.modality_embed.inputs import Inputs, Options
+from mmkernels.philox import threshold
 
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
 _INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions"
+_DROPOUT = "Tensor? rng, int threshold, float scale"
 torch.library.define(
     "mm_cpp::modality_embed_fwd",
-    f"({_INPUTS}, Tensor? norm_weight, Tensor? norm_bias, {_INDICES}, bool normalize, float eps, "
+    f"({_INPUTS}, Tensor? norm_weight, Tensor? norm_bias, {_INDICES}, {_DROPOUT}, int norm, float eps, "
     "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
 )
 torch.library.define(
     "mm_cpp::modality_embed_bwd",
-    f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, Tensor mean, Tensor rstd, bool normalize, "
+    f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, Tensor mean, Tensor rstd, {_DROPOUT}, int norm, "
     "Tensor(a!)[] d_streams, Tensor(b!)? d_modality, Tensor(c!)? d_token, Tensor(d!)[] d_tables, "
     "Tensor(e!)? d_norm_weight, Tensor(f!)? d_norm_bias) -> ()",
 )
 native.load_cpu_ops()  # implements what is defined above
 
+_NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # enum Norm
 
-def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
+
+def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     """As in reference.forward."""
-    T, normalize = inputs.modality_ids.shape[0], norm != "none"
-    out = torch.empty((T, inputs.modality_weight.shape[1]), dtype=out_dtype)
-    mean, rstd = (torch.empty(T if normalize else 0, dtype=torch.float32) for _ in range(2))
+    T, E = inputs.modality_ids.shape[0], inputs.modality_weight.shape[1]
+    out = torch.empty((T, E), dtype=out_dtype)
+    mean = torch.empty(T if options.centred else 0)
+    rstd = torch.empty(T if options.normed else 0)
     torch.ops.mm_cpp.modality_embed_fwd(
         _contiguous(inputs.streams),
-        inputs.modality_weight.contiguous(),
-        None if inputs.token_weight is None else inputs.token_weight.contiguous(),
-        _contiguous(inputs.tables),
-        inputs.table_counts,
+        *_parameters(inputs),
         _float(inputs.norm_weight),
         _float(inputs.norm_bias),
-        inputs.modality_ids.contiguous(),
-        inputs.source_rows.contiguous(),
-        inputs.positions.contiguous(),
-        normalize,
-        eps,
+        *_indices(inputs),
+        *_dropout(inputs, options),
+        _NORMS[options.norm],
+        options.eps,
         out,
         mean,
         rstd,
@@ -49,38 +50,34 @@ def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
     return out, mean, rstd
 
 
-def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]):
+def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]):
     """As in reference.backward."""
-    M, P, normalize = len(inputs.streams), len(inputs.tables), norm != "none"
-
-    def fresh(make, like: Tensor | None, needed: bool, dtype: torch.dtype | None = torch.float32) -> Tensor | None:
-        return make(like.shape, dtype=dtype or like.dtype) if needed else None
-
-    d_streams = [fresh(torch.empty, s, n, None) for s, n in zip(inputs.streams, needs[:M], strict=True)]
-    d_modality = fresh(torch.empty, inputs.modality_weight, needs[M])
-    d_token = fresh(torch.zeros, inputs.token_weight, needs[M + 1])
-    d_tables = [fresh(torch.zeros, t, n) for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)]
-    d_norm_weight = fresh(torch.empty, inputs.norm_weight, needs[-2])
-    d_norm_bias = fresh(torch.empty, inputs.norm_bias, needs[-1])
+    M, P = len(inputs.streams), len(inputs.tables)
     nothing = grad_out.new_empty(0)
+
+    def fresh(like: Tensor | None, needed: bool) -> Tensor | None:
+        return torch.empty(like.shape) if needed else None  # gradients of parameters are summed in fp32
+
+    d_streams = [
+        torch.empty(s.shape, dtype=s.dtype) if n else nothing for s, n in zip(inputs.streams, needs[:M], strict=True)
+    ]
+    d_modality = fresh(inputs.modality_weight, needs[M])
+    d_token = fresh(inputs.token_weight, needs[M + 1])
+    d_tables = [fresh(t, n) for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)]
+    d_norm_weight = fresh(inputs.norm_weight, needs[-2])
+    d_norm_bias = fresh(inputs.norm_bias, needs[-1])
     torch.ops.mm_cpp.modality_embed_bwd(
         grad_out.contiguous(),
         # without a norm the streams' values are not read, and may be stand-ins
-        _contiguous(inputs.streams)
-        if normalize
-        else [s if s.is_floating_point() else s.contiguous() for s in inputs.streams],
-        inputs.modality_weight.contiguous(),
-        None if inputs.token_weight is None else inputs.token_weight.contiguous(),
-        _contiguous(inputs.tables),
-        inputs.table_counts,
+        _contiguous(inputs.streams) if options.normed else [_ids(s) for s in inputs.streams],
+        *_parameters(inputs),
         _float(inputs.norm_weight),
-        inputs.modality_ids.contiguous(),
-        inputs.source_rows.contiguous(),
-        inputs.positions.contiguous(),
+        *_indices(inputs),
         mean,
         rstd,
-        normalize,
-        [nothing if d is None else d for d in d_streams],
+        *_dropout(inputs, options),
+        _NORMS[options.norm],
+        d_streams,
         d_modality,
         d_token,
         [nothing if d is None else d for d in d_tables],
@@ -89,10 +86,12 @@ def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm:
     )
 
     def finish(value: Tensor | None, like: Tensor | None) -> Tensor:
-        return grad_out.new_empty(0) if value is None else value.to(like.dtype)
+        if value is None:
+            return grad_out.new_empty(0)
+        return value if value.dtype == like.dtype else value.to(like.dtype)
 
     return (
-        [finish(d, s) for d, s in zip(d_streams, inputs.streams, strict=True)],
+        [d if n else grad_out.new_empty(0) for d, n in zip(d_streams, needs[:M], strict=True)],
         finish(d_modality, inputs.modality_weight),
         finish(d_token, inputs.token_weight),
         [finish(d, t) for d, t in zip(d_tables, inputs.tables, strict=True)],
@@ -101,8 +100,32 @@ def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm:
     )
 
 
+def _parameters(inputs: Inputs) -> tuple:
+    token_weight = inputs.token_weight
+    return (
+        inputs.modality_weight.contiguous(),
+        None if token_weight is None else token_weight.contiguous(),
+        _contiguous(inputs.tables),
+        inputs.table_counts,
+    )
+
+
+def _indices(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.modality_ids.contiguous(), inputs.source_rows.contiguous(), inputs.positions.contiguous()
+
+
+def _dropout(inputs: Inputs, options: Options) -> tuple[Tensor | None, int, float]:
+    if inputs.rng is None:
+        return None, 0, 1.0
+    return inputs.rng.contiguous(), threshold(options.dropout_p), 1.0 / (1.0 - options.dropout_p)
+
+
 def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
+
+
+def _ids(stream: Tensor) -> Tensor:
+    return stream if stream.is_floating_point() else stream.contiguous()
 
 
 def _float(vector: Tensor | None) -> Tensor | None:

@@ -18,3 +18,18 @@ class Inputs(NamedTuple):
     modality_ids: Tensor  # uint8 [T]
     source_rows: Tensor  # int32 [T]
     positions: Tensor  # int32 [A, T], A axes
+    rng: Tensor | None  # int64 [2]: seed and offset of dropout; None: no dropout
+
+
+class Options(NamedTuple):
+    norm: str  # "none", "layernorm" or "rmsnorm"
+    eps: float
+    dropout_p: float
+
+    @property
+    def normed(self) -> bool:
+        return self.norm != "none"
+
+    @property
+    def centred(self) -> bool:
+        return self.norm == "layernorm"

@@ -11,63 +11,69 @@ import torch
 from torch import Tensor
 
 from mmkernels import dispatch
-from mmkernels.ops.modality_embed.inputs import Inputs
+from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 _INPUTS = (
     "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor modality_ids, Tensor source_rows, Tensor positions"
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor modality_ids, Tensor source_rows, Tensor positions, Tensor? rng"
 )
+_OPTIONS = "str norm, float eps, float dropout_p"
 torch.library.define(
     "mm::modality_embed_fwd",
-    f"({_INPUTS}, str norm, float eps, ScalarType out_dtype, str impl) -> (Tensor out, Tensor mean, Tensor rstd)",
+    f"({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, str impl) -> (Tensor out, Tensor mean, Tensor rstd)",
 )
 torch.library.define(
     "mm::modality_embed_bwd",
-    f"(Tensor grad_out, {_INPUTS}, Tensor mean, Tensor rstd, str norm, bool[] needs, str impl) -> "
+    f"(Tensor grad_out, {_INPUTS}, {_OPTIONS}, Tensor mean, Tensor rstd, bool[] needs, str impl) -> "
     "(Tensor[] d_streams, Tensor d_modality, Tensor d_token, Tensor[] d_tables, "
     "Tensor d_norm_weight, Tensor d_norm_bias)",
 )
+_NUM_INPUTS, _NUM_OPTIONS = len(Inputs._fields), len(Options._fields)
+
+
+def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
+    options = _NUM_INPUTS + _NUM_OPTIONS
+    return Inputs(*args[:_NUM_INPUTS]), Options(*args[_NUM_INPUTS:options]), args[options:]
 
 
 @torch.library.register_fake("mm::modality_embed_fwd")
-def _forward_fake(streams, modality_weight, *rest):
-    modality_ids, norm, out_dtype = rest[5], rest[8], rest[10]
-    T = modality_ids.shape[0]
+def _forward_fake(*args):
+    inputs, options, (out_dtype, _) = _split(args)
+    T, like = inputs.modality_ids.shape[0], inputs.modality_weight
     stats = torch.float64 if out_dtype == torch.float64 else torch.float32
-    rows = 0 if norm == "none" else T
     return (
-        modality_weight.new_empty((T, modality_weight.shape[1]), dtype=out_dtype),
-        modality_weight.new_empty((rows,), dtype=stats),
-        modality_weight.new_empty((rows,), dtype=stats),
+        like.new_empty((T, like.shape[1]), dtype=out_dtype),
+        like.new_empty((T if options.centred else 0,), dtype=stats),
+        like.new_empty((T if options.normed else 0,), dtype=stats),
     )
 
 
 @torch.library.register_fake("mm::modality_embed_bwd")
-def _backward_fake(grad_out, streams, modality_weight, token_weight, tables, *rest):
-    norm_weight, norm_bias, needs = rest[1], rest[2], rest[9]
-    M, P = len(streams), len(tables)
+def _backward_fake(grad_out, *args):
+    inputs, _, (_, _, needs, _) = _split(args)
+    M, P = len(inputs.streams), len(inputs.tables)
 
     def like(tensor, needed):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else grad_out.new_empty(0)
 
     return (
-        [like(s, n) for s, n in zip(streams, needs[:M], strict=True)],
-        like(modality_weight, needs[M]),
-        like(token_weight, needs[M + 1]),
-        [like(t, n) for t, n in zip(tables, needs[M + 2 : M + 2 + P], strict=True)],
-        like(norm_weight, needs[-2]),
-        like(norm_bias, needs[-1]),
+        [like(s, n) for s, n in zip(inputs.streams, needs[:M], strict=True)],
+        like(inputs.modality_weight, needs[M]),
+        like(inputs.token_weight, needs[M + 1]),
+        [like(t, n) for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
+        like(inputs.norm_weight, needs[-2]),
+        like(inputs.norm_bias, needs[-1]),
     )
 
 
 def _forward(*args):
-    *inputs, norm, eps, out_dtype, impl = args
-    return dispatch.load("modality_embed", impl).forward(Inputs(*inputs), norm, eps, out_dtype)
+    inputs, options, (out_dtype, impl) = _split(args)
+    return dispatch.load("modality_embed", impl).forward(inputs, options, out_dtype)
 
 
 def _backward(grad_out, *args):
-    *inputs, mean, rstd, norm, needs, impl = args
-    return dispatch.load("modality_embed", impl).backward(grad_out, Inputs(*inputs), mean, rstd, norm, needs)
+    inputs, options, (mean, rstd, needs, impl) = _split(args)
+    return dispatch.load("modality_embed", impl).backward(grad_out, inputs, options, mean, rstd, needs)
 
 
 for _device in ("cpu", "cuda"):
@@ -75,83 +81,98 @@ for _device in ("cpu", "cuda"):
     torch.library.impl("mm::modality_embed_bwd", _device, _backward)
 
 
-_NOT_DIFFERENTIABLE = (None,) * 7  # modality_ids, source_rows, positions, norm, eps, out_dtype, impl
+class _Differentiable(torch.autograd.Function):
+    """Takes the tensors one by one, as autograd wants them: streams, tables, then the rest of Inputs in order."""
+
+    @staticmethod
+    def forward(ctx, M, P, table_counts, options, out_dtype, impl, *tensors):
+        streams, tables, rest = list(tensors[:M]), list(tensors[M : M + P]), tensors[M + P :]
+        modality_weight, token_weight, *others = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            out, mean, rstd = torch.ops.mm.modality_embed_fwd(
+                streams, modality_weight, token_weight, tables, table_counts, *others, *options, out_dtype, impl
+            )
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.sizes, ctx.table_counts, ctx.options, ctx.impl, ctx.shapes = (M, P), table_counts, options, impl, None
+        if not options.normed:
+            # Backward reads ids and shapes only: do not keep the front ends' outputs alive.
+            ctx.shapes = [(s.shape, s.dtype, s.device) if s.is_floating_point() else None for s in streams]
+            streams = [None if s.is_floating_point() else s for s in streams]
+        ctx.save_for_backward(*streams, *tables, *rest, mean, rstd)
+        return out, mean, rstd
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_mean, grad_rstd):
+        M, P = ctx.sizes
+        wanted = ctx.needs_input_grad[6:]
+        if grad_out is None:
+            return (None,) * (6 + len(wanted))
+        saved = ctx.saved_tensors
+        streams, tables = list(saved[:M]), list(saved[M : M + P])
+        modality_weight, token_weight, *others, mean, rstd = saved[M + P :]
+        if ctx.shapes is not None:
+            streams = [s if shape is None else _stand_in(*shape) for s, shape in zip(streams, ctx.shapes, strict=True)]
+        # from the order of the arguments to that of the schema's `needs`
+        needs = [*wanted[:M], *wanted[M + P : M + P + 2], *wanted[M : M + P], *wanted[M + P + 2 : M + P + 4]]
+        call = torch.ops.mm.modality_embed_bwd if torch.is_grad_enabled() else _backward_below_autograd
+        d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = call(
+            grad_out,
+            streams,
+            modality_weight,
+            token_weight,
+            tables,
+            ctx.table_counts,
+            *others,
+            *ctx.options,
+            mean,
+            rstd,
+            needs,
+            ctx.impl,
+        )
+        found = (*d_streams, *d_tables, d_modality, d_token, d_norm_weight, d_norm_bias)
+        found = (d if n else None for d, n in zip(found, wanted, strict=False))
+        return (None,) * 6 + (*found,) + (None,) * (len(wanted) - M - P - 4)
 
 
-def _setup_context(ctx, inputs, output):
-    (
-        streams,
-        modality_weight,
-        token_weight,
-        tables,
-        ctx.table_counts,
-        norm_weight,
-        norm_bias,
-        *indices,
-        ctx.norm,
-        _,
-        _,
-        ctx.impl,
-    ) = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    if ctx.norm == "none":
-        # Backward reads ids and shapes only: do not keep the front ends' outputs alive.
-        streams = [_shape_of(s) if s.is_floating_point() else s for s in streams]
-    ctx.num_streams, ctx.num_tables = len(streams), len(tables)
-    ctx.save_for_backward(
-        *streams, *tables, modality_weight, token_weight, norm_weight, norm_bias, *indices, mean, rstd
+def _backward_below_autograd(*args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mm.modality_embed_bwd(*args)
+
+
+def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One element that looks like a whole stream."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def _forward_autograd(*args):
+    # At the dispatcher's Autograd key, not by register_autograd: that walks the lists of tensors as trees, which costs
+    # 190 us a call, more than the kernel on a short batch.
+    inputs, options, (out_dtype, impl) = _split(args)
+    tensors = (
+        *inputs.streams,
+        *inputs.tables,
+        inputs.modality_weight,
+        inputs.token_weight,
+        inputs.norm_weight,
+        inputs.norm_bias,
+        inputs.modality_ids,
+        inputs.source_rows,
+        inputs.positions,
+        inputs.rng,
     )
-
-
-def _backward_formula(ctx, grad_out, grad_mean, grad_rstd):
-    M, P = ctx.num_streams, ctx.num_tables
-    needed = ctx.needs_input_grad
-    if grad_out is None:
-        return [None] * M, None, None, [None] * P, None, None, None, *_NOT_DIFFERENTIABLE
-    saved = list(ctx.saved_tensors)
-    streams, tables, saved = saved[:M], saved[M : M + P], saved[M + P :]
-    modality_weight, token_weight, norm_weight, norm_bias, *indices, mean, rstd = saved
-    needs = [*needed[0], needed[1], needed[2], *(needed[3] if P else ()), needed[5], needed[6]]
-    d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = torch.ops.mm.modality_embed_bwd(
-        grad_out,
-        streams,
-        modality_weight,
-        token_weight,
-        tables,
-        ctx.table_counts,
-        norm_weight,
-        norm_bias,
-        *indices,
-        mean,
-        rstd,
-        ctx.norm,
-        needs,
-        ctx.impl,
-    )
-    return (
-        [d if n else None for d, n in zip(d_streams, needs[:M], strict=True)],
-        d_modality if needs[M] else None,
-        d_token if needs[M + 1] else None,
-        [d if n else None for d, n in zip(d_tables, needs[M + 2 : M + 2 + P], strict=True)],
-        None,
-        d_norm_weight if needs[-2] else None,
-        d_norm_bias if needs[-1] else None,
-        *_NOT_DIFFERENTIABLE,
-    )
-
-
-def _shape_of(stream: Tensor) -> Tensor:
-    """One element that looks like the whole stream."""
-    return stream.new_zeros(()).expand(stream.shape)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        M, P = len(inputs.streams), len(inputs.tables)
+        return _Differentiable.apply(M, P, inputs.table_counts, options, out_dtype, impl, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mm.modality_embed_fwd(*args)
 
 
 def _refuse_second_order(ctx, *grads):
     raise NotImplementedError("modality_embed: only first-order gradients are there; backward has no gradient")
 
 
-torch.library.register_autograd("mm::modality_embed_fwd", _backward_formula, setup_context=_setup_context)
+torch.library.impl("mm::modality_embed_fwd", "Autograd", _forward_autograd)
 torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
 
 

@@ -7,7 +7,10 @@ T tokens, E width, M modalities, A position axes.  For token t of modality m wit
            | token_weight[-(r + 1)]         r < 0: a special token, whatever the stream holds
     x[t]  += modality_weight[m] + sum_j table_(m, j)[positions[A - k_m + j, t]]      k_m tables for modality m;
                                                                                     an axis that is not there is 0
-    out[t] = (x - mean(x)) / sqrt(var(x) + eps) * norm_weight + norm_bias            norm="layernorm"; "none": x
+    y[t]   = (x - mean(x)) / sqrt(var(x) + eps) * norm_weight + norm_bias            norm="layernorm"
+           | x / sqrt(mean(x^2) + eps) * norm_weight                                 norm="rmsnorm"
+           | x                                                                       norm="none"
+    out[t] = y where dropout keeps it, divided by 1 - dropout_p, else 0              see dropout.keep_mask
 
 Sums and statistics are in fp32 (float64 where the inputs are), gradients of tables are summed there too.
 """
@@ -17,27 +20,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.modality_embed.inputs import Inputs
+from mmkernels.ops.modality_embed.dropout import dropped
+from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 
-def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out [T, E] of out_dtype, mean [T], rstd [T] (both empty when norm is "none").  Differentiable by torch."""
+def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out [T, E] of out_dtype, mean [T] (layernorm, else empty), rstd [T] (empty without a norm).
+
+    Differentiable by torch.
+    """
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     x = _summed(inputs, dtype)
-    if norm == "none":
-        return x.to(out_dtype), x.new_empty(0), x.new_empty(0)
-    mean = x.mean(1, keepdim=True)
-    rstd = (x - mean).square().mean(1, keepdim=True).add(eps).rsqrt()
-    out = (x - mean) * rstd
-    if inputs.norm_weight is not None:
-        out = out * inputs.norm_weight.to(dtype)
-    if inputs.norm_bias is not None:
-        out = out + inputs.norm_bias.to(dtype)
-    return out.to(out_dtype), mean.squeeze(1), rstd.squeeze(1)
+    mean, rstd = x.new_empty(0), x.new_empty(0)
+    if options.normed:
+        if options.centred:
+            mean = x.mean(1)
+            x = x - mean[:, None]
+        rstd = x.square().mean(1).add(options.eps).rsqrt()
+        x = x * rstd[:, None]
+        if inputs.norm_weight is not None:
+            x = x * inputs.norm_weight.to(dtype)
+        if inputs.norm_bias is not None:
+            x = x + inputs.norm_bias.to(dtype)
+    return dropped(x, inputs.rng, options.dropout_p).to(out_dtype), mean, rstd
 
 
 def backward(
-    grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]
+    grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of streams, modality_weight, token_weight, tables, norm_weight, norm_bias; empty where not needed.
 
@@ -45,13 +54,15 @@ def backward(
     """
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
     M, P = len(inputs.streams), len(inputs.tables)
-    grad = grad_out.to(dtype)
+    grad = dropped(grad_out.to(dtype), inputs.rng, options.dropout_p)
     dx, d_norm_weight, d_norm_bias = grad, None, None
-    if norm != "none":
+    if options.normed:
         x = _summed(inputs, dtype)
-        normed = (x - mean[:, None]) * rstd[:, None]
+        normed = (x - mean[:, None] if options.centred else x) * rstd[:, None]
         scaled = grad if inputs.norm_weight is None else grad * inputs.norm_weight.to(dtype)
-        dx = scaled - scaled.mean(1, keepdim=True) - normed * (scaled * normed).mean(1, keepdim=True)
+        dx = scaled - normed * (scaled * normed).mean(1, keepdim=True)
+        if options.centred:
+            dx = dx - scaled.mean(1, keepdim=True)
         dx = dx * rstd[:, None]
         d_norm_weight, d_norm_bias = (grad * normed).sum(0), grad.sum(0)
 

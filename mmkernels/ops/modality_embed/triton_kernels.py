@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from mmkernels.ops.modality_embed import configs
-from mmkernels.ops.modality_embed.inputs import Inputs
+from mmkernels.ops.modality_embed.inputs import Inputs, Options
 from mmkernels.ops.modality_embed.triton_backward import (
     modality_embed_bwd_rows_kernel,
     modality_embed_bwd_spans_kernel,
@@ -19,8 +19,9 @@ from mmkernels.ops.modality_embed.triton_backward import (
 from mmkernels.ops.modality_embed.triton_forward import MAX_MODALITIES, modality_embed_fwd_kernel
 
 
-def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
+def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     """As in reference.forward.  At most eight modalities."""
+    norm, eps = _supported(options, inputs)
     (T,), E = inputs.modality_ids.shape, inputs.modality_weight.shape[1]
     out = inputs.modality_weight.new_empty((T, E), dtype=out_dtype)
     mean, rstd = (inputs.modality_weight.new_empty(T if norm != "none" else 0, dtype=torch.float32) for _ in range(2))
@@ -56,8 +57,9 @@ def forward(inputs: Inputs, norm: str, eps: float, out_dtype: torch.dtype):
     return out, mean, rstd
 
 
-def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm: str, needs: list[bool]):
+def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]):
     """As in reference.backward."""
+    norm, _ = _supported(options, inputs)
     M, P, (T, E) = len(inputs.streams), len(inputs.tables), grad_out.shape
     need_streams, need_modality, need_token = needs[:M], needs[M], needs[M + 1]
     need_tables, need_norm = needs[M + 2 : M + 2 + P], needs[-2] or needs[-1]
@@ -127,6 +129,12 @@ def backward(grad_out: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, norm:
         finish(d_norm[0], inputs.norm_weight, needs[-2]),
         finish(d_norm[1], inputs.norm_bias, needs[-1]),
     )
+
+
+def _supported(options: Options, inputs: Inputs) -> tuple[str, float]:
+    if options.norm == "rmsnorm" or inputs.rng is not None:
+        raise NotImplementedError("modality_embed: RMSNorm and dropout have no Triton kernel yet (issue 5)")
+    return options.norm, options.eps
 
 
 def _sum_by_key(dx: Tensor, keys: Tensor, table: Tensor) -> None:

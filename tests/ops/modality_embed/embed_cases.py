@@ -15,7 +15,9 @@ from torch import Tensor
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import reference
 from mmkernels.ops.modality_embed.api import modality_embed
+from mmkernels.ops.modality_embed.dropout import keep_mask
 from mmkernels.ops.modality_embed.inputs import Inputs as OperatorInputs
+from mmkernels.ops.modality_embed.inputs import Options
 from mmkernels.testing import poisoned_empty
 
 
@@ -34,6 +36,7 @@ class Case:
     weight: bool = True
     bias: bool = True
     absent_as_none: bool = True
+    dropout_p: float = 0.0
 
     @property
     def layout(self) -> PackedLayout:
@@ -56,6 +59,8 @@ def ragged(seed: int, num_samples: int, kinds: str, longest: int = 12) -> list:
     return samples
 
 
+DROPOUT_SEED = 7  # what torch's generator is set to before each call that drops out
+
 MIXED = {"axes": (1, 2, 1), "ids": (0,), "special": (2, 1, None), "vocab": 9}
 
 CASES = [
@@ -69,7 +74,13 @@ CASES = [
     Case("everything", ragged(5, 5, "pgp"), 64, **MIXED),
     Case("everything, no norm", ragged(6, 5, "pgp"), 40, norm=None, **MIXED),
     Case("everything, 769 wide", ragged(7, 3, "pgp"), 769, **MIXED),
-    # more rows than one block of the C++ backward (1024), and ids that repeat hundreds of times
+    Case("everything, rmsnorm", ragged(5, 5, "pgp"), 64, norm="rmsnorm", bias=False, **MIXED),
+    Case("rmsnorm without weight", ragged(2, 4, "pp"), 13, (0, 1), norm="rmsnorm", weight=False, bias=False),
+    # 37 columns: whole groups of four words, and one of which a single word counts
+    Case("everything, dropout", ragged(5, 5, "pgp"), 37, dropout_p=0.3, **MIXED),
+    Case("dropout alone", ragged(1, 4, "pp"), 96, (0, 0), norm=None, dropout_p=0.5),
+    Case("rmsnorm and dropout", ragged(6, 5, "pgp"), 64, norm="rmsnorm", bias=False, dropout_p=0.1, **MIXED),
+    # more rows than fit one chunk of the C++ backward, and ids that repeat hundreds of times
     Case("many rows", ragged(8, 60, "pgp", 30), 16, **MIXED),
     Case("video", ragged(9, 3, "pv"), 24, (1, 3), ids=(0,), vocab=5),
     Case(
@@ -98,11 +109,31 @@ class Inputs:
     norm_bias: Tensor | None
     grad_out: Tensor
     eps: float = 1e-5
+    dropout_p: float = 0.0
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def arguments(self) -> dict:
         names = ("modality_weight", "token_weight", "position_weights", "norm", "norm_weight", "norm_bias", "eps")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "dropout_p")}
+
+    def operator_arguments(self) -> tuple[OperatorInputs, Options]:
+        """What the registered operator takes, with the rng that api.py draws after `seed_dropout`."""
+        layout, width = self.layout, self.modality_weight.shape[1]
+        tables = [tables or () for tables in self.position_weights]
+        given = OperatorInputs(
+            [self.modality_weight.new_empty(0, width) if s is None else s for s in self.streams],
+            self.modality_weight,
+            self.token_weight,
+            [t for ts in tables for t in ts],
+            [len(ts) for ts in tables],
+            self.norm_weight,
+            self.norm_bias,
+            layout.modality_ids,
+            layout.source_rows,
+            layout.positions,
+            drawn_rng() if self.dropout_p else None,
+        )
+        return given, Options(self.norm or "none", self.eps, self.dropout_p)
 
     def to(self, dtype: torch.dtype, params: torch.dtype | None = None) -> Inputs:
         """A copy with fresh leaves; ids stay."""
@@ -129,6 +160,7 @@ class Inputs:
             leaf("norm_bias", self.norm_bias, params),
             self.grad_out.to(dtype),
             self.eps,
+            self.dropout_p,
             leaves,
         )
 
@@ -159,11 +191,22 @@ def make(case: Case, dtype: torch.dtype, params: torch.dtype | None = None, seed
         1 + 0.3 * normal(E) if normed and case.weight else None,
         normal(E) if normed and case.bias else None,
         normal(layout.total_tokens, E),
+        dropout_p=case.dropout_p,
     ).to(dtype, params)
+
+
+def seed_dropout() -> None:
+    torch.manual_seed(DROPOUT_SEED)
+
+
+def drawn_rng() -> Tensor:
+    """What modality_embed draws after `seed_dropout`."""
+    return torch.randint(2**63 - 1, (2,), generator=torch.Generator().manual_seed(DROPOUT_SEED))
 
 
 def run(inputs: Inputs, impl: str) -> dict[str, Tensor]:
     """Result and gradients by one implementation, on poisoned fresh memory."""
+    seed_dropout()
     with poisoned_empty():
         out = modality_embed(inputs.streams, inputs.layout, impl=impl, **inputs.arguments())
         grads = _gradients(out, inputs)
@@ -173,22 +216,7 @@ def run(inputs: Inputs, impl: str) -> dict[str, Tensor]:
 def oracle(inputs: Inputs) -> dict[str, Tensor]:
     """float64, differentiated by torch: independent of every hand-written backward."""
     inputs = inputs.to(torch.float64)
-    layout, width = inputs.layout, inputs.modality_weight.shape[1]
-    streams = [inputs.modality_weight.new_empty(0, width) if s is None else s for s in inputs.streams]
-    tables = [tables or () for tables in inputs.position_weights]
-    given = OperatorInputs(
-        streams,
-        inputs.modality_weight,
-        inputs.token_weight,
-        [t for ts in tables for t in ts],
-        [len(ts) for ts in tables],
-        inputs.norm_weight,
-        inputs.norm_bias,
-        layout.modality_ids,
-        layout.source_rows,
-        layout.positions,
-    )
-    out, _, _ = reference.forward(given, inputs.norm or "none", inputs.eps, torch.float64)
+    out, _, _ = reference.forward(*inputs.operator_arguments(), torch.float64)
     return {"out": out.detach(), **_gradients(out, inputs)}
 
 
@@ -212,8 +240,13 @@ def torch_same(inputs: Inputs) -> dict[str, Tensor]:
             axis = layout.axes - len(tables) + j
             where = layout.positions[axis, tokens].long() if axis >= 0 else torch.zeros_like(tokens)
             x = x.index_add(0, tokens, cast[f"table {m}.{j}"][where])
-    if inputs.norm is not None:
+    if inputs.norm == "rmsnorm":
+        x = F.rms_norm(x, (width,), cast.get("norm_weight"), inputs.eps)
+    elif inputs.norm is not None:
         x = F.layer_norm(x, (width,), cast.get("norm_weight"), cast.get("norm_bias"), inputs.eps)
+    if inputs.dropout_p:
+        keep = keep_mask(drawn_rng(), *x.shape, inputs.dropout_p)
+        x = torch.where(keep, x / (1 - inputs.dropout_p), 0)
     return {"out": x.detach(), **_gradients(x, inputs)}
 
 

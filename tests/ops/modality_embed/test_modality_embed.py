@@ -164,26 +164,12 @@ def test_strided_inputs(impl):
 
 def fwd_arguments(case, impl, dtype=torch.float32):
     inputs = make(case, dtype)
-    layout = inputs.layout
-    tables = [t for ts in inputs.position_weights for t in ts or ()]
-    streams = [inputs.modality_weight.new_empty(0, case.width) if s is None else s for s in inputs.streams]
-    common = (
-        streams,
-        inputs.modality_weight,
-        inputs.token_weight,
-        tables,
-        list(case.axes),
-        inputs.norm_weight,
-        inputs.norm_bias,
-        layout.modality_ids,
-        layout.source_rows,
-        layout.positions,
-    )
-    return common, (inputs.norm or "none", 1e-5, dtype, impl), inputs.grad_out
+    given, options = inputs.operator_arguments()
+    return given, (*options, dtype, impl), inputs.grad_out
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["plain", "everything", "everything, no norm", "no token"])
+@pytest.mark.parametrize("name", ["plain", "everything", "everything, no norm", "rmsnorm and dropout", "no token"])
 def test_opcheck(name, impl):
     common, rest, grad_out = fwd_arguments(BY_NAME[name], impl)
     torch.library.opcheck(torch.ops.mm.modality_embed_fwd, (*common, *rest))
@@ -193,12 +179,12 @@ def test_opcheck(name, impl):
     present = [
         *(s.is_floating_point() for s in common[0]),
         True,
-        common[2] is not None,
-        *[i % 2 == 0 for i in range(len(common[3]))],
-        common[5] is not None,
+        common.token_weight is not None,
+        *[i % 2 == 0 for i in range(len(common.tables))],
+        common.norm_weight is not None,
         False,
     ]
-    backward = (grad_out, *detached, mean, rstd, rest[0], present, impl)
+    backward = (grad_out, *detached, *rest[:3], mean, rstd, present, impl)
     torch.library.opcheck(torch.ops.mm.modality_embed_bwd, backward)
 
 
@@ -266,7 +252,7 @@ BAD = [
         "special token 1, but token_weight is None",
     ),
     ({"token_weight": torch.zeros(5, 9)}, ValueError, r"token_weight is \(5, 9\)"),
-    ({"token_weight": torch.zeros(5, 8).double()}, ValueError, "parameters have dtypes"),
+    ({"token_weight": torch.zeros(5, 8).double()}, ValueError, "token_weight is torch.float64, expected torch.float32 like"),
     ({"streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 8).double()]}, ValueError, "float64 is for both or neither"),
     ({"position_weights": [None]}, ValueError, "position_weights has 1 entries"),
     (
@@ -291,8 +277,9 @@ BAD = [
     ),
     ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected one of"),
     ({"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
-    ({"norm": "rmsnorm"}, NotImplementedError, "rmsnorm.*issue 5"),
-    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p.*issue 5"),
+    ({"norm": "rmsnorm", "norm_bias": torch.zeros(8)}, ValueError, "norm is 'rmsnorm', which has no bias"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected 0 <= p < 1"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected"),
     ({"impl": "fast"}, ValueError, "impl is 'fast'"),
 ]
 
@@ -318,7 +305,7 @@ def test_second_order_gradients_are_refused(impl):
 def test_cpp_never_reads_outside_its_arrays(which):
     """Under torch.compile the checks of api.py are skipped; the C++ path still refuses, forward and backward."""
     common, rest, grad_out = fwd_arguments(BY_NAME["everything"], "cpp")
-    *tensors, modality_ids, source_rows, positions = torch.utils._pytree.tree_map_only(
+    *tensors, modality_ids, source_rows, positions, rng = torch.utils._pytree.tree_map_only(
         torch.Tensor, torch.clone, common
     )
     _, mean, rstd = op.modality_embed_fwd(*common, *rest)
@@ -330,9 +317,9 @@ def test_cpp_never_reads_outside_its_arrays(which):
         positions[:, 1] = -5
     else:
         modality_ids[1] = 200
-    indices = (modality_ids, source_rows, positions)
+    indices = (modality_ids, source_rows, positions, rng)
     with pytest.raises(RuntimeError, match="points outside"):
         op.modality_embed_fwd(*tensors, *indices, *rest)
     needs = [False, True, True, *[True] * (len(tensors[3]) + 4)]
     with pytest.raises(RuntimeError, match="points outside"):
-        torch.ops.mm.modality_embed_bwd(grad_out, *tensors, *indices, mean, rstd, "layernorm", needs, "cpp")
+        torch.ops.mm.modality_embed_bwd(grad_out, *tensors, *indices, *rest[:3], mean, rstd, needs, "cpp")
