@@ -2,13 +2,15 @@
 
 from mmkernels.dispatch import explain
 from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask, MaskPlan
 
 __all__ = ["AttentionMask", "MaskPlan", "PackedLayout", "attention", "explain", "modality_embed", "plan_packs"]
 __version__ = "0.1.0"
 
-# Operators register themselves with torch when first used, so that `import mmkernels` stays quick.
+# Operators register themselves with torch when first used, so that `import mmkernels` stays quick; and a module that
+# this package had imported could not be run by `python -m mmkernels.masks` without a warning.
 _LAZY = {
+    "AttentionMask": "mmkernels.masks",
+    "MaskPlan": "mmkernels.masks",
     "attention": "mmkernels.ops.attention.api",
     "prepare_attention": "mmkernels.ops.attention.api",
     "modality_embed": "mmkernels.ops.modality_embed.api",
@@ -16,8 +18,12 @@ _LAZY = {
     "unpack": "mmkernels.ops.packing.api",
     "gather_rows": "mmkernels.ops.packing.api",
     "segment_mean": "mmkernels.ops.packing.api",
-    "plan_packs": "mmkernels.ops.packing.api",
+    "plan_packs": "mmkernels.packs",
+    "PackPlan": "mmkernels.packs",
+    "PackStream": "mmkernels.pack_stream",
+    "balance_ranks": "mmkernels.ranks",
 }
+__all__ += ["PackPlan", "PackStream", "balance_ranks"]
 __all__ += ["gather_rows", "pack", "prepare_attention", "segment_mean", "unpack"]
 
 

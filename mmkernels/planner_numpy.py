@@ -1,14 +1,11 @@
-"""The planner in numpy: the plain statement of what csrc/planner computes, and what runs where it is not built.
+"""Layouts and attention tiles in numpy: what csrc/planner computes, stated plainly, and its stand-in if not built.
 
 Every function returns arrays equal to the C++ ones.   B samples, N segments, T tokens, A position axes, M modalities
 """
 
-import bisect
-
 import numpy as np
 
 INT32_MAX = 2**31 - 1
-OPEN_BINS_STREAM, OPEN_BINS_SORTED = 64, 1024  # as in csrc/planner/packs.cpp
 
 
 def layout_sections(num_samples: int, num_segments: int, total_tokens: int, axes: int) -> tuple[int, ...]:
@@ -155,83 +152,3 @@ def _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block
     if wrong.any():
         name = "row_bits" if rows_are_keys else "col_bits"
         raise ValueError(f"attention_tiles: {name} of key {np.argmax(wrong)} does not have exactly one bit")
-
-
-def plan_packs(lengths, budgets, max_items: int, policy: str) -> tuple[np.ndarray, np.ndarray]:
-    """(order [n], offsets [bins + 1]) for lengths [n, K] that fit; mmkernels.planner.plan_packs documents them."""
-    if policy == "stream":
-        bin_of = _scan_fit(lengths, budgets, max_items, np.arange(len(lengths)), OPEN_BINS_STREAM, first=False)
-    elif lengths.shape[1] > 1:
-        share = (lengths / budgets).max(1)
-        order = np.argsort(-share, kind="stable")
-        bin_of = _scan_fit(lengths, budgets, max_items, order, OPEN_BINS_SORTED, first=policy == "first_fit")
-    else:
-        fit = _first_fit if policy == "first_fit" else _best_fit
-        bin_of = fit(lengths[:, 0], int(budgets[0]), max_items, np.argsort(-lengths[:, 0], kind="stable"))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of))]) if len(bin_of) else np.zeros(1, np.int64)
-    return np.argsort(bin_of, kind="stable"), offsets
-
-
-def _best_fit(lengths, budget: int, max_items: int, order) -> np.ndarray:
-    bin_of, count = np.zeros(len(lengths), np.int64), []
-    rooms: list[int] = []  # what open bins have left, sorted
-    bins: dict[int, list[int]] = {}  # open bins by what they have left; the last one put in comes out first
-    for item in order:
-        length = int(lengths[item])
-        at = bisect.bisect_left(rooms, length)
-        if at == len(rooms):
-            room, chosen = budget, len(count)
-            count.append(0)
-        else:
-            room = rooms[at]
-            chosen = bins[room].pop()
-            if not bins[room]:
-                rooms.pop(at)
-        bin_of[item] = chosen
-        count[chosen] += 1
-        if count[chosen] < max_items:
-            if not bins.setdefault(room - length, []):
-                bisect.insort(rooms, room - length)
-            bins[room - length].append(chosen)
-    return bin_of
-
-
-def _first_fit(lengths, budget: int, max_items: int, order) -> np.ndarray:
-    bin_of, count = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    room = np.full(len(lengths), budget)  # -1: closed; bins not opened yet have the whole budget
-    for item in order:
-        chosen = np.argmax(room >= lengths[item])
-        bin_of[item] = chosen
-        count[chosen] += 1
-        room[chosen] = room[chosen] - lengths[item] if count[chosen] < max_items else -1
-    return bin_of
-
-
-def _scan_fit(lengths, budgets, max_items: int, order, max_open: int, *, first: bool) -> np.ndarray:
-    bin_of, opened = np.zeros(len(lengths), np.int64), 0
-    ids, count, room = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, len(budgets)), np.int64)  # open bins
-    for item in order:
-        fits = (lengths[item] <= room).all(1)
-        if fits.any():
-            left = _left(room - lengths[item], budgets)
-            chosen = int(np.argmax(fits)) if first else int(np.argmin(np.where(fits, left, np.inf)))
-        else:
-            if len(ids) == max_open:
-                ids, count, room = (np.delete(a, np.argmin(_left(room, budgets)), 0) for a in (ids, count, room))
-            chosen = len(ids)
-            ids, count, room = np.append(ids, opened), np.append(count, 0), np.vstack([room, budgets])
-            opened += 1
-        bin_of[item] = ids[chosen]
-        room[chosen] -= lengths[item]
-        count[chosen] += 1
-        if count[chosen] == max_items:
-            ids, count, room = (np.delete(a, chosen, 0) for a in (ids, count, room))
-    return bin_of
-
-
-def _left(room: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """What bins have left, summed over budgets as shares of them, in the order in which C++ adds."""
-    total = np.zeros(len(room))
-    for k in range(len(budgets)):
-        total = total + room[:, k] / budgets[k]
-    return total

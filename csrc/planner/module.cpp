@@ -5,11 +5,14 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "layout.h"
 #include "packs.h"
+#include "ranks.h"
 #include "tiles.h"
+#include "vector_packs.h"
 
 namespace py = pybind11;
 using namespace mm::planner;
@@ -73,21 +76,92 @@ py::tuple py_attention_tiles(const Int32s& cu_rows, const Int32s& cu_cols, const
   return py::make_tuple(to_numpy(schedule.tiles), to_numpy(schedule.spans), schedule.pairs);
 }
 
-Policy policy_of(const std::string& name) {
-  if (name == "best_fit") return Policy::kBestFit;
-  if (name == "first_fit") return Policy::kFirstFit;
-  if (name == "stream") return Policy::kStream;
-  throw std::invalid_argument("plan_packs: no policy is called " + name);
-}
+using Doubles = py::array_t<double, py::array::c_style>;
 
-py::tuple py_plan_packs(const Int64s& lengths, const Int64s& budgets, int64_t max_items, const std::string& policy) {
-  const PacksInput in{lengths.data(), budgets.data(), lengths.shape(0), lengths.shape(1), max_items, policy_of(policy)};
-  Packs packs;
+template <typename Length>
+py::tuple py_plan_packs(const py::array_t<Length, py::array::c_style>& lengths, int64_t budget, int64_t max_items,
+                        bool first_fit) {
+  Int64s order(lengths.size());
+  const PacksInput in{.num_items = lengths.size(), .budget = budget, .max_items = max_items, .first_fit = first_fit};
+  const Length* data = lengths.data();
+  int64_t* written = order.mutable_data();
+  std::vector<int64_t> offsets;
   {
     py::gil_scoped_release release;
-    packs = plan_packs(in);
+    offsets = plan_packs(in, data, written);
   }
-  return py::make_tuple(to_numpy(packs.order), to_numpy(packs.offsets));
+  return py::make_tuple(order, to_numpy(offsets));
+}
+
+py::tuple py_group_by_pack(const Int64s& pack_of, int64_t packs) {
+  Int64s order(pack_of.size());
+  const int64_t* data = pack_of.data();
+  int64_t* written = order.mutable_data();
+  std::vector<int64_t> offsets;
+  {
+    py::gil_scoped_release release;
+    offsets = group_by_bin(data, order.size(), packs, written);
+  }
+  return py::make_tuple(order, to_numpy(offsets));
+}
+
+VectorPacksInput vector_input(const Int64s& lengths, const Int64s& budgets, const Doubles& scales, int64_t max_items) {
+  return {.lengths = lengths.data(),
+          .budgets = budgets.data(),
+          .scales = scales.data(),
+          .num_items = lengths.shape(0),
+          .num_budgets = lengths.shape(1),
+          .max_items = max_items};
+}
+
+py::tuple py_pool_fit(const Int64s& lengths, const Int64s& budgets, const Doubles& scales, int64_t max_items,
+                      const Doubles& sizes, const Doubles& need) {
+  const VectorPacksInput in = vector_input(lengths, budgets, scales, max_items);
+  Int64s pack_of(in.num_items);
+  const double *size = sizes.data(), *whole = need.data();
+  int64_t* written = pack_of.mutable_data();
+  int64_t packs = 0;
+  {
+    py::gil_scoped_release release;
+    packs = pool_fit(in, size, whole, written);
+  }
+  return py::make_tuple(pack_of, packs);
+}
+
+py::tuple py_scan_fit(const Int64s& lengths, const Int64s& budgets, const Doubles& scales, int64_t max_items,
+                      int64_t max_open, bool first, const std::tuple<Int64s, Int64s, Int64s, int64_t>& state) {
+  const VectorPacksInput in = vector_input(lengths, budgets, scales, max_items);
+  const auto& [ids, counts, room, next_id] = state;
+  OpenBins open{.ids = {ids.data(), ids.data() + ids.size()},
+                .counts = {counts.data(), counts.data() + counts.size()},
+                .room = {room.data(), room.data() + room.size()},
+                .next_id = next_id};
+  Int64s pack_of(in.num_items);
+  int64_t* written = pack_of.mutable_data();
+  std::vector<int64_t> closed;
+  {
+    py::gil_scoped_release release;
+    closed = scan_fit(in, open, max_open, first, written);
+  }
+  const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(open.ids.size()),
+                                       static_cast<py::ssize_t>(in.num_budgets)};
+  return py::make_tuple(pack_of, to_numpy(closed), to_numpy(open.ids), to_numpy(open.counts),
+                        to_numpy(open.room).reshape(shape), open.next_id);
+}
+
+Int64s py_balance_ranks(const Doubles& costs, const Int64s& order, int64_t num_ranks, bool equal_count) {
+  const RanksInput in{.costs = costs.data(),
+                      .order = order.data(),
+                      .num_items = costs.shape(0),
+                      .num_costs = costs.shape(1),
+                      .num_ranks = num_ranks,
+                      .equal_count = equal_count};
+  std::vector<int64_t> ranks;
+  {
+    py::gil_scoped_release release;
+    ranks = balance_ranks(in);
+  }
+  return to_numpy(ranks);
 }
 
 }  // namespace
@@ -96,5 +170,10 @@ PYBIND11_MODULE(_planner, m) {
   m.doc() = "Host-side planning in C++; call it through mmkernels.planner, which checks types and shapes.";
   m.def("build_layout", &py_build_layout);
   m.def("attention_tiles", &py_attention_tiles);
-  m.def("plan_packs", &py_plan_packs);
+  m.def("plan_packs", &py_plan_packs<int32_t>);
+  m.def("plan_packs", &py_plan_packs<int64_t>);
+  m.def("pool_fit", &py_pool_fit);
+  m.def("scan_fit", &py_scan_fit);
+  m.def("group_by_pack", &py_group_by_pack);
+  m.def("balance_ranks", &py_balance_ranks);
 }

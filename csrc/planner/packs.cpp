@@ -1,20 +1,25 @@
-// Packing items into bins under one or several budgets.   n items, K budgets
+// Packing items into bins under one budget, longest first.   n items
+//
+// Works on runs of equal lengths: a bin takes as many of a run as fit, and a group of bins in the same state takes them
+// together, so that the packing costs a few thousand steps for a million items.  What is left per item is one pass that
+// counts and one that writes.
 #include "packs.h"
 
 #include <algorithm>
 #include <bit>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
-#include <string>
+#include <utility>
 
 namespace mm::planner {
 namespace {
 
-constexpr int64_t kMaxBuckets = int64_t{1} << 24;        // larger budgets keep bins in a tree instead of buckets
-constexpr int64_t kMaxCountedLength = int64_t{1} << 22;  // longer items are sorted by comparison
-constexpr int64_t kOpenBinsStream = 64, kOpenBinsSorted = 1024;
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+// Tables as long as the budget or the longest item are worth it up to here; beyond, a tree or a sort takes their place.
+int64_t table_limit(int64_t num_items) { return std::clamp<int64_t>(16 * num_items, 1 << 16, 1 << 24); }
 
 // The smallest set bit at or after a position, by levels of 64-bit words.
 class BitmapTree {
@@ -55,184 +60,222 @@ class BitmapTree {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-// Open bins by the room they have left; among equals the last one put in comes out first.
-class BucketedBins {
+// Open bins that hold equally many items and have equal room: first, first + step, ... (step is 1 or -1).
+struct Group {
+  int64_t first, step, bins, items;
+};
+
+// Stacks of groups by room; the last group put in comes out first.
+class StacksByRoom {
  public:
-  BucketedBins(int64_t max_room, int64_t max_bins) : head_(max_room + 1, -1), next_(max_bins), used_(max_room + 1) {}
-  void put(int64_t room, int32_t bin) {
-    next_[bin] = head_[room];
-    head_[room] = bin;
+  explicit StacksByRoom(int64_t max_room) : top_(max_room + 1, -1), used_(max_room + 1) {}
+  int64_t room_at_least(int64_t room) const { return used_.at_or_after(room); }
+  Group& top(int64_t room) { return nodes_[top_[room]].group; }
+  void pop(int64_t room) {
+    const int32_t node = top_[room];
+    top_[room] = nodes_[node].below;
+    if (top_[room] < 0) used_.clear(room);
+    nodes_[node].below = free_;
+    free_ = node;
+  }
+  void push(int64_t room, const Group& group) {
+    int32_t node = free_;
+    if (node < 0) {
+      node = static_cast<int32_t>(nodes_.size());
+      nodes_.emplace_back();
+    } else {
+      free_ = nodes_[node].below;
+    }
+    nodes_[node] = {group, top_[room]};
+    top_[room] = node;
     used_.set(room);
   }
-  // Takes out the fullest bin with at least this room; {-1, -1} when there is none.
-  std::pair<int64_t, int32_t> take(int64_t room) {
-    room = used_.at_or_after(room);
-    if (room < 0) return {-1, -1};
-    const int32_t bin = head_[room];
-    head_[room] = next_[bin];
-    if (head_[room] < 0) used_.clear(room);
-    return {room, bin};
-  }
 
  private:
-  std::vector<int32_t> head_, next_;
+  struct Node {
+    Group group;
+    int32_t below;
+  };
+  std::vector<Node> nodes_;
+  std::vector<int32_t> top_;  // node on top of each stack, -1: empty
   BitmapTree used_;
+  int32_t free_ = -1;
 };
 
-// The same for budgets too large for one bucket per length.
-class SortedBins {
+// The same for budgets too large for one stack per room.
+class SortedStacks {
  public:
-  void put(int64_t room, int32_t bin) { bins_[room].push_back(bin); }
-  std::pair<int64_t, int32_t> take(int64_t room) {
-    const auto found = bins_.lower_bound(room);
-    if (found == bins_.end()) return {-1, -1};
-    const std::pair<int64_t, int32_t> out{found->first, found->second.back()};
-    found->second.pop_back();
-    if (found->second.empty()) bins_.erase(found);
-    return out;
+  int64_t room_at_least(int64_t room) const {
+    const auto found = stacks_.lower_bound(room);
+    return found == stacks_.end() ? -1 : found->first;
   }
+  Group& top(int64_t room) { return stacks_.find(room)->second.back(); }
+  void pop(int64_t room) {
+    const auto found = stacks_.find(room);
+    found->second.pop_back();
+    if (found->second.empty()) stacks_.erase(found);
+  }
+  void push(int64_t room, const Group& group) { stacks_[room].push_back(group); }
 
  private:
-  std::map<int64_t, std::vector<int32_t>> bins_;
+  std::map<int64_t, std::vector<Group>> stacks_;
 };
 
-// Items from longest to shortest, equals in order of index.
-std::vector<int64_t> longest_first(const int64_t* lengths, int64_t n) {
-  std::vector<int64_t> order(n);
-  const int64_t longest = n ? *std::max_element(lengths, lengths + n) : 0;
-  if (longest > kMaxCountedLength) {
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    return order;
-  }
-  std::vector<int64_t> first(longest + 2);  // first[longest - length]: where items of this length go
-  for (int64_t i = 0; i < n; ++i) ++first[longest - lengths[i] + 1];
-  for (int64_t d = 0; d <= longest; ++d) first[d + 1] += first[d];
-  for (int64_t i = 0; i < n; ++i) order[first[longest - lengths[i]]++] = i;
-  return order;
+struct Run {
+  int64_t length, count;
+};
+
+// Where the items of all runs go, run after run, and how many items each bin got.
+struct Assignment {
+  std::unique_ptr<int32_t[]> bin_of_rank;
+  std::vector<int64_t> size;
+};
+
+// How many items of a length a bin takes that has `room` and may still take `places`.
+int64_t fitting(int64_t length, int64_t room, int64_t places) {
+  return std::min(length > 0 ? room / length : kNever, places);
 }
 
-using BinOf = std::vector<int32_t>;  // bin of each item
-
-template <typename Bins>
-int32_t best_fit_decreasing(const PacksInput& in, Bins bins, BinOf& bin_of) {
-  std::vector<int64_t> count(in.num_items);
-  int32_t opened = 0;
-  for (const int64_t item : longest_first(in.lengths, in.num_items)) {
-    auto [room, bin] = bins.take(in.lengths[item]);
-    if (bin < 0) room = in.budgets[0], bin = opened++;
-    bin_of[item] = bin;
-    if (++count[bin] < in.max_items) bins.put(room - in.lengths[item], bin);
-  }
-  return opened;
-}
-
-int32_t first_fit_decreasing(const PacksInput& in, BinOf& bin_of) {
-  // Leaves hold the room of each bin, -1 when it is closed; bins not opened yet have the whole budget.
-  const auto leaves = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(in.num_items, 1))));
-  std::vector<int64_t> room(2 * leaves, in.budgets[0]), count(in.num_items);
-  int32_t opened = 0;
-  for (const int64_t item : longest_first(in.lengths, in.num_items)) {
-    int64_t node = 1;
-    while (node < leaves) node = 2 * node + (room[2 * node] < in.lengths[item] ? 1 : 0);
-    const auto bin = static_cast<int32_t>(node - leaves);
-    bin_of[item] = bin;
-    opened = std::max(opened, bin + 1);
-    room[node] = ++count[bin] < in.max_items ? room[node] - in.lengths[item] : -1;
-    while (node /= 2) room[node] = std::max(room[2 * node], room[2 * node + 1]);
-  }
-  return opened;
-}
-
-// Any number of budgets, at most `max_open` bins open: each item goes to the bin that it leaves fullest (or to the
-// first where it fits); when it fits nowhere, the fullest bin is closed to make place for a new one.
-int32_t scan_fit(const PacksInput& in, const std::vector<int64_t>& order, size_t max_open, bool first, BinOf& bin_of) {
-  struct Bin {
-    int32_t id;
-    int64_t count;
-    std::vector<int64_t> room;
-  };
-  const int64_t K = in.num_budgets;
-  std::vector<Bin> open;
-  int32_t opened = 0;
-  const auto left = [&](const Bin& bin, const int64_t* lengths) {  // summed over budgets, as shares of them
-    double sum = 0;
-    for (int64_t k = 0; k < K; ++k)
-      sum += static_cast<double>(bin.room[k] - (lengths ? lengths[k] : 0)) / static_cast<double>(in.budgets[k]);
-    return sum;
-  };
-  for (const int64_t item : order) {
-    const int64_t* lengths = in.lengths + item * K;
-    size_t chosen = open.size();
-    double least = std::numeric_limits<double>::infinity();
-    for (size_t i = 0; i < open.size(); ++i) {
-      bool fits = true;
-      for (int64_t k = 0; k < K; ++k) fits = fits && lengths[k] <= open[i].room[k];
-      if (!fits) continue;
-      if (const double score = first ? 0.0 : left(open[i], lengths); score < least) least = score, chosen = i;
-      if (first) break;
-    }
-    if (chosen == open.size()) {
-      if (open.size() == max_open) {
-        open.erase(std::min_element(open.begin(), open.end(),
-                                    [&](const Bin& a, const Bin& b) { return left(a, nullptr) < left(b, nullptr); }));
+template <typename Stacks>
+void best_fit(const std::vector<Run>& runs, const PacksInput& in, Stacks stacks, Assignment& to) {
+  int32_t* next = to.bin_of_rank.get();
+  for (const Run& run : runs) {
+    int64_t left = run.count;
+    while (left > 0) {
+      int64_t room = stacks.room_at_least(run.length);
+      const bool open = room < 0;
+      if (open) room = in.budget;
+      Group group = open ? Group{std::ssize(to.size), 1, left, 0} : stacks.top(room);
+      int64_t each = fitting(run.length, room, in.max_items - group.items);
+      // The next bin gets the rest when it does not fill a whole bin.
+      const int64_t bins = std::clamp<int64_t>(left / each, 1, group.bins);
+      each = std::min(each, left);
+      if (open) {
+        to.size.resize(to.size.size() + bins);
+      } else if (bins == group.bins) {
+        stacks.pop(room);
+      } else {
+        Group& rest = stacks.top(room);
+        rest.first += bins * rest.step;
+        rest.bins -= bins;
       }
-      chosen = open.size();
-      open.push_back({opened++, 0, std::vector<int64_t>(in.budgets, in.budgets + K)});
+      for (int64_t i = 0; i < bins; ++i) {
+        const int64_t bin = group.first + i * group.step;
+        to.size[bin] += each;
+        next = std::fill_n(next, each, static_cast<int32_t>(bin));
+      }
+      left -= bins * each;
+      group.items += each;
+      if (group.items < in.max_items)  // the bin that was filled last is the first to come out
+        stacks.push(room - each * run.length, {group.first + (bins - 1) * group.step, -group.step, bins, group.items});
     }
-    Bin& bin = open[chosen];
-    bin_of[item] = bin.id;
-    for (int64_t k = 0; k < K; ++k) bin.room[k] -= lengths[k];
-    if (++bin.count == in.max_items) open.erase(open.begin() + static_cast<int64_t>(chosen));
   }
-  return opened;
 }
 
-// Largest share of any budget first, equals in order of index.
-std::vector<int64_t> largest_share_first(const PacksInput& in) {
-  std::vector<double> share(in.num_items);
-  for (int64_t i = 0; i < in.num_items; ++i)
-    for (int64_t k = 0; k < in.num_budgets; ++k)
-      share[i] = std::max(share[i],
-                          static_cast<double>(in.lengths[i * in.num_budgets + k]) / static_cast<double>(in.budgets[k]));
-  std::vector<int64_t> order(in.num_items);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return share[a] > share[b]; });
-  return order;
+void first_fit(const std::vector<Run>& runs, const PacksInput& in, Assignment& to) {
+  // Of the bins that could take more items at most one is half empty, which bounds how many bins there can be.
+  int64_t total = 0;
+  for (const Run& run : runs) total += run.length * run.count;
+  const int64_t most = std::min(in.num_items, 2 * (total / in.budget) + 3 + in.num_items / in.max_items);
+  // Leaves hold the room of each bin, -1 when it is closed; bins not opened yet have the whole budget.
+  const auto leaves = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(most, 1))));
+  std::vector<int64_t> room(2 * leaves, in.budget);
+  int32_t* next = to.bin_of_rank.get();
+  for (const Run& run : runs) {
+    int64_t left = run.count;
+    while (left > 0) {
+      int64_t node = 1;
+      while (node < leaves) node = 2 * node + (room[2 * node] < run.length ? 1 : 0);
+      const int64_t bin = node - leaves;
+      if (bin == std::ssize(to.size)) to.size.push_back(0);
+      const int64_t each = std::min(fitting(run.length, room[node], in.max_items - to.size[bin]), left);
+      next = std::fill_n(next, each, static_cast<int32_t>(bin));
+      left -= each;
+      to.size[bin] += each;
+      room[node] = to.size[bin] < in.max_items ? room[node] - each * run.length : -1;
+      while (node /= 2) room[node] = std::max(room[2 * node], room[2 * node + 1]);
+    }
+  }
 }
 
-int32_t assign_bins(const PacksInput& in, BinOf& bin_of) {
-  if (in.policy == Policy::kStream) {
-    std::vector<int64_t> arrival(in.num_items);
-    std::iota(arrival.begin(), arrival.end(), int64_t{0});
-    return scan_fit(in, arrival, kOpenBinsStream, false, bin_of);
+Assignment assign(const std::vector<Run>& runs, const PacksInput& in) {
+  Assignment to{std::make_unique_for_overwrite<int32_t[]>(in.num_items), {}};
+  if (in.first_fit) {
+    first_fit(runs, in, to);
+  } else if (in.budget < table_limit(in.num_items)) {
+    best_fit(runs, in, StacksByRoom(in.budget), to);
+  } else {
+    best_fit(runs, in, SortedStacks{}, to);
   }
-  if (in.num_budgets > 1)
-    return scan_fit(in, largest_share_first(in), kOpenBinsSorted, in.policy == Policy::kFirstFit, bin_of);
-  if (in.policy == Policy::kFirstFit) return first_fit_decreasing(in, bin_of);
-  if (in.budgets[0] > kMaxBuckets) return best_fit_decreasing(in, SortedBins{}, bin_of);
-  return best_fit_decreasing(in, BucketedBins(in.budgets[0], in.num_items), bin_of);
+  return to;
+}
+
+std::vector<int64_t> bounds_of(const std::vector<int64_t>& size) {
+  std::vector<int64_t> offsets(size.size() + 1);
+  std::partial_sum(size.begin(), size.end(), offsets.begin() + 1);
+  return offsets;
+}
+
+// rank_of(i): the place of item i among all, longest first, equals in order of index.
+template <typename RankOf>
+void write_order(const Assignment& from, const std::vector<int64_t>& offsets, int64_t n, int64_t* order,
+                 RankOf rank_of) {
+  std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
+  for (int64_t i = 0; i < n; ++i) order[next[from.bin_of_rank[rank_of(i)]]++] = i;
 }
 
 }  // namespace
 
-Packs plan_packs(const PacksInput& in) {
-  if (in.num_items > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("plan_packs: lengths has more than 2**31 - 1 items");
-  for (int64_t i = 0; i < in.num_items * in.num_budgets; ++i)
-    if (in.lengths[i] < 0 || in.lengths[i] > in.budgets[i % in.num_budgets])
-      throw std::invalid_argument("plan_packs: lengths must lie between 0 and their budget");
-  BinOf bin_of(in.num_items);
-  const int32_t opened = assign_bins(in, bin_of);
-
-  Packs packs;
-  packs.offsets.resize(opened + 1);
-  packs.order.resize(in.num_items);
-  for (const int32_t bin : bin_of) ++packs.offsets[bin + 1];
-  std::partial_sum(packs.offsets.begin(), packs.offsets.end(), packs.offsets.begin());
-  std::vector<int64_t> next(packs.offsets.begin(), packs.offsets.end() - 1);
-  for (int64_t i = 0; i < in.num_items; ++i) packs.order[next[bin_of[i]]++] = i;
-  return packs;
+std::vector<int64_t> group_by_bin(const int64_t* bin_of, int64_t num_items, int64_t num_bins, int64_t* order) {
+  std::vector<int64_t> size(num_bins);
+  for (int64_t i = 0; i < num_items; ++i) ++size[bin_of[i]];
+  std::vector<int64_t> offsets = bounds_of(size), next(offsets.begin(), offsets.end() - 1);
+  for (int64_t i = 0; i < num_items; ++i) order[next[bin_of[i]]++] = i;
+  return offsets;
 }
+
+template <typename Length>
+std::vector<int64_t> plan_packs(const PacksInput& in, const Length* lengths, int64_t* order) {
+  const int64_t n = in.num_items;
+  if (n > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("plan_packs: lengths has more than 2**31 - 1 items");
+  int64_t shortest = 0, longest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    shortest = std::min<int64_t>(shortest, lengths[i]);
+    longest = std::max<int64_t>(longest, lengths[i]);
+  }
+  if (shortest < 0 || longest > in.budget)
+    throw std::invalid_argument("plan_packs: lengths must lie between 0 and the budget");
+
+  std::vector<Run> runs;
+  if (longest < table_limit(n)) {
+    std::vector<int32_t> first(longest + 1);  // of each length: its count, then its first rank, then its next one
+    for (int64_t i = 0; i < n; ++i) ++first[lengths[i]];
+    int32_t rank = 0;
+    for (int64_t length = longest; length >= 0; --length) {
+      if (first[length] > 0) runs.push_back({length, first[length]});
+      rank += std::exchange(first[length], rank);
+    }
+    const Assignment to = assign(runs, in);
+    std::vector<int64_t> offsets = bounds_of(to.size);
+    write_order(to, offsets, n, order, [&](int64_t i) { return first[lengths[i]]++; });
+    return offsets;
+  }
+  std::vector<int32_t> sorted(n), rank(n);
+  std::iota(sorted.begin(), sorted.end(), 0);
+  std::stable_sort(sorted.begin(), sorted.end(), [&](int32_t a, int32_t b) { return lengths[a] > lengths[b]; });
+  for (int64_t r = 0; r < n; ++r) {
+    rank[sorted[r]] = static_cast<int32_t>(r);
+    if (r == 0 || lengths[sorted[r]] != lengths[sorted[r - 1]]) runs.push_back({lengths[sorted[r]], 0});
+    ++runs.back().count;
+  }
+  const Assignment to = assign(runs, in);
+  std::vector<int64_t> offsets = bounds_of(to.size);
+  write_order(to, offsets, n, order, [&](int64_t i) { return rank[i]; });
+  return offsets;
+}
+
+template std::vector<int64_t> plan_packs(const PacksInput&, const int32_t*, int64_t*);
+template std::vector<int64_t> plan_packs(const PacksInput&, const int64_t*, int64_t*);
 
 }  // namespace mm::planner

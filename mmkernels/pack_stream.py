@@ -1,0 +1,87 @@
+"""Packs while items arrive: the "stream" policy of plan_packs, with a state to resume from.   n items, K budgets"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmkernels import packs_numpy
+from mmkernels.packs import OPEN_STREAM, budgets_of, check_max_items, lengths_and_budgets, reject_long
+from mmkernels.planner_backend import _planner
+
+_backend = _planner if _planner is not None else packs_numpy
+
+
+class PackStream:
+    """Packs while items arrive, with at most `open_packs` of them unfinished; resumes from its state_dict.
+
+    Each item goes to the fullest open pack with room (by the summed shares of the budgets); where there is none, the
+    fullest pack is finished to make place.  How the items are cut into calls of `push` changes nothing.
+    """
+
+    def __init__(self, budget: int | Sequence[int], *, max_items: int | None = None, open_packs: int = OPEN_STREAM):
+        """Raises ValueError for a budget, max_items or open_packs below 1."""
+        check_max_items("PackStream", max_items)
+        if open_packs < 1:
+            raise ValueError(f"PackStream: open_packs is {open_packs}, expected at least 1")
+        self._budgets = budgets_of("PackStream", budget)
+        self._max_items, self._max_open = max_items, open_packs
+        self._arrived, self._next_pack = 0, 0
+        self._items: dict[int, list[int]] = {}  # of each open pack, by its number, in order of opening
+        self._room = np.zeros((0, len(self._budgets)), np.int64)  # [open, K]
+
+    def push(self, lengths) -> list[np.ndarray]:
+        """Takes items in; returns the packs that they finished, int64 indices of items counted from the first push.
+
+        lengths as in plan_packs.  Raises ValueError for an item over the budget, and then takes in none.
+        """
+        lengths, _ = lengths_and_budgets("PackStream", lengths, self._budgets)
+        reject_long("PackStream", lengths, self._budgets, self._arrived, "drop or split it before")
+        ids, counts = (
+            np.array(values, np.int64) for values in (list(self._items), [len(i) for i in self._items.values()])
+        )
+        limit = self._max_items or np.iinfo(np.int64).max
+        pack_of, closed, ids, _, self._room, self._next_pack = _backend.scan_fit(
+            np.ascontiguousarray(lengths, np.int64),
+            self._budgets,
+            1.0 / self._budgets,
+            limit,
+            self._max_open,
+            False,
+            (ids, counts, self._room, self._next_pack),
+        )
+        for item, pack in enumerate(pack_of.tolist(), self._arrived):
+            self._items.setdefault(pack, []).append(item)
+        self._arrived += len(lengths)
+        return [np.array(self._items.pop(pack), np.int64) for pack in closed.tolist()]
+
+    def flush(self) -> list[np.ndarray]:
+        """The unfinished packs, in order of opening; the stream is then empty and goes on counting items."""
+        packs = [np.array(items, np.int64) for items in self._items.values()]
+        self._items, self._room = {}, self._room[:0]
+        return packs
+
+    def state_dict(self) -> dict:
+        """Plain numbers and lists: what `load_state_dict` needs to go on with the very next item."""
+        return self._settings() | {
+            "arrived": self._arrived,
+            "next_pack": self._next_pack,
+            "packs": [
+                {"pack": pack, "items": list(items), "room": room.tolist()}
+                for (pack, items), room in zip(self._items.items(), self._room, strict=True)
+            ],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError for the state of a stream with other budgets, max_items or open_packs."""
+        for name, value in self._settings().items():
+            if state[name] != value:
+                raise ValueError(f"PackStream: the state has {name} {state[name]}, this stream {value}")
+        self._arrived, self._next_pack = state["arrived"], state["next_pack"]
+        self._items = {entry["pack"]: list(entry["items"]) for entry in state["packs"]}
+        rooms = [entry["room"] for entry in state["packs"]]
+        self._room = np.array(rooms, np.int64).reshape(len(rooms), len(self._budgets))
+
+    def _settings(self) -> dict:
+        return {"budget": self._budgets.tolist(), "max_items": self._max_items, "open_packs": self._max_open}

@@ -1,0 +1,264 @@
+"""Packs: which items share one, under one budget or several, and work to balance.   n items, K budgets
+
+numpy in, numpy out, no torch.  C++ (csrc/planner) where it is built, else packs_numpy.py; both give equal plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmkernels import packs_numpy
+from mmkernels.planner_backend import _planner
+
+_backend = _planner if _planner is not None else packs_numpy
+
+POLICIES = ("best_fit", "first_fit", "stream")
+LONG = ("error", "split", "drop")
+OPEN_SORTED, OPEN_STREAM = 1024, 64  # packs that first_fit over several budgets, and stream, look at
+COST_SLACK_PERCENT = 2  # what a pack's cost may be over the mean of the fewest packs
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """Which items share a pack.  `for items in plan:` gives the item indices of each pack.
+
+    order        int64 [n]: the items of pack 0 in order of index, of pack 1, ...; an item that was split stands once
+                 for each of its pieces
+    offsets      int64 [packs + 1] into order
+    fill         tokens over packs * budget; for several budgets, of the fullest one
+    fills        the same for each budget
+    lower_bound  packs that no plan can go below
+    binding      what sets that bound: "budget" ("budget[k]" of several), "max_items" or "costs"
+    dropped      int64: items longer than a budget, left out by long="drop"
+    pieces       int64 [n, 2], first token and tokens of each entry of order; only with long="split"
+    costs        [packs], the summed cost of each pack; only with costs
+    cost_cap     what none of them passes; only with costs
+    """
+
+    order: np.ndarray
+    offsets: np.ndarray
+    fill: float
+    fills: tuple[float, ...]
+    lower_bound: int
+    binding: str
+    dropped: np.ndarray
+    pieces: np.ndarray | None = None
+    costs: np.ndarray | None = None
+    cost_cap: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            yield self.order[begin:end]
+
+    def __repr__(self) -> str:
+        return (
+            f"PackPlan({len(self.order)} items in {len(self)} packs, fill {self.fill:.4f}, "
+            f"lower bound {self.lower_bound} by {self.binding}, {len(self.dropped)} dropped)"
+        )
+
+
+def plan_packs(
+    lengths,
+    budget: int | Sequence[int],
+    *,
+    costs=None,
+    max_items: int | None = None,
+    policy: str = "best_fit",
+    long: str = "error",
+) -> PackPlan:
+    """Packs of items that stay within a budget, as few as the policy finds.  The same input gives the same plan.
+
+    lengths [n] with one budget, or [n, K] (tokens, patches, frames, ...) with K budgets that all hold at once.
+    policy   "best_fit": longest first, each into the fullest pack with room.  With several budgets packs are filled one
+             after another: each takes, of 128 items that fit, the one that leaves it the least room
+             "first_fit": longest first (by the largest share of a budget), each into the first pack with room, of at
+             most 1024 open ones where there are several budgets
+             "stream": in order of arrival, each into the fullest of at most 64 open packs; as PackStream does
+    costs    [n] work of each item, e.g. a * length + b * length**2.  It is packed as one more budget, of
+             max(largest cost, 1.02 * total cost / fewest packs that the budgets allow): no pack costs more, so
+             the costliest one is within 2 % of the mean of a perfect plan where no single item costs more.  Packs are
+             filled to that cap, as to the other budgets, which makes them alike; the last ones may be emptier.  For a
+             cap of your own, make it a column of lengths
+    max_items  per pack
+    long     an item over the budget: "error" names it, "drop" leaves it out and lists it in `dropped`, "split" cuts it
+             into pieces of the budget (one budget and no costs) and lists them in `pieces`
+    Time is O(n + budget) for one budget without costs; several, and costs, take about 2 us an item.
+    Raises ValueError for such an item under long="error", and for arguments that make no plan.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"plan_packs: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    if long not in LONG:
+        raise ValueError(f"plan_packs: long is {long!r}, expected one of {', '.join(LONG)}")
+    check_max_items("plan_packs", max_items)
+    lengths, budgets = lengths_and_budgets("plan_packs", lengths, budget)
+    if long == "split" and (len(budgets) > 1 or costs is not None):
+        raise ValueError(f"plan_packs: long='split' needs one budget and no costs, got {len(budgets)} budgets")
+    items, lengths, pieces, dropped = _fit_long(lengths, budgets, long)
+    totals = lengths.sum(0, dtype=np.int64)
+    bounds = _lower_bounds(lengths, totals, budgets, max_items)
+
+    columns, limits, cap = lengths, budgets, None
+    if costs is not None:
+        costs = _costs(costs, len(lengths) + len(dropped))
+        costs = costs if items is None else costs[items]
+        column, limit, cap = _cost_column(costs, max(1, *bounds.values()))
+        columns, limits = np.column_stack([lengths, column]), np.append(budgets, limit)
+        bounds["costs"] = -(-int(column.sum()) // limit)
+    order, offsets = _pack(columns, limits, max_items or len(lengths) + 1, policy)
+
+    binding = max(bounds, key=bounds.__getitem__)  # the first of equals
+    packs = len(offsets) - 1
+    fills = tuple(float(t) / (packs * float(b)) if packs else 1.0 for t, b in zip(totals, budgets, strict=True))
+    return PackPlan(
+        order=order if items is None else items[order],
+        offsets=offsets,
+        fill=max(fills),
+        fills=fills,
+        lower_bound=max(bounds[binding], int(len(lengths) > 0)),
+        binding=binding,
+        dropped=dropped,
+        pieces=None if pieces is None else pieces[order],
+        costs=None if costs is None else np.add.reduceat(costs[order], offsets[:-1]) if packs else costs[:0],
+        cost_cap=cap,
+    )
+
+
+def _pack(lengths: np.ndarray, budgets: np.ndarray, max_items: int, policy: str) -> tuple[np.ndarray, np.ndarray]:
+    """(order [n], offsets [packs + 1]) of lengths [n, K] that fit."""
+    n, scales = len(lengths), 1.0 / budgets
+    if len(budgets) == 1 and policy != "stream":
+        column = np.ascontiguousarray(lengths[:, 0])
+        return _backend.plan_packs(column, int(budgets[0]), max_items, policy == "first_fit")
+    if policy == "stream":
+        nothing = np.zeros(0, np.int64)
+        state = (nothing, nothing, np.zeros((0, len(budgets)), np.int64), 0)
+        lengths = np.ascontiguousarray(lengths, np.int64)
+        pack_of, _, _, _, _, packs = _backend.scan_fit(lengths, budgets, scales, max_items, OPEN_STREAM, False, state)
+        return _backend.group_by_pack(pack_of, packs)
+    if policy == "first_fit":
+        falling = np.argsort(-(lengths * scales).max(1), kind="stable")
+    else:
+        need = lengths.sum(0, dtype=np.float64) * scales
+        need = need / need.max() if need.any() else np.ones(len(budgets))  # a budget counts as far as it is needed
+        sizes = (lengths * (need * scales)).sum(1)
+        falling = np.argsort(-sizes, kind="stable")
+    ordered = np.ascontiguousarray(lengths[falling], np.int64)
+    if policy == "first_fit":
+        state = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, len(budgets)), np.int64), 0)
+        found, _, _, _, _, packs = _backend.scan_fit(ordered, budgets, scales, max_items, OPEN_SORTED, True, state)
+    else:
+        found, packs = _backend.pool_fit(ordered, budgets, scales, max_items, sizes[falling], need)
+    pack_of = np.empty(n, np.int64)
+    pack_of[falling] = found
+    return _backend.group_by_pack(pack_of, packs)
+
+
+def check_max_items(function: str, max_items: int | None) -> None:
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"{function}: max_items is {max_items}, expected at least 1 or None")
+
+
+def budgets_of(function: str, budget) -> np.ndarray:
+    budgets = np.atleast_1d(np.asarray(budget))
+    if budgets.size and budgets.dtype.kind not in "iu":
+        raise ValueError(f"{function}: budget is {budgets.dtype}, expected integers")
+    if budgets.ndim != 1 or len(budgets) == 0:
+        raise ValueError(f"{function}: budget has shape {list(budgets.shape)}, expected one number or [K]")
+    budgets = np.ascontiguousarray(budgets, np.int64)
+    if (budgets < 1).any():
+        raise ValueError(f"{function}: budget is {budget}, expected at least 1")
+    return budgets
+
+
+def lengths_and_budgets(function: str, lengths, budget) -> tuple[np.ndarray, np.ndarray]:
+    """lengths [n, K], int32 as they came or else int64, and budgets int64 [K]."""
+    lengths, budgets = np.asarray(lengths), budgets_of(function, budget)
+    if lengths.size and lengths.dtype.kind not in "iu":
+        raise ValueError(f"{function}: lengths is {lengths.dtype}, expected integers")
+    if lengths.ndim == 1 and lengths.size == 0:
+        lengths = lengths.reshape(0, len(budgets))
+    elif lengths.ndim == 1:
+        lengths = lengths[:, None]
+    if lengths.ndim != 2 or lengths.shape[1] != len(budgets):
+        raise ValueError(
+            f"{function}: lengths has shape {list(lengths.shape)} for {budgets.size} budgets, expected [n] or [n, K]"
+        )
+    lengths = np.ascontiguousarray(lengths, np.int32 if lengths.dtype == np.int32 else np.int64)
+    if lengths.size and lengths.min() < 0:
+        raise ValueError(f"{function}: item {np.argmax((lengths < 0).any(1))} has a negative length")
+    if lengths.size and int(lengths.max()) * len(lengths) >= 2**62 and lengths.sum(0, np.float64).max() >= 2**62:
+        raise ValueError(f"{function}: lengths sum to 2**62 or more, which int64 does not hold safely")
+    return lengths, budgets
+
+
+def reject_long(function: str, lengths: np.ndarray, budgets: np.ndarray, first: int, advice: str) -> None:
+    over = lengths > budgets
+    if not over.any():
+        return
+    item = int(np.argmax(over.any(1)))
+    k = int(np.argmax(over[item]))
+    column = f"[{k}]" if len(budgets) > 1 else ""
+    raise ValueError(
+        f"{function}: item {first + item} has length{column} {lengths[item, k]}, "
+        f"over the budget{column} of {budgets[k]}; {advice}"
+    )
+
+
+def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str):
+    """(item of each entry, or None for the identity; lengths that fit; pieces or None; dropped items)."""
+    nothing = np.zeros(0, np.int64)
+    if long == "split":
+        pieces_of = np.maximum(-(-lengths[:, 0].astype(np.int64) // budgets[0]), 1)
+        items = np.repeat(np.arange(len(lengths)), pieces_of)
+        first_of_item = np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
+        start = (np.arange(len(items)) - first_of_item) * budgets[0]
+        tokens = np.minimum(lengths[items, 0] - start, budgets[0])
+        return items, np.ascontiguousarray(tokens[:, None]), np.stack([start, tokens], 1), nothing
+    if not len(lengths) or (lengths.max(0) <= budgets).all():
+        return None, lengths, None, nothing
+    if long == "error":
+        reject_long("plan_packs", lengths, budgets, 0, "long='split' or long='drop' accept it")
+    too_long = (lengths > budgets).any(1)
+    kept = np.flatnonzero(~too_long)
+    return kept, lengths[kept], None, np.flatnonzero(too_long)
+
+
+def _lower_bounds(lengths, totals, budgets, max_items: int | None) -> dict[str, int]:
+    """Packs needed for: tokens over a budget, items over half a budget (no two share a pack), items over max_items."""
+    bounds = {}
+    for k, (total, budget) in enumerate(zip(totals.tolist(), budgets.tolist(), strict=True)):
+        name = "budget" if len(budgets) == 1 else f"budget[{k}]"
+        bounds[name] = max(-(-total // budget), int(np.count_nonzero(lengths[:, k] > budget // 2)))
+    if max_items is not None:
+        bounds["max_items"] = -(-len(lengths) // max_items)
+    return bounds
+
+
+def _costs(costs, n: int) -> np.ndarray:
+    costs = np.asarray(costs)
+    if costs.shape != (n,) or (costs.size and costs.dtype.kind not in "iuf"):
+        raise ValueError(f"plan_packs: costs is {costs.dtype} {list(costs.shape)}, expected numbers [{n}]")
+    wrong = ~np.isfinite(costs) | (costs < 0)
+    if wrong.any():
+        raise ValueError(f"plan_packs: item {np.argmax(wrong)} costs {costs[np.argmax(wrong)]}, expected >= 0")
+    return costs.astype(np.float64)
+
+
+def _cost_column(costs: np.ndarray, packs: int) -> tuple[np.ndarray, int, float]:
+    """(costs as integers, the cap on their sum per pack, the cap in the caller's unit).
+
+    Integers add exactly, on every platform; costs are rounded up to about 2**-50 of their total, whole ones stay.
+    """
+    total = float(costs.sum())
+    shift = 50 - math.frexp(total)[1] if total else 0  # total * 2**shift < 2**50
+    column = np.ceil(np.ldexp(costs, shift)).astype(np.int64)
+    share = -(-int(column.sum()) * (100 + COST_SLACK_PERCENT) // (100 * packs))
+    cap = max(int(column.max(initial=0)), share, 1)
+    return column, cap, math.ldexp(cap, -shift)
