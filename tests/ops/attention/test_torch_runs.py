@@ -1,79 +1,135 @@
-"""Runs, against brute force: they never see one another, they are as fine as contiguous pieces can be, and each one's
-kind is what its mask is.  This is what lets the CPU path leave the mask out."""
+"""Runs, against brute force: a visible pair is let through by exactly one run, a hidden one by none.
 
-from itertools import pairwise
+This is what lets the CPU path leave the mask out.  And: equal runs together, equal masks once, memory bounded.
+"""
 
 import numpy as np
 import pytest
-from attention_oracle import MASKS, NUM_MODALITIES, brute_force, shared_layout
+from attention_oracle import CROSS_MASKS, MASKS, brute_force, shared_layout
 
 from mmkernels import AttentionMask, PackedLayout
 from mmkernels.masks import MaskPlan
-from mmkernels.ops.attention.torch_runs import BLIND, CAUSAL, FULL, MASKED, runs
+from mmkernels.ops.attention import torch_runs
+from mmkernels.ops.attention.torch_impl import schedule
+from mmkernels.ops.attention.torch_runs import CAUSAL, FULL, MASKED
+from mmkernels.ops.attention.torch_views import Schedule, runs_of
 
 
-def _runs(layout, mask):
-    plan = MaskPlan.lower(layout, mask)
-    return runs(layout.cu_seqlens.numpy(), plan.q_table.numpy(), plan.k_table.numpy(), plan.has_visible).tolist()
+def _runs(layout, mask, k_layout=None):
+    """The runs, their plan and what the operator is handed."""
+    plan = MaskPlan(layout, mask or AttentionMask(), k_layout)
+    lowered = _Lowered(plan, schedule(plan, None))
+    return list(runs_of(lowered, 1, 1)), lowered
 
 
-def _pieces(found):
-    return [(start + i * length, length, kind) for start, length, count, kind in found for i in range(count)]
+class _Lowered(tuple):
+    """What a run reads of inputs.Lowered."""
+
+    def __new__(cls, plan, parts):
+        return super().__new__(cls, (plan.q_table, plan.k_table, *parts))
+
+    q_table = property(lambda self: self[0])
+    k_table = property(lambda self: self[1])
 
 
-@pytest.mark.parametrize("kind", MASKS)
-def test_runs_against_brute_force(kind):
-    for seed in range(8):
-        layout = shared_layout(seed)
-        mask = MASKS[kind](layout, seed)
-        seen = brute_force(layout, mask).numpy()
-        pieces = _pieces(_runs(layout, mask))
-        assert sum(length for _, length, _ in pieces) == layout.total_tokens
-        inside = np.zeros_like(seen)
-        for start, length, piece_kind in pieces:
-            at = slice(start, start + length)
-            inside[at, at] = True
-            own = seen[at, at]
-            assert piece_kind != FULL or own.all()
-            assert piece_kind != CAUSAL or (own == np.tri(length, dtype=bool)).all()
-            assert piece_kind != BLIND or not own.any()
-            if piece_kind == MASKED:
-                assert own.any()
-                assert not own.all()
-        assert not (seen & ~inside).any()
+def _seen(runs, lowered, shape):
+    """How often each query-key pair is let through by a run."""
+    seen = np.zeros(shape, int)
+    for run in runs:
+        mask = run.mask(lowered, slice(0, run.q_len))
+        own = np.ones((run.q_len, run.k_len), int)
+        if run.kind == CAUSAL:
+            assert run.q_len == run.k_len
+            own = np.tri(run.q_len, dtype=int)
+        elif run.kind == MASKED:
+            own = (mask.numpy() == 0).astype(int)
+            assert own.any(1).all()  # the kernel has no answer for a row that sees nothing
+            assert not own.all()
+        for queries, keys in zip(run.query_tokens().numpy(), run.key_tokens().numpy(), strict=True):
+            seen[np.ix_(queries, keys)] += own
+    return seen
+
+
+@pytest.mark.parametrize("kept", [1 << 24, 40, 0])  # masks: all kept, some, none
+@pytest.mark.parametrize("small", [64 * 64, 60, 0])  # masked runs: whole, some cut, all cut
+@pytest.mark.parametrize("cross", [False, True])
+def test_runs_against_brute_force(cross, small, kept, monkeypatch):
+    monkeypatch.setattr(torch_runs, "MAX_KEPT", kept)
+    monkeypatch.setattr(torch_runs, "SMALL_PAIRS", small)
+    monkeypatch.setattr(torch_runs, "WIDE_ROWS", 16)
+    monkeypatch.setattr(torch_runs, "LONG_STRETCH", 5)
+    monkeypatch.setattr(torch_runs, "CALL_COST", 10)  # so that small samples are split too
+    for kind, make in (CROSS_MASKS if cross else MASKS).items():
+        for seed in range(6):
+            layout, k_layout = shared_layout(seed), shared_layout(seed + 10) if cross else None
+            mask = make(layout, seed)
+            runs, lowered = _runs(layout, mask, k_layout)
+            expected = brute_force(layout, mask, k_layout).numpy()
+            seen = _seen(runs, lowered, expected.shape)
+            assert (seen == expected).all(), (kind, seed)
+            parts = Schedule.of(lowered)
+            blind = parts.blind_queries()
+            assert set([] if blind is None else blind.tolist()) == set(np.flatnonzero(~expected.any(1)).tolist())
+            assert len(parts.masks) <= max(kept, 2)
+            touched = np.zeros(expected.shape[1], int)
+            for run in runs:
+                np.add.at(touched, run.key_tokens().numpy(), 1)
+            assert parts.covered == (touched == 1).all()
+
+
+def _shapes(layout, mask, k_layout=None):
+    runs, _ = _runs(layout, mask, k_layout)
+    return sorted((run.q_start, run.q_len, run.k_len, run.count, run.kind) for run in runs)
 
 
 def test_isolated_modalities_need_no_mask():
-    layout = PackedLayout.from_counts([[5, 7, 3], [5, 0, 3], [0, 0, 4]])
-    mask = AttentionMask.isolated(3)
-    assert [kind for *_, kind in _runs(layout, mask)] == [FULL] * 6
-    # Text, image, text of one sample: the two texts see each other across the image, so the sample stays whole.
-    layout = PackedLayout.from_segments([[(0, 2), (1, 3), (0, 2)], [(1, 4), (0, 1)]], num_modalities=3)
-    assert _pieces(_runs(layout, mask)) == [(0, 7, MASKED), (7, 4, FULL), (11, 1, FULL)]
+    layout = PackedLayout.from_counts([[50, 70, 30], [50, 0, 30], [0, 0, 40]])
+    assert {kind for *_, kind in _shapes(layout, AttentionMask.isolated(3))} == {FULL}
+    # Text, image, text of one sample: the two texts are gathered into one run, where that computes less.
+    layout = PackedLayout.from_segments([[(0, 200), (1, 300), (0, 200)]], num_modalities=2)
+    assert [shape[1:] for shape in _shapes(layout, AttentionMask.isolated(2))] == [
+        (400, 400, 1, FULL),
+        (300, 300, 1, FULL),
+    ]
+    # Of a few tokens one run with a mask costs less than two.
+    layout = PackedLayout.from_segments([[(0, 2), (1, 3), (0, 2)]], num_modalities=2)
+    assert _shapes(layout, AttentionMask.isolated(2)) == [(0, 7, 7, 1, MASKED)]
 
 
-def test_equal_neighbours_are_one_batch():
+def test_equal_runs_at_equal_distances_are_one_batch():
     layout = PackedLayout.from_counts([[4], [4], [0], [4], [6], [4]])
-    assert _runs(layout, None) == [[0, 4, 3, FULL], [12, 6, 1, FULL], [18, 4, 1, FULL]]
-    assert _runs(layout, AttentionMask(causal=True))[0] == [0, 4, 3, CAUSAL]
-    # Masked ones each have a mask of their own.
-    assert [count for _, _, count, _ in _runs(layout, AttentionMask(window=(1, 1)))] == [1] * 5
+    assert _shapes(layout, None) == [(0, 4, 4, 3, FULL), (12, 6, 6, 1, FULL), (18, 4, 4, 1, FULL)]
+    assert _shapes(layout, AttentionMask(causal=True))[0] == (0, 4, 4, 3, CAUSAL)
+    assert _shapes(layout, AttentionMask(window=(1, 1)))[0] == (0, 4, 4, 3, MASKED)  # one mask for all three
+    # Not adjacent: texts of 40 with images of 60 between them.
+    layout = PackedLayout.from_counts([[40, 60]] * 4)
+    assert _shapes(layout, AttentionMask.isolated(2)) == [(0, 40, 40, 4, FULL), (40, 60, 60, 4, FULL)]
 
 
-def test_a_modality_that_sees_nothing_is_blind():
-    layout = PackedLayout.from_counts([[3, 2]])
-    assert _runs(layout, AttentionMask(visible=[[False, False], [False, True]])) == [[0, 3, 1, BLIND], [3, 2, 1, FULL]]
+def test_equal_masks_are_kept_once():
+    layout = PackedLayout.from_counts([[2000]] * 3)
+    runs, lowered = _runs(layout, AttentionMask(window=(20, 20)))
+    # Blocks of 64 rows, alike but for the first and the last two of a sample, where the window meets its ends.
+    assert sum(run.count for run in runs) == 3 * -(-2000 // (torch_runs.WIDE_ROWS // 2))
+    assert len({run.mask_at for run in runs}) == 4
+    assert len(Schedule.of(lowered).masks) <= 4 * 64 * 104
 
 
-def test_runs_are_the_finest_contiguous_pieces():
-    for seed in range(8):
-        layout = shared_layout(seed)
-        mask = MASKS["visible"](layout, seed)
-        seen = brute_force(layout, mask).numpy()
-        bounds = {0, *(start + length for start, length, _ in _pieces(_runs(layout, mask)))}
-        for start, stop in pairwise(layout.cu_seqlens.tolist()):
-            segments = layout.segment_cu_seqlens.tolist()
-            for cut in (c for c in segments if start < c < stop):
-                crosses = seen[start:cut, cut:stop].any() or seen[cut:stop, start:cut].any()
-                assert (cut in bounds) == (not crosses)
-    assert NUM_MODALITIES == 3
+def test_masked_runs_leave_out_what_no_row_sees():
+    def computed(segments, mask):
+        layout = PackedLayout.from_segments([segments], num_modalities=2)
+        runs, _ = _runs(layout, mask)
+        return sum(run.count * run.q_len * run.k_len for run in runs) / MaskPlan.lower(layout, mask).visible_pairs
+
+    mixed = [(0, 100), (1, 400), (0, 60), (1, 300), (0, 140)]
+    assert computed(mixed, AttentionMask(causal=True, bidirectional=(1,))) < 1.1
+    assert computed(mixed, AttentionMask(causal=True, prefix=(500,))) < 1.15
+    assert computed(mixed, AttentionMask(visible=[[True, True], [False, True]])) == 1.0
+    assert computed([(0, 3000)], AttentionMask(window=(300, 300))) < 1.3
+
+
+def test_no_mask_grows_with_the_square_of_a_sample():
+    layout = PackedLayout.from_counts([[40_000]])
+    runs, lowered = _runs(layout, AttentionMask(causal=True, prefix=(7,)))
+    assert max(run.q_len for run in runs) <= torch_runs.WIDE_ROWS
+    assert len(Schedule.of(lowered).masks) <= torch_runs.MAX_KEPT
