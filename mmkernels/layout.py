@@ -5,6 +5,7 @@ B samples, N segments, T packed tokens, A position axes, M modalities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import index
@@ -66,8 +67,11 @@ class PackedLayout:
         counts = _host_array(counts, "counts")
         if counts.ndim != 2:
             raise ValueError(f"from_counts: counts has shape {tuple(counts.shape)}, expected [B, M]")
-        samples = [[(m, int(n)) for m, n in enumerate(row) if n != 0] for row in counts]
-        return cls.from_segments(samples, num_modalities=counts.shape[1], special_tokens=special_tokens)
+        num_modalities = counts.shape[1]
+        _check_modalities("from_counts", num_modalities)
+        special = _special_ids(special_tokens, num_modalities)
+        segments, grids = _count_tables(counts, special)
+        return cls._build(segments, grids, special, special_tokens, len(counts), num_modalities, 1)
 
     @classmethod
     def from_segments(
@@ -82,8 +86,7 @@ class PackedLayout:
 
         Raises ValueError for a modality outside [0, num_modalities), a negative length, or too many tokens for int32.
         """
-        if not 1 <= num_modalities <= MAX_MODALITIES:
-            raise ValueError(f"from_segments: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
+        _check_modalities("from_segments", num_modalities)
         special = _special_ids(special_tokens, num_modalities)
         segments, grids, axes = _tables(samples, num_modalities, special)
         return cls._build(segments, grids, special, special_tokens, len(samples), num_modalities, axes)
@@ -109,8 +112,7 @@ class PackedLayout:
             raise ValueError(
                 f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
             )
-        if not 1 <= num_modalities <= MAX_MODALITIES:
-            raise ValueError(f"from_cu_seqlens: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
+        _check_modalities("from_cu_seqlens", num_modalities)
         device = cu_seqlens.device
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
@@ -298,6 +300,11 @@ def _host_array(values, name: str) -> np.ndarray:
     return array
 
 
+def _check_modalities(function: str, num_modalities: int) -> None:
+    if not 1 <= num_modalities <= MAX_MODALITIES:
+        raise ValueError(f"{function}: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
+
+
 def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: int) -> np.ndarray:
     if special_tokens is None:
         return np.full(num_modalities, -1, np.int32)
@@ -311,10 +318,32 @@ def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: in
     return np.array([-1 if s is None else s for s in special_tokens], np.int32)
 
 
+def _count_tables(counts: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment table [N, 4] and grids [N, 3] of the counts [B, M] that are not 0."""
+    wrong = (counts < 0) | (counts >= 2**31)  # the bound keeps the sums below inside int64
+    if wrong.any():
+        sample, modality = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"from_counts: counts[{sample}, {modality}] is {counts[sample, modality]}, expected 0 to 2**31 - 1"
+        )
+    counts = counts.astype(np.int64)
+    sample, modality = np.nonzero(counts)
+    own = counts[sample, modality]
+    tokens = own + (special >= 0)[modality]
+    if tokens.sum() >= 2**31:
+        raise ValueError(f"from_counts: counts sum to {tokens.sum()} tokens, expected at most 2**31 - 1")
+    first_row = (np.cumsum(counts, 0) - counts)[sample, modality]
+    segments = np.stack([sample, modality, tokens, first_row], 1).astype(np.int32)
+    grids = np.zeros((len(own), 3), np.int32)
+    grids[:, 2] = own
+    return segments, grids
+
+
 def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Segment table [N, 4], grids [N, 3] and the number of position axes."""
     rows, grids, axes = [], [], 1
     first_row = [0] * num_modalities
+    opening = (special >= 0).astype(int).tolist()  # special tokens in front of each segment
     modalities = range(num_modalities)  # 0.5 is not in it
     total = 0
     for sample, parts in enumerate(samples):
@@ -330,10 +359,10 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
                     "(time, rows, cols)"
                 )
             axes = max(axes, len(grid))
-            own = int(np.prod(grid, dtype=np.int64))
-            tokens = own + int(special[modality] >= 0)
-            rows.append((sample, modality, tokens, first_row[modality]))
-            grids.append((0,) * (3 - len(grid)) + grid if own else (0, 0, 0))
+            own = math.prod(grid)  # of Python's integers: three large axes pass int64
+            tokens = own + opening[modality]
+            rows += (sample, modality, tokens, first_row[modality])
+            grids += (0,) * (3 - len(grid)) + grid if own else (0, 0, 0)
             first_row[modality] += own
             total += tokens
             if total >= 2**31:
@@ -344,7 +373,11 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
 
 def _grid(length) -> tuple[int, ...]:
     """A segment's length as a tuple of its axes; empty where it is not made of whole numbers."""
+    if type(length) is int:  # nearly all of them
+        return (length,)
     try:
+        if isinstance(length, tuple | list):
+            return tuple(map(index, length))
         return (index(length),) if np.ndim(length) == 0 else tuple(index(n) for n in length)
     except TypeError:  # never rounds 2.5 to 2
         return ()

@@ -55,6 +55,18 @@ def test_matches_token_by_token(samples, special):
     assert list(layout.stream_lengths) == counts
 
 
+@pytest.mark.parametrize("special_tokens", [None, (7, None, 9)])
+def test_from_counts_is_from_segments(special_tokens):
+    """Two ways to the same buffer: the table in numpy, and segment by segment."""
+    counts = np.random.default_rng(0).integers(0, 5, (40, 3))
+    samples = [[(m, n) for m, n in enumerate(row) if n] for row in counts.tolist()]
+    one = PackedLayout.from_counts(counts, special_tokens=special_tokens)
+    other = PackedLayout.from_segments(samples, num_modalities=3, special_tokens=special_tokens)
+    assert torch.equal(one._buffer, other._buffer)
+    assert np.array_equal(one.segments, other.segments)
+    assert one.stream_lengths == other.stream_lengths
+
+
 def test_from_counts_is_one_segment_per_present_modality():
     layout = PackedLayout.from_counts([[2, 0, 1], [0, 0, 0], [1, 3, 0]])
     assert layout.segments.tolist() == [[0, 0, 2, 0], [0, 2, 1, 0], [2, 0, 1, 2], [2, 1, 3, 0]]
@@ -116,6 +128,14 @@ def two_tokens(**arguments):
         (lambda: PackedLayout.from_segments([[(0.5, 1)]], num_modalities=1), "sample 0 has modality 0.5"),
         (lambda: PackedLayout.from_counts([[0.5]]), "counts is float64, expected integers"),
         (lambda: PackedLayout.from_counts([1, 2]), "counts has shape"),
+        (lambda: PackedLayout.from_counts([[1, 2], [3, -1]]), r"counts\[1, 1\] is -1, expected 0 to 2\*\*31 - 1"),
+        (lambda: PackedLayout.from_counts([[2**31]]), r"counts\[0, 0\] is 2147483648"),
+        (lambda: PackedLayout.from_counts([[2**30], [2**30]]), "counts sum to 2147483648 tokens, expected at most"),
+        (lambda: PackedLayout.from_counts(np.zeros((2, 33), int)), "num_modalities is 33, expected 1 to 32"),
+        (
+            lambda: PackedLayout.from_segments([[(0, (2**22, 2**22, 2**22))]], num_modalities=1),  # 0 in int64
+            r"more than 2\*\*31 - 1 tokens at sample 0",
+        ),
         (lambda: PackedLayout.from_counts([[1]], special_tokens=(1, 2)), "special_tokens has 2 entries"),
         (lambda: PackedLayout.from_counts([[1]], special_tokens=(2**31,)), r"special_tokens\[0\] is 2147483648"),
         (lambda: PackedLayout.from_cu_seqlens([0, 2], total_tokens=2, max_seqlen=2), "cu_seqlens is list"),
