@@ -4,34 +4,59 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks import workloads
+from benchmarks import attention_pairs, workloads
+from benchmarks.attention_cases import MASKS, Case, cases
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_impls
-from benchmarks.peers import attention_sdpa_loop, attention_sdpa_padded
+from benchmarks.peers import (
+    attention_fa3,
+    attention_fa4,
+    attention_flex,
+    attention_sdpa_backends,
+    attention_sdpa_dense,
+    attention_sdpa_loop,
+    attention_sdpa_padded,
+    attention_varlen,
+    attention_xformers,
+)
+from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention.api import attention
 
-PEERS: tuple[ModuleType, ...] = (attention_sdpa_padded, attention_sdpa_loop)
-DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16", "fp16"]}
 
-MASKS = {
-    "full": None,
-    "causal": AttentionMask(causal=True),
-    # three unimodal encoders in one pass
-    "isolated": AttentionMask.isolated(3),
-    # causal text with image segments that see themselves whole, as in multimodal prefix-LMs
-    "bidirectional": AttentionMask(causal=True, bidirectional=(workloads.IMAGE,)),
-}
-BACKWARD_FLOPS = 2.5  # five products to the forward's two
+class Peer(Protocol):
+    NAME: str
+
+    def missing(self, problem: AttentionProblem) -> str | None: ...
+    def build(self, problem: AttentionProblem) -> Implementation: ...
+
+
+PEERS: tuple[Peer, ...] = (
+    attention_sdpa_padded,
+    attention_sdpa_dense,
+    attention_sdpa_loop,
+    attention_sdpa_backends.FLASH,
+    attention_sdpa_backends.CUDNN,
+    attention_sdpa_backends.EFFICIENT,
+    attention_varlen,
+    attention_flex.FLEX,
+    attention_flex.FLEX_WITH_MASK,
+    attention_fa3,
+    attention_fa4,
+    attention_xformers,
+)
+DTYPES_USED = {"cpu": ["fp32", "bf16"], "cuda": ["bf16", "fp16"]}
+FLOPS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # two products forward, five backward
 ORACLE_BYTES = 2 << 30  # float64 scores of one sample; beyond it one head is checked for all
 
 
@@ -47,9 +72,9 @@ class AttentionProblem:
     k: Tensor
     v: Tensor
     grad_output: Tensor
-    peers: tuple[ModuleType, ...] = PEERS
+    peers: tuple[Peer, ...] = PEERS
     op: str = "attention"
-    directions: tuple[str, ...] = ("fwd", "bwd")
+    directions: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
 
     @functools.cached_property
     def plan(self) -> MaskPlan:
@@ -57,12 +82,14 @@ class AttentionProblem:
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         leaves = (self.q, self.k, self.v)
+        auto = dispatch.resolve("attention", "auto", device=self.q.device, dtype=self.q.dtype)
         for name, impl in our_impls("attention", self.q.device, self.q.dtype):
             if isinstance(impl, Missing):
                 yield impl
                 continue
             forward = functools.partial(attention, *leaves, layout=self.layout, mask=self.mask, impl=impl)
-            yield Implementation(name, forward, leaves, self.grad_output)
+            extra = {"auto": True} if impl == auto else {}
+            yield Implementation(name, forward, leaves, self.grad_output, extra=extra | self._pairs(impl))
         for peer in self.peers:
             reason = peer.missing(self)
             yield Missing(peer.NAME, reason) if reason else peer.build(self)
@@ -76,14 +103,21 @@ class AttentionProblem:
     def work(self, direction: str) -> Work:
         """4 D FLOPs per visible pair and head, exactly the pairs the mask lets through."""
         flops = 4 * self.q.shape[1] * self.q.shape[2] * self.plan.visible_pairs
-        return Work(flops * (BACKWARD_FLOPS if direction == "bwd" else 1), "TFLOP/s", 12, f"gemm_{self.dtype}")
+        return Work(flops * FLOPS[direction], "TFLOP/s", 12, f"gemm_{self.dtype}")
 
     def oracle(self, heads: slice = slice(None)) -> list[Tensor]:
-        """Output and gradients of q, k and v by the float64 reference, of some heads (where H = G) or of all."""
-        leaves = [x.detach()[:, heads].double().requires_grad_() for x in (self.q, self.k, self.v)]
-        output = attention(*leaves, layout=self.layout, mask=self.mask, impl="reference")
-        gradients = torch.autograd.grad(output, leaves, self.grad_output[:, heads].double())
-        return [output.detach(), *gradients]
+        """Output and gradients of q, k and v by the float64 reference, of some heads (where H = G) or of all.
+
+        Sample by sample: the reference is dense in the tokens it is given.
+        """
+        results = []
+        for sample, (start, stop) in enumerate(itertools.pairwise(self.layout.host.cu_seqlens.tolist())):
+            layout, mask = self._alone(sample)
+            leaves = [x.detach()[start:stop, heads].double().requires_grad_() for x in (self.q, self.k, self.v)]
+            output = attention(*leaves, layout=layout, mask=mask, impl="reference")
+            gradients = torch.autograd.grad(output, leaves, self.grad_output[start:stop, heads].double())
+            results.append((output.detach(), *gradients))
+        return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
     def with_new_layout(self) -> AttentionProblem:
         """The same problem on a layout that nothing has been lowered on yet."""
@@ -95,56 +129,43 @@ class AttentionProblem:
         heads = slice(0, 1) if self.q.shape[1] == self.k.shape[1] and scores > ORACLE_BYTES else slice(None)
         return self.oracle(heads), heads
 
+    def _alone(self, sample: int) -> tuple[PackedLayout, AttentionMask | None]:
+        """Layout and mask of one sample by itself."""
+        own = [(int(m), int(n)) for index, m, n, _ in self.layout.host.segments if index == sample]
+        layout = PackedLayout.from_segments([own], num_modalities=self.layout.num_modalities)
+        mask = self.mask
+        if mask is not None and mask.prefix is not None:
+            mask = replace(mask, prefix=mask.prefix[sample : sample + 1])
+        return layout.to(self.q.device), mask
+
+    def _pairs(self, impl: str) -> dict[str, float]:
+        pairs = attention_pairs.computed(self.plan, impl, self.q.dtype, self.q.shape[2])
+        return {} if pairs is None else {"pairs_computed_over_visible": pairs / max(self.plan.visible_pairs, 1)}
+
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[AttentionProblem]:
-    for workload, samples, masks, (heads, kv_heads, width), dtypes in _cases(shapes, device.type):
-        for mask in masks:
-            for dtype in dtypes:
-                yield build(workload, samples, mask, heads, kv_heads, width, dtype, device, seed)
+    for case in cases(shapes, device.type):
+        yield from_case(case, device, seed)
 
 
-def build(workload, samples, mask, heads, kv_heads, width, dtype, device, seed) -> AttentionProblem:
-    layout = workloads.BY_NAME[workload](samples, seed).to(device)
+def from_case(case: Case, device: torch.device, seed: int) -> AttentionProblem:
+    """Random q, k and v for a case, in memory of their own."""
+    options = {} if case.length is None else {"length": case.length}
+    layout = workloads.BY_NAME[case.workload](case.samples, seed, **options).to(device)
     generator = torch.Generator().manual_seed(seed)
     total = layout.total_tokens
 
     def draw(count: int) -> Tensor:
-        return torch.randn(total, count, width, generator=generator).to(device, DTYPES[dtype])
+        return torch.randn(total, count, case.width, generator=generator).to(device, DTYPES[case.dtype])
 
-    q, k, v, grad_output = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
-    grouped = "" if heads == kv_heads else f" G{kv_heads}"
-    case = f"{workload} {samples} {mask} T{total} H{heads}{grouped} D{width}"
+    q, k, v, grad_output = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
+    grouped = "" if case.heads == case.kv_heads else f" G{case.kv_heads}"
+    of_length = "" if case.length is None else f"x{case.length}"
+    name = f"{case.workload} {case.samples}{of_length} {case.mask} T{total} H{case.heads}{grouped} D{case.width}"
     for leaf in (q, k, v):
         leaf.requires_grad_()
-    return AttentionProblem(case, dtype, layout, MASKS[mask], q, k, v, grad_output)
+    return AttentionProblem(name, case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output)
 
 
-def _cases(shapes: str, device: str) -> list[tuple]:
-    """(workload, samples, masks, (H, G, D), dtypes); quick is a part of full."""
-    if device == "cpu":
-        cases = [
-            ("stamps", 32, ["full", "isolated"], (4, 4, 64), ["fp32"]),
-            ("native", 6, ["full"], (4, 4, 64), ["fp32"]),
-            ("longtail", 6, ["causal"], (4, 4, 64), ["fp32"]),
-        ]
-        if shapes == "full":
-            cases += [
-                ("native", 16, ["full", "isolated", "bidirectional"], (12, 12, 64), ["fp32"]),
-                ("uniform", 8, ["full", "causal"], (8, 8, 128), ["fp32"]),
-                ("uniform", 8, ["full"], (8, 2, 64), ["fp32"]),
-            ]
-        return cases
-    cases = [
-        ("stamps", 256, ["full", "isolated"], (12, 12, 64), ["bf16"]),
-        ("uniform", 32, ["full", "causal"], (16, 16, 64), ["bf16"]),
-        ("uniform", 32, ["full"], (16, 16, 128), ["bf16"]),
-        ("longtail", 32, ["causal"], (16, 16, 64), ["bf16"]),
-        ("native", 64, ["bidirectional"], (12, 12, 64), ["bf16"]),
-    ]
-    if shapes == "full":
-        cases += [
-            ("native", 64, ["full", "isolated"], (12, 12, 64), ["bf16", "fp16"]),
-            ("longtail", 32, ["full", "causal"], (16, 16, 128), ["bf16"]),
-            ("uniform", 32, ["full"], (32, 8, 128), ["bf16"]),
-        ]
-    return cases
+def build(workload, samples, mask, heads, kv_heads, width, dtype, device, seed) -> AttentionProblem:
+    return from_case(Case(workload, samples, mask, heads, kv_heads, width, dtype), device, seed)

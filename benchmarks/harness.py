@@ -31,7 +31,7 @@ class Implementation:
     """One way to solve a problem.
 
     forward      computes the result; what is timed as "fwd" (without autograd)
-    leaves       tensors whose gradients "bwd" computes, in the problem's order
+    leaves       tensors whose gradients "bwd" computes, in the problem's order; "fwd+bwd" times both as one
     grad_output  gradient of the result
     packed       brings the result or a leaf's gradient into the oracle's form (a padded peer drops its padding);
                  not timed
@@ -45,7 +45,7 @@ class Implementation:
     grad_output: Tensor | None = None
     packed: Callable[[Any], Any] = lambda result: result
     extra: dict[str, Any] = field(default_factory=dict)
-    directions: tuple[str, ...] = ("fwd", "bwd")
+    directions: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Problem(Protocol):
 
     def implementations(self) -> Iterable[Implementation | Missing]: ...
     def check(self, direction: str, results: list) -> str | None:
-        """What is wrong with the results (one for fwd, one per leaf for bwd), or None."""
+        """What is wrong with the results (one for fwd, else one gradient per leaf), or None."""
 
     def work(self, direction: str) -> Work: ...
 
@@ -188,7 +188,7 @@ def _checked_call(problem: Problem, implementation: Implementation, direction: s
     try:
         call = _call(implementation, direction)
         results = call()
-        results = [implementation.packed(r) for r in (results if direction == "bwd" else [results])]
+        results = [implementation.packed(r) for r in ([results] if direction == "fwd" else results)]
     except Exception as error:  # a peer that fails must not end the run; its row says why
         return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     reason = problem.check(direction, results)
@@ -203,9 +203,11 @@ def _call(implementation: Implementation, direction: str) -> Callable[[], Any]:
                 return implementation.forward()
 
         return forward
+    leaves, grad_output = tuple(implementation.leaves), implementation.grad_output
+    if direction == "fwd+bwd":
+        return lambda: torch.autograd.grad(implementation.forward(), leaves, grad_output)
     with torch.enable_grad():
         output = implementation.forward()
-    leaves, grad_output = tuple(implementation.leaves), implementation.grad_output
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 IDENTITY = ("op", "case", "direction", "dtype", "impl")
 FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over")
 OPTIONAL = ("extra", "samples_ms")
-DIRECTIONS = ("fwd", "bwd")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "numpy", "commit", "seed")
 
 

@@ -5,30 +5,51 @@ from __future__ import annotations
 from benchmarks.harness import PREFIX
 
 COLUMNS = ("dir", "dtype", "implementation", "ms", "±%", "rate", "% of limit", "times as fast as", "notes")
+NUMBERS = ("ms", "±%", "rate", "% of limit")
+SHORT = {"pairs_computed_over_visible": "pairs"}  # of the JSON's names in the notes: pairs computed over visible
 
 
 def print_rows(rows: list[dict]) -> None:
     if not rows:
         return
     title = f"{rows[0]['op']}: {rows[0]['case']}"
-    lines = [_cells(row) for row in rows]
+    lines = [_cells(row) for row in rows if "skipped" not in row]
+    skipped = _skipped(rows)
     try:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
     except ImportError:  # rich comes with the model extra; figures do not need it
         print(title)
-        for cells in (COLUMNS, *lines):
+        for cells in (COLUMNS, *lines) if lines else ():
             print("  " + "  ".join(cell.ljust(14) for cell in cells))
+        print(*skipped, sep="\n", end="\n\n")
         return
     table = Table(title=title, title_justify="left")
     for column in COLUMNS:
-        numeric = column in ("ms", "±%", "rate", "% of limit")
+        numeric = column in NUMBERS
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
-    for cells, row in zip(lines, rows, strict=True):
-        table.add_row(*map(escape, cells), style="dim" if "skipped" in row else None)
+    for cells in lines:
+        table.add_row(*map(escape, cells))
     console = Console()
-    Console(width=None if console.is_terminal else max(console.width, 150)).print(table)
+    console = Console(width=None if console.is_terminal else max(console.width, 150))
+    console.print(table if lines else escape(title))
+    for line in skipped:
+        console.print(escape(line), style="dim")
+
+
+def _skipped(rows: list[dict]) -> list[str]:
+    """A line for each reason, with those it stopped; the direction where it did not stop all of them."""
+    directions = {row["direction"] for row in rows}
+    stopped: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            stopped.setdefault((row["skipped"], row["impl"]), []).append(row["direction"])
+    by_reason: dict[str, list[str]] = {}
+    for (reason, impl), where in stopped.items():
+        name = impl if set(where) == directions else f"{impl} ({', '.join(where)})"
+        by_reason.setdefault(reason, []).append(name)
+    return [f"skipped: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def print_limits(limits: dict) -> None:
@@ -36,18 +57,19 @@ def print_limits(limits: dict) -> None:
 
 
 def _cells(row: dict) -> list[str]:
-    start = [row["direction"], row["dtype"], row["impl"]]
-    if "skipped" in row:
-        return [*start, "", "", "", "", "", f"skipped: {row['skipped']}"]
+    extra = dict(row.get("extra", {}))
+    name = row["impl"] + (" (auto)" if extra.pop("auto", False) else "")  # what impl="auto" takes
     percent = row["percent_of_limit"]
     return [
-        *start,
+        row["direction"],
+        row["dtype"],
+        name,
         f"{row['median_ms']:.4g}",
         f"{100 * row['spread']:.0f}",
         f"{row['rate']:.3g} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
         ", ".join(_ratios(row)),
-        ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.get("extra", {}).items()),
+        ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.3g}" for k, v in extra.items()),
     ]
 
 

@@ -34,7 +34,13 @@ def uniform(samples: int, seed: int, *, length: int = 512) -> PackedLayout:
     return _build([[(TEXT, length // 4), (IMAGE, length - length // 4)]] * samples)
 
 
-BY_NAME: dict[str, Callable[[int, int], PackedLayout]] = {f.__name__: f for f in (stamps, native, longtail, uniform)}
+def repeats(samples: int, seed: int) -> PackedLayout:
+    """Captions cut to 16 tokens, two image sizes, with or without speech of one length: four shapes, in any order."""
+    shapes = [[(TEXT, 16), (IMAGE, (side, side)), *speech] for side in (4, 6) for speech in ([], [(AUDIO, 40)])]
+    return _build([shapes[i] for i in np.random.default_rng(seed).integers(len(shapes), size=samples)])
+
+
+BY_NAME: dict[str, Callable[..., PackedLayout]] = {f.__name__: f for f in (stamps, native, longtail, uniform, repeats)}
 
 
 def _sample(rng: np.random.Generator, text, side, audio) -> list:

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, limits, modality_embed, packing, planner, run, schema
+from benchmarks import attention, limits, modality_embed, packing, run, schema
 from benchmarks.__main__ import main
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
+from benchmarks.planner_problems import LayoutProblem, PacksProblem, RanksProblem
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
+LENGTHS = np.random.default_rng(0).integers(0, 30, (200, 3)).astype(np.int32)
 TINY = {
     "attention": lambda: [
         attention.build("stamps", 3, "isolated", 4, 4, 16, "fp32", CPU, 0),
@@ -29,7 +31,14 @@ TINY = {
         modality_embed.build(form, "stamps", 3, 24, "fp32", CPU, 0) for form in ("plain", "full")
     ],
     "packing": lambda: [packing.build(f, "stamps", 3, 24, "fp32", CPU, 0) for f in packing.FUNCTIONS],
-    "planner": lambda: [planner.PlannerProblem("tiny", np.random.default_rng(0).integers(1, 900, 500), 1024)],
+    "planner": lambda: [
+        PacksProblem("tiny", np.random.default_rng(0).integers(1, 900, 500), 1024),
+        PacksProblem("tiny costs", LENGTHS[:, 0], 99, costs=LENGTHS[:, 0] ** 2.0),
+        PacksProblem("tiny three", LENGTHS, (99, 150, 200)),
+        RanksProblem("tiny ranks", LENGTHS[:, 0] * 1.0, 4),
+        RanksProblem("tiny ranks of three", LENGTHS * 1.0, 4),
+        LayoutProblem("tiny layout", LENGTHS[:5]),
+    ],
 }
 
 
@@ -60,7 +69,7 @@ def test_tiny_run(op):
 
 
 def test_wrong_peer_is_excluded():
-    """A peer that forgets 1 % of its scale is shown as wrong in both directions, with no figure."""
+    """A peer that forgets 1 % of its scale is shown as wrong in all directions, with no figure."""
 
     def build(problem):
         right = attention_sdpa_loop.build(problem)
@@ -70,7 +79,7 @@ def test_wrong_peer_is_excluded():
     problem.peers = (SimpleNamespace(NAME="forgetful", missing=lambda p: None, build=build), attention_sdpa_loop)
     rows = measure("attention", [problem])["rows"]
     wrong = [row for row in rows if row["impl"] == "forgetful"]
-    assert [row["direction"] for row in wrong] == ["fwd", "bwd"]
+    assert [row["direction"] for row in wrong] == ["fwd", "bwd", "fwd+bwd"]
     assert all(row["skipped"].startswith("wrong: ") and "median_ms" not in row for row in wrong)
     assert all("forgetful" not in row["speedup_over"] for row in rows if "checked" in row)
     assert any(row["impl"] == "sdpa_loop" and "checked" in row for row in rows)
@@ -88,7 +97,7 @@ def test_wrong_kernel_is_excluded(monkeypatch):
     ours = [row for row in rows if row["impl"].startswith("mm.")]
     assert ours
     assert all(row["skipped"].startswith("wrong: ") for row in ours)
-    assert {row["impl"] for row in rows if "checked" in row} == {"sdpa_padded", "sdpa_loop"}
+    assert {row["impl"] for row in rows if "checked" in row} == {"sdpa_padded", "sdpa_dense", "sdpa_loop"}
 
 
 def test_failing_peer_is_reported():

@@ -1,0 +1,17 @@
+"""Item i to rank i modulo R: what a distributed sampler does, blind to costs; a yardstick of balance."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.harness import Implementation
+
+NAME = "round_robin"
+
+
+def missing(problem) -> str | None:
+    return None
+
+
+def build(problem) -> Implementation:
+    return Implementation(NAME, lambda: np.arange(len(problem.costs)) % problem.world_size)

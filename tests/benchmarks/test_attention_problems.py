@@ -1,0 +1,129 @@
+"""The attention benchmark's own parts: its oracle, its masks, its pair counts, and the adapters that a CPU can try."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import attention, attention_pairs, table
+from benchmarks.attention_cases import MASKS, Case, cases
+from benchmarks.harness import Implementation, close
+from benchmarks.peers import attention_flex, packed
+from mmkernels.masks import MaskPlan
+from mmkernels.ops.attention.api import attention as attend
+
+CPU = torch.device("cpu")
+
+
+def tiny(mask="full", **options):
+    return attention.from_case(Case("stamps", 3, mask, **{"heads": 2, "kv_heads": 2, "width": 16} | options), CPU, 0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_oracle_by_sample_is_the_whole_reference(mask):
+    """Each sample alone, with its own prefix, equals the dense computation on the whole batch."""
+    problem = tiny(mask)
+    leaves = [x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    output = attend(*leaves, layout=problem.layout, mask=problem.mask, impl="reference")
+    gradients = torch.autograd.grad(output, leaves, problem.grad_output.double())
+    for ours, whole in zip(problem.oracle(), [output, *gradients], strict=True):
+        torch.testing.assert_close(ours, whole.detach())
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_query_of_every_case_sees_something(mask):
+    """Dense peers have no answer for a row that sees nothing, and would be excluded as wrong."""
+    plan = MaskPlan.lower(tiny(mask).layout, tiny(mask).mask)
+    for query in range(plan.layout.total_tokens):
+        bits = plan.k_bits[plan.kv_lo[query] : plan.kv_hi[query]]
+        assert ((bits & plan.q_bits[query]) != 0).any(), query
+
+
+def test_cases():
+    """Quick is a part of full; the list of issue 3 is there: shapes that repeat, every mask, both widths, groups."""
+    for device in ("cpu", "cuda"):
+        quick, full = list(cases("quick", device)), list(cases("full", device))
+        assert set(quick) < set(full)
+        assert len(set(full)) == len(full)
+        assert {case.mask for case in full} == set(MASKS)
+    assert {"stamps", "repeats", "uniform", "longtail"} == {case.workload for case in cases("quick", "cpu")}
+    assert {64, 128} == {case.width for case in cases("quick", "cpu")}
+    assert any(case.kv_heads < case.heads for case in cases("quick", "cpu"))
+    lengths = {(case.width, case.mask): set() for case in cases("full", "cuda") if case.length}
+    for case in cases("full", "cuda"):
+        if case.length:
+            lengths[case.width, case.mask].add(case.length)
+            assert case.samples * case.length == 16384
+    assert all({128, 1024, 16384} <= found for found in lengths.values())
+    assert len(lengths) == 4
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_pairs_computed(impl, mask):
+    """Never less than what is visible, and no more than the tiles or the squares of the samples."""
+    plan = tiny(mask).plan
+    lengths = plan.layout.cu_seqlens.diff().tolist()
+    pairs = attention_pairs.computed(plan, impl, torch.float32, 16)
+    assert pairs >= plan.visible_pairs
+    assert pairs <= sum((-(-n // 128) * 128) ** 2 for n in lengths)
+    if impl == "torch":
+        assert pairs <= sum(n * n for n in lengths)
+        if mask in ("full", "causal"):
+            assert pairs == plan.visible_pairs
+
+
+def test_rows_name_what_auto_takes(capsys):
+    problem = tiny()
+    ours = [i for i in problem.implementations() if isinstance(i, Implementation) and i.name.startswith("mm.")]
+    assert sum("auto" in i.extra for i in ours) == 1
+    row = {"op": "attention", "case": "c", "direction": "fwd", "dtype": "fp32", "impl": "mm.x", "median_ms": 1.0}
+    row |= {"spread": 0.0, "rate": 1.0, "rate_unit": "TFLOP/s", "percent_of_limit": None, "speedup_over": {}}
+    skipped = {key: row[key] for key in ("op", "case", "direction", "dtype")}
+    table.print_rows(
+        [
+            row | {"extra": {"auto": True, "pairs_computed_over_visible": 1.25}},
+            row | {"direction": "bwd", "impl": "mm.x"},
+            *(skipped | {"impl": "a", "direction": d, "skipped": "no GPU"} for d in ("fwd", "bwd")),
+            skipped | {"impl": "b", "skipped": "no GPU"},
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert "mm.x (auto)" in shown
+    assert "pairs 1.25" in shown
+    assert "skipped: a, b (fwd): no GPU" in shown  # once, not once per direction
+
+
+@pytest.mark.parametrize("mask", ["full", "prefix", "visible"])
+def test_flex_adapter(mask):
+    """Uncompiled on a CPU, where it has forward alone: its mask_mod says the same as our bounds and bits."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    problem = tiny(mask, kv_heads=1)
+    for builds_mask in (False, True):
+        flex = attention_flex.implementation("flex", problem, builds_mask, flex_attention, create_block_mask)
+        for leaf in flex.leaves:
+            leaf.requires_grad_(False)
+        result = flex.packed(flex.forward())
+        assert close([result], problem.oracle()[:1]) is None
+
+
+def test_varlen_adapter_drops_empty_samples():
+    problem = tiny()
+    problem.layout = type(problem.layout).from_segments([[(0, 4)], [], [(1, 3)]], num_modalities=3)
+    seen = []
+    packed.varlen("name", problem, lambda q, k, v, *rest: seen.extend(rest)).forward()
+    assert seen[0].tolist() == [0, 4, 7]
+    assert seen[1:] == [4, False]
+
+
+def test_peers_say_why_not():
+    """On a CPU, every peer of a GPU says so, and no peer that could be timed is left out."""
+    reasons = {peer.NAME: peer.missing(tiny("visible")) for peer in attention.PEERS}
+    assert reasons.pop("sdpa_dense") is None
+    assert reasons.pop("sdpa_loop") is None
+    assert reasons.pop("sdpa_padded") == "this mask needs a dense one: sdpa_dense"
+    assert set(reasons.values()) == {"runs on CUDA devices only", "has no backward on CPU"}
+    assert attention.PEERS[0].missing(tiny("causal")) is None
+    assert packed.installed("torch.nn.attention.varlen")
+    assert not packed.installed("no_such_package.ops")
