@@ -1,9 +1,23 @@
-"""Packed attention forward, Triton, sm_80+: one program per (query tile, head).   T tokens, H heads, D head width."""
+"""Packed attention forward, Triton, sm_80+: one program per (query tile, head).   Tq, Tk tokens, H heads, D head width.
+
+q_table int32 [4, Tq] and k_table int32 [4, Tk] are those of MaskPlan.  Optional arguments are None where their feature
+is absent; the code for it is then not there at all.
+"""
 
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_tiles import LN2, load_rows, seen_pairs, store_rows
+from mmkernels.ops.attention.triton_tiles import (
+    LN2,
+    bias_tile,
+    dropout_keep_tile,
+    load_rows,
+    load_rows_tma,
+    modalities_of,
+    row_bounds,
+    seen_pairs,
+    store_rows,
+)
 
 
 @triton.jit
@@ -11,36 +25,65 @@ def _attend(
     acc,
     row_max,
     row_sum,
+    mass,
     q,
     k_ptr,
     v_ptr,
-    k_bits_ptr,
+    k_desc,
+    v_desc,
+    bias_ptr,
+    rng_ptr,
+    mass_ptr,
+    k_table_ptr,
+    Tk,
+    head,
+    kv_head,
     stride_kt,
     stride_vt,
     scale_log2,
+    drop_threshold,
+    rows,
     lo,
     hi,
     bits,
+    bias_rows,
     col,
     col_end,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One online-softmax step over keys [col, col + BLOCK_K); scores are kept in units of log2."""
     BLOCK_D: tl.constexpr = q.shape[1]
+    # Whole blocks that every row sees: nothing of another sample, so a descriptor may load them as they are.
+    BY_TMA: tl.constexpr = k_desc is not None and not MASKED
     count = col_end - col
     base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
-    k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
+    cols = col + tl.arange(0, BLOCK_K)
+    if BY_TMA:
+        k = load_rows_tma(k_desc, col, kv_head, BLOCK_K, BLOCK_D)
+    else:
+        k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
+    if bias_ptr is not None or mass_ptr is not None:
+        k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
+    if bias_ptr is not None:
+        scores = scores * scale_log2 + bias_tile(bias_ptr, bias_rows, k_modality)
     if MASKED:
-        seen = seen_pairs(col + tl.arange(0, BLOCK_K), col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE)
-        scores = tl.where(seen, scores * scale_log2, float("-inf"))
+        if bias_ptr is None:
+            scores = scores * scale_log2
+        seen = seen_pairs(cols, col_end, lo, hi, bits, k_table_ptr + 2 * tl.cast(Tk, tl.int64), HAS_VISIBLE)
+        scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.math.exp2(scores - shift[:, None])
+    elif bias_ptr is not None:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = new_max
         p = tl.math.exp2(scores - shift[:, None])
     else:
         # scale > 0, so the maximum commutes with it, and the product folds into the subtraction's FMA.
@@ -49,27 +92,43 @@ def _attend(
         p = tl.math.exp2(scores * scale_log2 - shift[:, None])
     alpha = tl.math.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
+    if mass_ptr is not None:
+        # fp32 probabilities; three TF32 products carry all of their bits.
+        of_key = (k_modality[:, None] == tl.arange(0, mass.shape[1])[None, :]).to(tl.float32)
+        MASS_PRECISION: tl.constexpr = "ieee" if PRECISION == "ieee" and q.dtype == tl.float32 else "tf32x3"
+        mass = tl.dot(p, of_key, mass * alpha[:, None], input_precision=MASS_PRECISION)
+    if rng_ptr is not None:  # after the sums: the denominator and the mass are those before dropout
+        p = tl.where(dropout_keep_tile(rng_ptr, drop_threshold, head, rows, col, BLOCK_K, ALIGNED), p, 0.0)
+    if BY_TMA:
+        v = load_rows_tma(v_desc, col, kv_head, BLOCK_K, BLOCK_D)
+    else:
+        v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
+    return acc, new_max, row_sum, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drop_threshold"])
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    kv_lo_ptr,
-    kv_hi_ptr,
-    q_bits_ptr,
-    k_bits_ptr,
+    k_desc,
+    v_desc,
+    bias_ptr,
+    rng_ptr,
+    q_table_ptr,
+    k_table_ptr,
     tiles_ptr,
     spans_ptr,
     out_ptr,
     lse_ptr,
-    T,
+    mass_ptr,
+    Tq,
+    Tk,
     heads,
     group,
+    q_modalities,
+    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -79,14 +138,22 @@ def attention_fwd_kernel(
     stride_ot,
     stride_oh,
     scale_log2,
+    drop_threshold,
+    keep_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[rows] = softmax(q k^T scale) v and lse (natural log) for one tile of one head.   Grid: tiles x heads."""
+    """out[rows] = softmax(q k^T scale + bias) v, lse (natural log) and modality mass of one tile of one head.
+
+    Grid: tiles x heads.  k_desc, v_desc: descriptors of blocks [BLOCK_K, 1, BLOCK_D] for whole unmasked blocks.
+    keep_scale: 1 / (1 - dropout_p).  BLOCK_M: k_modalities as a tile is wide.  ALIGNED: see dropout_keep_tile.
+    """
     # Heads vary fastest, so that the heaviest tiles (first in the list) start first on every head.
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -98,24 +165,26 @@ def attention_fwd_kernel(
     # int64 before multiplying: token * stride passes 2**31 at 1M tokens x 3072.
     base = row_start.to(tl.int64)
     q_head = tl.cast(head, tl.int64)
-    kv_head = (head // group).to(tl.int64)
+    kv_head = head // group
     count = row_end - row_start
     q = load_rows(q_ptr + base * stride_qt + q_head * stride_qh, stride_qt, count, D, BLOCK_Q, BLOCK_D, True)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
 
     rows = row_start + tl.arange(0, BLOCK_Q)
     in_tile = rows < row_end
-    lo = tl.load(kv_lo_ptr + rows, mask=in_tile, other=0)
-    hi = tl.load(kv_hi_ptr + rows, mask=in_tile, other=0)
-    if HAS_VISIBLE:
-        bits = tl.load(q_bits_ptr + rows, mask=in_tile, other=0)
-    else:
-        bits = lo
+    lo, hi, bits = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
+    bias_rows = lo
+    if bias_ptr is not None:
+        bias_ptr += q_head * q_modalities * k_modalities
+        bias_rows = modalities_of(q_table_ptr, rows, in_tile, Tq) * k_modalities
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    mass = row_sum
+    if mass_ptr is not None:
+        mass = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     for span in range(first_span, last_span):
         col_start = tl.load(spans_ptr + 3 * span)
         col_end = tl.load(spans_ptr + 3 * span + 1)
@@ -123,20 +192,29 @@ def attention_fwd_kernel(
         # A span is all full or all partial: one of the two loops runs, and neither branches inside.
         full_end = tl.where(masked != 0, col_start, col_end)
         for col in range(col_start, full_end, BLOCK_K):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_bits_ptr, stride_kt, stride_vt, scale_log2, lo, hi, bits,
-                col, col_end, D, BLOCK_K, HAS_VISIBLE, PRECISION, False,
+            acc, row_max, row_sum, mass = _attend(
+                acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
+                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, bias_rows,
+                col, col_end, D, BLOCK_K, HAS_VISIBLE, ALIGNED, PRECISION, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q, k_ptr, v_ptr, k_bits_ptr, stride_kt, stride_vt, scale_log2, lo, hi, bits,
-                col, col_end, D, BLOCK_K, HAS_VISIBLE, PRECISION, True,
+            acc, row_max, row_sum, mass = _attend(
+                acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
+                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, bias_rows,
+                col, col_end, D, BLOCK_K, HAS_VISIBLE, ALIGNED, PRECISION, True,
             )  # fmt: skip
 
-    # A row that saw nothing: out 0, lse -inf.
+    # A row that saw nothing: out 0, lse -inf, mass 0.
     blind = row_sum == 0.0
     row_sum = tl.where(blind, 1.0, row_sum)
-    out = acc * (1.0 / row_sum)[:, None]
+    factor = 1.0 / row_sum
     lse = (row_max + tl.math.log2(row_sum)) * LN2  # row_max of a blind row is still -inf
+    tl.store(lse_ptr + q_head * Tq + rows, lse, mask=in_tile)
+    if mass_ptr is not None:
+        modality = tl.arange(0, BLOCK_M)[None, :]
+        ptrs = mass_ptr + (rows.to(tl.int64)[:, None] * heads + head) * k_modalities + modality
+        tl.store(ptrs, mass * factor[:, None], mask=in_tile[:, None] & (modality < k_modalities))
+    if rng_ptr is not None:
+        factor *= keep_scale
+    out = acc * factor[:, None]
     store_rows(out_ptr + base * stride_ot + q_head * stride_oh, stride_ot, count, out, D, BLOCK_Q, BLOCK_D)
-    tl.store(lse_ptr + q_head * T + rows, lse, mask=in_tile)

@@ -12,7 +12,7 @@ import torch
 
 from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
-from mmkernels.ops.attention.triton_launch import LOG2E, on_device, precision, strides
+from mmkernels.ops.attention.triton_launch import LOG2E, descriptor, dropout_scalars, on_device, precision, strides
 from mmkernels.ops.attention.triton_launch_backward import attention_bwd
 
 __all__ = ["attention_bwd", "attention_fwd", "schedule"]
@@ -72,22 +72,24 @@ def _on_device_bounds(plan, rows: str, candidates) -> configs.Config:
 
 
 def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
-    """Fills out [T, H, D] and lse [H, T]."""
-    if pair_bias is not None or mass is not None or lowered.dropout_p:
-        raise NotImplementedError("attention: the Triton path has no pair_bias, dropout or mass yet (issue 3)")
-    tiles, spans, config, scale, has_visible = (
-        lowered.fwd_tiles, lowered.fwd_spans, lowered.config, lowered.scale, lowered.has_visible
-    )  # fmt: skip
-    T, H, D = q.shape
-    kv_lo, kv_hi, q_bits, _ = lowered.q_table.unbind(0)
-    k_bits = lowered.k_table[2]
-    config = configs.Configs.from_flat(config).fwd
+    """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
+    tiles = lowered.fwd_tiles
     if len(tiles) == 0:
         return
+    (Tq, H, D), Tk = q.shape, k.shape[0]
+    config = configs.Configs.from_flat(lowered.config).fwd
+    k_desc, v_desc = (descriptor(t, config.cols) if config.tma else None for t in (k, v))
+    if k_desc is None or v_desc is None:
+        k_desc = v_desc = None
+    k_modalities = 0 if mass is None else mass.shape[2]
+    q_modalities, k_modalities = (0, k_modalities) if pair_bias is None else pair_bias.shape[1:]
     with on_device(q):
         attention_fwd_kernel[(len(tiles) * H,)](
-            q, k, v, kv_lo, kv_hi, q_bits, k_bits, tiles, spans, out, lse,
-            T, H, H // k.shape[1], *strides(q, k, v, out), scale * LOG2E,
+            q, k, v, k_desc, v_desc, pair_bias, rng, lowered.q_table, lowered.k_table, tiles, lowered.fwd_spans,
+            out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, k_modalities, *strides(q, k, v, out),
+            lowered.scale * LOG2E, *dropout_scalars(lowered.dropout_p),
             D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
-            HAS_VISIBLE=has_visible, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
+            BLOCK_M=configs.padded(k_modalities) if mass is not None else 0, HAS_VISIBLE=lowered.has_visible,
+            ALIGNED=config.token and rng is not None, PRECISION=precision(q),
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

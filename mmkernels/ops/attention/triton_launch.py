@@ -1,4 +1,4 @@
-"""What each launch of the Triton attention kernels shares: device, precision and strides."""
+"""What each launch of the Triton attention kernels shares: device, precision, strides, dropout and descriptors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mmkernels.ops.attention.configs import padded
+from mmkernels.philox import threshold
 
 LOG2E = 1.4426950408889634
 
@@ -22,3 +26,18 @@ def precision(q: Tensor) -> str:
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in t.stride()[:2])
+
+
+def dropout_scalars(dropout_p: float) -> tuple[int, float]:
+    """drop_threshold, as the int32 of its bits, so that its type does not depend on its value; keep_scale."""
+    bits = threshold(dropout_p)
+    return bits - (bits >> 31 << 32), 1.0 / (1.0 - dropout_p)
+
+
+def descriptor(t: Tensor, block: int) -> TensorDescriptor | None:
+    """Of blocks [block, 1, padded D] of t [T, heads, D]; None where the hardware cannot: t decides, on the host."""
+    size = t.element_size()
+    strided = all(stride > 0 and stride * size % 16 == 0 for stride in t.stride()[:2]) and t.stride(2) == 1
+    if not strided or t.data_ptr() % 16 or t.numel() == 0:
+        return None
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [block, 1, padded(t.shape[2])])

@@ -47,6 +47,23 @@ def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
+def row_bounds(table_ptr, rows, in_tile, T, HAS_VISIBLE: tl.constexpr):
+    """lo, hi, bits [rows] from a table int32 [4, T] of the plan; a row past the tile sees nothing."""
+    lo = tl.load(table_ptr + rows, mask=in_tile, other=0)
+    hi = tl.load(table_ptr + T + rows, mask=in_tile, other=0)
+    bits = lo
+    if HAS_VISIBLE:
+        bits = tl.load(table_ptr + 2 * tl.cast(T, tl.int64) + rows, mask=in_tile, other=0)
+    return lo, hi, bits
+
+
+@triton.jit
+def modalities_of(table_ptr, tokens, inside, T):
+    """int32 [tokens] from a table int32 [4, T] of the plan; 0 outside."""
+    return tl.load(table_ptr + 3 * tl.cast(T, tl.int64) + tokens, mask=inside, other=0)
+
+
+@triton.jit
 def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
     """bool [rows, cols]: which row of the tile meets which column.  lo, hi, bits belong to the rows."""
     seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
