@@ -116,17 +116,21 @@ class MaskPlan:
         k_layout is the layout of the keys in cross-attention.  Raises ValueError for a mask that does not fit the
         layout, NotImplementedError for one that intervals and bits cannot express, with the dense alternative.
         """
-        mask = mask or AttentionMask()
-        key = mask if k_layout is None or k_layout is layout else (mask, k_layout)
-        plan = layout.cache.get(key)
-        if plan is None:
-            if torch.compiler.is_compiling():
-                # Host code that Dynamo cannot trace; lowering before the region also keeps it out of the graph.
-                raise RuntimeError(
-                    "MaskPlan: inside torch.compile the layout must have met this mask before; call "
-                    "mmkernels.prepare_attention, or attention itself, on it once outside"
-                )
-            plan = layout.cache[key] = cls(layout, mask, k_layout)
+        mask = AttentionMask() if mask is None else mask
+        keys = layout if k_layout is None else k_layout
+        # Not a dictionary by (mask, keys): Dynamo cannot hash a layout, but it guards on `is`.
+        plans = layout.cache.get(mask, ())
+        for plan in plans:
+            if plan.k_layout is keys:
+                return plan
+        if torch.compiler.is_compiling():
+            # Host code that Dynamo cannot trace; lowering before the region also keeps it out of the graph.
+            raise RuntimeError(
+                "MaskPlan: inside torch.compile the layout must have met this mask before; call "
+                "mmkernels.prepare_attention, or attention itself, on it once outside"
+            )
+        plan = cls(layout, mask, keys)
+        layout.cache[mask] = (*plans, plan)
         return plan
 
     def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
