@@ -2,26 +2,42 @@
 
 `mmkernels._planner`: host-side planning, pybind11 and numpy, no torch.
 `mmkernels._C`: CPU operators on torch's stable ABI; a plain library that mmkernels/native.py loads.
-Both are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
+`mmkernels._C_cuda`: CUDA operators, the same way, compiled by nvcc where torch is a CUDA build.
+All are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
 MMKERNELS_SKIP_NATIVE=1 leaves them out.
 """
 
 import contextlib
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 CFLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]  # wider vectors are chosen at run time
 
 
-def sources(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.cpp"))
+# 0x020b...: only the ABI of torch 2.11, so that one binary serves every later torch
+TORCH_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
+# GPUs with code of their own; sm_100 needs CUDA 12.8.  Later ones compile the last one's PTX when they load it.
+CUDA_ARCHITECTURES = ((80, (0, 0)), (90, (0, 0)), (100, (12, 8)))
+
+
+def sources(*folders: str, cuda: bool = False) -> list[str]:
+    """The C++ files of these folders, and the CUDA bindings only where asked for."""
+    found = (path for folder in folders for path in Path("csrc", folder).glob("*.cpp"))
+    return sorted(str(path) for path in found if path.stem.endswith("_cuda") == cuda)
 
 
 def headers(*folders: str) -> list[str]:
-    return sorted(str(path) for folder in folders for path in Path("csrc", folder).glob("*.h"))
+    return sorted(
+        str(path) for folder in folders for path in Path("csrc", folder).glob("*.[hc]*") if path.suffix != ".cpp"
+    )
 
 
 def planner_extension() -> Extension:
@@ -47,8 +63,7 @@ def cpu_extension() -> Extension:
         include_dirs=["csrc"],
         library_dirs=torch_build.library_paths(),
         libraries=["torch_cpu"],
-        # 0x020b...: only the ABI of torch 2.11, so that one binary serves every later torch
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        define_macros=[TORCH_ABI],
         # -isystem: its headers warn
         extra_compile_args=[*CFLAGS, *(f"-isystem{path}" for path in torch_build.include_paths())],
         py_limited_api=True,
@@ -57,15 +72,61 @@ def cpu_extension() -> Extension:
     )
 
 
+def cuda_extension() -> Extension:
+    import torch
+    import torch.utils.cpp_extension as torch_build
+
+    if torch.version.cuda is None:
+        raise ImportError("torch is a CPU build")
+    nvcc, version = find_nvcc()
+    if torch.version.cuda.split(".")[0] != str(version[0]):
+        raise ImportError(f"nvcc is of CUDA {version[0]}, torch of CUDA {torch.version.cuda}")
+    extension = Extension(
+        "mmkernels._C_cuda",
+        [*sources("bindings", cuda=True), *sorted(str(path) for path in Path("csrc/kernels").glob("*.cu"))],
+        depends=["setup.py", *headers("kernels", "bindings")],
+        py_limited_api=True,
+        optional=True,
+    )
+    known = [arch for arch, needs in CUDA_ARCHITECTURES if version >= needs]
+    extension.nvcc_command = [
+        nvcc,
+        *("-shared", "-std=c++20", "-O3", "--threads=0", "-cudart=shared", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known),
+        f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}",
+        *("-Icsrc", "-DUSE_CUDA", f"-D{TORCH_ABI[0]}={TORCH_ABI[1]}"),
+        *(f"-isystem={path}" for path in torch_build.include_paths()),
+        *extension.sources,
+        *(f"-L{path}" for path in torch_build.library_paths()),
+        *("-ltorch_cpu", "-ltorch_cuda"),
+    ]
+    return extension
+
+
+def find_nvcc() -> tuple[str, tuple[int, int]]:
+    """(path, version) of CUDA's compiler.  Raises ImportError where there is none."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    found = [str(home / "bin/nvcc") for home in homes if (home / "bin/nvcc").exists()]
+    nvcc = found[0] if os.environ.get("CUDA_HOME") and found else shutil.which("nvcc") or next(iter(found), None)
+    if nvcc is None:
+        raise ImportError("nvcc is neither on PATH nor in CUDA_HOME")
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    if release is None:
+        raise ImportError(f"{nvcc} --version does not say its release")
+    return nvcc, (int(release[1]), int(release[2]))
+
+
 def extensions() -> list[Extension]:
     if os.environ.get("MMKERNELS_SKIP_NATIVE") == "1":  # `make setup` builds them in a step of its own
         return []
     found = []
-    for name, make in (("_planner", planner_extension), ("_C", cpu_extension)):
+    makers = {"_planner": planner_extension, "_C": cpu_extension, "_C_cuda": cuda_extension}
+    for name, make in makers.items():
         try:
             found.append(make())
         except ImportError as error:
-            print(f"mmkernels.{name} is left out: {error}. Install it and run `python -m mmkernels.build`.")
+            print(f"mmkernels.{name} is left out: {error}. When that has changed, run `python -m mmkernels.build`.")
     return found
 
 
@@ -79,8 +140,20 @@ class OptionalBuild(build_ext):
             if not Path(self.get_ext_fullpath(extension.name)).exists():
                 print(
                     f"{extension.name} was not built (the compiler's message is above); mmkernels works without it, "
-                    "slower. With a C++20 compiler, run `python -m mmkernels.build`."
+                    "slower. With a C++20 compiler (nvcc for _C_cuda), run `python -m mmkernels.build`."
                 )
+
+    def build_extension(self, extension):
+        command = getattr(extension, "nvcc_command", None)
+        if command is None:
+            return super().build_extension(extension)
+        target = self.get_ext_fullpath(extension.name)
+        if not (self.force or newer_group([*extension.sources, *extension.depends], target)):
+            return None
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        if subprocess.run([*command, "-o", target]).returncode:
+            raise CompileError("nvcc failed")
+        return None
 
 
 def parallel_compile():

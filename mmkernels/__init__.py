@@ -16,6 +16,8 @@ _LAZY = {
     "modality_embed": "mmkernels.ops.modality_embed.api",
     "pack": "mmkernels.ops.packing.api",
     "unpack": "mmkernels.ops.packing.api",
+    "pad": "mmkernels.ops.packing.api",
+    "unpad": "mmkernels.ops.packing.api",
     "gather_rows": "mmkernels.ops.packing.api",
     "segment_mean": "mmkernels.ops.packing.api",
     "plan_packs": "mmkernels.packs",

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 
-from mmkernels.native import MODULES, PACKAGE, path_of
+from mmkernels.native import MODULES, PACKAGE, needless, path_of
 
 ROOT = PACKAGE.parent
 
 
 def main() -> int:
-    """Exit code 0 when every module is there afterwards, 1 otherwise."""
+    """Exit code 0 when every module that this machine is meant to have is there afterwards, 1 otherwise."""
     argparse.ArgumentParser(prog="python -m mmkernels.build", description=__doc__).parse_args()
     if not (ROOT / "setup.py").exists() or not (ROOT / "csrc").is_dir():
         print(f"mmkernels.build: {ROOT} holds no setup.py and csrc/; run it in a checkout (pip install -e .)")
@@ -25,10 +25,11 @@ def main() -> int:
     start = time.perf_counter()
     code = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode
     seconds = time.perf_counter() - start
-    missing = [name for name in MODULES if path_of(name) is None]
+    missing = [name for name in MODULES if path_of(name) is None and not needless(name)]
     for name, purpose in MODULES.items():
-        state = "missing" if name in missing else "up to date" if _stamp(name) == before[name] else "built"
-        print(f"mmkernels.{name:<9} {state:<11} {purpose}")
+        state = "missing" if path_of(name) is None else "up to date" if _stamp(name) == before[name] else "built"
+        reason = needless(name)
+        print(f"mmkernels.{name:<9} {state:<11} {purpose}" + (f" (not for this machine: {reason})" if reason else ""))
     print(f"{seconds:.1f} s")
     return 1 if code or missing else 0
 

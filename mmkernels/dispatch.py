@@ -6,6 +6,7 @@ entry of TABLE that can run here; everything else is taken at its word, and rais
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -22,7 +23,7 @@ IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("torch", "reference"), "cuda": ("triton", "reference")},
     "modality_embed": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
-    "packing": {"cpu": ("cpp", "torch", "reference"), "cuda": ("torch", "reference")},
+    "packing": {"cpu": ("cpp", "torch", "reference"), "cuda": ("cuda", "torch", "reference")},
 }
 
 # Which implementations exist at all, per operator: file names in ops/<op>/.
@@ -82,9 +83,14 @@ def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str 
         return cpp_missing()
     if impl == "triton":
         return _triton_missing(op, device_type, dtype)
-    return "no CUDA extension yet (issue 4)"
+    if op != "packing":
+        return f"{op} has no CUDA C++ kernels"
+    if device_type != "cuda":
+        return "the CUDA kernels are for GPU tensors"
+    return cuda_missing()
 
 
+@functools.cache
 def load(op: str, impl: str) -> ModuleType:
     """The module that computes `op` by the concrete implementation `impl`."""
     return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
@@ -93,6 +99,11 @@ def load(op: str, impl: str) -> ModuleType:
 def cpp_missing() -> str | None:
     """Why the C++ operators cannot run, or None."""
     return None if _CPP_BUILT else "the extension mmkernels._C is not built (run: python -m mmkernels.build)"
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA C++ operators cannot run, or None."""
+    return None if _CUDA_BUILT else "the extension mmkernels._C_cuda is not built (run: python -m mmkernels.build)"
 
 
 def triton_version() -> tuple[int, ...] | None:
@@ -109,6 +120,7 @@ def _find_triton() -> tuple[int, ...] | None:
 
 # Looked up once, at import: torch.compile traces `resolve`, and sees constants here instead of the file system.
 _CPP_BUILT = native.path_of("_C") is not None
+_CUDA_BUILT = native.path_of("_C_cuda") is not None
 _TRITON_VERSION = _find_triton()
 
 

@@ -1,4 +1,4 @@
-"""The native modules: which there are, where they lie, and how the CPU operators are loaded."""
+"""The native modules: which there are, where they lie, and how the operators are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
-MODULES = {"_planner": "layouts, attention tiles and packs", "_C": "CPU operators"}
+MODULES = {"_planner": "layouts, attention tiles and packs", "_C": "CPU operators", "_C_cuda": "CUDA operators"}
 
 
 def path_of(name: str) -> Path | None:
@@ -21,13 +21,27 @@ def path_of(name: str) -> Path | None:
     return None
 
 
-@functools.cache
-def load_cpu_ops() -> None:
-    """Registers the implementations of torch.ops.mm_cpp.*; their schemas are in the operators' cpp_impl.py.
+def needless(name: str) -> str | None:
+    """Why a module is not meant for this machine, or None."""
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return "torch is a CPU build"
+    return None
 
-    `_C` is a plain library: it does not use Python's API, so it builds without Python's headers.
-    """
-    path = path_of("_C")
+
+def load_cpu_ops() -> None:
+    """Registers the implementations of torch.ops.mm_cpp.*; their schemas are in the operators' folders."""
+    _load("_C")
+
+
+def load_cuda_ops() -> None:
+    """Registers the implementations of torch.ops.mm_cuda.*."""
+    _load("_C_cuda")
+
+
+@functools.cache
+def _load(name: str) -> None:
+    # Plain libraries: they do not use Python's API, so they build without Python's headers.
+    path = path_of(name)
     if path is None:
-        raise ImportError("the extension mmkernels._C is not built (run: python -m mmkernels.build)")
+        raise ImportError(f"the extension mmkernels.{name} is not built (run: python -m mmkernels.build)")
     torch.ops.load_library(str(path))

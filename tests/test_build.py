@@ -35,7 +35,7 @@ def test_no_compiler(tree):
     """The build command of an editable install, with compilers that fail."""
     built = run(tree, "setup.py", "-q", "build_ext", "--inplace", CC="/bin/false", CXX="/bin/false")
     assert built.returncode == 0, built.stderr
-    for name in native.MODULES:
+    for name in ("_planner", "_C"):
         assert f"mmkernels.{name} was not built" in built.stdout
     # An editable install of the checkout would lend its own modules to this copy.
     alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]; "

@@ -23,8 +23,9 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
     ("op", "impl", "dtype", "error", "message"),
     [
         ("attention", "triton", torch.float32, RuntimeError, "CPU tensors need TRITON_INTERPRET=1"),
-        ("attention", "cuda", torch.float32, RuntimeError, "no CUDA extension yet"),
+        ("attention", "cuda", torch.float32, RuntimeError, "attention has no CUDA C"),
         ("attention", "torch", torch.float64, RuntimeError, "float64 is for the reference alone"),
+        ("packing", "cuda", torch.float32, RuntimeError, "the CUDA kernels are for GPU tensors"),
         ("packing", "triton", torch.float32, RuntimeError, "packing has no Triton kernels"),
         ("attention", "fast", torch.float32, ValueError, "impl is 'fast', expected one of auto"),
         ("conv", "auto", torch.float32, ValueError, "op is 'conv', expected one of attention"),

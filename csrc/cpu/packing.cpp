@@ -1,34 +1,41 @@
-// Moving and summing packed rows on the CPU.   T packed tokens, N segments, R gathered rows, E elements of a row
+// See packing.h.
 #include "packing.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace mm::cpu {
 namespace {
 
 constexpr int64_t kStrip = 256;  // accumulators on the stack: a strip of columns stays in L1 while rows stream past
 
-void copy_rows(Rows from, Rows to, int64_t count, int64_t row_bytes) {
-  if (from.stride == row_bytes && to.stride == row_bytes) {
-    std::memcpy(to.data, from.data, static_cast<size_t>(count * row_bytes));
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to.at(i), from.at(i), static_cast<size_t>(row_bytes));
+// How far ahead of the copy scattered rows are asked for: the hardware sees no pattern in where they begin.
+constexpr int64_t kBytesAhead = 2048, kRowsAhead = 8, kBytesAsked = 1024;
+
+void prefetch([[maybe_unused]] const char* row, [[maybe_unused]] int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < std::min(bytes, kBytesAsked); i += 64) __builtin_prefetch(row + i);
+#endif
 }
 
-// Calls body(stream rows, packed rows, count) for each run of tokens in [begin, end) that shares a segment.
+void copy_rows(Rows from, Rows to, int64_t count, int64_t row_bytes, Store store) {
+  if (from.stride == row_bytes && to.stride == row_bytes) {
+    copy_bytes(to.data, from.data, count * row_bytes, store);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) copy_bytes(to.at(i), from.at(i), row_bytes, store);
+}
+
+Rows from_row(const Rows& rows, int64_t row) { return {rows.at(row), rows.stride}; }
+
+// Calls body(rows elsewhere, packed rows, count) for each stretch of packed rows [begin, end) that lies in one run.
 template <typename Body>
-void for_each_run(const MoveRows& move, int64_t begin, int64_t end, const Body& body) {
-  const int64_t* bounds = move.bounds;
-  int64_t n = std::upper_bound(bounds, bounds + move.num_segments + 1, begin) - bounds - 1;
+void for_each_run(const Runs& runs, int64_t begin, int64_t end, const Body& body) {
+  const int64_t* bounds = runs.bounds;
+  int64_t n = std::upper_bound(bounds, bounds + runs.count + 1, begin) - bounds - 1;
   for (int64_t token = begin; token < end; ++n) {
     const int64_t stop = std::min(bounds[n + 1], end);
-    if (stop <= token) continue;  // an empty segment
-    const int32_t* segment = move.segments + 4 * n;
-    const Rows& stream = move.streams[segment[1]];
-    const int64_t row = segment[3] + (token - bounds[n]);
-    body(Rows{stream.at(row), stream.stride}, Rows{move.packed.at(token), move.packed.stride}, stop - token);
+    if (stop <= token) continue;  // an empty run
+    body(from_row(runs.elsewhere[n], token - bounds[n]), from_row(runs.packed, token), stop - token);
     token = stop;
   }
 }
@@ -94,22 +101,56 @@ void mean_of(Rows packed, int64_t begin, int64_t end, T* out, int64_t width) {
 
 }  // namespace
 
-void pack_rows(const MoveRows& move, int64_t begin, int64_t end) {
-  for_each_run(move, begin, end,
-               [&](Rows stream, Rows packed, int64_t count) { copy_rows(stream, packed, count, move.row_bytes); });
+void pack_rows(const Runs& runs, int64_t begin, int64_t end) {
+  for_each_run(runs, begin, end, [&](Rows elsewhere, Rows packed, int64_t count) {
+    copy_rows(elsewhere, packed, count, runs.row_bytes, runs.store);
+  });
+  finish_stores(runs.store);
 }
 
-void unpack_rows(const MoveRows& move, int64_t begin, int64_t end) {
-  for_each_run(move, begin, end,
-               [&](Rows stream, Rows packed, int64_t count) { copy_rows(packed, stream, count, move.row_bytes); });
+void unpack_rows(const Runs& runs, int64_t begin, int64_t end) {
+  for_each_run(runs, begin, end, [&](Rows elsewhere, Rows packed, int64_t count) {
+    copy_rows(packed, elsewhere, count, runs.row_bytes, runs.store);
+  });
+  finish_stores(runs.store);
+}
+
+void pad_rows(const Runs& runs, int64_t length, bool* mask, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t b = row / length, first = row % length, stop = std::min(length, first + (end - row));
+    const int64_t filled = std::clamp(runs.bounds[b + 1] - runs.bounds[b], first, stop);
+    const Rows padded = runs.elsewhere[b];
+    copy_rows(from_row(runs.packed, runs.bounds[b] + first), from_row(padded, first), filled - first, runs.row_bytes,
+              runs.store);
+    zero_bytes(padded.at(filled), (stop - filled) * runs.row_bytes, runs.store);
+    std::fill(mask + b * length + first, mask + b * length + filled, true);
+    std::fill(mask + b * length + filled, mask + b * length + stop, false);
+    row += stop - first;
+  }
+  finish_stores(runs.store);
 }
 
 template <typename Index>
-void gather_rows(Rows packed, const Index* rows, Rows out, int64_t row_bytes, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) std::memcpy(out.at(r), packed.at(rows[r]), static_cast<size_t>(row_bytes));
+bool in_range(const Index* rows, int64_t count, int64_t total) {
+  bool outside = false;
+  for (int64_t r = 0; r < count; ++r)
+    outside |= static_cast<uint64_t>(int64_t{rows[r]}) >= static_cast<uint64_t>(total);
+  return !outside;
 }
-template void gather_rows(Rows, const int32_t*, Rows, int64_t, int64_t, int64_t);
-template void gather_rows(Rows, const int64_t*, Rows, int64_t, int64_t, int64_t);
+template bool in_range(const int32_t*, int64_t, int64_t);
+template bool in_range(const int64_t*, int64_t, int64_t);
+
+template <typename Index>
+void gather_rows(Rows packed, const Index* rows, Rows out, int64_t row_bytes, Store store, int64_t begin, int64_t end) {
+  const int64_t ahead = std::clamp<int64_t>(kBytesAhead / std::max<int64_t>(row_bytes, 1), 1, kRowsAhead);
+  for (int64_t r = begin; r < end; ++r) {
+    if (r + ahead < end) prefetch(packed.at(rows[r + ahead]), row_bytes);
+    copy_bytes(out.at(r), packed.at(rows[r]), row_bytes, store);
+  }
+  finish_stores(store);
+}
+template void gather_rows(Rows, const int32_t*, Rows, int64_t, Store, int64_t, int64_t);
+template void gather_rows(Rows, const int64_t*, Rows, int64_t, Store, int64_t, int64_t);
 
 template <typename Index>
 void list_sources(const Index* rows, int64_t num_rows, int64_t total, int64_t* head, int64_t* next) {
@@ -123,21 +164,22 @@ template void list_sources(const int32_t*, int64_t, int64_t, int64_t*, int64_t*)
 template void list_sources(const int64_t*, int64_t, int64_t, int64_t*, int64_t*);
 
 void sum_listed_rows(Rows grad, const int64_t* head, const int64_t* next, Rows out, int64_t width, DType dtype,
-                     int64_t begin, int64_t end) {
+                     Store store, int64_t begin, int64_t end) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto row_bytes = static_cast<size_t>(width) * sizeof(T);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = head[t];
       if (first < 0) {
-        std::memset(out.at(t), 0, row_bytes);
+        zero_bytes(out.at(t), row_bytes, store);
       } else if (next[first] < 0) {
-        std::memcpy(out.at(t), grad.at(first), row_bytes);
+        copy_bytes(out.at(t), grad.at(first), row_bytes, store);
       } else {
         sum_list<T>(grad, next, first, elements<T>(out, t), width);
       }
     }
   });
+  finish_stores(store);
 }
 
 void segment_mean(Rows packed, const int32_t* bounds, Rows out, int64_t width, DType dtype, int64_t begin,
@@ -148,8 +190,8 @@ void segment_mean(Rows packed, const int32_t* bounds, Rows out, int64_t width, D
   });
 }
 
-void segment_mean_backward(Rows grad, const int32_t* bounds, Rows out, int64_t width, DType dtype, int64_t begin,
-                           int64_t end) {
+void segment_mean_backward(Rows grad, const int32_t* bounds, Rows out, int64_t width, DType dtype, Store store,
+                           int64_t begin, int64_t end) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t n = begin; n < end; ++n) {
@@ -158,9 +200,10 @@ void segment_mean_backward(Rows grad, const int32_t* bounds, Rows out, int64_t w
       T* first = elements<T>(out, bounds[n]);
       divide_strip<T>(elements<T>(grad, n), static_cast<Accumulator<T>>(length), first, width);
       for (int64_t t = bounds[n] + 1; t < bounds[n + 1]; ++t)
-        std::memcpy(out.at(t), first, static_cast<size_t>(width) * sizeof(T));
+        copy_bytes(out.at(t), reinterpret_cast<const char*>(first), width * static_cast<int64_t>(sizeof(T)), store);
     }
   });
+  finish_stores(store);
 }
 
 }  // namespace mm::cpu

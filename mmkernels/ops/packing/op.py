@@ -1,56 +1,121 @@
-"""Contract of packing: schemas, fakes, autograd.  Imports torch only.
+"""Contract of packing: which kernel runs, autograd.  Imports torch only.  Schemas and fakes: schemas.py.
 
-T tokens, E width, M modalities, N segments, R gathered rows.  `impl` is a concrete name by the time it gets here.
-All operators are linear and come in pairs that are each other's gradient: pack and unpack, gather_rows and
-scatter_rows_sum, segment_mean and segment_mean_backward.
-segments: host int32 [N, 4] (sample, modality, length, first source row).  bounds: int32 [N + 1], of each segment.
+`impl` is a concrete name by the time it gets here.  All operators are linear and come in pairs that are each other's
+gradient: pack and unpack, pad and unpad, gather_rows and scatter_rows_sum, segment_mean and segment_mean_backward.
+An implementation is a module with functions NAME(*inputs, *outputs) that write, or with KERNELS = {NAME: (NAME,
+NAME_out)} where it allocates by itself.
 """
 
 from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels import dispatch
+from mmkernels.ops.packing import schemas
 
-_SCHEMAS = {
-    "pack": "(Tensor[] streams, Tensor segments, int total, str impl) -> Tensor",
-    "pack_out": "(Tensor[] streams, Tensor segments, Tensor(a!) out, str impl) -> ()",
-    "unpack": "(Tensor packed, Tensor segments, int[] stream_lengths, str impl) -> Tensor[]",
-    "gather_rows": "(Tensor packed, Tensor rows, str impl) -> Tensor",
-    "scatter_rows_sum": "(Tensor grad, Tensor rows, int total, str impl) -> Tensor",
-    "segment_mean": "(Tensor packed, Tensor bounds, str impl) -> Tensor",
-    "segment_mean_backward": "(Tensor grad, Tensor bounds, int total, str impl) -> Tensor",
-}
+schemas.define("mm", suffix=", str impl")
 
 
-def _computed(name: str):
-    def run(*args):
+def _kernels(name: str, impl: str) -> tuple[Callable, Callable]:
+    """(NAME, NAME_out) of an implementation: its own pair, or one around its function that writes given outputs."""
+    module = dispatch.load("packing", impl)
+    if hasattr(module, "KERNELS"):
+        return module.KERNELS[name]
+    operator, write = schemas.OPERATORS[name], getattr(module, name)
+
+    def fresh(*args):
+        out = operator.new(schemas.new_empty, *args)
+        write(*args[: operator.num_inputs], *(out if name == "pad" else (out,)))
+        return out
+
+    return fresh, write
+
+
+def _register(name: str) -> Callable[..., Any]:
+    """Implements mm::NAME and mm::NAME_out; returns the function that op.NAME is: (*inputs, [size,] impl, out=None)."""
+    count = schemas.OPERATORS[name].num_inputs
+    listed, paired = name == "pack", name == "pad"
+    kernels: dict[str, tuple[Callable, Callable]] = {}
+
+    def run(form: int, *args):
         *args, impl = args
-        if name in ("gather_rows", "scatter_rows_sum") and args[0].device.type == "cpu":
-            _check_range(args[1], args[0].shape[0] if name == "gather_rows" else args[2])
-        if name == "pack_out":
-            _check_overlap(args[0], args[2])
-        return getattr(dispatch.load("packing", impl), name)(*args)
+        if impl not in kernels:
+            kernels[impl] = _kernels(name, impl)
+        if impl != "cpp":
+            _check(name, count, form, args)
+        try:
+            return kernels[impl][form](*args)
+        except RuntimeError:
+            if impl == "cpp":  # it has checked, and cannot raise what a caller of Python expects
+                _check(name, count, form, args)
+            raise
 
-    return run
+    compute, compute_out = functools.partial(run, 0), functools.partial(run, 1)
+    for device in ("cpu", "cuda"):
+        torch.library.impl(f"mm::{name}", device, compute)
+        torch.library.impl(f"mm::{name}_out", device, compute_out)
+    registered, registered_out = (getattr(torch.ops.mm, form).default for form in (name, f"{name}_out"))
+
+    def call(*args, out=None):
+        direct = _direct(args[0] if listed else args[:1])
+        if out is None:
+            return compute(*args) if direct else registered(*args)
+        outputs = out if paired else (out,)
+        (compute_out if direct else registered_out)(*args[:count], *outputs, args[-1])
+        return out
+
+    return call
+
+
+def _direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody traces, wraps or differentiates: then the dispatcher, 30 us of Python, has nothing to add."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:  # noqa: SIM110  all() over a generator costs a microsecond
+        if type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
+    """Raises ValueError for rows out of range (on the CPU) and for given outputs that lie where an input is read."""
+    values, where = args[:2]
+    if name == "gather_rows":
+        _check_range(where, values.shape[0])
+    elif name == "scatter_rows_sum":
+        _check_range(where, args[2].shape[0] if form else args[2])
+    if not form:
+        return
+    written = [tensor for out in args[count:] for tensor in ([out] if isinstance(out, Tensor) else out)]
+    for m, source in enumerate(values if name == "pack" else [values]):
+        if any(_overlap(source, target) for target in written):
+            what = f"stream {m}" if name == "pack" else "the input"
+            raise ValueError(f"{name}: out shares memory with {what}, expected memory of its own")
+    if any(_overlap(a, b) for a, b in itertools.combinations(written, 2)):
+        raise ValueError(f"{name}: the outputs share memory, expected memory of their own")
 
 
 def _check_range(rows: Tensor, total: int) -> None:
-    if rows.numel() == 0:
+    if rows.numel() == 0 or rows.device.type != "cpu":  # reading them on a GPU would synchronise
         return
     low, high = (int(end) for end in torch.aminmax(rows))
     if low < 0 or high >= total:
         raise ValueError(f"gather_rows: rows run from {low} to {high}, expected 0 to {total - 1}")
 
 
-def _check_overlap(streams: list[Tensor], out: Tensor) -> None:
-    """Rows are copied in any order and by several threads, so out must not lie where a stream is read."""
-    begin, end = _bytes_of(out)
-    for m, stream in enumerate(streams):
-        first, last = _bytes_of(stream)
-        if first < end and begin < last:
-            raise ValueError(f"pack: out shares memory with stream {m}, expected memory of its own")
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (first, last), (begin, end) = _bytes_of(a), _bytes_of(b)
+    return first < end and begin < last
 
 
 def _bytes_of(tensor: Tensor) -> tuple[int, int]:
@@ -60,63 +125,49 @@ def _bytes_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"mm::{_name}", _schema)
-    for _device in ("cpu", "cuda"):
-        torch.library.impl(f"mm::{_name}", _device, _computed(_name))
-
-
-@torch.library.register_fake("mm::pack")
-def _pack_fake(streams, segments, total, impl):
-    return streams[0].new_empty((total, streams[0].shape[1]))
-
-
-@torch.library.register_fake("mm::pack_out")
-def _pack_out_fake(streams, segments, out, impl):
-    return None
-
-
-@torch.library.register_fake("mm::unpack")
-def _unpack_fake(packed, segments, stream_lengths, impl):
-    return [packed.new_empty((rows, packed.shape[1])) for rows in stream_lengths]
-
-
-@torch.library.register_fake("mm::gather_rows")
-def _gather_rows_fake(packed, rows, impl):
-    return packed.new_empty((rows.shape[0], packed.shape[1]))
-
-
-@torch.library.register_fake("mm::segment_mean")
-def _segment_mean_fake(packed, bounds, impl):
-    return packed.new_empty((bounds.shape[0] - 1, packed.shape[1]))
-
-
-@torch.library.register_fake("mm::scatter_rows_sum")
-@torch.library.register_fake("mm::segment_mean_backward")
-def _spread_fake(grad, where, total, impl):
-    return grad.new_empty((total, grad.shape[1]))
+pack, unpack, pad, unpad, gather_rows, scatter_rows_sum, segment_mean, segment_mean_backward = map(
+    _register, schemas.OPERATORS
+)
 
 
 def _pack_context(ctx, inputs, output):
-    streams, segments, _, ctx.impl = inputs
+    streams, *where, _, ctx.impl = inputs
     ctx.stream_lengths = [stream.shape[0] for stream in streams]
-    ctx.save_for_backward(segments)
+    ctx.save_for_backward(*where)
 
 
 def _pack_backward(ctx, grad):
-    (segments,) = ctx.saved_tensors
-    return torch.ops.mm.unpack(grad, segments, ctx.stream_lengths, ctx.impl), None, None, None
+    return unpack(grad, *ctx.saved_tensors, ctx.stream_lengths, ctx.impl), None, None, None, None, None
 
 
 def _unpack_context(ctx, inputs, output):
-    packed, segments, _, ctx.impl = inputs
+    packed, *where, _, ctx.impl = inputs
     ctx.total = packed.shape[0]
-    ctx.save_for_backward(segments)
+    ctx.save_for_backward(*where)
 
 
 def _unpack_backward(ctx, grads):
-    (segments,) = ctx.saved_tensors
-    return torch.ops.mm.pack(grads, segments, ctx.total, ctx.impl), None, None, None
+    return pack(grads, *ctx.saved_tensors, ctx.total, ctx.impl), None, None, None, None, None
+
+
+def _pad_context(ctx, inputs, output):
+    packed, bounds, _, ctx.impl = inputs
+    ctx.total = packed.shape[0]
+    ctx.save_for_backward(bounds)
+
+
+def _pad_backward(ctx, grad, _):
+    return unpad(grad, *ctx.saved_tensors, ctx.total, ctx.impl), None, None, None
+
+
+def _unpad_context(ctx, inputs, output):
+    padded, bounds, _, ctx.impl = inputs
+    ctx.length = padded.shape[1]
+    ctx.save_for_backward(bounds)
+
+
+def _unpad_backward(ctx, grad):
+    return pad(grad, *ctx.saved_tensors, ctx.length, ctx.impl)[0], None, None, None
 
 
 def _reduce_context(ctx, inputs, output):
@@ -134,12 +185,10 @@ def _register_pair(reduce: str, spread: str) -> None:
     """reduce(values, where) and spread(grad, where, total) are each other's gradient."""
 
     def reduce_backward(ctx, grad):
-        (where,) = ctx.saved_tensors
-        return getattr(torch.ops.mm, spread)(grad, where, ctx.total, ctx.impl), None, None
+        return globals()[spread](grad, *ctx.saved_tensors, ctx.total, ctx.impl), None, None
 
     def spread_backward(ctx, grad):
-        (where,) = ctx.saved_tensors
-        return getattr(torch.ops.mm, reduce)(grad, where, ctx.impl), None, None, None
+        return globals()[reduce](grad, *ctx.saved_tensors, ctx.impl), None, None, None
 
     torch.library.register_autograd(f"mm::{reduce}", reduce_backward, setup_context=_reduce_context)
     torch.library.register_autograd(f"mm::{spread}", spread_backward, setup_context=_spread_context)
@@ -147,8 +196,7 @@ def _register_pair(reduce: str, spread: str) -> None:
 
 torch.library.register_autograd("mm::pack", _pack_backward, setup_context=_pack_context)
 torch.library.register_autograd("mm::unpack", _unpack_backward, setup_context=_unpack_context)
+torch.library.register_autograd("mm::pad", _pad_backward, setup_context=_pad_context)
+torch.library.register_autograd("mm::unpad", _unpad_backward, setup_context=_unpad_context)
 _register_pair("gather_rows", "scatter_rows_sum")
 _register_pair("segment_mean", "segment_mean_backward")
-
-pack, pack_out, unpack = torch.ops.mm.pack, torch.ops.mm.pack_out, torch.ops.mm.unpack
-gather_rows, segment_mean = torch.ops.mm.gather_rows, torch.ops.mm.segment_mean

@@ -1,71 +1,74 @@
-"""packing by PyTorch's own kernels, one per modality: GPUs, and CPUs where the extension is not built.
+"""packing by PyTorch's own kernels: GPUs and CPUs where the extension is not built.  Nothing crosses from the host.
 
-T tokens, E width, M modalities, N segments, R gathered rows, n tokens of one modality.
-On a GPU the indices of pack and unpack cross from the host on each call, and scatter_rows_sum adds in any order
-(unless torch.use_deterministic_algorithms is on).
+T tokens, E width, B samples, L padded length, M modalities, N segments, R gathered rows.  Every function writes `out`.
+On a GPU scatter_rows_sum adds in any order (unless torch.use_deterministic_algorithms is on).
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
-def pack(streams: list[Tensor], segments: Tensor, total: int) -> Tensor:
-    """As in reference.pack."""
-    out = streams[0].new_empty((total, streams[0].shape[1]))
-    pack_out(streams, segments, out)
-    return out
+def pack(streams: list[Tensor], segments: Tensor, modality_ids: Tensor, source_rows: Tensor, out: Tensor) -> None:
+    tokens = _tokens_of_rows([len(s) for s in streams], modality_ids, source_rows)
+    for stream, of_stream in zip(streams, tokens, strict=True):
+        out.index_copy_(0, of_stream, stream)
 
 
-def pack_out(streams: list[Tensor], segments: Tensor, out: Tensor) -> None:
-    for stream, tokens in zip(streams, _tokens_of_streams(segments, len(streams), out.device), strict=True):
-        out.index_copy_(0, tokens, stream)
+def unpack(packed: Tensor, segments: Tensor, modality_ids: Tensor, source_rows: Tensor, out: list[Tensor]) -> None:
+    tokens = _tokens_of_rows([len(s) for s in out], modality_ids, source_rows)
+    for stream, of_stream in zip(out, tokens, strict=True):
+        torch.index_select(packed, 0, of_stream, out=stream)
 
 
-def unpack(packed: Tensor, segments: Tensor, stream_lengths: list[int]) -> list[Tensor]:
-    """As in reference.unpack."""
-    tokens = _tokens_of_streams(segments, len(stream_lengths), packed.device)
-    return [packed.index_select(0, of_stream) for of_stream in tokens]
+def pad(packed: Tensor, bounds: Tensor, out: Tensor, mask: Tensor) -> None:
+    torch.lt(torch.arange(out.shape[1], device=out.device), bounds.diff()[:, None], out=mask)
+    out.zero_()
+    out.flatten(0, 1).index_copy_(0, _padded_rows(bounds, out.shape[1], len(packed)), packed)
 
 
-def gather_rows(packed: Tensor, rows: Tensor) -> Tensor:
-    return packed.index_select(0, rows)
+def unpad(padded: Tensor, bounds: Tensor, out: Tensor) -> None:
+    torch.index_select(padded.flatten(0, 1), 0, _padded_rows(bounds, padded.shape[1], len(out)), out=out)
 
 
-def scatter_rows_sum(grad: Tensor, rows: Tensor, total: int) -> Tensor:
-    out = torch.zeros((total, grad.shape[1]), dtype=_sum_dtype(grad), device=grad.device)
-    return out.index_add_(0, rows, grad.to(out.dtype)).to(grad.dtype)
+def gather_rows(packed: Tensor, rows: Tensor, out: Tensor) -> None:
+    torch.index_select(packed, 0, rows, out=out)
 
 
-def segment_mean(packed: Tensor, bounds: Tensor) -> Tensor:
+def scatter_rows_sum(grad: Tensor, rows: Tensor, out: Tensor) -> None:
+    sums = out if out.dtype == _sum_dtype(grad) else torch.empty_like(out, dtype=_sum_dtype(grad))
+    sums.zero_().index_add_(0, rows, grad.to(sums.dtype))
+    if sums is not out:
+        out.copy_(sums)
+
+
+def segment_mean(packed: Tensor, bounds: Tensor, out: Tensor) -> None:
     lengths = bounds.diff()
     wide = packed.to(_sum_dtype(packed))
     sums = torch.segment_reduce(wide, "sum", lengths=lengths.long(), axis=0, unsafe=True, initial=0)  # [N, E]
-    return (sums / lengths.clamp(min=1)[:, None]).to(packed.dtype)
+    out.copy_(sums / lengths.clamp(min=1)[:, None])
 
 
-def segment_mean_backward(grad: Tensor, bounds: Tensor, total: int) -> Tensor:
+def segment_mean_backward(grad: Tensor, bounds: Tensor, out: Tensor) -> None:
     lengths = bounds.diff()
     shares = (grad.to(_sum_dtype(grad)) / lengths.clamp(min=1)[:, None]).to(grad.dtype)  # [N, E]
-    return shares.repeat_interleave(lengths, dim=0, output_size=total)
+    out.copy_(shares.repeat_interleave(lengths, dim=0, output_size=len(out)))
 
 
-def _tokens_of_streams(segments: Tensor, M: int, device: torch.device) -> list[Tensor]:
-    """Per modality: the packed token of each of its stream's rows, int64 [n]."""
-    _, modality, length, first_row = segments.numpy().astype(np.int64).T
-    end = np.cumsum(length)
-    tokens = np.arange(end[-1] if len(end) else 0)
-    segment = np.repeat(np.arange(len(length)), length)
-    row = tokens - (end - length - first_row)[segment]
-    of_stream = []
-    for m in range(M):
-        mine = np.flatnonzero(modality[segment] == m)
-        order = np.empty_like(mine)
-        order[row[mine]] = mine
-        of_stream.append(torch.from_numpy(order).to(device))
-    return of_stream
+def _tokens_of_rows(stream_lengths: list[int], modality_ids: Tensor, source_rows: Tensor) -> tuple[Tensor, ...]:
+    """Per modality: the packed token of each row of its stream, int64 [N_m]."""
+    joint = source_rows.long()  # row in the concatenated streams
+    for m, rows in enumerate(stream_lengths[:-1]):
+        joint += rows * (modality_ids > m)
+    tokens = torch.empty_like(joint).index_copy_(0, joint, torch.arange(len(joint), device=joint.device))
+    return tokens.split(stream_lengths)
+
+
+def _padded_rows(bounds: Tensor, length: int, total: int) -> Tensor:
+    """Row of each token in [B * L, E], int64 [T]."""
+    gaps = length * torch.arange(len(bounds) - 1, device=bounds.device) - bounds[:-1]  # [B]
+    return torch.arange(total, device=bounds.device) + gaps.repeat_interleave(bounds.diff(), output_size=total)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

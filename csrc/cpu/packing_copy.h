@@ -1,0 +1,27 @@
+// Copying and zeroing runs of bytes, through the cache or past it.
+#pragma once
+
+#include <cstdint>
+
+namespace mm::cpu {
+
+// kStreaming writes around the cache: it saves reading the old contents of `to`, and loses where the result would have
+// fitted into the cache and is read next.
+enum class Store { kCached, kStreaming };
+
+// How a call that writes `bytes` in all should store: past the cache above half of the last-level cache.
+Store store_for(int64_t bytes);
+
+// Size of the last-level cache that a core sees, read from the machine once.
+int64_t last_level_cache_bytes();
+
+void copy_bytes(char* to, const char* from, int64_t bytes, Store store);
+void zero_bytes(char* to, int64_t bytes, Store store);
+
+// Makes streamed bytes visible to other threads: each thread calls it after its last copy.
+void finish_stores(Store store);
+
+// Asks for huge pages under fresh memory, where the system lets a process ask: 512 times fewer page faults.
+void use_huge_pages(char* data, int64_t bytes);
+
+}  // namespace mm::cpu

@@ -1,0 +1,129 @@
+"""What the packing operators refuse, with the words for it.   T tokens, E width, B samples, L padded length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.layout import PackedLayout
+
+SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def segments(function: str, layout: PackedLayout) -> Tensor:
+    """The layout's segment table as a host tensor, made once."""
+    table = layout.cache.get("segment_table")
+    if table is not None:
+        return table
+    if layout.segments is None:
+        raise ValueError(f"{function}: the layout comes from cu_seqlens and does not know its streams")
+    special = [m for m, token in enumerate(layout.special_tokens or ()) if token is not None]
+    if special:
+        raise ValueError(
+            f"{function}: segments of modality {special[0]} start with a special token, whose row is in no stream; "
+            "modality_embed packs such a layout"
+        )
+    table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
+    return table
+
+
+def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor]:
+    """Every stream as a tensor, checked against the layout and one another."""
+    if len(given) != layout.num_modalities:
+        raise ValueError(f"pack: got {len(given)} streams, expected {layout.num_modalities} as in the layout")
+    present = next((s for s in given if s is not None), None)
+    if present is None:
+        raise ValueError("pack: every stream is None, expected at least one (it may have no rows)")
+    if present.ndim != 2:
+        raise ValueError(f"pack: a stream has shape {list(present.shape)}, expected [rows, E]")
+    width, dtype, device = present.shape[1], present.dtype, present.device
+    if device != layout.device:
+        raise ValueError(f"pack: the streams are on {device}, the layout on {layout.device}")
+    found = [present.new_empty((0, width)) if s is None else s for s in given]
+    for m, (stream, rows) in enumerate(zip(found, layout.stream_lengths, strict=True)):
+        if stream.shape != (rows, width):
+            raise ValueError(f"pack: stream {m} has shape {list(stream.shape)}, expected [{rows}, {width}]")
+        if stream.dtype != dtype or stream.device != device:
+            raise ValueError(
+                f"pack: stream {m} is {stream.dtype} on {stream.device}, expected {dtype} on {device} as the others"
+            )
+    return found
+
+
+def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
+    if tensor.ndim != 2 or tensor.shape[0] != layout.total_tokens:
+        raise ValueError(f"{function}: packed has shape {list(tensor.shape)}, expected [{layout.total_tokens}, E]")
+    if tensor.device != layout.device:
+        raise ValueError(f"{function}: packed is on {tensor.device}, the layout on {layout.device}")
+
+
+def padded(tensor: Tensor, layout: PackedLayout) -> None:
+    samples, longest = layout.num_samples, layout.max_seqlen
+    if tensor.ndim != 3 or tensor.shape[0] != samples or tensor.shape[1] < longest:
+        raise ValueError(
+            f"unpad: padded has shape {list(tensor.shape)}, expected [{samples}, L, E] with L at least {longest}"
+        )
+    if tensor.device != layout.device:
+        raise ValueError(f"unpad: padded is on {tensor.device}, the layout on {layout.device}")
+
+
+def rows(tensor: Tensor, index: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"gather_rows: packed has shape {list(tensor.shape)}, expected [T, E]")
+    if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
+        raise ValueError(f"gather_rows: rows is {index.dtype} {list(index.shape)}, expected int32 or int64 [R]")
+    if index.device != tensor.device:
+        raise ValueError(f"gather_rows: rows is on {index.device}, packed on {tensor.device}")
+    if tensor.requires_grad and tensor.dtype not in SUM_DTYPES:
+        raise ValueError(f"gather_rows: packed is {tensor.dtype}, its gradient needs {_names(SUM_DTYPES)}")
+
+
+def summable(function: str, tensor: Tensor) -> None:
+    if tensor.dtype not in SUM_DTYPES:
+        raise ValueError(f"{function}: packed is {tensor.dtype}, expected {_names(SUM_DTYPES)}")
+
+
+def out(
+    function: str,
+    given: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    inputs: Sequence[Tensor] = (),
+    *,
+    name: str = "out",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """given is contiguous, of this shape, and as `like`; nothing asks for a gradient.  inputs: where not only like."""
+    dtype = like.dtype if dtype is None else dtype
+    if given.shape != shape or given.dtype != dtype or given.device != like.device:
+        raise ValueError(
+            f"{function}: {name} is {given.dtype} {list(given.shape)} on {given.device}, "
+            f"expected {dtype} {list(shape)} on {like.device}"
+        )
+    if not given.is_contiguous():
+        raise ValueError(f"{function}: {name} has strides {list(given.stride())}, expected a contiguous tensor")
+    if torch.is_grad_enabled() and (given.requires_grad or any(x.requires_grad for x in inputs or (like,))):
+        raise ValueError(f"{function}: out= has no gradient; leave it out, or call under torch.no_grad()")
+
+
+def outs(function: str, given: Sequence[Tensor], shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    if len(given) != len(shapes):
+        raise ValueError(f"{function}: out has {len(given)} tensors, expected {len(shapes)}")
+    for m, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
+        out(function, tensor, shape, like, name=f"out[{m}]")
+    return list(given)
+
+
+def padded_out(given: tuple[Tensor, Tensor], shape: tuple[int, int, int], like: Tensor) -> None:
+    if len(given) != 2:
+        raise ValueError(f"pad: out has {len(given)} tensors, expected two: padded and mask")
+    out("pad", given[0], shape, like, name="out[0]")
+    out("pad", given[1], shape[:2], like, name="out[1]", dtype=torch.bool)
+
+
+def _names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,93 @@
+"""What the packing operators refuse, and the words for it."""
+
+import pytest
+import torch
+from ops.packing.packing_cases import IMPLS
+
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
+
+LAYOUT = PackedLayout.from_counts([[2, 1], [1, 3]])
+A, B, WHOLE, SPARE = torch.zeros(3, 4), torch.zeros(4, 4), torch.zeros(7, 4), torch.zeros(7, 4)
+PADDED, ROW = torch.zeros(2, 4, 4), torch.tensor([0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [[0, 3], [-1]])
+def test_a_row_out_of_range_is_named_by_every_implementation(impl, rows):
+    with pytest.raises(ValueError, match=r"gather_rows: rows run from .* expected 0 to 2"):
+        gather_rows(A, torch.tensor(rows), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shared_memory_is_named_by_every_implementation(impl):
+    with pytest.raises(ValueError, match="pack: out shares memory with stream 1"):
+        pack([A, WHOLE[3:]], LAYOUT, out=WHOLE, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pack([A], LAYOUT), "pack: got 1 streams, expected 2"),
+        (lambda: pack([A, A], LAYOUT), r"pack: stream 1 has shape \[3, 4\], expected \[4, 4\]"),
+        (lambda: pack([A, torch.zeros(4, 5)], LAYOUT), r"pack: stream 1 has shape \[4, 5\], expected \[4, 4\]"),
+        (lambda: pack([A, B.half()], LAYOUT), "pack: stream 1 is torch.float16 on cpu, expected torch.float32"),
+        (lambda: pack([A[0], B], LAYOUT), r"pack: a stream has shape \[4\], expected \[rows, E\]"),
+        (lambda: pack([A, None], LAYOUT), r"pack: stream 1 has shape \[0, 4\], expected \[4, 4\]"),
+        (lambda: pack([None, None], LAYOUT), "pack: every stream is None"),
+        (lambda: pack([A, B], LAYOUT, out=torch.zeros(6, 4)), r"pack: out is torch.float32 \[6, 4\]"),
+        (lambda: pack([A, B], LAYOUT, out=torch.zeros(4, 7).T), "pack: out has strides"),
+        (lambda: pack([A.clone().requires_grad_(), B], LAYOUT, out=torch.zeros(7, 4)), "out= has no gradient"),
+        (lambda: pack([WHOLE[:3], WHOLE[3:]], LAYOUT, out=WHOLE), "pack: out shares memory with stream 0"),
+        (lambda: unpack(WHOLE, LAYOUT, out=[A]), "unpack: out has 1 tensors, expected 2"),
+        (lambda: unpack(WHOLE, LAYOUT, out=[A, A]), r"unpack: out\[1\] is torch.float32 \[3, 4\] on cpu, expected"),
+        (lambda: unpack(WHOLE, LAYOUT, out=[WHOLE[:3], B]), "unpack: out shares memory with the input"),
+        (lambda: unpack(WHOLE, LAYOUT, out=[SPARE[:3], SPARE[2:6]]), "unpack: the outputs share memory"),
+        (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected at least the longest sample's 4"),
+        (lambda: pad(WHOLE, LAYOUT, out=(WHOLE, B)), r"pad: out\[0\] is torch.float32 \[7, 4\] on cpu, expected"),
+        (lambda: pad(WHOLE, LAYOUT, out=(PADDED, PADDED[..., 0])), r"pad: out\[1\] is torch.float32 \[2, 4\] on cpu"),
+        (
+            lambda: unpad(PADDED[:1], LAYOUT),
+            r"unpad: padded has shape \[1, 4, 4\], expected \[2, L, E\]",
+        ),
+        (lambda: unpad(PADDED[:, :3], LAYOUT), r"unpad: padded has shape \[2, 3, 4\], expected"),
+        (lambda: unpad(PADDED, LAYOUT, out=PADDED.view(8, 4)[:7]), "unpad: out shares memory with the input"),
+        (
+            lambda: gather_rows(A, ROW, out=A),
+            r"gather_rows: out is torch.float32 \[3, 4\] on cpu, expected .* \[1, 4\]",
+        ),
+        (lambda: gather_rows(A, ROW, out=A[1:2]), "gather_rows: out shares memory with the input"),
+        (lambda: segment_mean(WHOLE, LAYOUT, out=WHOLE[:4]), "segment_mean: out shares memory with the input"),
+        (lambda: unpack(A, LAYOUT), r"unpack: packed has shape \[3, 4\], expected \[7, E\]"),
+        (lambda: segment_mean(A, LAYOUT), r"segment_mean: packed has shape \[3, 4\], expected \[7, E\]"),
+        (lambda: segment_mean(torch.zeros(7, 4).long(), LAYOUT), "segment_mean: packed is torch.int64"),
+        (lambda: gather_rows(A, torch.tensor([0, 3])), "gather_rows: rows run from 0 to 3, expected 0 to 2"),
+        (lambda: gather_rows(A, torch.tensor([-1])), "gather_rows: rows run from -1 to -1, expected 0 to 2"),
+        (lambda: gather_rows(A, torch.tensor([0.0])), "gather_rows: rows is torch.float32"),
+        (lambda: gather_rows(A[0], torch.tensor([0])), r"gather_rows: packed has shape \[4\]"),
+    ],
+)
+def test_errors_say_who_expected_what(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_special_tokens_are_refused():
+    """Their rows lie in a token table that pack does not have."""
+    layout = PackedLayout.from_counts([[2, 1]], special_tokens=[None, 101])
+    with pytest.raises(ValueError, match=r"pack: segments of modality 1 start with a special token.*modality_embed"):
+        pack([torch.zeros(2, 4), torch.zeros(1, 4)], layout)
+    with pytest.raises(ValueError, match="unpack: segments of modality 1 start with a special token"):
+        unpack(torch.zeros(4, 4), layout)
+
+
+def test_layouts_without_a_segment_table_serve_what_needs_none():
+    """As a layout from bounds on a GPU: its streams are not known, its samples are."""
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    layout = PackedLayout._from_device_bounds(bounds, 5, 3, torch.zeros(5, dtype=torch.uint8), 1)
+    packed = torch.randn(5, 4)
+    for call in (lambda: pack([packed], layout), lambda: unpack(packed, layout)):
+        with pytest.raises(ValueError, match="the layout comes from cu_seqlens and does not know its streams"):
+            call()
+    torch.testing.assert_close(segment_mean(packed, layout), torch.stack([packed[:2].mean(0), packed[2:].mean(0)]))
+    assert torch.equal(unpad(pad(packed, layout)[0], layout), packed)
