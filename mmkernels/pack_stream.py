@@ -16,8 +16,9 @@ _backend = _planner if _planner is not None else packs_numpy
 class PackStream:
     """Packs while items arrive, with at most `open_packs` of them unfinished; resumes from its state_dict.
 
-    Each item goes to the fullest open pack with room (by the summed shares of the budgets); where there is none, the
-    fullest pack is finished to make place.  How the items are cut into calls of `push` changes nothing.
+    Each item goes to the fullest open pack with room (by the summed shares of the budgets); where there is none, a pack
+    is finished to make place: the fullest, or with several budgets the oldest (a pack that has used up one of them may
+    be empty by the others).  How the items are cut into calls of `push` changes nothing.
     """
 
     def __init__(self, budget: int | Sequence[int], *, max_items: int | None = None, open_packs: int = OPEN_STREAM):

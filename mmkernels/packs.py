@@ -18,7 +18,8 @@ _backend = _planner if _planner is not None else packs_numpy
 
 POLICIES = ("best_fit", "first_fit", "stream")
 LONG = ("error", "split", "drop")
-OPEN_SORTED, OPEN_STREAM = 1024, 64  # packs that first_fit over several budgets, and stream, look at
+OPEN_SORTED, OPEN_STREAM = 1024, 64  # packs that an item may go to: over several budgets, and in a stream
+ROUND = 4096  # items of one round over several budgets
 COST_SLACK_PERCENT = 2  # what a pack's cost may be over the mean of the fewest packs
 
 
@@ -76,10 +77,11 @@ def plan_packs(
     """Packs of items that stay within a budget, as few as the policy finds.  The same input gives the same plan.
 
     lengths [n] with one budget, or [n, K] (tokens, patches, frames, ...) with K budgets that all hold at once.
-    policy   "best_fit": longest first, each into the fullest pack with room.  With several budgets packs are filled one
-             after another: each takes, of 128 items that fit, the one that leaves it the least room
-             "first_fit": longest first (by the largest share of a budget), each into the first pack with room, of at
-             most 1024 open ones where there are several budgets
+    policy   "best_fit": longest first, each into the fullest pack with room.  With several budgets the better of two
+             plans: packs filled one after another, each time with the item, of 128 that fit, that leaves the least
+             room; and items by falling share of a budget, each into the fullest of 1024 open packs
+             "first_fit": longest first, each into the first pack with room; with several budgets by falling share of a
+             budget, into the first of 1024 open packs
              "stream": in order of arrival, each into the fullest of at most 64 open packs; as PackStream does
     costs    [n] work of each item, e.g. a * length + b * length**2.  It is packed as one more budget, of
              max(largest cost, 1.02 * total cost / fewest packs that the budgets allow): no pack costs more, so
@@ -89,7 +91,7 @@ def plan_packs(
     max_items  per pack
     long     an item over the budget: "error" names it, "drop" leaves it out and lists it in `dropped`, "split" cuts it
              into pieces of the budget (one budget and no costs) and lists them in `pieces`
-    Time is O(n + budget) for one budget without costs; several, and costs, take about 2 us an item.
+    Time is O(n + budget) for one budget without costs; several, and costs, take some us an item.
     Raises ValueError for such an item under long="error", and for arguments that make no plan.
     """
     if policy not in POLICIES:
@@ -111,9 +113,8 @@ def plan_packs(
         column, limit, cap = _cost_column(costs, max(1, *bounds.values()))
         columns, limits = np.column_stack([lengths, column]), np.append(budgets, limit)
         bounds["costs"] = -(-int(column.sum()) // limit)
-    order, offsets = _pack(columns, limits, max_items or len(lengths) + 1, policy)
-
     binding = max(bounds, key=bounds.__getitem__)  # the first of equals
+    order, offsets = _pack(columns, limits, max_items or len(lengths) + 1, policy, bounds[binding])
     packs = len(offsets) - 1
     fills = tuple(float(t) / (packs * float(b)) if packs else 1.0 for t, b in zip(totals, budgets, strict=True))
     return PackPlan(
@@ -130,34 +131,47 @@ def plan_packs(
     )
 
 
-def _pack(lengths: np.ndarray, budgets: np.ndarray, max_items: int, policy: str) -> tuple[np.ndarray, np.ndarray]:
-    """(order [n], offsets [packs + 1]) of lengths [n, K] that fit."""
-    n, scales = len(lengths), 1.0 / budgets
+def _pack(lengths, budgets, max_items: int, policy: str, bound: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order [n], offsets [packs + 1]) of lengths [n, K] that fit; no plan has fewer packs than bound."""
     if len(budgets) == 1 and policy != "stream":
         column = np.ascontiguousarray(lengths[:, 0])
         return _backend.plan_packs(column, int(budgets[0]), max_items, policy == "first_fit")
-    if policy == "stream":
+    lengths, shares = np.ascontiguousarray(lengths, np.int64), 1.0 / budgets
+
+    def scan(falling, scales, max_open, first=False):
         nothing = np.zeros(0, np.int64)
         state = (nothing, nothing, np.zeros((0, len(budgets)), np.int64), 0)
-        lengths = np.ascontiguousarray(lengths, np.int64)
-        pack_of, _, _, _, _, packs = _backend.scan_fit(lengths, budgets, scales, max_items, OPEN_STREAM, False, state)
-        return _backend.group_by_pack(pack_of, packs)
+        found, *_, packs = _backend.scan_fit(lengths[falling], budgets, scales, max_items, max_open, first, state)
+        return _unsorted(found, falling), packs
+
+    if policy == "stream":
+        return _backend.group_by_pack(*scan(np.arange(len(lengths)), shares, OPEN_STREAM))
+    need = lengths.sum(0, dtype=np.float64) * shares
+    need = need / need.max() if need.any() else np.ones(len(budgets))  # a budget counts as far as it is needed
+    by_share = _in_rounds(np.argsort(-(lengths * (need * shares)).max(1, initial=0), kind="stable"))
     if policy == "first_fit":
-        falling = np.argsort(-(lengths * scales).max(1), kind="stable")
-    else:
-        need = lengths.sum(0, dtype=np.float64) * scales
-        need = need / need.max() if need.any() else np.ones(len(budgets))  # a budget counts as far as it is needed
-        sizes = (lengths * (need * scales)).sum(1)
-        falling = np.argsort(-sizes, kind="stable")
-    ordered = np.ascontiguousarray(lengths[falling], np.int64)
-    if policy == "first_fit":
-        state = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, len(budgets)), np.int64), 0)
-        found, _, _, _, _, packs = _backend.scan_fit(ordered, budgets, scales, max_items, OPEN_SORTED, True, state)
-    else:
-        found, packs = _backend.pool_fit(ordered, budgets, scales, max_items, sizes[falling], need)
-    pack_of = np.empty(n, np.int64)
+        return _backend.group_by_pack(*scan(by_share, shares, OPEN_SORTED, first=True))
+    sizes = (lengths * (need * shares)).sum(1)
+    by_size = np.argsort(-sizes, kind="stable")
+    found, packs = _backend.pool_fit(
+        lengths[by_size], budgets, np.sqrt(need) * shares, max_items, sizes[by_size], need * shares
+    )
+    plan = _unsorted(found, by_size), packs
+    if packs > bound:
+        plan = min(plan, scan(by_share, need**4 * shares, OPEN_SORTED), key=lambda plan: plan[1])  # the first of equals
+    return _backend.group_by_pack(*plan)
+
+
+def _unsorted(found: np.ndarray, falling: np.ndarray) -> np.ndarray:
+    pack_of = np.empty(len(found), np.int64)
     pack_of[falling] = found
-    return _backend.group_by_pack(pack_of, packs)
+    return pack_of
+
+
+def _in_rounds(falling: np.ndarray) -> np.ndarray:
+    """Every r-th item, then every r-th of the rest ...: rounds of about ROUND items that each see the mix of all."""
+    rounds = max(1, round(len(falling) / ROUND))
+    return np.concatenate([falling[start::rounds] for start in range(rounds)])
 
 
 def check_max_items(function: str, max_items: int | None) -> None:

@@ -79,7 +79,7 @@ def scan_fit(lengths, budgets, scales, max_items: int, max_open: int, first: boo
             chosen = int(np.argmax(fits)) if first else int(np.argmin(np.where(fits, left, np.inf)))
         else:
             if len(ids) == max_open:
-                close(int(np.argmin(_sum(room, scales))))
+                close(int(np.argmin(room[:, 0])) if len(budgets) == 1 else 0)
             chosen = len(ids)
             ids, counts, room = np.append(ids, opened), np.append(counts, 0), np.vstack([room, budgets])
             opened += 1
@@ -91,7 +91,7 @@ def scan_fit(lengths, budgets, scales, max_items: int, max_open: int, first: boo
     return pack_of, np.array(closed, np.int64), ids, counts, room, opened
 
 
-def pool_fit(lengths, budgets, scales, max_items: int, sizes, need) -> tuple[np.ndarray, int]:
+def pool_fit(lengths, budgets, scales, max_items: int, sizes, weights) -> tuple[np.ndarray, int]:
     """(pack_of [n], packs) for lengths in falling order of size; csrc/planner/vector_packs.h says how."""
     n = len(lengths)
     rounds = max(1, (n + POOL // 2) // POOL)
@@ -99,28 +99,23 @@ def pool_fit(lengths, budgets, scales, max_items: int, sizes, need) -> tuple[np.
     for start in range(rounds):
         pool = np.sort(np.concatenate([pool, np.arange(start, n, rounds)]))
         while len(pool) > (POOL // 2 if start + 1 < rounds else 0):
-            pool = _fill_pack(lengths, budgets, scales, max_items, need, pool, pack_of, packs)
+            pool = _fill_pack(lengths, budgets, scales, max_items, pool, pack_of, packs)
             packs += 1
     return pack_of, packs
 
 
-def _fill_pack(lengths, budgets, scales, max_items: int, need, pool, pack_of, pack: int) -> np.ndarray:
+def _fill_pack(lengths, budgets, scales, max_items: int, pool, pack_of, pack: int) -> np.ndarray:
     """Fills one pack; returns what is left of the pool."""
     room = budgets.copy()
     for _ in range(max_items):
         fitting = np.flatnonzero((lengths[pool] <= room).all(1))[:CHOICES]
         if not len(fitting):
             break
-        left, taken_squared, along, need_squared = (np.zeros(len(fitting)) for _ in range(4))
+        score = np.zeros(len(fitting))
         for k in range(len(budgets)):  # in the order in which C++ adds
-            rest = (room[k] - lengths[pool[fitting], k]).astype(np.float64)
-            taken = 1 - rest * scales[k]
-            left = left + rest * (need[k] * scales[k])
-            taken_squared = taken_squared + taken * taken
-            along = along + taken * need[k]
-            need_squared = need_squared + need[k] * need[k]
-        off = np.maximum(0.0, taken_squared - along * along / need_squared)
-        best = fitting[np.argmin(left + off / (left + 0.01))]
+            left = (room[k] - lengths[pool[fitting], k]) * scales[k]
+            score = score + left * left
+        best = fitting[np.argmin(score)]
         room -= lengths[pool[best]]
         pack_of[pool[best]] = pack
         pool = np.delete(pool, best)

@@ -115,15 +115,15 @@ VectorPacksInput vector_input(const Int64s& lengths, const Int64s& budgets, cons
 }
 
 py::tuple py_pool_fit(const Int64s& lengths, const Int64s& budgets, const Doubles& scales, int64_t max_items,
-                      const Doubles& sizes, const Doubles& need) {
+                      const Doubles& sizes, const Doubles& weights) {
   const VectorPacksInput in = vector_input(lengths, budgets, scales, max_items);
   Int64s pack_of(in.num_items);
-  const double *size = sizes.data(), *whole = need.data();
+  const double *size = sizes.data(), *weight = weights.data();
   int64_t* written = pack_of.mutable_data();
   int64_t packs = 0;
   {
     py::gil_scoped_release release;
-    packs = pool_fit(in, size, whole, written);
+    packs = pool_fit(in, size, weight, written);
   }
   return py::make_tuple(pack_of, packs);
 }

@@ -44,58 +44,29 @@ struct Pool {
   }
 };
 
-// What pool_fit makes least: the room that is left, and how far what is taken lies from the line of the whole need, the
-// more so the less room there is to come back to it.
-class Score {
- public:
-  Score(const VectorPacksInput& in, const double* need) : in_(in), need_(need) {
-    for (int64_t k = 0; k < in.num_budgets; ++k) {
-      weights_.push_back(need[k] * in.scales[k]);
-      need_squared_ += need[k] * need[k];
-    }
-  }
-  double operator()(const int64_t* room, const int64_t* lengths) const {
-    double left = 0, taken_squared = 0, along = 0;
-    for (int64_t k = 0; k < in_.num_budgets; ++k) {
-      const auto rest = static_cast<double>(room[k] - lengths[k]);
-      const double taken = 1 - rest * in_.scales[k];
-      left += rest * weights_[k];
-      taken_squared += taken * taken;
-      along += taken * need_[k];
-    }
-    return left + std::max(0.0, taken_squared - along * along / need_squared_) / (left + 0.01);
-  }
-  // An upper bound on the size of an item that fits; the margin covers rounding.
-  double largest(const std::vector<int64_t>& room) const {
-    double size = 0;
-    for (int64_t k = 0; k < in_.num_budgets; ++k) size += static_cast<double>(room[k]) * weights_[k];
-    return size * (1 + 1e-9);
-  }
-
- private:
-  const VectorPacksInput& in_;
-  const double* need_;
-  std::vector<double> weights_;
-  double need_squared_ = 0;
-};
-
 // Fills one bin from the pool, where nothing is left before `first`.
-void fill_bin(const VectorPacksInput& in, const Score& score, Pool& pool, int64_t& first, int64_t bin,
+void fill_bin(const VectorPacksInput& in, const double* weights, Pool& pool, int64_t& first, int64_t bin,
               std::vector<int64_t>& room, int64_t* bin_of) {
   const int64_t K = in.num_budgets;
   std::copy_n(in.budgets, K, room.begin());
   while (first < pool.slots() && pool.gone[first]) ++first;
   int64_t start = first;
   for (int64_t count = 0; count < in.max_items && pool.left > 0; ++count) {
-    const double largest = score.largest(room);
-    while (start < pool.slots() && (pool.gone[start] || pool.size[start] > largest)) ++start;
+    double most = 0;  // no larger item fits; the margin covers rounding
+    for (int64_t k = 0; k < K; ++k) most += weights[k] * static_cast<double>(room[k]);
+    while (start < pool.slots() && (pool.gone[start] || pool.size[start] > most * (1 + 1e-9))) ++start;
     int64_t best = -1, seen = 0;
     double least = kInfinity;
     for (int64_t j = start; j < pool.slots() && seen < kChoices; ++j) {
       const int64_t* lengths = &pool.lengths[j * K];
       if (pool.gone[j] || !fits(lengths, room.data(), K)) continue;
       ++seen;
-      if (const double s = score(room.data(), lengths); s < least) least = s, best = j;
+      double score = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const double left = static_cast<double>(room[k] - lengths[k]) * in.scales[k];
+        score += left * left;
+      }
+      if (score < least) least = score, best = j;
     }
     if (best < 0) return;
     for (int64_t k = 0; k < K; ++k) room[k] -= pool.lengths[best * K + k];
@@ -107,10 +78,9 @@ void fill_bin(const VectorPacksInput& in, const Score& score, Pool& pool, int64_
 
 }  // namespace
 
-int64_t pool_fit(const VectorPacksInput& in, const double* sizes, const double* need, int64_t* bin_of) {
+int64_t pool_fit(const VectorPacksInput& in, const double* sizes, const double* weights, int64_t* bin_of) {
   // Every rounds-th item is in one round, so that each round sees the mix of all; what is hard to place goes on.
   const int64_t n = in.num_items, rounds = std::max<int64_t>(1, (n + kPool / 2) / kPool);
-  const Score score(in, need);
   std::vector<int64_t> room(in.num_budgets);
   Pool pool;
   int64_t bins = 0;
@@ -123,7 +93,7 @@ int64_t pool_fit(const VectorPacksInput& in, const double* sizes, const double* 
     const int64_t keep = round + 1 < rounds ? kPool / 2 : 0;
     int64_t first = 0;
     while (pool.left > keep) {
-      fill_bin(in, score, pool, first, bins++, room, bin_of);
+      fill_bin(in, weights, pool, first, bins++, room, bin_of);
       if (2 * pool.left < pool.slots()) {
         pool.fill(in, sizes, pool.remaining());
         first = 0;
@@ -145,8 +115,7 @@ std::vector<int64_t> scan_fit(const VectorPacksInput& in, OpenBins& open, int64_
   };
   const auto left = [&](int64_t b, const int64_t* lengths) {
     double sum = 0;
-    for (int64_t k = 0; k < K; ++k)
-      sum += static_cast<double>(open.room[b * K + k] - (lengths ? lengths[k] : 0)) * in.scales[k];
+    for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(open.room[b * K + k] - lengths[k]) * in.scales[k];
     return sum;
   };
   for (int64_t i = 0; i < in.num_items; ++i) {
@@ -160,9 +129,9 @@ std::vector<int64_t> scan_fit(const VectorPacksInput& in, OpenBins& open, int64_
     }
     if (chosen < 0) {
       if (std::ssize(open.ids) == max_open) {
-        int64_t fullest = 0;
-        for (int64_t b = 1; b < max_open; ++b)
-          if (left(b, nullptr) < left(fullest, nullptr)) fullest = b;
+        int64_t fullest = 0;  // of several budgets the oldest: one may be used up in a bin that is empty by the others
+        for (int64_t b = 1; K == 1 && b < max_open; ++b)
+          if (open.room[b] < open.room[fullest]) fullest = b;
         close(fullest);
       }
       chosen = std::ssize(open.ids);

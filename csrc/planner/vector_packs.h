@@ -9,17 +9,16 @@ namespace mm::planner {
 struct VectorPacksInput {
   const int64_t* lengths;  // [n, K], each at most its budget
   const int64_t* budgets;  // [K]
-  const double* scales;    // [K], 1 / budget
+  const double* scales;    // [K], what one unit of room is worth
   int64_t num_items, num_budgets;
   int64_t max_items;  // per bin, positive
 };
 
-// Bins filled one after another: each takes, of the items that still fit, the one that leaves it the least room and
-// keeps what it holds in the proportions of the whole need (the formula is at Score).  It looks at 128 items, in order,
-// of a pool of a few thousand.  Items come in falling order of `sizes` [n], sum over k of need[k] * scales[k] *
-// lengths[k], where need [K] is the share of the budgets that all items need, the largest 1.  bin_of [n] is written;
-// returns the number of bins.
-int64_t pool_fit(const VectorPacksInput& in, const double* sizes, const double* need, int64_t* bin_of);
+// Bins filled one after another: each takes, of the items that still fit, the one that leaves it the least room, by sum
+// over k of (scales[k] * room[k])^2.  It looks at 128 items, in order, of a pool of a few thousand.  Items come in
+// falling order of `sizes` [n], sum over k of weights[k] * lengths[k].  bin_of [n] is written; returns the number of
+// bins.
+int64_t pool_fit(const VectorPacksInput& in, const double* sizes, const double* weights, int64_t* bin_of);
 
 // What goes on from one call of scan_fit to the next: bins that take items, in order of opening.
 struct OpenBins {
@@ -29,8 +28,9 @@ struct OpenBins {
 };
 
 // Items in order of arrival, at most `max_open` bins open: each item goes to the bin that it leaves the least room, by
-// sum over k of scales[k] * room[k], or (`first`) to the first with room; when it fits nowhere, the fullest is closed
-// to make place for a new one.  bin_of [n] is written; returns the bins closed, in order of closing.
+// sum over k of scales[k] * room[k], or (`first`) to the first with room.  When it fits nowhere, a bin is closed to
+// make place for a new one: the fullest, or of several budgets the oldest.  bin_of [n] is written; returns the bins
+// closed, in order of closing.
 std::vector<int64_t> scan_fit(const VectorPacksInput& in, OpenBins& open, int64_t max_open, bool first,
                               int64_t* bin_of);
 
