@@ -48,7 +48,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
         command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
         command.add_argument(
-            "--budget-seconds", type=float, help=f"about how long to take; default {run.SECONDS['quick']}, full 600"
+            "--budget-seconds", type=float, help="about how long to take; each operator has its default"
         )
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
     gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")

@@ -1,77 +1,38 @@
-"""Planner problems: lengths into packs of a token budget.   n lengths."""
+"""Planner problems: packs under one budget or three, even costs, ranks, layouts.   n items, K budgets, R ranks"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
 
-from benchmarks.harness import PREFIX, Implementation, Missing, Work
-from benchmarks.peers import planner_argsort, planner_bisect
-from mmkernels import planner
+from benchmarks.planner_problems import LayoutProblem, PacksProblem, RanksProblem
 
-PEERS: tuple[ModuleType, ...] = (planner_bisect, planner_argsort)
 DTYPES_USED: dict[str, list[str]] = {"cpu": [], "cuda": []}
+SECONDS = {"quick": 20, "full": 300}
 BUDGET = 8192
 
 
-@dataclass
-class PlannerProblem:
-    """lengths int32 [n], each at most budget."""
-
-    case: str
-    lengths: np.ndarray
-    budget: int = BUDGET
-    peers: tuple[ModuleType, ...] = PEERS
-    op: str = "planner"
-    dtype: str = "int32"
-    directions: tuple[str, ...] = ("fwd",)
-
-    def implementations(self) -> Iterator[Implementation | Missing]:
-        name = PREFIX + planner.BACKEND
-        ours = functools.partial(planner.plan_packs, self.lengths, self.budget)
-        plan = ours()
-        fill = int(self.lengths.sum()) / ((len(plan.offsets) - 1) * self.budget)
-        yield Implementation(name, ours, packed=lambda p: (p.order, p.offsets), extra={"fill": round(fill, 5)})
-        for peer in self.peers:
-            reason = peer.missing(self)
-            yield Missing(peer.NAME, reason) if reason else peer.build(self)
-
-    def check(self, direction: str, results: list) -> str | None:
-        """Every length once, no pack over budget; and no more packs than the fullest simple method would allow.
-
-        A yardstick that only sorts has no packs: its order must be by decreasing length.
-        """
-        order, offsets = results[0]
-        if not np.array_equal(np.sort(order), np.arange(len(self.lengths))):
-            return "wrong: not every length is there exactly once"
-        if offsets is None:
-            return None if (np.diff(self.lengths[order]) <= 0).all() else "wrong: not sorted by decreasing length"
-        packs = len(offsets) - 1
-        sums = np.add.reduceat(self.lengths[order].astype(np.int64), offsets[:-1]) if packs else np.zeros(0)
-        if packs and sums.max() > self.budget:
-            return f"wrong: a pack holds {sums.max()} tokens, the budget is {self.budget}"
-        # 11/9 OPT + 1 bounds best fit decreasing; the sum of lengths bounds OPT from below.  Lengths over half the
-        # budget cannot share, which the sum does not see.
-        least = max(-(-int(self.lengths.sum()) // self.budget), int((2 * self.lengths > self.budget).sum()))
-        return None if packs <= 11 / 9 * least + 1 else f"wrong: {packs} packs where {least} might do"
-
-    def work(self, direction: str) -> Work:
-        return Work(len(self.lengths), "M lengths/s", 6, None)
-
-
-def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PlannerProblem]:
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PacksProblem | RanksProblem | LayoutProblem]:
     if device.type != "cpu":
         raise ValueError(f"benchmarks planner: device is {device.type}, the planner runs on the host (--device cpu)")
-    sizes = (10_000, 100_000) if shapes == "quick" else (10_000, 100_000, 1_000_000)
-    for name, draw in DISTRIBUTIONS.items():
-        for n in sizes:
-            lengths = draw(np.random.default_rng(seed), n).astype(np.int32)
-            yield PlannerProblem(f"{name} n{n} budget {BUDGET}", lengths)
+    full = shapes != "quick"
+    draw = lambda name, n: DISTRIBUTIONS[name](np.random.default_rng(seed), n).astype(np.int32)  # noqa: E731
+    for name in ("mixed", "lognormal", "halves") if full else ("mixed",):
+        for n in (10_000, 100_000, 1_000_000) if full else (10_000, 1_000_000):
+            yield PacksProblem(f"{name} n{n} budget {BUDGET}", draw(name, n), BUDGET)
+    for n in (5000, 20_000, 100_000) if full else (5000,):
+        for budgets in (TIGHT, COARSE):
+            name = "x".join(map(str, budgets))
+            yield PacksProblem(f"trimodal n{n} budgets {name}", draw("trimodal", n), budgets)
+    lengths = draw("mixed", 100_000 if full else 10_000)
+    case = f"mixed n{len(lengths)} budget {BUDGET}, cost l + l^2/4096"
+    yield PacksProblem(case, lengths, BUDGET, costs=_attention_cost(lengths))
+    for n, ranks in ((256, 8), (2048, 64), (65_536, 64)) if full else ((256, 8), (2048, 64)):
+        yield RanksProblem(f"ranks: one cost n{n} R{ranks}", _attention_cost(draw("mixed", n)), ranks)
+        yield RanksProblem(f"ranks: three costs n{n} R{ranks}", draw("trimodal", n).astype(np.float64), ranks)
+    yield LayoutProblem("layout: 256 samples, text, image and audio", draw("trimodal", 256))
 
 
 def _mixed(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -83,4 +44,31 @@ def _lognormal(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.clip(rng.lognormal(6.5, 1.1, n), 1, BUDGET)
 
 
-DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {"mixed": _mixed, "lognormal": _lognormal}
+def _halves(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Around half a budget: two or three to a pack, where no heuristic fills well."""
+    return rng.integers(2000, 6000, n)
+
+
+def _trimodal(rng: np.random.Generator, n: int) -> np.ndarray:
+    """[n, 3]: text always, an image in 70 % and audio in 50 % of the samples."""
+    text = np.clip(rng.lognormal(5.0, 0.8, n), 8, 2048)
+    image = (rng.random(n) < 0.7) * rng.integers(12, 33, n) * rng.integers(12, 33, n)
+    audio = (rng.random(n) < 0.5) * rng.integers(50, 1500, n)
+    return np.stack([text, image, audio], 1)
+
+
+# Budgets of trimodal samples that are about equally tight, the hard case: 10 samples to a pack, and 5 to 6.
+TIGHT, COARSE = (2048, 3500, 4096), (2048, 1820, 2000)
+
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "mixed": _mixed,
+    "lognormal": _lognormal,
+    "halves": _halves,
+    "trimodal": _trimodal,
+}
+
+
+def _attention_cost(lengths: np.ndarray) -> np.ndarray:
+    """Work of a transformer block on a sample: linear in its tokens, and attention's square."""
+    tokens = lengths.astype(np.float64)
+    return tokens + tokens * tokens / 4096

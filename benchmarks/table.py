@@ -69,7 +69,7 @@ def _cells(row: dict) -> list[str]:
         f"{row['rate']:.3g} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
         ", ".join(_ratios(row)),
-        ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.3g}" for k, v in extra.items()),
+        ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items()),
     ]
 
 

@@ -1,0 +1,185 @@
+"""The kinds of planner problems: who solves them, what a right answer is.   n items, K budgets or costs, R ranks"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import PREFIX, Implementation, Missing, Work
+from benchmarks.peers import (
+    planner_argsort,
+    planner_bisect,
+    planner_karmarkar_karp,
+    planner_layout_torch,
+    planner_round_robin,
+    planner_sums,
+)
+from mmkernels import planner
+from mmkernels.layout import PackedLayout
+
+OURS = PREFIX + planner.BACKEND
+
+
+@dataclass
+class _Problem:
+    case: str
+    op: str = dataclasses.field(default="planner", init=False)
+    dtype: str = dataclasses.field(default="int32", init=False)
+    directions: tuple[str, ...] = dataclasses.field(default=("fwd",), init=False)
+
+    def _peers(self, peers: tuple[ModuleType, ...]) -> Iterator[Implementation | Missing]:
+        for peer in peers:
+            reason = peer.missing(self)
+            yield Missing(peer.NAME, reason) if reason else _with_facts(peer.build(self), self.facts)
+
+    def facts(self, answer: Any) -> dict[str, float]:
+        """How good an answer is, for the row."""
+        return {}
+
+
+def _with_facts(implementation: Implementation, facts: Callable[[Any], dict]) -> Implementation:
+    return dataclasses.replace(implementation, extra=facts(implementation.packed(implementation.forward())))
+
+
+@dataclass
+class PacksProblem(_Problem):
+    """lengths int32 [n] under one budget or [n, K] under K; costs [n] to even out, or None."""
+
+    lengths: np.ndarray
+    budget: int | tuple[int, ...]
+    costs: np.ndarray | None = None
+    peers: tuple[ModuleType, ...] = (planner_bisect, planner_argsort, planner_sums)
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        def packed(plan):
+            return plan.order, plan.offsets
+
+        def plain():
+            return planner.plan_packs(self.lengths, self.budget)
+
+        if self.costs is None:
+            yield _with_facts(Implementation(OURS, plain, packed=packed), self.facts)
+        else:
+            even = lambda: planner.plan_packs(self.lengths, self.budget, costs=self.costs)  # noqa: E731
+            yield _with_facts(Implementation(OURS, even, packed=packed), self.facts)
+            yield _with_facts(Implementation(OURS + "_without_costs", plain, packed=packed), self.facts)
+        yield from self._peers(self.peers)
+
+    @property
+    def columns(self) -> np.ndarray:
+        return self.lengths.reshape(len(self.lengths), -1)
+
+    def bound(self) -> int:
+        """Packs that no plan can go below, recomputed here: sums, and items over half a budget, which cannot share."""
+        budgets = np.atleast_1d(self.budget)
+        sums = -(-self.columns.sum(0, dtype=np.int64) // budgets)
+        return int(max(sums.max(), (2 * self.columns.astype(np.int64) > budgets).sum(0).max()))
+
+    def facts(self, answer) -> dict[str, float]:
+        """fill: of the fullest budget; lower_bound: packs that no plan can go below."""
+        order, offsets = answer
+        if offsets is None:
+            return {}
+        packs = len(offsets) - 1
+        fill = (self.columns.sum(0, dtype=np.int64) / np.atleast_1d(self.budget)).max() / packs
+        found = {"packs": packs, "lower_bound": self.bound(), "fill": round(float(fill), 5)}
+        if self.costs is not None:
+            costs = np.add.reduceat(self.costs[order], offsets[:-1])
+            found["cost_max_over_mean"] = round(float(costs.max() / costs.mean()), 5)
+        return found
+
+    def check(self, direction: str, results: list) -> str | None:
+        """Every item once, no pack over a budget; and no more packs than the fullest simple method would allow.
+
+        A yardstick that only sorts has no packs: its order must be by decreasing length.
+        """
+        order, offsets = results[0]
+        if not np.array_equal(np.sort(order), np.arange(len(self.lengths))):
+            return "wrong: not every length is there exactly once"
+        if offsets is None:
+            return None if (np.diff(self.lengths[order]) <= 0).all() else "wrong: not sorted by decreasing length"
+        packs, bound = len(offsets) - 1, self.bound()
+        sums = np.add.reduceat(self.columns[order].astype(np.int64), offsets[:-1])
+        if (sums > np.atleast_1d(self.budget)).any():
+            return f"wrong: a pack holds {sums.max(0)} tokens, the budget is {self.budget}"
+        # 11/9 OPT + 1 bounds best fit decreasing under one budget; no bound that good is known under several.
+        return None if packs <= 11 / 9 * bound + 1 else f"wrong: {packs} packs where {bound} might do"
+
+    def work(self, direction: str) -> Work:
+        return Work(len(self.lengths), "M lengths/s", 6, None)
+
+
+@dataclass
+class RanksProblem(_Problem):
+    """costs [n] or [n, K] over world_size ranks."""
+
+    costs: np.ndarray
+    world_size: int
+    peers: tuple[ModuleType, ...] = (planner_karmarkar_karp, planner_round_robin)
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        for name, equal_count in ((OURS, False), (OURS + "_equal_count", True)):
+            call = lambda e=equal_count: planner.balance_ranks(self.costs, self.world_size, equal_count=e)  # noqa: E731
+            yield _with_facts(Implementation(name, call), self.facts)
+        yield from self._peers(self.peers)
+
+    def facts(self, answer) -> dict[str, float]:
+        """Load of the costliest rank over the mean; of the worst of K costs."""
+        columns = self.costs.reshape(len(self.costs), -1).T
+        loads = np.stack([np.bincount(answer, weights=c, minlength=self.world_size) for c in columns])
+        return {
+            "max_over_mean": round(float((loads.max(1) / loads.mean(1)).max()), 5),
+            "most_items": int(np.bincount(answer).max()),
+        }
+
+    def check(self, direction: str, results: list) -> str | None:
+        ranks = results[0]
+        if ranks.shape != (len(self.costs),) or ranks.min() < 0 or ranks.max() >= self.world_size:
+            return f"wrong: not every item has a rank below {self.world_size}"
+        return None
+
+    def work(self, direction: str) -> Work:
+        return Work(len(self.costs), "M items/s", 6, None)
+
+
+@dataclass
+class LayoutProblem(_Problem):
+    """Arrays of the packed layout of counts [B, M]."""
+
+    counts: np.ndarray
+    peers: tuple[ModuleType, ...] = (planner_layout_torch,)
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        fields = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
+        build = lambda: PackedLayout.from_counts(self.counts)  # noqa: E731
+        yield Implementation(OURS, build, packed=lambda layout: [getattr(layout, name).numpy() for name in fields])
+        yield from self._peers(self.peers)
+
+    def check(self, direction: str, results: list) -> str | None:
+        """Against loops over samples and modalities."""
+        expected: list[list] = [[0], [], [], [], []]
+        first, segment = [0] * self.counts.shape[1], 0
+        for sample in self.counts.tolist():
+            for modality, count in enumerate(sample):
+                if count == 0:
+                    continue
+                expected[1] += [modality] * count
+                expected[2] += range(count)
+                expected[3] += [segment] * count
+                expected[4] += range(first[modality], first[modality] + count)
+                first[modality] += count
+                segment += 1
+            expected[0].append(len(expected[1]))
+        names = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
+        for name, found, right in zip(names, results[0], expected, strict=True):
+            if not np.array_equal(np.asarray(found).reshape(-1), right):
+                return f"wrong: {name}"
+        return None
+
+    def work(self, direction: str) -> Work:
+        return Work(int(self.counts.sum()), "M tokens/s", 6, None)
