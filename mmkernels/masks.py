@@ -116,7 +116,7 @@ class MaskPlan:
         k_layout is the layout of the keys in cross-attention.  Raises ValueError for a mask that does not fit the
         layout, NotImplementedError for one that intervals and bits cannot express, with the dense alternative.
         """
-        mask = AttentionMask() if mask is None else mask
+        mask = _EVERYTHING if mask is None else mask
         keys = layout if k_layout is None else k_layout
         # Not a dictionary by (mask, keys): Dynamo cannot hash a layout, but it guards on `is`.
         plans = layout.cache.get(mask, ())
@@ -247,6 +247,9 @@ def _table_of_bools(visible) -> tuple[tuple[bool, ...], ...]:
 
 def _listed(values):
     return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+
+
+_EVERYTHING = AttentionMask()  # of the sample
 
 
 if __name__ == "__main__":

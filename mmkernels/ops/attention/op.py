@@ -63,36 +63,65 @@ def _outputs(q: Tensor, mass_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
     """out [Tq, H, D] in q's dtype, lse [H, Tq] and mass [Tq, H, Mk] in fp32 (of fp64 q: fp64)."""
     T, H, _ = q.shape
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(H, T, dtype=exact, device=q.device)
-    return out, lse, torch.empty(T, H, mass_modalities, dtype=exact, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((H, T), dtype=exact), q.new_empty((T, H, mass_modalities), dtype=exact)
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor | None) -> tuple[Tensor, ...]:
     dbias = q.new_empty(0) if pair_bias is None else torch.empty_like(pair_bias)
-    return *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)), dbias
+    return *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)), dbias
+
+
+class _Attention(torch.autograd.Function):
+    """What `attention_fwd` differentiates by: of torch.library's own wrapping it costs a quarter."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _fwd_op(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _backward(ctx, *gradients)
+
+
+def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.mm.attention_fwd for eager callers: the same operator and gradients for less host time per call.
+
+    `python -m benchmarks attention --host` shows by how much.  Not for torch.compile, which traces the operator itself
+    and knows its autograd from the registration below.
+    """
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
+    ):
+        return _Attention.apply(q, k, v, pair_bias, rng, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _fwd_op(q, k, v, pair_bias, rng, *rest)
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, pair_bias, rng, *rest = inputs
     out, lse, mass = output
-    tensors = len(rest) - 6  # then config, scale, has_visible, dropout_p, mass_modalities, impl
-    ctx.save_for_backward(q, k, v, pair_bias, rng, out, lse, *rest[:tensors])
-    ctx.rest = rest[tensors:]
+    ctx.save_for_backward(q, k, v, pair_bias, rng, out, lse)
+    ctx.rest = rest  # the plan's tables with it: the same for all layers, so hooks that move saved tensors skip them
     ctx.mark_non_differentiable(mass)
     ctx.set_materialize_grads(False)  # most callers never use lse: its gradient stays None
 
 
 def _backward(ctx, do, dlse, _):
-    q, k, v, pair_bias, rng, out, lse, *tensors = ctx.saved_tensors
-    *scalars, _, impl = ctx.rest
+    q, k, v, pair_bias, rng, out, lse = ctx.saved_tensors
+    *lowered, _, impl = ctx.rest
     if do is None:
         do = torch.zeros_like(out)
-    dq, dk, dv, dbias = torch.ops.mm.attention_bwd(
-        do, dlse, q, k, v, pair_bias, rng, out, lse, *tensors, *scalars, impl
-    )
-    dbias = dbias if pair_bias is not None else None
-    return dq, dk, dv, dbias, None, *(None,) * (len(tensors) + len(ctx.rest))
+    inputs = (do, dlse, q, k, v, pair_bias, rng, out, lse, *lowered, impl)
+    if torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
+        dq, dk, dv, dbias = _bwd_op(*inputs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            dq, dk, dv, dbias = _bwd_op(*inputs)
+    return dq, dk, dv, None if pair_bias is None else dbias, None, *(None,) * len(ctx.rest)
 
 
 def _refuse_second_order(ctx, *grads):
@@ -101,6 +130,7 @@ def _refuse_second_order(ctx, *grads):
 
 torch.library.register_autograd("mm::attention_fwd", _backward, setup_context=_setup_context)
 torch.library.register_autograd("mm::attention_bwd", _refuse_second_order)
+_fwd_op, _bwd_op = torch.ops.mm.attention_fwd.default, torch.ops.mm.attention_bwd.default
 
 
 def visible_pairs(q_table: Tensor, k_table: Tensor, has_visible: bool) -> int:
