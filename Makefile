@@ -71,9 +71,10 @@ format: setup
 filemap: setup
 	$(PY) tests/file_map.py --write
 
-# Draws the masks of docs/attention.md again.
+# Draws the masks of docs/attention.md and the packs of docs/planner.md again.
 pictures: setup
 	$(PY) -m docs.mask_pictures
+	$(PY) -m docs.pack_pictures
 
 clean:
 	rm -rf build *.egg-info mmkernels/*.so $(NATIVE)
