@@ -53,7 +53,6 @@ class PacksProblem(_Problem):
     lengths: np.ndarray
     budget: int | tuple[int, ...]
     costs: np.ndarray | None = None
-    peers: tuple[ModuleType, ...] = (planner_bisect, planner_argsort, planner_sums)
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         def packed(plan):
@@ -68,7 +67,11 @@ class PacksProblem(_Problem):
             even = lambda: planner.plan_packs(self.lengths, self.budget, costs=self.costs)  # noqa: E731
             yield _with_facts(Implementation(OURS, even, packed=packed), self.facts)
             yield _with_facts(Implementation(OURS + "_without_costs", plain, packed=packed), self.facts)
-        yield from self._peers(self.peers)
+        if self.columns.shape[1] > 1:
+            peers = (planner_sums,)
+        else:
+            peers = (planner_bisect, planner_argsort) if self.costs is None else (planner_bisect,)
+        yield from self._peers(peers)
 
     @property
     def columns(self) -> np.ndarray:
@@ -120,13 +123,13 @@ class RanksProblem(_Problem):
 
     costs: np.ndarray
     world_size: int
-    peers: tuple[ModuleType, ...] = (planner_karmarkar_karp, planner_round_robin)
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         for name, equal_count in ((OURS, False), (OURS + "_equal_count", True)):
             call = lambda e=equal_count: planner.balance_ranks(self.costs, self.world_size, equal_count=e)  # noqa: E731
             yield _with_facts(Implementation(name, call), self.facts)
-        yield from self._peers(self.peers)
+        one_cost = self.costs.ndim == 1
+        yield from self._peers((planner_karmarkar_karp, planner_round_robin) if one_cost else (planner_round_robin,))
 
     def facts(self, answer) -> dict[str, float]:
         """Load of the costliest rank over the mean; of the worst of K costs."""
@@ -152,13 +155,12 @@ class LayoutProblem(_Problem):
     """Arrays of the packed layout of counts [B, M]."""
 
     counts: np.ndarray
-    peers: tuple[ModuleType, ...] = (planner_layout_torch,)
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         fields = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
         build = lambda: PackedLayout.from_counts(self.counts)  # noqa: E731
         yield Implementation(OURS, build, packed=lambda layout: [getattr(layout, name).numpy() for name in fields])
-        yield from self._peers(self.peers)
+        yield from self._peers((planner_layout_torch,))
 
     def check(self, direction: str, results: list) -> str | None:
         """Against loops over samples and modalities."""

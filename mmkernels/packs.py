@@ -84,10 +84,10 @@ def plan_packs(
              budget, into the first of 1024 open packs
              "stream": in order of arrival, each into the fullest of at most 64 open packs; as PackStream does
     costs    [n] work of each item, e.g. a * length + b * length**2.  It is packed as one more budget, of
-             max(largest cost, 1.02 * total cost / fewest packs that the budgets allow): no pack costs more, so
-             the costliest one is within 2 % of the mean of a perfect plan where no single item costs more.  Packs are
-             filled to that cap, as to the other budgets, which makes them alike; the last ones may be emptier.  For a
-             cap of your own, make it a column of lengths
+             max(largest cost, 1.02 * total cost / fewest packs that the budgets allow).  No pack costs more: the
+             costliest is within 2 % of the mean of a plan with the fewest packs, unless a single item costs more than
+             that.  Packs that are full by another budget may cost less.  For a cap of your own, make it a column of
+             lengths
     max_items  per pack
     long     an item over the budget: "error" names it, "drop" leaves it out and lists it in `dropped`, "split" cuts it
              into pieces of the budget (one budget and no costs) and lists them in `pieces`

@@ -13,8 +13,6 @@ MAX_LENGTHS = 200_000  # seconds per call beyond that
 
 
 def missing(problem) -> str | None:
-    if problem.lengths.ndim > 1:
-        return "packs under one budget"
     return f"takes seconds above {MAX_LENGTHS} lengths" if len(problem.lengths) > MAX_LENGTHS else None
 
 

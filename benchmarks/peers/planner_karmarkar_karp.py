@@ -16,8 +16,6 @@ MAX_ITEMS = 10_000
 
 
 def missing(problem) -> str | None:
-    if problem.costs.ndim > 1:
-        return "balances one cost"
     return f"takes seconds above {MAX_ITEMS} items" if len(problem.costs) > MAX_ITEMS else None
 
 

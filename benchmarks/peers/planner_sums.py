@@ -14,8 +14,6 @@ MAX_LENGTHS = 30_000  # looks at every pack for each item
 
 
 def missing(problem) -> str | None:
-    if problem.lengths.ndim == 1:
-        return "one budget: the sum of lengths is the length"
     return f"takes minutes above {MAX_LENGTHS} items" if len(problem.lengths) > MAX_LENGTHS else None
 
 
