@@ -1,43 +1,68 @@
-"""Packed attention backward, Triton, sm_80+: deterministic, two kernels.   T tokens, H heads, G key heads, D width.
+"""Packed attention backward, Triton, sm_80+: deterministic, two kernels.   Tq, Tk tokens, H heads, D width.
 
-With p = exp(s scale - lse), dp = do v^T and delta = rowsum(do out) - dlse:
-dv = p^T do,  ds = p (dp - delta),  dk = scale ds^T q,  dq = scale ds k.
+With p = exp(s - lse), z the dropout factor (0 or 1 / (1 - dropout_p)), dp = z (do v^T), delta = rowsum(do out) - dlse:
+dv = (p z)^T do,  ds = p (dp - delta),  dk = scale ds^T q,  dq = scale ds k,  dbias = ds summed by modality pair.
+
+q_table int32 [4, Tq] and k_table int32 [4, Tk] are those of MaskPlan.  bias_ptr, rng_ptr and dlse_ptr are None
+where there is no bias, no dropout, no gradient of lse: the code for them is then not there at all.
 """
 
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_forward import load_rows, seen_pairs, store_rows
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from mmkernels.ops.attention.triton_tiles import (
+    LOG2E,
+    dropout_keep_tile,
+    load_rows,
+    modalities_of,
+    row_bounds,
+    seen_pairs,
+    store_rows,
+)
 
 
 @triton.jit
-def _key_step(
+def key_step(
     dk,
     dv,
+    ds_of,
     k,
     v,
+    lo,
+    hi,
+    bits,
+    k_modality,
     q_ptr,
     do_ptr,
     lse_ptr,
     delta_ptr,
-    q_bits_ptr,
-    stride_qt,
-    stride_dot,
-    scale_log2,
-    lo,
-    hi,
-    bits,
+    q_table_ptr,
+    bias_ptr,
+    rng_ptr,
+    Tq,
+    k_modalities,
+    head,
+    first_key,
     col,
     col_end,
+    stride_qt,
+    stride_dot,
+    scale,
+    drop_threshold,
+    keep_scale,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds what queries [col, col + BLOCK_Q) of one head give to dk, dv; scores are transposed, [BLOCK_K, BLOCK_Q]."""
+    """Adds what queries [col, col + BLOCK_Q) of one head give to dk, dv and ds_of; tiles are transposed,
+    [BLOCK_K, BLOCK_Q].  Also returns ds, in the dtype of q.
+
+    ds_of [BLOCK_K, BLOCK_M] is ds summed over the queries of each modality, kept only where there is a pair bias.
+    """
+    BLOCK_K: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     count = col_end - col
     base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
@@ -46,42 +71,95 @@ def _key_step(
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if MASKED:
         lse = tl.load(lse_ptr + cols, mask=cols < col_end, other=0.0)
-        delta = tl.load(delta_ptr + cols, mask=cols < col_end, other=0.0)
     else:
         lse = tl.load(lse_ptr + cols)
-        delta = tl.load(delta_ptr + cols)
-    p = tl.math.exp2(scores * scale_log2 - (lse * LOG2E)[None, :])
+    q_offsets = cols
+    if bias_ptr is not None:
+        q_modality = modalities_of(q_table_ptr, cols, cols < col_end, Tq)
+        q_offsets = q_modality * k_modalities
+    p = _probabilities(scores, lse[None, :], bias_ptr, k_modality[:, None], q_offsets[None, :], scale, q.dtype)
     if MASKED:
+        q_bits_ptr = q_table_ptr + 2 * tl.cast(Tq, tl.int64)
         seen = seen_pairs(cols, col_end, lo, hi, bits, q_bits_ptr, HAS_VISIBLE)
         # After exp2, so that the inf of a row that sees nothing (lse = -inf) goes as well.
         p = tl.where(seen, p, 0.0)
     do = load_rows(do_ptr + base * stride_dot, stride_dot, count, D, BLOCK_Q, BLOCK_D, MASKED)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    if rng_ptr is not None:
+        keep = tl.trans(dropout_keep_tile(rng_ptr, drop_threshold, head, cols, first_key, BLOCK_K, ALIGNED))
+        dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    else:
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    if MASKED:
+        delta = tl.load(delta_ptr + cols, mask=cols < col_end, other=0.0)
+    else:
+        delta = tl.load(delta_ptr + cols)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    if MASKED:
+        # Again: a neighbour's do may be so large that dp is infinite, and 0 * inf is NaN.
+        ds = tl.where(seen, ds, 0.0)
+    rounded = ds.to(q.dtype)
+    dk = tl.dot(rounded, q, dk, input_precision=PRECISION)
+    if bias_ptr is not None:
+        one_hot = (q_modality[:, None] == tl.arange(0, ds_of.shape[1])[None, :]).to(q.dtype)
+        ds_of = tl.dot(rounded, one_hot, ds_of, input_precision=PRECISION)
+        if q.dtype != tl.float32:
+            # What rounding took: over many pairs it would show in the sum, which is fp32.
+            rest = (ds - rounded.to(tl.float32)).to(q.dtype)
+            ds_of = tl.dot(rest, one_hot, ds_of, input_precision=PRECISION)
+    return dk, dv, ds_of, rounded
 
 
 @triton.jit
+def _probabilities(scores, lse, bias_ptr, row_offsets, col_offsets, scale, DTYPE: tl.constexpr):
+    """exp(scores scale + bias - lse).  row_offsets, col_offsets: into one head's bias, where there is one."""
+    if bias_ptr is not None:
+        # A gather from one or two cache lines.
+        scores = scores * scale + tl.load(bias_ptr + (row_offsets + col_offsets))
+        p = tl.math.exp2((scores - lse) * LOG2E)
+    elif tl.float32 == DTYPE:
+        # In natural units the terms cancel before anything rounds by LOG2E: fp32 gradients show the difference.
+        p = tl.math.exp2((scores * scale - lse) * LOG2E)
+    else:
+        p = tl.math.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+    return p
+
+
+@triton.jit
+def store_bias_partial(partial_ptr, ds_of, k_modality, in_tile, q_modalities, k_modalities):
+    """partial [Mq, Mk] of one tile and head: ds_of [BLOCK_K, BLOCK_M] summed over the keys of each modality."""
+    modalities = tl.arange(0, ds_of.shape[1])
+    for n in range(k_modalities):
+        of_key = in_tile & (k_modality == n)
+        total = tl.sum(tl.where(of_key[:, None], ds_of, 0.0), 0)
+        tl.store(partial_ptr + modalities * k_modalities + n, total, mask=modalities < q_modalities)
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
 def attention_bwd_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    bias_ptr,
+    rng_ptr,
     do_ptr,
     lse_ptr,
     delta_ptr,
-    q_lo_ptr,
-    q_hi_ptr,
-    q_bits_ptr,
-    k_bits_ptr,
+    q_table_ptr,
+    k_table_ptr,
     tiles_ptr,
     spans_ptr,
     dk_ptr,
     dv_ptr,
-    T,
+    partials_ptr,
+    Tq,
+    Tk,
     kv_heads,
     group,
+    q_modalities,
+    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -95,15 +173,21 @@ def attention_bwd_dkdv_kernel(
     stride_dvt,
     stride_dvh,
     scale,
-    scale_log2,
+    drop_threshold,
+    keep_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """dk, dv of one key tile of one key head, over all query heads of its group.   Grid: tiles x key heads."""
+    """dk, dv of one key tile of one key head, over all query heads of its group.   Grid: tiles x key heads.
+
+    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.
+    """
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     row_start = tl.load(tiles_ptr + 4 * tile)
@@ -119,12 +203,10 @@ def attention_bwd_dkdv_kernel(
 
     rows = row_start + tl.arange(0, BLOCK_K)
     in_tile = rows < row_end
-    lo = tl.load(q_lo_ptr + rows, mask=in_tile, other=0)
-    hi = tl.load(q_hi_ptr + rows, mask=in_tile, other=0)
-    if HAS_VISIBLE:
-        bits = tl.load(k_bits_ptr + rows, mask=in_tile, other=0)
-    else:
-        bits = lo
+    lo, hi, bits = row_bounds(k_table_ptr, rows, in_tile, Tk, HAS_VISIBLE)
+    k_modality = lo
+    if bias_ptr is not None:
+        k_modality = modalities_of(k_table_ptr, rows, in_tile, Tk)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -132,23 +214,35 @@ def attention_bwd_dkdv_kernel(
         q_head = tl.cast(head, tl.int64)
         q_at = q_ptr + q_head * stride_qh
         do_at = do_ptr + q_head * stride_doh
-        lse_at = lse_ptr + q_head * T
-        delta_at = delta_ptr + q_head * T
+        lse_at = lse_ptr + q_head * Tq
+        delta_at = delta_ptr + q_head * Tq
+        bias_at = None
+        if bias_ptr is not None:
+            bias_at = bias_ptr + q_head * q_modalities * k_modalities
+        ds_of = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
         for span in range(first_span, last_span):
             col_start = tl.load(spans_ptr + 3 * span)
             col_end = tl.load(spans_ptr + 3 * span + 1)
             masked = tl.load(spans_ptr + 3 * span + 2)
             full_end = tl.where(masked != 0, col_start, col_end)
             for col in range(col_start, full_end, BLOCK_Q):
-                dk, dv = _key_step(
-                    dk, dv, k, v, q_at, do_at, lse_at, delta_at, q_bits_ptr, stride_qt, stride_dot, scale_log2,
-                    lo, hi, bits, col, col_end, D, BLOCK_Q, HAS_VISIBLE, PRECISION, False,
+                dk, dv, ds_of, _ = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
+                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, False,
                 )  # fmt: skip
             for col in range(full_end, col_end, BLOCK_Q):
-                dk, dv = _key_step(
-                    dk, dv, k, v, q_at, do_at, lse_at, delta_at, q_bits_ptr, stride_qt, stride_dot, scale_log2,
-                    lo, hi, bits, col, col_end, D, BLOCK_Q, HAS_VISIBLE, PRECISION, True,
+                dk, dv, ds_of, _ = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
+                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, True,
                 )  # fmt: skip
+        if bias_ptr is not None:
+            tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
+            partial_at = partials_ptr + tile_head * q_modalities * k_modalities
+            store_bias_partial(partial_at, ds_of, k_modality, in_tile, q_modalities, k_modalities)
 
     store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
     store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)
@@ -157,63 +251,89 @@ def attention_bwd_dkdv_kernel(
 @triton.jit
 def _query_step(
     dq,
+    ds_sum,
     q,
     do,
-    lse_log2,
+    lse,
     delta,
-    k_ptr,
-    v_ptr,
-    k_bits_ptr,
-    stride_kt,
-    stride_vt,
-    scale_log2,
     lo,
     hi,
     bits,
+    bias_rows,
+    queries,
+    k_ptr,
+    v_ptr,
+    k_table_ptr,
+    bias_ptr,
+    rng_ptr,
+    Tk,
+    head,
     col,
     col_end,
+    stride_kt,
+    stride_vt,
+    scale,
+    drop_threshold,
+    keep_scale,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds what keys [col, col + BLOCK_K) give to dq."""
+    """Adds what keys [col, col + BLOCK_K) give to dq and, with a pair bias, to the rows' sums of ds.
+
+    bias_rows: each query's modality times Mk.
+    """
     BLOCK_D: tl.constexpr = q.shape[1]
     count = col_end - col
     base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
+    cols = col + tl.arange(0, BLOCK_K)
     k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
     v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    p = tl.math.exp2(scores * scale_log2 - lse_log2[:, None])
-    if MASKED:
-        seen = seen_pairs(col + tl.arange(0, BLOCK_K), col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE)
-        p = tl.where(seen, p, 0.0)
+    k_modality = cols
+    if bias_ptr is not None:
+        k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
+    p = _probabilities(scores, lse[:, None], bias_ptr, bias_rows[:, None], k_modality[None, :], scale, q.dtype)
+    if rng_ptr is not None:
+        keep = dropout_keep_tile(rng_ptr, drop_threshold, head, queries, col, BLOCK_K, ALIGNED)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if MASKED:
+        k_bits_ptr = k_table_ptr + 2 * tl.cast(Tk, tl.int64)
+        # p and dp of what is not seen may be infinite (a blind row, a neighbour's large values): selected away.
+        ds = tl.where(seen_pairs(cols, col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE), ds, 0.0)
+    if bias_ptr is not None:
+        ds_sum += tl.sum(ds, 1)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), ds_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
 def attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    bias_ptr,
+    rng_ptr,
     out_ptr,
     do_ptr,
     lse_ptr,
     dlse_ptr,
-    kv_lo_ptr,
-    kv_hi_ptr,
-    q_bits_ptr,
-    k_bits_ptr,
+    q_table_ptr,
+    k_table_ptr,
     tiles_ptr,
     spans_ptr,
     dq_ptr,
     delta_ptr,
-    T,
+    Tq,
+    Tk,
     heads,
     group,
+    q_modalities,
+    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -227,17 +347,19 @@ def attention_bwd_dq_kernel(
     stride_dqt,
     stride_dqh,
     scale,
-    scale_log2,
+    drop_threshold,
+    keep_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """dq of one query tile of one head, and its delta [H, T], which dkdv reads: this kernel runs first.
+    """dq of one query tile of one head, and its delta [H, Tq], which dkdv reads: this kernel runs first.
 
-    Grid: tiles x heads.  dlse_ptr is None where lse has no gradient.
+    Grid: tiles x heads.
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -259,33 +381,42 @@ def attention_bwd_dq_kernel(
     in_tile = rows < row_end
     out = load_rows(out_ptr + base * stride_ot + q_head * stride_oh, stride_ot, count, D, BLOCK_Q, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    dlse = tl.zeros([BLOCK_Q], tl.float32)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + q_head * T + rows, mask=in_tile, other=0.0)
-    tl.store(delta_ptr + q_head * T + rows, delta, mask=in_tile)
+        dlse = tl.load(dlse_ptr + q_head * Tq + rows, mask=in_tile, other=0.0)
+        delta -= dlse
+    if bias_ptr is None:
+        tl.store(delta_ptr + q_head * Tq + rows, delta, mask=in_tile)
     # +inf past the tile's end: those rows then have p = 0.
-    lse_log2 = tl.load(lse_ptr + q_head * T + rows, mask=in_tile, other=float("inf")) * LOG2E
-    lo = tl.load(kv_lo_ptr + rows, mask=in_tile, other=0)
-    hi = tl.load(kv_hi_ptr + rows, mask=in_tile, other=0)
-    if HAS_VISIBLE:
-        bits = tl.load(q_bits_ptr + rows, mask=in_tile, other=0)
-    else:
-        bits = lo
+    lse = tl.load(lse_ptr + q_head * Tq + rows, mask=in_tile, other=float("inf"))
+    lo, hi, bits = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
+    bias_rows = lo
+    if bias_ptr is not None:
+        bias_rows = modalities_of(q_table_ptr, rows, in_tile, Tq) * k_modalities
+        bias_ptr += q_head * q_modalities * k_modalities
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    ds_sum = tl.zeros([BLOCK_Q], tl.float32)
     for span in range(first_span, last_span):
         col_start = tl.load(spans_ptr + 3 * span)
         col_end = tl.load(spans_ptr + 3 * span + 1)
         masked = tl.load(spans_ptr + 3 * span + 2)
         full_end = tl.where(masked != 0, col_start, col_end)
         for col in range(col_start, full_end, BLOCK_K):
-            dq = _query_step(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_bits_ptr, stride_kt, stride_vt, scale_log2,
-                lo, hi, bits, col, col_end, D, BLOCK_K, HAS_VISIBLE, PRECISION, False,
+            dq, ds_sum = _query_step(
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, bias_rows, rows,
+                k_ptr, v_ptr, k_table_ptr, bias_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, HAS_VISIBLE, PRECISION, ALIGNED, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
-            dq = _query_step(
-                dq, q, do, lse_log2, delta, k_ptr, v_ptr, k_bits_ptr, stride_kt, stride_vt, scale_log2,
-                lo, hi, bits, col, col_end, D, BLOCK_K, HAS_VISIBLE, PRECISION, True,
+            dq, ds_sum = _query_step(
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, bias_rows, rows,
+                k_ptr, v_ptr, k_table_ptr, bias_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, HAS_VISIBLE, PRECISION, ALIGNED, True,
             )  # fmt: skip
 
+    if bias_ptr is not None:
+        # A row of ds sums to its dlse.  What it misses is the rounding of out in delta, the one error of dbias that
+        # many keys do not average away: dkdv gets a delta without it.
+        tl.store(delta_ptr + q_head * Tq + rows, delta + (ds_sum - dlse), mask=in_tile)
     store_rows(dq_ptr + base * stride_dqt + q_head * stride_dqh, stride_dqt, count, dq * scale, D, BLOCK_Q, BLOCK_D)

@@ -1,6 +1,8 @@
-"""Packed attention backward, Triton, sm_80+: what launches its kernels.   T tokens, H heads, G key heads, D width.
+"""Packed attention backward, Triton, sm_80+: what launches its kernels.   Tq, Tk tokens, H heads, G key heads, D width.
 
-The deterministic pair: dQ over query tiles, which also leaves delta, then dK/dV over key tiles.
+The deterministic pair: dQ over query tiles, which also leaves delta, then dK/dV over key tiles.  Or, where the schedule
+says so, the fused kernel over key tiles with dQ summed in fp32.  Both leave the pair bias' gradient in one part per key
+tile; one sum of fixed order makes dbias of them.
 """
 
 from __future__ import annotations
@@ -8,39 +10,106 @@ from __future__ import annotations
 import torch
 
 from mmkernels.ops.attention import configs
-from mmkernels.ops.attention.triton_backward import (
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
-from mmkernels.ops.attention.triton_launch import LOG2E, on_device, precision, strides
+from mmkernels.ops.attention.triton_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
+from mmkernels.ops.attention.triton_fused import attention_bwd_delta_kernel, attention_bwd_fused_kernel
+from mmkernels.ops.attention.triton_launch import descriptor, dropout_scalars, on_device, precision, strides
+
+DELTA_ROWS = 64  # queries of one program of the delta kernel
 
 
 def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
-    """Fills dq [T, H, D], dk and dv [T, G, D]."""
-    _, _, _, _, dq_tiles, dq_spans, dkdv_tiles, dkdv_spans, flat, scale, has_visible, _ = lowered
-    T, H, D = q.shape
-    G = k.shape[1]
-    if T == 0:
-        return
-    kv_lo, kv_hi, q_bits, _ = lowered.q_table.unbind(0)
-    q_lo, q_hi, k_bits, _ = lowered.k_table.unbind(0)
-    chosen = configs.Configs.from_flat(flat)
+    """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
+    H = q.shape[1]
+    chosen = configs.Configs.from_flat(lowered.config)
     do = do if do.stride(2) == 1 else do.contiguous()
-    shared = {"D": D, "BLOCK_D": configs.padded(D), "HAS_VISIBLE": has_visible, "PRECISION": precision(q)}
-    scales = (scale, scale * LOG2E)
-
+    dlse = None if dlse is None else dlse.contiguous()
+    partials = None
+    if pair_bias is not None:
+        parts = (len(lowered.dkdv_tiles), H, *pair_bias.shape[1:])
+        partials = torch.empty(parts, dtype=torch.float32, device=q.device)
+    delta = torch.empty(H, q.shape[0], dtype=torch.float32, device=q.device)
     with on_device(q):
-        delta = torch.empty(H, T, dtype=torch.float32, device=q.device)
-        config = chosen.dq
-        attention_bwd_dq_kernel[(len(dq_tiles) * H,)](
-            q, k, v, out, do, lse, None if dlse is None else dlse.contiguous(),
-            kv_lo, kv_hi, q_bits, k_bits, dq_tiles, dq_spans, dq, delta,
-            T, H, H // G, *strides(q, k, v, out, do, dq), *scales,
-            BLOCK_Q=config.rows, BLOCK_K=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
+        if chosen.fused:
+            _delta(do, dlse, out, delta)
+            _fused(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials, lowered)
+        else:
+            _dq(chosen.dq, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
+            _dkdv(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered)
+        if dbias is not None:
+            torch.sum(partials, 0, out=dbias)
+
+
+def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered) -> None:
+    tiles = lowered.dq_tiles
+    if len(tiles) == 0:
+        return
+    (Tq, H, _), (Tk, G, _) = q.shape, k.shape
+    attention_bwd_dq_kernel[(len(tiles) * H,)](
+        q, k, v, pair_bias, rng, out, do, lse, dlse, lowered.q_table, lowered.k_table, tiles, lowered.dq_spans,
+        dq, delta, Tq, Tk, H, H // G, *_modalities(pair_bias), *strides(q, k, v, out, do, dq), *_scalars(lowered),
+        BLOCK_Q=config.rows, BLOCK_K=config.cols, **_shared(config, q, rng, lowered),
+    )  # fmt: skip
+
+
+def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered) -> None:
+    tiles = lowered.dkdv_tiles
+    if len(tiles) == 0:
+        return
+    (Tq, H, _), (Tk, G, _) = q.shape, k.shape
+    attention_bwd_dkdv_kernel[(len(tiles) * G,)](
+        q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
+        dk, dv, partials, Tq, Tk, G, H // G, *_modalities(pair_bias), *strides(q, k, v, do, dk, dv),
+        *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols, BLOCK_M=_block_m(pair_bias),
+        **_shared(config, q, rng, lowered),
+    )  # fmt: skip
+
+
+def _delta(do, dlse, out, delta) -> None:
+    Tq, H, D = out.shape
+    if Tq == 0:
+        return
+    attention_bwd_delta_kernel[(-(-Tq // DELTA_ROWS) * H,)](
+        out, do, dlse, delta, Tq, H, *strides(out, do), D=D, BLOCK_D=configs.padded(D), BLOCK_Q=DELTA_ROWS
+    )
+
+
+def _fused(config, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials, lowered) -> None:
+    """config.tma: dq is summed by TMA reduce-add, else by atomic additions."""
+    tiles = lowered.dkdv_tiles
+    (Tq, H, D), (Tk, G, _) = q.shape, k.shape
+    # Rows of a multiple of 16 bytes, as descriptors want them.
+    dq_sum = torch.zeros(Tq, H, -(-D // 4) * 4, dtype=torch.float32, device=q.device)[:, :, :D]
+    target = descriptor(dq_sum, config.cols) if config.tma else dq_sum
+    if len(tiles) and Tq:
+        attention_bwd_fused_kernel[(len(tiles) * G,)](
+            q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
+            target, dk, dv, partials, Tq, Tk, G, H // G, *_modalities(pair_bias),
+            *strides(q, k, v, do, dq_sum, dk, dv), *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols,
+            BLOCK_M=_block_m(pair_bias), TMA=config.tma, **_shared(config, q, rng, lowered),
         )  # fmt: skip
-        config = chosen.dkdv
-        attention_bwd_dkdv_kernel[(len(dkdv_tiles) * G,)](
-            q, k, v, do, lse, delta, q_lo, q_hi, q_bits, k_bits, dkdv_tiles, dkdv_spans, dk, dv,
-            T, G, H // G, *strides(q, k, v, do, dk, dv), *scales,
-            BLOCK_K=config.rows, BLOCK_Q=config.cols, num_warps=config.warps, num_stages=config.stages, **shared,
-        )  # fmt: skip
+    torch.mul(dq_sum, lowered.scale, out=dq)
+
+
+def _modalities(pair_bias) -> tuple[int, int]:
+    return (0, 0) if pair_bias is None else tuple(pair_bias.shape[1:])
+
+
+def _block_m(pair_bias) -> int:
+    return 16 if pair_bias is None else configs.padded(pair_bias.shape[1])
+
+
+def _scalars(lowered) -> tuple:
+    """scale, drop_threshold, keep_scale."""
+    return lowered.scale, *dropout_scalars(lowered.dropout_p)
+
+
+def _shared(config, q, rng, lowered) -> dict:
+    return {
+        "D": q.shape[2],
+        "BLOCK_D": configs.padded(q.shape[2]),
+        "HAS_VISIBLE": lowered.has_visible,
+        "PRECISION": precision(q),
+        "ALIGNED": config.token and rng is not None,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }

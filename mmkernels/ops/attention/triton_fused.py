@@ -1,0 +1,206 @@
+"""Packed attention backward, Triton, sm_80+: fused, one pass, five products.   Tq, Tk tokens, H heads, D width.
+
+As triton_backward, but one program per key tile also adds its part of dq to an fp32 sum that all tiles share, so that
+scores and dp are computed once.  The order of those additions differs between runs, and with it dq's last bits.
+"""
+
+import triton
+import triton.language as tl
+
+from mmkernels.ops.attention.triton_backward import key_step, store_bias_partial
+from mmkernels.ops.attention.triton_tiles import load_rows, modalities_of, row_bounds, store_rows
+
+
+@triton.jit(do_not_specialize=["Tq"])
+def attention_bwd_delta_kernel(
+    out_ptr,
+    do_ptr,
+    dlse_ptr,
+    delta_ptr,
+    Tq,
+    heads,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """delta [H, Tq] = rowsum(do out) - dlse.   Grid: query blocks x heads."""
+    block = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    base = tl.cast(block, tl.int64) * BLOCK_Q
+    at_head = tl.cast(head, tl.int64)
+    count = Tq - block * BLOCK_Q
+    out = load_rows(out_ptr + base * stride_ot + at_head * stride_oh, stride_ot, count, D, BLOCK_Q, BLOCK_D, True)
+    do = load_rows(do_ptr + base * stride_dot + at_head * stride_doh, stride_dot, count, D, BLOCK_Q, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    rows = tl.arange(0, BLOCK_Q)
+    at = at_head * Tq + base + rows
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + at, mask=rows < count, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=rows < count)
+
+
+@triton.jit
+def _dq_of(ds, k, PRECISION: tl.constexpr):
+    """ds^T k, fp32 [BLOCK_Q, BLOCK_D]."""
+    # wgmma wants 64 rows at least: where the queries are fewer and the head is wide enough, as (k^T ds)^T.
+    if ds.shape[1] < 64 and k.shape[1] >= 64:
+        dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+    else:
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _add_to_dq(
+    dq_sum,
+    dq,
+    head,
+    col,
+    col_end,
+    stride_t,
+    stride_h,
+    D: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dq_sum[col : col_end, head] += dq.  dq_sum fp32 [Tq, H, D]: a descriptor (TMA reduce-add), or a pointer."""
+    BLOCK_Q: tl.constexpr = dq.shape[0]
+    BLOCK_D: tl.constexpr = dq.shape[1]
+    rows = tl.arange(0, BLOCK_Q)[:, None]
+    if TMA:
+        # The descriptor clips at Tq and D, not at the sample's end: rows past it must add 0, and 0 * NaN is none.
+        if MASKED:
+            dq = tl.where(rows < col_end - col, dq, 0.0)
+        dq_sum.atomic_add([col, head, 0], dq.reshape(BLOCK_Q, 1, BLOCK_D))
+    else:
+        dims = tl.arange(0, BLOCK_D)[None, :]
+        inside = dims < D
+        if MASKED:
+            inside = inside & (rows < col_end - col)
+        # Made of col each time: offsets that do not change would sit in registers through the whole loop.
+        at = dq_sum + tl.cast(head, tl.int64) * stride_h + (col + rows).to(tl.int64) * stride_t
+        tl.atomic_add(at + dims, dq, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
+def attention_bwd_fused_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    rng_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_table_ptr,
+    k_table_ptr,
+    tiles_ptr,
+    spans_ptr,
+    dq_sum,
+    dk_ptr,
+    dv_ptr,
+    partials_ptr,
+    Tq,
+    Tk,
+    kv_heads,
+    group,
+    q_modalities,
+    k_modalities,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    stride_dqt,
+    stride_dqh,
+    stride_dkt,
+    stride_dkh,
+    stride_dvt,
+    stride_dvh,
+    scale,
+    drop_threshold,
+    keep_scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """dk, dv of one key tile of one key head, and what it adds to dq_sum (before scale).   Grid: tiles x key heads.
+
+    dq_sum fp32 [Tq, H, D], zero at the start: with TMA a descriptor of blocks [BLOCK_Q, 1, BLOCK_D], else a pointer.
+    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.
+    """
+    tile = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
+    row_start = tl.load(tiles_ptr + 4 * tile)
+    row_end = tl.load(tiles_ptr + 4 * tile + 1)
+    first_span = tl.load(tiles_ptr + 4 * tile + 2)
+    last_span = tl.load(tiles_ptr + 4 * tile + 3)
+
+    base = row_start.to(tl.int64)
+    at_head = kv_head.to(tl.int64)
+    count = row_end - row_start
+    k = load_rows(k_ptr + base * stride_kt + at_head * stride_kh, stride_kt, count, D, BLOCK_K, BLOCK_D, True)
+    v = load_rows(v_ptr + base * stride_vt + at_head * stride_vh, stride_vt, count, D, BLOCK_K, BLOCK_D, True)
+
+    rows = row_start + tl.arange(0, BLOCK_K)
+    in_tile = rows < row_end
+    lo, hi, bits = row_bounds(k_table_ptr, rows, in_tile, Tk, HAS_VISIBLE)
+    k_modality = lo
+    if bias_ptr is not None:
+        k_modality = modalities_of(k_table_ptr, rows, in_tile, Tk)
+
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for head in range(kv_head * group, kv_head * group + group):
+        q_head = tl.cast(head, tl.int64)
+        q_at = q_ptr + q_head * stride_qh
+        do_at = do_ptr + q_head * stride_doh
+        lse_at = lse_ptr + q_head * Tq
+        delta_at = delta_ptr + q_head * Tq
+        bias_at = None
+        if bias_ptr is not None:
+            bias_at = bias_ptr + q_head * q_modalities * k_modalities
+        ds_of = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+        for span in range(first_span, last_span):
+            col_start = tl.load(spans_ptr + 3 * span)
+            col_end = tl.load(spans_ptr + 3 * span + 1)
+            masked = tl.load(spans_ptr + 3 * span + 2)
+            full_end = tl.where(masked != 0, col_start, col_end)
+            for col in range(col_start, full_end, BLOCK_Q):
+                dk, dv, ds_of, ds = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
+                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, False,
+                )  # fmt: skip
+                dq = _dq_of(ds, k, PRECISION)
+                _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, False)
+            for col in range(full_end, col_end, BLOCK_Q):
+                dk, dv, ds_of, ds = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
+                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, True,
+                )  # fmt: skip
+                dq = _dq_of(ds, k, PRECISION)
+                _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, True)
+        if bias_ptr is not None:
+            tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
+            partial_at = partials_ptr + tile_head * q_modalities * k_modalities
+            store_bias_partial(partial_at, ds_of, k_modality, in_tile, q_modalities, k_modalities)
+
+    store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
+    store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)
