@@ -15,23 +15,24 @@ constexpr int64_t kPastCacheBytes = int64_t{16} << 20;
 // x -> (x - mean) * rstd * weight + bias in place; returns rstd.  x is padded to whole vectors, or E is a multiple.
 MM_INLINE float normalize_row(float* x, float mean, float eps, const float* weight, const float* bias, int64_t E) {
   for (int64_t e = E; e % kLanes; ++e) x[e] = mean;  // the padding adds nothing to the variance
+  const F32x8 centre = splat(mean);
   F32x8 squares[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t e = 0;
   for (; e + 4 * kLanes <= E; e += 4 * kLanes) {
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const F32x8 centered = load(x + e + i * kLanes) - splat(mean);
+      const F32x8 centered = load(x + e + i * kLanes) - centre;
       squares[i] += centered * centered;
     }
   }
   for (; e < E; e += kLanes) {
-    const F32x8 centered = load(x + e) - splat(mean);
+    const F32x8 centered = load(x + e) - centre;
     squares[0] += centered * centered;
   }
   const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   const float rstd = 1.0f / std::sqrt(total / static_cast<float>(E) + eps);
-  for (e = 0; e < E; e += kLanes) {
-    store(x + e, (load(x + e) - splat(mean)) * splat(rstd) * load(weight + e) + load(bias + e));
-  }
+  const F32x8 scale = splat(rstd);
+  for (e = 0; e < E; e += kLanes) store(x + e, (load(x + e) - centre) * scale * load(weight + e) + load(bias + e));
   return rstd;
 }
 

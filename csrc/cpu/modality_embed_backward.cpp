@@ -85,6 +85,7 @@ MM_INLINE void rows_through_norm(const Block& block, const int64_t t, const floa
                                  float* const* dx, float* d_weight, float* d_bias, float* d_modality) {
   const bool centre = block.in.norm == Norm::kLayer;
   F32x8 mean[kRows], rstd[kRows], sum_g[kRows], sum_gx[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     mean[r] = splat(centre ? block.grads.mean[t + r] : 0.0f);
     rstd[r] = splat(block.grads.rstd[t + r]);
@@ -93,6 +94,7 @@ MM_INLINE void rows_through_norm(const Block& block, const int64_t t, const floa
   for (int64_t e = 0; e < block.in.E; e += kLanes) {  // weight and g are zero in the padding
     const F32x8 weight = load(block.weight + e);
     F32x8 for_weight = load(d_weight + e), for_bias = load(d_bias + e);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const F32x8 normed = (load(x[r] + e) - mean[r]) * rstd[r], grad = load(g[r] + e), scaled = grad * weight;
       for_weight += grad * normed;
@@ -106,6 +108,7 @@ MM_INLINE void rows_through_norm(const Block& block, const int64_t t, const floa
   }
   F32x8 mean_g[kRows], mean_gx[kRows];
   const float scale = 1.0f / static_cast<float>(block.in.E);
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     mean_g[r] = splat(centre ? sum(sum_g[r]) * scale : 0.0f);
     mean_gx[r] = splat(sum(sum_gx[r]) * scale);
@@ -113,6 +116,7 @@ MM_INLINE void rows_through_norm(const Block& block, const int64_t t, const floa
   for (int64_t e = 0; e < block.in.E; e += kLanes) {
     const F32x8 weight = load(block.weight + e);
     F32x8 for_modality = load(d_modality + e);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const F32x8 value = (load(g[r] + e) * weight - mean_g[r] - load(x[r] + e) * mean_gx[r]) * rstd[r];
       store(dx[r] + e, value);
@@ -126,6 +130,7 @@ template <int kRows>
 MM_INLINE void rows_without_norm(int64_t E, const float* const* g, float* const* dx, float* d_modality) {
   for (int64_t e = 0; e < E; e += kLanes) {
     F32x8 for_modality = load(d_modality + e);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const F32x8 value = load(g[r] + e);
       store(dx[r] + e, value);
@@ -135,17 +140,19 @@ MM_INLINE void rows_without_norm(int64_t E, const float* const* g, float* const*
   }
 }
 
-// kRows tokens of one modality from t.  scratch: 3 * kGroup rows.
+// kRows tokens of one modality from t.  sums: a row of each, where there is a norm; scratch: 3 * kGroup rows.
 template <int kRows>
-MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens, float* scratch, float* partials) {
+MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens, float* sums, float* scratch,
+                             float* partials) {
   const Inputs& in = block.in;
   const Grads& grads = block.grads;
   const int64_t M = in.streams.size(), E = in.E, stride = block.stride, m = tokens[0].modality;
   const float* g[kRows];
   float *x[kRows], *dx[kRows];
   bool direct[kRows];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    x[r] = scratch + r * stride;
+    x[r] = sums + r * stride;
     if (block.whole && grads.out.kind == Kind::kF32 && !in.dropout.on) {
       g[r] = static_cast<const float*>(grads.out.data) + (t + r) * E;
     } else {
@@ -167,9 +174,9 @@ MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens,
   if (in.norm == Norm::kNone) {
     rows_without_norm<kRows>(E, g, dx, d_modality);
   } else {
-    for (int r = 0; r < kRows; ++r) sum_token(in, tokens[r], x[r]);
     rows_through_norm<kRows>(block, t, g, x, dx, partials + M * stride, partials + (M + 1) * stride, d_modality);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     if (!direct[r] && tokens[r].stream_row >= 0 && grads.streams[m].data != nullptr) {
       store_row<false>(grads.streams[m], tokens[r].stream_row, dx[r], E);
@@ -186,11 +193,13 @@ MM_CLONES int64_t chunk_of_rows(const Block& block, float* scratch, float* parti
     for (int r = 0; r < n; ++r) {
       if (!locate(block.in, t + r, tokens[r])) return t + r;
       alike = alike && tokens[r].modality == tokens[0].modality;
+      if (block.in.norm != Norm::kNone) sum_token(block.in, tokens[r], scratch + r * block.stride);
     }
     if (alike) {
-      group_of_rows<kGroup>(block, t, tokens, scratch, partials);
+      group_of_rows<kGroup>(block, t, tokens, scratch, scratch, partials);
     } else {
-      for (int r = 0; r < n; ++r) group_of_rows<1>(block, t + r, tokens + r, scratch, partials);
+      for (int r = 0; r < n; ++r)
+        group_of_rows<1>(block, t + r, tokens + r, scratch + r * block.stride, scratch, partials);
     }
     t += n;
   }
@@ -202,11 +211,14 @@ template <int64_t kVectors>
 MM_INLINE void sum_readers(float* to, const float* const* dx, int64_t column, const int32_t* token, int64_t count,
                            bool add) {
   F32x8 total[kVectors];
+#pragma GCC unroll 8
   for (int64_t v = 0; v < kVectors; ++v) total[v] = add ? load(to + v * kLanes) : splat(0.0f);
   for (int64_t i = 0; i < count; ++i) {
     const float* from = dx[token[i]] + column;
+#pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) total[v] += load(from + v * kLanes);
   }
+#pragma GCC unroll 8
   for (int64_t v = 0; v < kVectors; ++v) store(to + v * kLanes, total[v]);
 }
 
@@ -218,7 +230,11 @@ MM_CLONES void sum_table_rows(float* table, int64_t E, int64_t begin, int64_t en
     const int32_t* token = tokens + first[row];
     const int64_t count = first[row + 1] - first[row];
     if (count == 0) {
-      if (!add) std::memset(to, 0, n * sizeof(float));
+      // The first column task clears whole rows, and all that nobody reads up to the next reader at once.
+      int64_t stop = row + 1;
+      while (stop < end && first[stop + 1] == first[row]) ++stop;
+      if (!add && column == 0) std::memset(to, 0, (stop - row) * E * sizeof(float));
+      row = stop - 1;
       continue;
     }
     int64_t e = 0;

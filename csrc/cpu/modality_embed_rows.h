@@ -83,6 +83,7 @@ inline std::string describe(const Inputs& in, int64_t t) {
 template <int kTables, class Source, class Table>
 MM_INLINE F32x8 sum_at(const Source* source, const Table* modality, const Table* const* tables, int64_t e) {
   F32x8 value = load(source + e) + load(modality + e);
+#pragma GCC unroll 3
   for (int j = 0; j < kTables; ++j) value += load(tables[j] + e);
   return value;
 }

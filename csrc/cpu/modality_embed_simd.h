@@ -28,8 +28,8 @@ MM_INLINE To bits_as(const From& from) {
   return to;
 }
 
-MM_INLINE F32x8 splat(float x) { return F32x8{x, x, x, x, x, x, x, x}; }
-MM_INLINE U32x8 splat(uint32_t x) { return U32x8{x, x, x, x, x, x, x, x}; }
+MM_INLINE F32x8 splat(float x) { return x - F32x8{}; }  // one broadcast; eight initialisers become eight insertions
+MM_INLINE U32x8 splat(uint32_t x) { return x - U32x8{}; }
 
 MM_INLINE F32x8 widen(const F32x8& x, float) { return x; }
 
@@ -131,18 +131,36 @@ MM_INLINE void store_tail(T* to, const F32x8& x, int64_t n) {
 
 MM_INLINE float sum(const F32x8& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
+// The high and low words of the 64-bit products x * factor.
+MM_INLINE void multiply(const U32x8& x, uint32_t factor, U32x8& high, U32x8& low) {
+#if defined(__SSE2__)
+  __m128i in[2], out[4];  // high, low
+  std::memcpy(in, &x, sizeof(in));
+  const __m128i by = _mm_set1_epi64x(factor), lower = _mm_set1_epi64x(0xffffffff);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m128i even = _mm_mul_epu32(in[i], by), odd = _mm_mul_epu32(_mm_srli_epi64(in[i], 32), by);
+    out[i] = _mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(lower, odd));
+    out[i + 2] = _mm_or_si128(_mm_and_si128(lower, even), _mm_slli_epi64(odd, 32));
+  }
+  std::memcpy(&high, out, sizeof(high));
+  std::memcpy(&low, out + 2, sizeof(low));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint64_t product = uint64_t{factor} * x[lane];
+    high[lane] = static_cast<uint32_t>(product >> 32);
+    low[lane] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
 // Philox 4x32-10 of eight counters (column, row, 0, offset); the same words as mmkernels/philox.py.
 MM_INLINE void philox(const U32x8& column, const U32x8& row, uint32_t offset, uint32_t k0, uint32_t k1, U32x8* words) {
   U32x8 c0 = column, c1 = row, c2 = splat(0u), c3 = splat(offset);
   for (int round = 0; round < 10; ++round) {
     U32x8 high0, low0, high2, low2;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint64_t first = uint64_t{0xD2511F53u} * c0[lane], second = uint64_t{0xCD9E8D57u} * c2[lane];
-      high0[lane] = static_cast<uint32_t>(first >> 32);
-      low0[lane] = static_cast<uint32_t>(first);
-      high2[lane] = static_cast<uint32_t>(second >> 32);
-      low2[lane] = static_cast<uint32_t>(second);
-    }
+    multiply(c0, 0xD2511F53u, high0, low0);
+    multiply(c2, 0xCD9E8D57u, high2, low2);
     c0 = high2 ^ c1 ^ splat(k0);
     c1 = low2;
     c2 = high0 ^ c3 ^ splat(k1);
