@@ -25,6 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda, but torch sees no GPU (a CPU build, or no driver)", file=sys.stderr)
         return 2
+    if options.command == "attention" and options.host:
+        from benchmarks import attention_host
+
+        document = attention_host.run(device, seed=options.seed)
+        if options.json:
+            run.write(document, options.json)
+        return 0
     try:
         document = run.run(
             options.command, device, shapes=options.shapes, seconds=options.budget_seconds, seed=options.seed
@@ -51,6 +58,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "--budget-seconds", type=float, help="about how long to take; each operator has its default"
         )
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
+        if op == "attention":
+            command.add_argument("--host", action="store_true", help="host time of one call, by part, and nothing else")
     gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")
     gpu.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     gpu.add_argument("--stage", action="append", help="stage by name, repeatable; default all, in order of worth")

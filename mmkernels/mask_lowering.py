@@ -17,16 +17,20 @@ def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarr
     q_table = np.empty((4, layout.total_tokens), np.int32)
     k_table = np.empty((4, k_layout.total_tokens), np.int32)
     q_table[0], q_table[1] = _intervals(layout, k_layout, mask)
-    # Both bounds are monotone, so the queries with kv_lo <= j < kv_hi are an interval: searchsorted finds its ends.
-    keys = np.arange(k_layout.total_tokens)
-    q_hi = np.searchsorted(q_table[0], keys, side="right")  # first query whose kv_lo > j
-    k_table[0] = np.minimum(np.searchsorted(q_table[1], keys, side="right"), q_hi)  # first query whose kv_hi > j
+    # Both bounds are monotone, so the queries with kv_lo <= j < kv_hi are an interval, and counting finds its ends.
+    q_hi = _at_most(q_table[0], k_layout.total_tokens)  # first query whose kv_lo > j
+    k_table[0] = np.minimum(_at_most(q_table[1], k_layout.total_tokens), q_hi)  # first query whose kv_hi > j
     k_table[1] = q_hi
     q_modality, k_modality = layout.modality_ids.numpy(), k_layout.modality_ids.numpy()
     q_table[2] = visible_bits(mask, layout.num_modalities, k_layout.num_modalities)[q_modality].view(np.int32)
     q_table[3], k_table[3] = q_modality, k_modality
     k_table[2] = (np.uint32(1) << k_modality.astype(np.uint32)).view(np.int32)
     return q_table, k_table
+
+
+def _at_most(bounds: np.ndarray, num_keys: int) -> np.ndarray:
+    """For each key j, how many of the bounds are at most j."""
+    return np.cumsum(np.bincount(bounds, minlength=num_keys + 1)[:num_keys])
 
 
 def count_pairs(q_table: np.ndarray, k_table: np.ndarray, num_modalities: int, has_visible: bool) -> int:
