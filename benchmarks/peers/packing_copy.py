@@ -16,7 +16,7 @@ def missing(problem) -> str | None:
 
 
 def build(problem) -> Iterator[Implementation]:
-    if problem.function != "pack":
+    if problem.function != "pack_out":
         return
     source = problem.packed.detach().clone()
     target = torch.zeros_like(source)

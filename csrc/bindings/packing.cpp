@@ -20,18 +20,6 @@ using mm::cpu::Store;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kBytesPerTask = 1 << 18;  // below this a thread costs more than it copies
-// From here on malloc takes fresh pages for each call (its largest threshold), and touching them costs more than the
-// copy: results of that size get huge pages.
-constexpr int64_t kHugePageBytes = int64_t{32} << 20;
-
-template <size_t D>
-Tensor fresh(const Tensor& like, const std::array<int64_t, D>& sizes) {
-  Tensor made = new_tensor(like, sizes);
-  const int64_t bytes = made.numel() * static_cast<int64_t>(made.element_size());
-  if (bytes >= kHugePageBytes) mm::cpu::use_huge_pages(static_cast<char*>(made.data_ptr()), bytes);
-  return made;
-}
-
 // The rows of [T, E], or of one sample of [B, L, E].
 Rows rows_of(const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
@@ -81,7 +69,7 @@ struct OwnedRuns {
   }
 };
 
-// One run per segment; also proves that the table stays inside the tensors.
+// One run per segment; also proves that the table stays inside the tensors, and that every row is in it.
 OwnedRuns runs_of_segments(const Tensor& segments, const Tensors& streams, const Tensor& packed) {
   STD_TORCH_CHECK(segments.dim() == 2 && segments.size(1) == 4 && segments.is_contiguous() &&
                       segments.scalar_type() == ScalarType::Int,
@@ -93,6 +81,7 @@ OwnedRuns runs_of_segments(const Tensor& segments, const Tensors& streams, const
     rows.push_back(rows_of(stream));
     lengths.push_back(stream.size(0));
   }
+  std::vector<int64_t> left = lengths;
   const auto* table = static_cast<const int32_t*>(segments.data_ptr());
   const int64_t count = segments.size(0);
   OwnedRuns runs;
@@ -103,8 +92,11 @@ OwnedRuns runs_of_segments(const Tensor& segments, const Tensors& streams, const
     STD_TORCH_CHECK(modality >= 0 && modality < static_cast<int64_t>(rows.size()) && length >= 0 && first >= 0 &&
                         first + length <= lengths[modality],
                     "packing: segment ", n, " lies outside its stream");
+    left[modality] -= length;
     runs.add(rows[modality], first, length);
   }
+  STD_TORCH_CHECK(std::all_of(left.begin(), left.end(), [](int64_t rest) { return rest == 0; }),
+                  "packing: segments and streams do not hold the same rows");
   STD_TORCH_CHECK(runs.bounds.back() == packed.size(0), "packing: segments hold ", runs.bounds.back(),
                   " tokens, expected ", packed.size(0));
   return runs;
@@ -257,37 +249,45 @@ void write_segment_mean_backward(const Tensor& given, const Tensor& bounds, cons
 
 void pack_out(Tensors streams, Tensor segments, Tensor, Tensor, Tensor out) {
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "packing: out must be contiguous [T, E]");
-  for (const Tensor& stream : streams) check_apart(stream, out);
+  for (const Tensor& stream : streams) {
+    check_matrix(stream);
+    check_apart(stream, out);
+  }
   write_pack(streams, segments, out);
 }
 
 Tensor pack(Tensors streams, Tensor segments, Tensor, Tensor, int64_t total) {
   STD_TORCH_CHECK(!streams.empty(), "packing: no streams");
-  Tensor out = fresh(streams[0], std::array{total, streams[0].size(1)});
+  for (const Tensor& stream : streams) check_matrix(stream);
+  Tensor out = new_tensor(streams[0], std::array{total, streams[0].size(1)});
   write_pack(streams, segments, out);
   return out;
 }
 
 void unpack_out(Tensor packed, Tensor segments, Tensor, Tensor, Tensors out) {
+  check_matrix(packed);
   check_outputs(packed, out);
   write_unpack(packed, segments, out);
 }
 
 Tensors unpack(Tensor packed, Tensor segments, Tensor, Tensor, std::vector<int64_t> stream_lengths) {
+  check_matrix(packed);
   Tensors streams;
-  for (const int64_t length : stream_lengths) streams.push_back(fresh(packed, std::array{length, packed.size(1)}));
+  for (const int64_t length : stream_lengths) streams.push_back(new_tensor(packed, std::array{length, packed.size(1)}));
   write_unpack(packed, segments, streams);
   return streams;
 }
 
 void pad_out(Tensor packed, Tensor bounds, Tensor out, Tensor mask) {
+  check_matrix(packed);
   check_padded(packed, out, mask);
   write_pad(packed, bounds, out, mask);
 }
 
 std::tuple<Tensor, Tensor> pad(Tensor packed, Tensor bounds, int64_t length) {
+  check_matrix(packed);
   const int64_t B = bounds.size(0) - 1;
-  Tensor out = fresh(packed, std::array{B, length, packed.size(1)});
+  Tensor out = new_tensor(packed, std::array{B, length, packed.size(1)});
   Tensor mask = new_tensor(packed, std::array{B, length}, true);
   write_pad(packed, bounds, out, mask);
   return {out, mask};
@@ -300,7 +300,8 @@ void unpad_out(Tensor padded, Tensor bounds, Tensor out) {
 }
 
 Tensor unpad(Tensor padded, Tensor bounds, int64_t total) {
-  Tensor out = fresh(padded, std::array{total, padded.size(2)});
+  STD_TORCH_CHECK(padded.dim() == 3, "packing: padded must be [B, L, E]");
+  Tensor out = new_tensor(padded, std::array{total, padded.size(2)});
   write_unpad(padded, bounds, out);
   return out;
 }
@@ -308,13 +309,15 @@ Tensor unpad(Tensor padded, Tensor bounds, int64_t total) {
 // For the operators that turn rows into `count` rows.
 template <auto write>
 Tensor rows_to_rows(const Tensor& in, const Tensor& where, int64_t count) {
-  Tensor out = fresh(in, std::array{count, in.size(1)});
+  check_matrix(in);
+  Tensor out = new_tensor(in, std::array{count, in.size(1)});
   write(in, where, out);
   return out;
 }
 
 template <auto write>
 void rows_to_rows_out(const Tensor& in, const Tensor& where, const Tensor& out, int64_t count) {
+  check_matrix(in);
   check_shape(out, count, in);
   check_apart(in, out);
   write(in, where, out);

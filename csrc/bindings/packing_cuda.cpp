@@ -180,23 +180,29 @@ void write_segment_mean_backward(const Tensor& given, const Tensor& bounds, cons
 
 void pack_out(Tensors streams, Tensor, Tensor modality_ids, Tensor source_rows, Tensor out) {
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "packing: out must be contiguous [T, E]");
-  for (const Tensor& stream : streams) check_apart(stream, out);
+  for (const Tensor& stream : streams) {
+    check_matrix(stream);
+    check_apart(stream, out);
+  }
   write_pack(streams, modality_ids, source_rows, out);
 }
 
 Tensor pack(Tensors streams, Tensor, Tensor modality_ids, Tensor source_rows, int64_t total) {
   STD_TORCH_CHECK(!streams.empty(), "packing: no streams");
+  for (const Tensor& stream : streams) check_matrix(stream);
   Tensor out = new_tensor(streams[0], std::array{total, streams[0].size(1)});
   write_pack(streams, modality_ids, source_rows, out);
   return out;
 }
 
 void unpack_out(Tensor packed, Tensor, Tensor modality_ids, Tensor source_rows, Tensors out) {
+  check_matrix(packed);
   check_outputs(packed, out);
   write_unpack(packed, modality_ids, source_rows, out);
 }
 
 Tensors unpack(Tensor packed, Tensor, Tensor modality_ids, Tensor source_rows, std::vector<int64_t> stream_lengths) {
+  check_matrix(packed);
   Tensors streams;
   for (const int64_t length : stream_lengths) streams.push_back(new_tensor(packed, std::array{length, packed.size(1)}));
   write_unpack(packed, modality_ids, source_rows, streams);
@@ -204,11 +210,13 @@ Tensors unpack(Tensor packed, Tensor, Tensor modality_ids, Tensor source_rows, s
 }
 
 void pad_out(Tensor packed, Tensor bounds, Tensor out, Tensor mask) {
+  check_matrix(packed);
   check_padded(packed, out, mask);
   write_pad(packed, bounds, out, mask);
 }
 
 std::tuple<Tensor, Tensor> pad(Tensor packed, Tensor bounds, int64_t length) {
+  check_matrix(packed);
   const int64_t B = bounds.size(0) - 1;
   Tensor out = new_tensor(packed, std::array{B, length, packed.size(1)});
   Tensor mask = new_tensor(packed, std::array{B, length}, true);
@@ -223,6 +231,7 @@ void unpad_out(Tensor padded, Tensor bounds, Tensor out) {
 }
 
 Tensor unpad(Tensor padded, Tensor bounds, int64_t total) {
+  STD_TORCH_CHECK(padded.dim() == 3, "packing: padded must be [B, L, E]");
   Tensor out = new_tensor(padded, std::array{total, padded.size(2)});
   write_unpad(padded, bounds, out);
   return out;
@@ -231,6 +240,7 @@ Tensor unpad(Tensor padded, Tensor bounds, int64_t total) {
 // For the operators that turn rows into `count` rows.
 template <auto write, class... Where>
 Tensor rows_to_rows(const Tensor& in, int64_t count, const Where&... where) {
+  check_matrix(in);
   Tensor out = new_tensor(in, std::array{count, in.size(1)});
   write(in, where..., out);
   return out;
@@ -238,6 +248,7 @@ Tensor rows_to_rows(const Tensor& in, int64_t count, const Where&... where) {
 
 template <auto write, class... Where>
 void rows_to_rows_out(const Tensor& in, int64_t count, const Tensor& out, const Where&... where) {
+  check_matrix(in);
   check_shape(out, count, in);
   check_apart(in, out);
   write(in, where..., out);

@@ -28,6 +28,10 @@ inline Tensor with_whole_rows(const Tensor& t) {
   return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
+inline void check_matrix(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, "packing: expected a tensor with two dimensions, got ", t.dim());
+}
+
 inline void check_alike(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.size(a.dim() - 1) == b.size(b.dim() - 1) && a.scalar_type() == b.scalar_type(),
                   "packing: rows must have one width and dtype");

@@ -21,7 +21,4 @@ void zero_bytes(char* to, int64_t bytes, Store store);
 // Makes streamed bytes visible to other threads: each thread calls it after its last copy.
 void finish_stores(Store store);
 
-// Asks for huge pages under fresh memory, where the system lets a process ask: 512 times fewer page faults.
-void use_huge_pages(char* data, int64_t bytes);
-
 }  // namespace mm::cpu

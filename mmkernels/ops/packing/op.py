@@ -73,6 +73,35 @@ def _register(name: str) -> Callable[..., Any]:
     return call
 
 
+def quick(name: str, tensors: Sequence[Any], *args: Any, out: Tensor | None = None) -> Any:
+    """What C++ makes of a plain call on CPU tensors, unchecked before: it checks.  None where it cannot or will not.
+
+    A caller goes on with all checks then, which say what is wrong.  On a short batch they would cost as much as the
+    copy.  args: inputs and size, or inputs alone with one tensor as out.
+    """
+    if not _direct(tensors) or not tensors[0].is_cpu or dispatch.cpp_missing() is not None:
+        return None
+    fresh, write = _quick_kernels(name)
+    try:
+        if out is None:
+            return fresh(*args)
+        if not _direct((out,)):
+            return None
+        write(*args, out)
+        return out
+    except RuntimeError:
+        return None
+
+
+def _quick_kernels(name: str) -> tuple[Callable, Callable]:
+    if not _QUICK:
+        _QUICK.update(dispatch.load("packing", "cpp").KERNELS)
+    return _QUICK[name]
+
+
+_QUICK: dict[str, tuple[Callable, Callable]] = {}
+
+
 def _direct(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody traces, wraps or differentiates: then the dispatcher, 30 us of Python, has nothing to add."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
