@@ -66,42 +66,54 @@ class Candidates:
     fused: tuple[Config, ...] = ()
 
 
-def _table() -> dict[tuple[str, int, int], Candidates]:
-    """Keys: architecture, bytes per element, widest head of the bucket.
+C = Config
+# A small tile keeps fewer queries per loaded key: twice the traffic per pair, behind products that take as long.  A
+# guess by that arithmetic, not a timing.
+SMALL = 1.1
 
-    Chosen from the inspector's report (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at
-    most 99 KiB of shared memory, for sm_86, sm_89 and sm_120.  Nothing here has been timed on a GPU: `python -m
-    benchmarks tune attention` times, and what it writes comes first.
-    """
-    C = Config
+# Forward.  Keys: architecture, bytes per element, widest head of the bucket.  Chosen from the inspector's report
+# (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at most 99 KiB of shared memory, for
+# sm_86, sm_89 and sm_120.  Descriptors on sm_90 where they take no more registers than pointers and spill nothing: up
+# to D 128 (at D 256 they spill 44 to 96 bytes).  Nothing here has been timed on a GPU: `python -m benchmarks tune
+# attention` times, and what it writes comes first.
+FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
+    ("sm_80", 2, 32): (C(128, 64, 4, 3), C(64, 64, 4, 3, price=SMALL)),
+    ("sm_80", 2, 64): (C(128, 64, 8, 3), C(64, 64, 4, 3, price=SMALL)),
+    ("sm_80", 2, 128): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
+    ("sm_80", 2, 256): (C(64, 32, 8, 2),),
+    ("sm_80", 4, 32): (C(64, 32, 8, 2),),
+    ("sm_80", 4, 64): (C(64, 32, 8, 2),),
+    ("sm_80", 4, 128): (C(32, 32, 8, 2),),
+    ("sm_80", 4, 256): (C(16, 16, 8, 2),),
+    ("sm_90", 2, 32): (C(128, 64, 8, 3, tma=True), C(64, 64, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 64): (C(128, 64, 8, 3, tma=True), C(64, 64, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 128): (C(128, 64, 8, 3, tma=True), C(64, 32, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 256): (C(128, 64, 8, 2), C(64, 32, 8, 2, price=SMALL)),
+}
 
-    def entry(fwd, dkdv, dq, fused=()):
-        return Candidates(*((c,) if isinstance(c, Config) else c for c in (fwd, dkdv, dq, fused)))
+# With pair bias, dropout and modality mass at once, by the same report; dropout takes most of the registers.
+FWD_EXTRAS: dict[tuple[str, int, int], tuple[Config, ...]] = {
+    ("sm_90", 2, 32): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
+    ("sm_90", 2, 64): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
+    ("sm_90", 2, 128): (C(128, 32, 8, 3),),
+    ("sm_90", 2, 256): (C(128, 32, 8, 2),),
+}
 
-    table = {
-        ("sm_80", 2, 32): entry(fwd=C(128, 64, 4, 3), dkdv=C(64, 64, 4, 2), dq=C(64, 64, 4, 2)),
-        ("sm_80", 2, 64): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 2), dq=C(128, 64, 8, 2)),
-        ("sm_80", 2, 128): entry(fwd=C(128, 64, 8, 2), dkdv=C(64, 64, 8, 2), dq=C(64, 64, 8, 2)),
-        ("sm_80", 2, 256): entry(fwd=C(64, 32, 8, 2), dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
-        ("sm_80", 4, 32): entry(fwd=C(64, 32, 8, 2), dkdv=C(64, 32, 8, 2), dq=C(64, 32, 8, 2)),
-        ("sm_80", 4, 64): entry(fwd=C(64, 32, 8, 2), dkdv=C(32, 32, 8, 2), dq=C(64, 32, 8, 2)),
-        ("sm_80", 4, 128): entry(fwd=C(32, 32, 8, 2), dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
-        ("sm_80", 4, 256): entry(fwd=C(16, 16, 8, 2), dkdv=C(16, 16, 8, 1), dq=C(16, 16, 8, 2)),
-        ("sm_90", 2, 32): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
-        ("sm_90", 2, 64): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
-        ("sm_90", 2, 128): entry(fwd=C(128, 64, 8, 3), dkdv=C(128, 32, 8, 3), dq=C(128, 64, 8, 2)),
-        ("sm_90", 2, 256): entry(fwd=C(128, 64, 8, 2), dkdv=C(64, 16, 8, 2), dq=C(128, 32, 8, 2)),
-    }
-    # fp32 products do not use tensor cores, so they fare alike on every architecture.
-    for bucket in BUCKETS:
-        table["sm_90", 4, bucket] = table["sm_100", 4, bucket] = table["sm_80", 4, bucket]
-        table["sm_100", 2, bucket] = table["sm_90", 2, bucket]
-    return table
-
-
-TABLE = _table()
-# What pair bias, dropout and modality mass leave room for, where that is less than the plain kernel's.
-EXTRAS: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {}
+# Backward: dkdv, dq.  The same report, the same caveat.
+BWD: dict[tuple[str, int, int], tuple[Config, Config]] = {
+    ("sm_80", 2, 32): (C(64, 64, 4, 2), C(64, 64, 4, 2)),
+    ("sm_80", 2, 64): (C(128, 64, 8, 2), C(128, 64, 8, 2)),
+    ("sm_80", 2, 128): (C(64, 64, 8, 2), C(64, 64, 8, 2)),
+    ("sm_80", 2, 256): (C(32, 16, 8, 2), C(32, 32, 8, 2)),
+    ("sm_80", 4, 32): (C(64, 32, 8, 2), C(64, 32, 8, 2)),
+    ("sm_80", 4, 64): (C(32, 32, 8, 2), C(64, 32, 8, 2)),
+    ("sm_80", 4, 128): (C(32, 16, 8, 2), C(32, 32, 8, 2)),
+    ("sm_80", 4, 256): (C(16, 16, 8, 1), C(16, 16, 8, 2)),
+    ("sm_90", 2, 32): (C(128, 64, 8, 3), C(128, 64, 8, 3)),
+    ("sm_90", 2, 64): (C(128, 64, 8, 3), C(128, 64, 8, 3)),
+    ("sm_90", 2, 128): (C(128, 32, 8, 3), C(128, 64, 8, 2)),
+    ("sm_90", 2, 256): (C(64, 16, 8, 2), C(128, 32, 8, 2)),
+}
 
 _override: dict[str, tuple[Config, ...]] = {}
 _schedule: list[str] = []
@@ -116,11 +128,19 @@ def select(
     Architectures that the table does not name take the nearest lower one of the same major number, then sm_80.
     """
     width = bucket(head_dim)
-    key = (_family(arch), 4 if dtype == "fp32" else 2, width)
-    found = replace(TABLE[key], **EXTRAS.get(key, {}) if extras else {})
+    found = built_in(_family(arch), 4 if dtype == "fp32" else 2, width, extras)
     measured = tuned.lookup(arch, dtype, width, extras, mask, lengths)
     found = replace(found, **{kernel: (Config(**numbers),) for kernel, numbers in measured.items()})
     return replace(found, **_override) if _override else found
+
+
+def built_in(family: str, itemsize: int, width: int, extras: bool) -> Candidates:
+    """The tables' entry.  fp32 products use no tensor cores, so they fare alike on every architecture."""
+    key = ("sm_80" if itemsize == 4 else min(family, "sm_90", key=_generation), itemsize, width)
+    fwd = FWD_EXTRAS.get(key, FWD[key]) if extras else FWD[key]
+    if family == "sm_100":  # descriptors were looked at on sm_90 only
+        fwd = tuple(replace(config, tma=False) for config in fwd)
+    return Candidates(fwd, *((config,) for config in BWD[key]))
 
 
 def forced_schedule() -> str | None:
@@ -155,6 +175,10 @@ def override(*, schedule: str | None = None, **kernels: Config) -> Iterator[None
         _override.update(before)
         if schedule is not None:
             _schedule.pop()
+
+
+def _generation(family: str) -> int:
+    return int(family.removeprefix("sm_"))
 
 
 def _family(arch: str) -> str:

@@ -5,114 +5,79 @@ from __future__ import annotations
 from mmkernels.kernel_spec import KernelSpec
 from mmkernels.ops.attention import configs
 from mmkernels.ops.attention.configs import Config
-from mmkernels.ops.attention.triton_backward import (
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
+from mmkernels.ops.attention.triton_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
+from mmkernels.ops.attention.triton_fused import attention_bwd_fused_kernel
 
 HEAD_DIMS = (64, 128)
 OTHER_HEAD_DIMS = (32, 96, 256)  # compiled for bf16 only: reported, with no promise
 DTYPES = ("bf16", "fp16", "fp32")
+MODALITIES = 3
+EXTRAS = ("bias", "dropout", "mass")
 
-_FP32_ARGS = ("lse_ptr", "delta_ptr", "bias_ptr", "mass_ptr")
-_INT32_ARGS = (
-    "q_table_ptr",
-    "k_table_ptr",
-    "kv_lo_ptr",
-    "kv_hi_ptr",
-    "q_lo_ptr",
-    "q_hi_ptr",
-    "q_bits_ptr",
-    "k_bits_ptr",
-    "tiles_ptr",
-    "spans_ptr",
-)
+KERNELS = {
+    "fwd": attention_fwd_kernel,
+    "dkdv": attention_bwd_dkdv_kernel,
+    "dq": attention_bwd_dq_kernel,
+    "fused": attention_bwd_fused_kernel,
+}
+_OF_KEYS = ("dkdv", "fused")  # a tile's rows are keys, its columns queries
+# Arguments that are None unless an extra asks for them.
+_OPTIONAL = {"bias_ptr": "bias", "partials_ptr": "bias", "rng_ptr": "dropout", "mass_ptr": "mass", "dlse_ptr": "dlse"}
+_TYPES = {"rng_ptr": "*i64"}
+_TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "mass_ptr", "partials_ptr", "dq_sum"), "*fp32")
+_TYPES |= dict.fromkeys(("q_table_ptr", "k_table_ptr", "tiles_ptr", "spans_ptr"), "*i32")
+_TYPES |= dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32")
 
 
 def kernel_specs(arch: str) -> list[KernelSpec]:
-    """Forward, dK/dV and dQ, each with and without modality visibility, for every default configuration."""
+    """Every kernel, with and without modality visibility, and with all extras at once, the worst case for registers."""
     shapes = [(dtype, D) for dtype in DTYPES for D in HEAD_DIMS] + [("bf16", D) for D in OTHER_HEAD_DIMS]
     specs = []
     for dtype, D in shapes:
-        found = configs.select(arch, dtype, D)
-        for visible in (False, True):
-            specs += [forward_spec(dtype, D, config, visible) for config in found.fwd]
-            specs += [dkdv_spec(dtype, D, config, visible) for config in found.dkdv]
-            specs += [dq_spec(dtype, D, config, visible) for config in found.dq]
+        for visible, extras in ((False, ()), (True, ()), (True, EXTRAS)):
+            found = configs.select(arch, dtype, D, extras=bool(extras))
+            for kernel in KERNELS:
+                specs += [spec(kernel, dtype, D, c, visible, extras) for c in getattr(found, kernel)]
     return specs
 
 
-def forward_spec(dtype: str, head_dim: int, config: Config, visible: bool, extras: tuple[str, ...] = ()) -> KernelSpec:
-    """extras: any of "bias", "dropout" and "mass"."""
-    constexprs = {
+def spec(
+    kernel: str, dtype: str, head_dim: int, config: Config, visible: bool, extras: tuple[str, ...] = ()
+) -> KernelSpec:
+    """One configuration of one of KERNELS.  extras: any of EXTRAS; those that the kernel does not have are nothing."""
+    fn = KERNELS[kernel]
+    block_d = configs.padded(head_dim)
+    rows, cols = ("BLOCK_K", "BLOCK_Q") if kernel in _OF_KEYS else ("BLOCK_Q", "BLOCK_K")
+    biased = "bias" in extras or (kernel == "fwd" and "mass" in extras)
+    values = {
         "D": head_dim,
-        "BLOCK_D": configs.padded(head_dim),
-        "BLOCK_Q": config.rows,
-        "BLOCK_K": config.cols,
-        "BLOCK_M": 16 if "mass" in extras else 0,
+        "BLOCK_D": block_d,
+        rows: config.rows,
+        cols: config.cols,
+        "BLOCK_M": 16,
+        "MODALITIES": MODALITIES if biased else 0,
         "HAS_VISIBLE": visible,
         "ALIGNED": False,
         "PRECISION": "ieee",
+        "TMA": config.tma,
     }
-    present = {"bias_ptr": "bias" in extras, "rng_ptr": "dropout" in extras, "mass_ptr": "mass" in extras}
-    present |= {"k_desc": config.tma, "v_desc": config.tma}
-    constexprs |= {arg: None for arg, there in present.items() if not there}
-    shown = {"head_dim": head_dim, "block_q": config.rows, "block_k": config.cols, "warps": config.warps}
-    shown |= {"stages": config.stages, "visible": visible, "tma": config.tma, "extras": "+".join(extras)}
-    fn = attention_fwd_kernel
-    return _spec("attention_fwd", fn, dtype, shown, constexprs, config.warps, config.stages)
-
-
-def dkdv_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelSpec:
-    return _tiled(
-        "attention_bwd_dkdv", attention_bwd_dkdv_kernel, dtype, head_dim, config, visible, "BLOCK_K", "BLOCK_Q"
-    )
-
-
-def dq_spec(dtype: str, head_dim: int, config: Config, visible: bool) -> KernelSpec:
-    return _tiled("attention_bwd_dq", attention_bwd_dq_kernel, dtype, head_dim, config, visible, "BLOCK_Q", "BLOCK_K")
-
-
-def _tiled(name, fn, dtype: str, head_dim: int, config: Config, visible: bool, rows: str, cols: str) -> KernelSpec:
-    constexprs = {
-        "D": head_dim,
-        "BLOCK_D": configs.padded(head_dim),
-        rows: config.rows,
-        cols: config.cols,
-        "HAS_VISIBLE": visible,
-        "PRECISION": "ieee",
-    }
-    if "dlse_ptr" in fn.arg_names:
-        constexprs["dlse_ptr"] = None  # the usual case: nobody differentiates lse
-    shown = {
-        "head_dim": head_dim,
-        rows.lower(): config.rows,
-        cols.lower(): config.cols,
-        "warps": config.warps,
-        "stages": config.stages,
-        "visible": visible,
-    }
-    return _spec(name, fn, dtype, shown, constexprs, config.warps, config.stages)
-
-
-def _spec(name, fn, dtype: str, shown: dict, constexprs: dict, warps: int, stages: int) -> KernelSpec:
-    block = f"{constexprs['BLOCK_K']}, 1, {constexprs['BLOCK_D']}"
-    signature = {arg: "constexpr" if arg in constexprs else _type(arg, dtype, block) for arg in fn.arg_names}
+    values |= {arg: None for arg, extra in _OPTIONAL.items() if extra not in extras}
+    values |= {} if config.tma else {"k_desc": None, "v_desc": None}
+    constexprs = {arg: value for arg, value in values.items() if arg in fn.arg_names}
+    block = f"[{config.cols}, 1, {block_d}]"
+    types = _TYPES | {"k_desc": f"tensordesc<{dtype}{block}>", "v_desc": f"tensordesc<{dtype}{block}>"}
+    if config.tma:
+        types["dq_sum"] = f"tensordesc<fp32{block}>"
+    signature = {}
+    for arg in fn.arg_names:
+        usual = f"*{dtype}" if arg.endswith("_ptr") else "i32"
+        signature[arg] = "constexpr" if arg in constexprs else types.get(arg, usual)
     # Tensors from torch are aligned, and so are the strides of a [T, 3, H, D] projection.
-    divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_"))
-    return KernelSpec("attention", name, dtype, shown, fn, signature, constexprs, divisible, warps, stages)
-
-
-def _type(arg: str, dtype: str, block: str) -> str:
-    if arg.endswith("_desc"):
-        return f"tensordesc<{dtype}[{block}]>"
-    if arg == "rng_ptr":
-        return "*i64"
-    if arg in _FP32_ARGS:
-        return "*fp32"
-    if arg in _INT32_ARGS:
-        return "*i32"
-    if arg.endswith("_ptr"):
-        return f"*{dtype}"
-    return "fp32" if arg in ("scale", "scale_log2", "keep_scale") else "i32"
+    divisible = tuple(arg for arg in signature if arg.endswith("_ptr") or arg.startswith("stride_"))
+    shown = {"head_dim": head_dim, rows.lower(): config.rows, cols.lower(): config.cols, "warps": config.warps}
+    shown |= {"stages": config.stages, "tma": config.tma, "visible": visible, "extras": "+".join(extras) or "none"}
+    name = f"attention_{kernel}" if kernel == "fwd" else f"attention_bwd_{kernel}"
+    return KernelSpec(
+        "attention", name, dtype, shown, fn, signature, constexprs, divisible, config.warps, config.stages
+    )

@@ -9,11 +9,12 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton_tiles import (
     LN2,
-    bias_tile,
+    bias_of,
     dropout_keep_tile,
     load_rows,
     load_rows_tma,
     modalities_of,
+    row_biases,
     row_bounds,
     seen_pairs,
     store_rows,
@@ -46,11 +47,12 @@ def _attend(
     lo,
     hi,
     bits,
-    bias_rows,
+    biases,
     col,
     col_end,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,7 +73,7 @@ def _attend(
     if bias_ptr is not None or mass_ptr is not None:
         k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
     if bias_ptr is not None:
-        scores = scores * scale_log2 + bias_tile(bias_ptr, bias_rows, k_modality)
+        scores = scores * scale_log2 + bias_of(biases, k_modality, MODALITIES)
     if MASKED:
         if bias_ptr is None:
             scores = scores * scale_log2
@@ -93,10 +95,7 @@ def _attend(
     alpha = tl.math.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     if mass_ptr is not None:
-        # fp32 probabilities; three TF32 products carry all of their bits.
-        of_key = (k_modality[:, None] == tl.arange(0, mass.shape[1])[None, :]).to(tl.float32)
-        MASS_PRECISION: tl.constexpr = "ieee" if PRECISION == "ieee" and q.dtype == tl.float32 else "tf32x3"
-        mass = tl.dot(p, of_key, mass * alpha[:, None], input_precision=MASS_PRECISION)
+        mass = _add_mass(mass, alpha, p, k_modality, MODALITIES)
     if rng_ptr is not None:  # after the sums: the denominator and the mass are those before dropout
         p = tl.where(dropout_keep_tile(rng_ptr, drop_threshold, head, rows, col, BLOCK_K, ALIGNED), p, 0.0)
     if BY_TMA:
@@ -107,7 +106,25 @@ def _attend(
     return acc, new_max, row_sum, mass
 
 
-@triton.jit(do_not_specialize=["drop_threshold"])
+@triton.jit
+def _add_mass(mass, alpha, p, k_modality, MODALITIES: tl.constexpr):
+    """The tuple of each modality's sums [rows], rescaled, and what p [rows, cols] adds to them."""
+    total = ()
+    for m in tl.static_range(MODALITIES):
+        added = tl.sum(tl.where((k_modality == m)[None, :], p, 0.0), 1)
+        total = total + (mass[m] * alpha + added,)  # noqa: RUF005  Triton compiles no (*total, ...)
+    return total
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, MODALITIES: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(MODALITIES):
+        zeros = zeros + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005  Triton compiles no (*zeros, ...)
+    return zeros
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -128,7 +145,6 @@ def attention_fwd_kernel(
     heads,
     group,
     q_modalities,
-    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -144,7 +160,7 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -152,7 +168,8 @@ def attention_fwd_kernel(
     """out[rows] = softmax(q k^T scale + bias) v, lse (natural log) and modality mass of one tile of one head.
 
     Grid: tiles x heads.  k_desc, v_desc: descriptors of blocks [BLOCK_K, 1, BLOCK_D] for whole unmasked blocks.
-    keep_scale: 1 / (1 - dropout_p).  BLOCK_M: k_modalities as a tile is wide.  ALIGNED: see dropout_keep_tile.
+    keep_scale: 1 / (1 - dropout_p).  MODALITIES: Mk where there is a bias or a mass, else 0.  ALIGNED: see
+    dropout_keep_tile.
     """
     # Heads vary fastest, so that the heaviest tiles (first in the list) start first on every head.
     tile = tl.program_id(0) // heads
@@ -174,17 +191,17 @@ def attention_fwd_kernel(
     rows = row_start + tl.arange(0, BLOCK_Q)
     in_tile = rows < row_end
     lo, hi, bits = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
-    bias_rows = lo
+    biases = ()
     if bias_ptr is not None:
-        bias_ptr += q_head * q_modalities * k_modalities
-        bias_rows = modalities_of(q_table_ptr, rows, in_tile, Tq) * k_modalities
+        q_modality = modalities_of(q_table_ptr, rows, in_tile, Tq)
+        biases = row_biases(bias_ptr + q_head * q_modalities * MODALITIES, q_modality, MODALITIES)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    mass = row_sum
+    mass = ()
     if mass_ptr is not None:
-        mass = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
+        mass = _zeros(BLOCK_Q, MODALITIES)
     for span in range(first_span, last_span):
         col_start = tl.load(spans_ptr + 3 * span)
         col_end = tl.load(spans_ptr + 3 * span + 1)
@@ -194,14 +211,14 @@ def attention_fwd_kernel(
         for col in range(col_start, full_end, BLOCK_K):
             acc, row_max, row_sum, mass = _attend(
                 acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, bias_rows,
-                col, col_end, D, BLOCK_K, HAS_VISIBLE, ALIGNED, PRECISION, False,
+                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, biases,
+                col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
             acc, row_max, row_sum, mass = _attend(
                 acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, bias_rows,
-                col, col_end, D, BLOCK_K, HAS_VISIBLE, ALIGNED, PRECISION, True,
+                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, biases,
+                col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, True,
             )  # fmt: skip
 
     # A row that saw nothing: out 0, lse -inf, mass 0.
@@ -211,9 +228,8 @@ def attention_fwd_kernel(
     lse = (row_max + tl.math.log2(row_sum)) * LN2  # row_max of a blind row is still -inf
     tl.store(lse_ptr + q_head * Tq + rows, lse, mask=in_tile)
     if mass_ptr is not None:
-        modality = tl.arange(0, BLOCK_M)[None, :]
-        ptrs = mass_ptr + (rows.to(tl.int64)[:, None] * heads + head) * k_modalities + modality
-        tl.store(ptrs, mass * factor[:, None], mask=in_tile[:, None] & (modality < k_modalities))
+        for m in tl.static_range(MODALITIES):
+            tl.store(mass_ptr + (rows.to(tl.int64) * heads + head) * MODALITIES + m, mass[m] * factor, mask=in_tile)
     if rng_ptr is not None:
         factor *= keep_scale
     out = acc * factor[:, None]

@@ -81,15 +81,16 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     k_desc, v_desc = (descriptor(t, config.cols) if config.tma else None for t in (k, v))
     if k_desc is None or v_desc is None:
         k_desc = v_desc = None
-    k_modalities = 0 if mass is None else mass.shape[2]
-    q_modalities, k_modalities = (0, k_modalities) if pair_bias is None else pair_bias.shape[1:]
+    q_modalities, modalities = (0, 0) if pair_bias is None else pair_bias.shape[1:]
+    if mass is not None:
+        modalities = mass.shape[2]
     with on_device(q):
         attention_fwd_kernel[(len(tiles) * H,)](
             q, k, v, k_desc, v_desc, pair_bias, rng, lowered.q_table, lowered.k_table, tiles, lowered.fwd_spans,
-            out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, k_modalities, *strides(q, k, v, out),
+            out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, *strides(q, k, v, out),
             lowered.scale * LOG2E, *dropout_scalars(lowered.dropout_p),
             D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
-            BLOCK_M=configs.padded(k_modalities) if mass is not None else 0, HAS_VISIBLE=lowered.has_visible,
+            MODALITIES=modalities, HAS_VISIBLE=lowered.has_visible,
             ALIGNED=config.token and rng is not None, PRECISION=precision(q),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

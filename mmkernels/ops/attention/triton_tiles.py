@@ -84,6 +84,25 @@ def bias_tile(bias_ptr, row_offsets, col_offsets):
 
 
 @triton.jit
+def row_biases(bias_ptr, q_modality, MODALITIES: tl.constexpr):
+    """A tuple: per key modality the pair bias of each query, fp32 [rows] in units of log2.  bias_ptr: one head's."""
+    biases = ()
+    for m in tl.static_range(MODALITIES):
+        bias = tl.load(bias_ptr + q_modality * MODALITIES + m) * LOG2E
+        biases = biases + (bias,)  # noqa: RUF005  Triton compiles no (*biases, bias)
+    return biases
+
+
+@triton.jit
+def bias_of(biases, k_modality, MODALITIES: tl.constexpr):
+    """fp32 [rows, cols] from row_biases: a select per modality, which is cheaper than a gather per pair."""
+    bias = biases[0][:, None]
+    for m in tl.static_range(1, MODALITIES):
+        bias = tl.where((k_modality == m)[None, :], biases[m][:, None], bias)
+    return bias
+
+
+@triton.jit
 def dropout_keep_tile(
     rng_ptr, threshold, head, queries, first_key, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip

@@ -115,7 +115,7 @@ def test_default_tiles_give_the_same_numbers():
     q, k, v = torch.randn(79, 3, 1, 16).unbind(1)
     with configs.override(fwd=configs.select("sm_80", "fp32", 16).fwd[0]):
         small = attention(q, k, v, layout=layout, mask=mask, impl="triton")
-    with configs.override(fwd=configs.TABLE["sm_90", 2, 64].fwd[0]):
+    with configs.override(fwd=configs.select("sm_90", "bf16", 64).fwd[0]):
         layout = PackedLayout.from_counts([[50, 20], [0, 9]])  # schedules are cached on the layout
         default = attention(q, k, v, layout=layout, mask=mask, impl="triton")
     torch.testing.assert_close(small, default, rtol=1e-6, atol=1e-6)
