@@ -1,6 +1,8 @@
 """python -m benchmarks: times every kernel against its peers on this machine.
 
 python -m benchmarks attention|modality_embed|packing|planner [--device cpu|cuda] [--shapes quick|full] [--json PATH]
+python -m benchmarks attention --host
+python -m benchmarks tune attention [--out PATH] [--dry-run]
 python -m benchmarks gpu --out DIR [--stage NAME ...] [--dry-run]
 """
 
@@ -21,6 +23,10 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.gpu import stages
 
         return stages.run_all(options.out, options.stage, options.budget_seconds, dry_run=options.dry_run)
+    if options.command == "tune":
+        from benchmarks import tune
+
+        return tune.run(options.out, options.budget_seconds, options.head_dim, dry_run=options.dry_run)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda, but torch sees no GPU (a CPU build, or no driver)", file=sys.stderr)
@@ -60,6 +66,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
         if op == "attention":
             command.add_argument("--host", action="store_true", help="host time of one call, by part, and nothing else")
+    tune = commands.add_parser("tune", help="times kernel configurations on this GPU and rewrites the tuning table")
+    tune.add_argument("op", choices=["attention"])
+    tune.add_argument("--out", type=Path, help="file to write; default: the table that the package reads")
+    tune.add_argument("--budget-seconds", type=float, default=540, help="then the rest keeps what it has; default 540")
+    tune.add_argument("--head-dim", type=int, action="append", help="only this head width, repeatable; default all")
+    tune.add_argument("--dry-run", action="store_true", help="tiny, in Triton's interpreter: shows that it runs")
     gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")
     gpu.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     gpu.add_argument("--stage", action="append", help="stage by name, repeatable; default all, in order of worth")

@@ -38,6 +38,7 @@ MASKS: dict[str, Callable[[PackedLayout], AttentionMask | None]] = {
     "full": lambda layout: None,
     "causal": lambda layout: AttentionMask(causal=True),
     "prefix": prefix,
+    "window": lambda layout: AttentionMask(causal=True, window=(256, -1)),
     # causal text with image segments that see themselves whole, as in multimodal language models
     "bidirectional": lambda layout: AttentionMask(causal=True, bidirectional=(workloads.IMAGE,)),
     # text reads everything, image and audio read themselves: encoders whose text stream does the fusing
@@ -68,6 +69,7 @@ CPU_FULL = (
     Case("uniform", 2, length=2048),
     Case("uniform", 2, "causal", length=2048),
     Case("uniform", 2, "causal", length=2048, width=128),
+    Case("uniform", 2, "window", length=2048),
 )
 # Shapes of the published tables: 16,384 tokens and 2,048 channels at every length.
 CUDA_TABLE = tuple(
@@ -83,6 +85,7 @@ CUDA_RAGGED = (
     *(Case("native", 64, mask, 12, 12, 64, "bf16") for mask in (*MODALITY_MASKS, "isolated")),
     Case("longtail", 32, "causal", 16, 16, 64, "bf16"),
     Case("longtail", 32, "causal", 32, 8, 128, "bf16"),
+    Case("longtail", 32, "window", 16, 16, 64, "bf16"),
     Case("stamps", 256, "full", 12, 12, 64, "fp16"),
 )
 # In order of worth: what the budget does not reach is skipped with that reason.

@@ -1,0 +1,116 @@
+"""`benchmarks tune attention`: refuses without a GPU, keeps what it did not measure, leaves out what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import attention, harness, tune
+from benchmarks.__main__ import main
+from mmkernels import settings
+from mmkernels.ops.attention import configs, tuned
+
+CPU = torch.device("cpu")
+ENTRY = {
+    "arch": "sm_90", "dtype": "bf16", "head_dim": 64, "extras": False, "mask": "causal", "lengths": "long",
+    "kernel": "fwd", "config": {"rows": 128, "cols": 64, "warps": 8, "stages": 3}, "provenance": {"device": "a test"},
+}  # fmt: skip
+
+
+def test_refuses_without_a_gpu(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    before = tuned.tuned_path().read_text()
+    assert main(["tune", "attention"]) == 2
+    assert "inspector's report" in capsys.readouterr().err
+    assert main(["tune", "attention", "--dry-run"]) == 2
+    message = capsys.readouterr().err
+    assert ("needs --out" if settings.current().triton_interpret else "set TRITON_INTERPRET=1") in message
+    assert tuned.tuned_path().read_text() == before
+
+
+def test_merge_keeps_the_others(tmp_path):
+    path = tmp_path / "tuned.json"
+    tune.merge(path, [ENTRY, ENTRY | {"kernel": "dq"}])
+    newer = ENTRY | {"config": {"rows": 64, "cols": 64, "warps": 4, "stages": 2}}
+    tune.merge(path, [newer])
+    assert tuned.read(path) == [ENTRY | {"kernel": "dq"}, newer]
+
+
+def test_every_case_has_a_place_in_the_table():
+    """Each class of mask and length of `tuned.classify` is measured at each width."""
+    places = set()
+    for case in tune.CASES:
+        layout = attention.workloads.BY_NAME[case.workload](
+            case.samples, 0, **({"length": case.length} if case.length else {})
+        )
+        plan = attention.MaskPlan.lower(layout, attention.MASKS[case.mask](layout))
+        places.add((case.dtype, configs.bucket(case.width), *tuned.classify(plan)))
+    for width in configs.BUCKETS:
+        for mask in tuned.MASKS:
+            for lengths in tuned.LENGTHS:
+                assert ("bf16", width, mask, lengths) in places
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """tune_kernel with made-up candidates and times: ms by configuration, None for the default."""
+
+    def run(ms, reasons=None):
+        sweep = tune.Sweep(
+            CPU, "sm_90", ((({"rows": 64}), ({"rows": 128})), ({"warps": 4}, {"warps": 8})), 0.0, {"x": 1}
+        )
+        problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
+
+        def candidate(sweep, problem, kernel, config):
+            return (reasons or {}).get(config and (config.rows, config.warps), config)
+
+        monkeypatch.setattr(tune, "candidate", candidate)
+        monkeypatch.setattr(tune, "_medians", lambda calls, sweep: {c: ms[c and (c.rows, c.warps)] for c in calls})
+        tune.tune_kernel(sweep, problem, tune.DRY_CASES[0], "fwd")
+        return sweep
+
+    return run
+
+
+def test_the_fastest_is_written(timed):
+    start = configs.select("sm_90", "fp32", 16, mask="causal", lengths="short").fwd[0]
+    ms = {None: 2.0, (start.rows, start.warps): 2.0, (64, 8): 2.0, (128, 8): 1.5, (128, 4): 1.0}
+    (entry,) = timed(ms).entries
+    assert {name: entry["config"][name] for name in ("rows", "warps")} == {"rows": 128, "warps": 4}
+    assert (entry["provenance"]["ms"], entry["provenance"]["default_ms"]) == (1.0, 2.0)
+    assert (entry["mask"], entry["lengths"], entry["head_dim"]) == ("causal", "short", 32)
+
+
+def test_what_is_wrong_or_hardly_faster_is_not_written(timed):
+    start = configs.select("sm_90", "fp32", 16, mask="causal", lengths="short").fwd[0]
+    ms = {None: 2.0, (start.rows, start.warps): 2.0, (64, 8): 2.0, (64, 4): 2.0, (128, 8): 0.1, (128, 4): 0.1}
+    sweep = timed(ms, {(128, 8): "wrong: result 0", (128, 4): "spills 8 registers"})
+    assert sweep.entries == []
+    assert {row["skipped"] for row in sweep.tried if "skipped" in row} == {"wrong: result 0"}
+    assert timed(ms | {(128, 8): 1.99, (128, 4): 1.99}).entries == []
+
+
+@pytest.mark.interpreter
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    """The whole walk on real kernels: every kernel is tried, and the file can be read."""
+    monkeypatch.setattr(harness, "MIN_ROUNDS", 1)  # no figure counts here
+    path = tmp_path / "tuned.json"
+    assert main(["tune", "attention", "--dry-run", "--out", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for kernel in configs.KERNELS:
+        assert f"  {kernel}: " in shown
+    assert "skipped" not in shown
+    tuned.read(path)
+
+
+@pytest.mark.interpreter
+def test_a_wrong_candidate_is_left_out(monkeypatch):
+    problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
+    sweep = tune.Sweep(CPU, "sm_80", tune.DRY_AXES, 0.0, {})
+    config = configs.select("sm_80", "fp32", 16).fwd[0]
+    assert callable(tune.candidate(sweep, problem, "fwd", config))
+    right = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *inputs, **options: 1.01 * right(*inputs, **options))
+    problem.check("fwd", [problem.q.detach()])  # the oracle, before it too is wrong
+    assert "wrong" in tune.candidate(sweep, problem, "fwd", config)
