@@ -6,7 +6,8 @@ namespace mm::cuda {
 namespace {
 
 template <class Vec, bool kUnpack>
-__global__ void __launch_bounds__(kThreads) move_streams(__grid_constant__ const StreamMove move, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    move_streams(__grid_constant__ const StreamMove move, Lanes lanes) {
   const int64_t t = lanes.row();
   if (t >= move.total) return;
   const Rows& rows = move.streams[move.modality_ids[t]];
@@ -21,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) move_streams(__grid_constant__ const
 }
 
 template <class Vec>
-__global__ void __launch_bounds__(kThreads) pad(__grid_constant__ const PaddedMove move, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) pad(__grid_constant__ const PaddedMove move, Lanes lanes) {
   const int64_t row = lanes.row();
   if (row >= move.samples * move.length) return;
   const int64_t b = row / move.length, place = row - b * move.length;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) pad(__grid_constant__ const PaddedMo
 }
 
 template <class Vec>
-__global__ void __launch_bounds__(kThreads) unpad(__grid_constant__ const PaddedMove move, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) unpad(__grid_constant__ const PaddedMove move, Lanes lanes) {
   const int64_t t = lanes.row();
   if (t >= move.total) return;
   const int64_t b = run_of(move.bounds, move.samples, t);
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) unpad(__grid_constant__ const Padded
 }
 
 template <class Vec, class Index>
-__global__ void __launch_bounds__(kThreads) gather(__grid_constant__ const Gather gather, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) gather(__grid_constant__ const Gather gather, Lanes lanes) {
   const int64_t r = lanes.row();
   if (r >= gather.count) return;
   const int64_t row = static_cast<const Index*>(gather.rows)[r];

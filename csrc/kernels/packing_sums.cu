@@ -59,7 +59,7 @@ __device__ T* row_at(const Rows& rows, int64_t row) {
 }
 
 template <class T, int K, class Index>
-__global__ void __launch_bounds__(kThreads) sum_sorted(__grid_constant__ const SortedSum sum, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) sum_sorted(__grid_constant__ const SortedSum sum, Lanes lanes) {
   const int64_t t = lanes.row();
   if (t >= sum.total) return;
   const auto* sorted = static_cast<const Index*>(sum.sorted);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) sum_sorted(__grid_constant__ const S
 
 // A block per segment and strip of columns.  Warp w adds tokens w, w + 8, ...; then the warps' sums are added in order.
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads) mean(__grid_constant__ const SegmentMean mean, int strips) {
+__global__ void __launch_bounds__(kThreads, kResident) mean(__grid_constant__ const SegmentMean mean, int strips) {
   __shared__ Accumulator<T> partial[kWarps][32][K];
   const int64_t n = blockIdx.x / strips;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) mean(__grid_constant__ const Segment
 }
 
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads) spread(__grid_constant__ const SegmentMean mean, Lanes lanes) {
+__global__ void __launch_bounds__(kThreads, kResident) spread(__grid_constant__ const SegmentMean mean, Lanes lanes) {
   const int64_t t = lanes.row();
   if (t >= mean.total) return;
   const int64_t n = run_of(mean.bounds, mean.segments, t);
