@@ -20,19 +20,17 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PacksProb
     full = shapes != "quick"
     draw = lambda name, n: DISTRIBUTIONS[name](np.random.default_rng(seed), n).astype(np.int32)  # noqa: E731
     yield LayoutProblem("layout: 256 samples, text, image and audio", draw("trimodal", 256))
-    for name in ("mixed", "lognormal", "halves") if full else ("mixed",):
-        for n in (10_000, 100_000, 1_000_000) if full else (10_000, 1_000_000):
-            yield PacksProblem(f"{name} n{n} budget {BUDGET}", draw(name, n), BUDGET)
-    for n in (5000, 20_000, 100_000) if full else (5000,):
-        for budgets in (TIGHT, COARSE) if full else (TIGHT,):
-            name = "x".join(map(str, budgets))
-            yield PacksProblem(f"trimodal n{n} budgets {name}", draw("trimodal", n), budgets)
-    lengths = draw("mixed", 100_000 if full else 10_000)
-    case = f"mixed n{len(lengths)} budget {BUDGET}, cost l + l^2/4096"
-    yield PacksProblem(case, lengths, BUDGET, costs=_attention_cost(lengths))
     for n, ranks in ((256, 8), (2048, 64), (65_536, 64)) if full else ((256, 8), (2048, 64)):
         yield RanksProblem(f"ranks: one cost n{n} R{ranks}", _attention_cost(draw("mixed", n)), ranks)
         yield RanksProblem(f"ranks: three costs n{n} R{ranks}", draw("trimodal", n).astype(np.float64), ranks)
+    packs = [("mixed", 10_000), ("mixed", 1_000_000)]
+    for name, n in packs + [("mixed", 100_000), ("lognormal", 1_000_000), ("halves", 1_000_000)] * full:
+        yield PacksProblem(f"{name} n{n} budget {BUDGET}", draw(name, n), BUDGET)
+    lengths = draw("mixed", 100_000 if full else 10_000)
+    case = f"mixed n{len(lengths)} budget {BUDGET}, cost l + l^2/4096"
+    yield PacksProblem(case, lengths, BUDGET, costs=_attention_cost(lengths))
+    for n, budgets in [(5000, TIGHT)] + [(20_000, TIGHT), (20_000, COARSE), (100_000, TIGHT)] * full:
+        yield PacksProblem(f"trimodal n{n} budgets {'x'.join(map(str, budgets))}", draw("trimodal", n), budgets)
 
 
 def _mixed(rng: np.random.Generator, n: int) -> np.ndarray:
