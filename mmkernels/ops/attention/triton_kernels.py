@@ -26,12 +26,9 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def schedule(plan, request) -> tuple:
     """Tiles and spans of the forward, dQ and dK/dV kernels, and the configurations that these were made for."""
-    device = plan.layout.device
-    arch = "sm_80" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     mask, lengths = tuned.classify(plan)
-    found = configs.select(
-        arch, DTYPES[request.dtype], request.head_dim, extras=request.extras, mask=mask, lengths=lengths
-    )
+    arch, dtype = _arch(plan.layout.device), DTYPES[request.dtype]
+    found = configs.select(arch, dtype, request.head_dim, extras=request.extras, mask=mask, lengths=lengths)
     fwd, fwd_tiles = _cheapest(plan, "query", found.fwd)
     none = plan.q_table[0, :0]
     if not request.needs_backward:
@@ -42,6 +39,10 @@ def schedule(plan, request) -> tuple:
     dq, dq_tiles = _cheapest(plan, "query", found.dq)
     dkdv, dkdv_tiles = _cheapest(plan, "key", found.dkdv)
     return *fwd_tiles, *dq_tiles, *dkdv_tiles, configs.Configs(fwd, dkdv, dq).flat()
+
+
+def _arch(device: torch.device) -> str:
+    return "sm_80" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _cheapest(plan, rows: str, candidates) -> tuple[configs.Config, tuple[torch.Tensor, torch.Tensor]]:
