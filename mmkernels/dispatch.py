@@ -21,7 +21,7 @@ IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
 # Preference per operator and device type.  Reference is last everywhere: it is the oracle, not a product.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"cpu": ("torch", "reference"), "cuda": ("triton", "reference")},
+    "attention": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "reference")},
     "modality_embed": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
     "packing": {"cpu": ("cpp", "torch", "reference"), "cuda": ("cuda", "torch", "reference")},
 }
@@ -76,8 +76,6 @@ def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str 
             return "this path is for CPU tensors"
         return None
     if impl == "cpp":
-        if op == "attention":
-            return "attention has no C++ path: torch is the fast one on CPU"
         if device_type != "cpu":
             return "the C++ path is for CPU tensors"
         return cpp_missing()

@@ -1,0 +1,158 @@
+// Packed attention on the CPU: which kernels run here, and how the work is shared out.
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace mm::cpu::attention {
+namespace {
+
+const Kernels& kernels() {
+#if MM_ATTENTION_X86
+  static const Kernels* const chosen = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("x86-64-v4")) return &kAvx512;
+    return __builtin_cpu_supports("x86-64-v3") ? &kAvx2 : &kBaseline;
+  }();
+  return *chosen;
+#else
+  return kBaseline;
+#endif
+}
+
+constexpr std::align_val_t kLine{64};
+struct Release {
+  void operator()(float* memory) const { ::operator delete(memory, kLine); }
+};
+
+// Tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of its own.
+template <typename Body>
+void share_out(int64_t count, int64_t scratch_floats, const Parallel& parallel, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel(count, [&](int64_t, int64_t) {
+    int64_t task = next++;
+    if (task >= count) return;
+    const std::unique_ptr<float, Release> scratch(
+        static_cast<float*>(::operator new(sizeof(float) * scratch_floats, kLine)));
+    for (; task < count; task = next++) body(task, scratch.get());
+  });
+}
+
+struct Sample {
+  int64_t first_query, last_query, first_key, last_key;
+  int64_t queries() const { return last_query - first_query; }
+  int64_t keys() const { return last_key - first_key; }
+};
+
+Sample sample_at(const Backward& b, int64_t s) {
+  const int32_t* at = b.samples + 4 * s;
+  return {at[0], at[1], at[2], at[3]};
+}
+
+// Into how many key ranges each sample is cut.  One, unless there are too few samples and heads to keep many threads
+// busy; the layout alone decides, so that sums never depend on the number of threads.
+constexpr int64_t kEnoughTasks = 16, kMinKeys = 256, kMaxChunks = 8;
+
+std::vector<int64_t> chunks_of(const Backward& b) {
+  if (exact_delta(b)) return std::vector<int64_t>(b.num_samples, 1);
+  double total = 0;
+  for (int64_t s = 0; s < b.num_samples; ++s) {
+    const Sample at = sample_at(b, s);
+    total += static_cast<double>(at.queries()) * static_cast<double>(at.keys());
+  }
+  std::vector<int64_t> chunks(b.num_samples, 1);
+  for (int64_t s = 0; s < b.num_samples && total > 0; ++s) {
+    const Sample at = sample_at(b, s);
+    const double share = static_cast<double>(at.queries()) * static_cast<double>(at.keys()) / total;
+    const auto wanted = static_cast<int64_t>(share * kEnoughTasks / static_cast<double>(b.in.G) + 0.5);
+    chunks[s] = std::max<int64_t>(1, std::min({wanted, at.keys() / kMinKeys, kMaxChunks}));
+  }
+  return chunks;
+}
+
+template <typename T>
+void add_up(const float* partial, int64_t chunks, int64_t stride, int64_t D, char* to) {
+  for (int64_t d = 0; d < D; ++d) {
+    float total = partial[d];
+    for (int64_t c = 1; c < chunks; ++c) total += partial[c * stride + d];
+    reinterpret_cast<T*>(to)[d] = narrow<T>(total);
+  }
+}
+
+// dq of the samples that were cut: the chunks' parts in order.
+void sum_chunks(const Backward& b, const std::vector<int64_t>& chunks, const std::vector<float*>& partials,
+                const Parallel& parallel) {
+  const Inputs& in = b.in;
+  for (int64_t s = 0; s < b.num_samples; ++s) {
+    if (chunks[s] == 1) continue;
+    const Sample at = sample_at(b, s);
+    const int64_t part = at.queries() * in.group() * in.D;
+    parallel(at.queries() * in.H, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t query = row / in.H, head = row % in.H, kv_head = head / in.group();
+        const float* from = partials[s] + kv_head * chunks[s] * part + (query * in.group() + head % in.group()) * in.D;
+        char* to = b.dq.at(at.first_query + query, head);
+        if (in.dtype == DType::kFloat32) add_up<float>(from, chunks[s], part, in.D, to);
+        if (in.dtype == DType::kBFloat16) add_up<BFloat16>(from, chunks[s], part, in.D, to);
+        if (in.dtype == DType::kFloat16) add_up<Float16>(from, chunks[s], part, in.D, to);
+      }
+    });
+  }
+}
+
+// The tasks' parts of each head in the order of tasks.
+void sum_dbias(const Backward& b, const std::vector<BackwardTask>& tasks) {
+  const Inputs& in = b.in;
+  const int64_t size = in.Mq * in.Mk;
+  std::vector<double> total(in.H * size, 0.0);
+  for (const BackwardTask& task : tasks)
+    for (int64_t i = 0; i < in.group() * size; ++i) total[task.kv_head * in.group() * size + i] += task.dbias[i];
+  std::transform(total.begin(), total.end(), b.dbias, [](double x) { return static_cast<float>(x); });
+}
+
+}  // namespace
+
+void forward(const Forward& f, const Parallel& parallel) {
+  share_out(f.num_tiles * f.in.H, kernels().forward_scratch(f), parallel,
+            [&](int64_t task, float* scratch) { kernels().forward(f, task / f.in.H, task % f.in.H, scratch); });
+}
+
+void backward(const Backward& b, const Parallel& parallel) {
+  const Inputs& in = b.in;
+  const std::vector<int64_t> chunks = chunks_of(b);
+  std::vector<BackwardTask> tasks;
+  std::vector<float*> partials(b.num_samples, nullptr);
+  int64_t max_queries = 0, max_keys = 0, partial_floats = 0;
+  for (int64_t s = 0; s < b.num_samples; ++s)
+    if (chunks[s] > 1) partial_floats += sample_at(b, s).queries() * in.H * in.D * chunks[s];
+  const std::unique_ptr<float[]> memory(new float[partial_floats]);
+  float* free = memory.get();
+  for (int64_t s = 0; s < b.num_samples; ++s) {
+    const Sample at = sample_at(b, s);
+    const int64_t part = at.queries() * in.group() * in.D, step = (at.keys() + chunks[s] - 1) / chunks[s];
+    if (chunks[s] > 1) partials[s] = free;
+    for (int64_t g = 0; g < in.G; ++g)
+      for (int64_t c = 0; c < chunks[s]; ++c) {
+        const int64_t begin = at.first_key + c * step, end = std::min(begin + step, at.last_key);
+        tasks.push_back({s, g, begin, end, chunks[s] > 1 ? free : nullptr, nullptr});
+        if (chunks[s] > 1) free += part;
+      }
+    max_queries = std::max(max_queries, at.queries());
+    max_keys = std::max(max_keys, step);
+  }
+  std::vector<double> dbias;
+  if (b.dbias) {
+    const int64_t size = in.group() * in.Mq * in.Mk;
+    dbias.assign(tasks.size() * size, 0.0);
+    for (size_t i = 0; i < tasks.size(); ++i) tasks[i].dbias = dbias.data() + i * size;
+  }
+  share_out(static_cast<int64_t>(tasks.size()), kernels().backward_scratch(b, max_queries, max_keys), parallel,
+            [&](int64_t task, float* scratch) { kernels().backward(b, tasks[task], scratch); });
+  sum_chunks(b, chunks, partials, parallel);
+  if (b.dbias) sum_dbias(b, tasks);
+}
+
+}  // namespace mm::cpu::attention

@@ -1,0 +1,275 @@
+// Backward: one key range of one sample and key head, all of whose queries it walks over.   p, ds as in reference.py
+//
+// Scores are computed once and serve five products: p = exp(q k^T - lse), dp = do v^T, dv += p^T do, dk += ds^T q,
+// dq += ds k.  All sums stay in fp32, in an order that the shapes alone decide.
+// delta = rowsum(p dp), which is rowsum(do out) but for the rounding of out: taken from the scores where a block has
+// all of a row, by a pass of its own where rounding would show (16-bit out, sums of ds in dbias), and else from out.
+// Where the scores are summed, p is also divided by its own sum, which takes the rounding of lse back out. For
+// attention_kernels.h alone, which is compiled once per instruction set.
+#pragma once
+
+#include "attention_block.h"
+#include "attention_gemm.h"
+
+namespace mm::cpu::attention::MM_ISA {
+
+// Keys and queries of a block: as many as leave a block's operands room in the second-level cache.
+MM_INLINE int64_t backward_keys(int64_t D) { return D <= 128 ? 128 : 64; }
+MM_INLINE int64_t backward_queries(int64_t D) { return D <= 64 ? 8 * kBand : D <= 128 ? 4 * kBand : 2 * kBand; }
+constexpr int64_t kMaxBands = 8;
+
+struct BackwardRange {
+  const Backward& b;
+  int64_t padded, ld, ld_scores, block_keys, block_queries;
+  float *key, *key_t, *value_t;  // of a block: [keys, ld] and panels of the transposes
+  float *query, *dout;           // [block_queries, ld]
+  float *lse, *delta, *norm;     // [queries] of the head; p is norm e^(score - lse)
+  float *products, *total;       // [queries]: sums so far of e^(score - lse) dp, and without dp
+  float *p, *ds;                 // [block_queries, ld_scores]
+  float *dq, *dk, *dv;           // of the range: [queries, padded], [keys, padded] twice
+  float *bias, *keep, *row;
+  enum class Stage { kDelta, kGradients, kBoth } stage = Stage::kBoth;  // delta known before, or found row by row
+  int64_t first_query = 0, queries = 0, head = 0;
+  double* dbias = nullptr;  // [Mq, Mk] of the head
+
+  BackwardRange(const Backward& backward, int64_t max_queries, int64_t max_keys, Scratch& scratch) : b(backward) {
+    const int64_t D = b.in.D;
+    padded = round_up(D, W);
+    ld = padded + 16;
+    block_keys = backward_keys(D);
+    block_queries = backward_queries(D);
+    ld_scores = block_keys + 16;
+    key = scratch.take(block_keys * ld);
+    key_t = scratch.take(block_keys * D);
+    value_t = scratch.take(block_keys * D);
+    query = scratch.take(block_queries * ld);
+    dout = scratch.take(block_queries * ld);
+    lse = scratch.take(max_queries);
+    delta = scratch.take(max_queries);
+    norm = scratch.take(max_queries);
+    products = scratch.take(max_queries);
+    total = scratch.take(max_queries);
+    p = scratch.take(block_queries * ld_scores);
+    ds = scratch.take(block_queries * ld_scores);
+    row = scratch.take(ld);
+    bias = b.in.bias ? scratch.take(b.in.Mq * ld_scores) : nullptr;
+    keep = b.in.dropout ? scratch.take(block_keys + 5 * W + 8) : nullptr;
+    dq = scratch.take(max_queries * padded);
+    dk = scratch.take(max_keys * padded);
+    dv = scratch.take(max_keys * padded);
+  }
+
+  void run(const BackwardTask& task) {
+    const Inputs& in = b.in;
+    const int32_t* sample = b.samples + 4 * task.sample;
+    first_query = sample[0];
+    queries = sample[1] - sample[0];
+    const int64_t keys = task.key_end - task.key_begin;
+    std::memset(dk, 0, sizeof(float) * keys * padded);
+    std::memset(dv, 0, sizeof(float) * keys * padded);
+    const int64_t blocks = (keys + block_keys - 1) / block_keys;
+    const int64_t step = blocks ? round_up((keys + blocks - 1) / blocks, kPanel) : 0;
+    const bool whole_rows = blocks == 1 && keys == sample[3] - sample[2];
+    for (int64_t member = 0; member < in.group(); ++member) {
+      head = task.kv_head * in.group() + member;
+      dbias = task.dbias ? task.dbias + member * in.Mq * in.Mk : nullptr;
+      read_statistics(whole_rows || exact_delta(b));
+      std::memset(dq, 0, sizeof(float) * queries * padded);
+      for (int pass = whole_rows || !exact_delta(b) ? 1 : 0; pass < 2; ++pass) {
+        stage = pass == 0 ? Stage::kDelta : whole_rows ? Stage::kBoth : Stage::kGradients;
+        for (int64_t j = 0; j < keys; j += step) {
+          const int64_t begin = task.key_begin + j;
+          const Keys block = keys_of(in, begin, least(step, task.key_end - begin));
+          if (blocks > 1 || member == 0) read_keys(block, task.kv_head);
+          if (bias) read_bias(in, head, block, bias, ld_scores);
+          walk(block, dk + j * padded, dv + j * padded);
+        }
+        for (int64_t i = 0; stage == Stage::kDelta && i < queries; ++i) finish_delta(i);
+      }
+      write_dq(task, member);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      write_row(in.dtype, dk + j * padded, 1.0f, b.dk.at(task.key_begin + j, task.kv_head), in.D);
+      write_row(in.dtype, dv + j * padded, 1.0f, b.dv.at(task.key_begin + j, task.kv_head), in.D);
+    }
+  }
+
+  // lse of the head's queries; delta without the part that the scores are to give.
+  void read_statistics(bool from_scores) {
+    const Inputs& in = b.in;
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t at = head * in.Tq + first_query + i;
+      const bool blind = b.lse[at] == -kInfinity;
+      lse[i] = blind ? kInfinity : b.lse[at];  // e^(score - inf) = 0
+      delta[i] = blind || !b.dlse ? 0.0f : -b.dlse[at];
+      norm[i] = 1.0f;
+      products[i] = total[i] = 0.0f;
+      if (from_scores || blind) continue;
+      read_rows(in.dtype, b.out, first_query + i, 1, head, in.D, row, ld);
+      read_rows(in.dtype, b.dout, first_query + i, 1, head, in.D, dout, ld);
+      V sums{};
+      for (int64_t d = 0; d < padded; d += W) sums += load(dout + d) * load(row + d);
+      delta[i] += sum(sums);
+    }
+  }
+
+  void finish_delta(int64_t i) {
+    norm[i] = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+    delta[i] += products[i] * norm[i];
+  }
+
+  void read_keys(const Keys& block, int64_t kv_head) {
+    const Inputs& in = b.in;
+    read_rows(in.dtype, in.v, block.begin, block.count, kv_head, in.D, key, ld);
+    transpose_rows(key, ld, block.count, in.D, value_t);
+    read_rows(in.dtype, in.k, block.begin, block.count, kv_head, in.D, key, ld);
+    transpose_rows(key, ld, block.count, in.D, key_t);
+  }
+
+  // Every query that sees a key of the block.
+  void walk(const Keys& keys, float* dk_rows, float* dv_rows) {
+    const Inputs& in = b.in;
+    const int64_t begin = most(first_query, in.q_lo[keys.begin]);
+    const int64_t end = least(first_query + queries, in.q_hi[keys.end() - 1]);
+    if (begin >= end) return;
+    const int64_t blocks = (end - begin + block_queries - 1) / block_queries;
+    const int64_t step = round_up((end - begin + blocks - 1) / blocks, kBand);
+    for (int64_t i = begin; i < end; i += step) visit(keys, i, least(step, end - i), dk_rows, dv_rows);
+  }
+
+  void visit(const Keys& keys, int64_t begin, int64_t count, float* dk_rows, float* dv_rows) {
+    const Inputs& in = b.in;
+    Seen seen[kMaxBands];
+    const int64_t bands = (count + kBand - 1) / kBand;
+    int64_t stretches = 0;
+    for (int64_t r = 0; r < bands; ++r) {
+      find_seen(in, begin + r * kBand, begin + least((r + 1) * kBand, count), keys, seen[r]);
+      stretches += seen[r].stretches;
+    }
+    if (stretches == 0) return;
+    read_rows(in.dtype, in.q, begin, count, head, in.D, query, ld);
+    read_rows(in.dtype, b.dout, begin, count, head, in.D, dout, ld);
+    for (int64_t r = 0; r < bands; ++r) visit_band(keys, seen[r], begin, r * kBand, least(kBand, count - r * kBand));
+    if (stage == Stage::kDelta) return;
+    // Keys panel by panel, each with the stretches of bands that see it.
+    for (int64_t panel = 0; panel < keys.panels; ++panel) {
+      const int64_t column = panel * kPanel, here = least(kPanel, keys.count - column);
+      for (int64_t r = 0; r < bands;) {
+        if (!seen[r].active[panel]) {
+          ++r;
+          continue;
+        }
+        const int64_t from = r * kBand;
+        while (r < bands && seen[r].active[panel]) ++r;
+        const int64_t rows = least(r * kBand, count) - from;
+        multiply<true, true>(here, padded / W, rows, p + from * ld_scores + column, ld_scores, dout + from * ld, ld,
+                             kPanel, dv_rows + column * padded, padded);
+        multiply<true, true>(here, padded / W, rows, ds + from * ld_scores + column, ld_scores, query + from * ld, ld,
+                             kPanel, dk_rows + column * padded, padded);
+      }
+    }
+  }
+
+  // Rows [first, first + rows) of a block whose first query is `begin`.
+  void visit_band(const Keys& keys, const Seen& seen, int64_t begin, int64_t first, int64_t rows) {
+    const Inputs& in = b.in;
+    float *p_band = p + first * ld_scores, *ds_band = ds + first * ld_scores;
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      const int64_t panel = kPanel * in.D, offset = at.begin * in.D;
+      multiply<false, false>(rows, at.vecs(), in.D, query + first * ld, ld, key_t + offset, kPanel, panel,
+                             p_band + at.begin, ld_scores);
+      multiply<false, false>(rows, at.vecs(), in.D, dout + first * ld, ld, value_t + offset, kPanel, panel,
+                             ds_band + at.begin, ld_scores);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t token = begin + first + i;
+      probability_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
+      if (stage != Stage::kDelta) gradient_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
+    }
+    if (stage == Stage::kDelta) return;
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      multiply<false, true>(rows, padded / W, at.end - at.begin, ds_band + at.begin, ld_scores, key + at.begin * ld, ld,
+                            kPanel, dq + (begin + first - first_query) * padded, padded);
+    }
+  }
+
+  // Scores to e^(score - lse), and where this stage learns delta, the row's sums.
+  void probability_row(const Keys& keys, const Seen& seen, int64_t token, float* x, const float* dp) {
+    const Inputs& in = b.in;
+    const int64_t i = token - first_query;
+    const float base = lse[i], scale = bias ? 1.0f : in.scale;
+    if (seen.any_masked) mask_row(in, token, keys, seen, x);
+    V sums{}, weighted{};
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      close_row(at, x);
+      if (bias) add_bias(at, in.scale, bias + in.q_modality[token] * ld_scores, x);
+      const float* z = keep ? read_kept(keys, at, token) : nullptr;
+      for (int64_t j = at.begin; j < at.end; j += W) {
+        const V e = exp(load(x + j) * scale - base);
+        store(x + j, e);
+        sums += e;
+        weighted += e * (z ? load(dp + j) * load(z + j) : load(dp + j));
+      }
+    }
+    if (stage == Stage::kGradients) return;
+    total[i] += sum(sums);
+    products[i] += sum(weighted);
+  }
+
+  // e^(score - lse) to p z, and dp to scale ds.
+  void gradient_row(const Keys& keys, const Seen& seen, int64_t token, float* e, float* dp) {
+    const Inputs& in = b.in;
+    const int64_t i = token - first_query;
+    if (stage == Stage::kBoth) finish_delta(i);
+    const float mean = delta[i], inverse = norm[i];
+    const float factor = dbias ? 1.0f : in.scale;  // dq and dk want ds scaled, dbias as it is
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      const float* z = keep ? read_kept(keys, at, token) : nullptr;
+      for (int64_t j = at.begin; j < at.end; j += W) {
+        const V probability = load(e + j) * inverse, kept = z ? load(z + j) : splat(1.0f);
+        store(dp + j, probability * (load(dp + j) * kept - mean) * factor);
+        store(e + j, probability * kept);
+      }
+      if (!dbias) continue;
+      double* of_query = dbias + in.q_modality[token] * in.Mk;
+      for_each_modality(in, keys, at,
+                        [&](int32_t m, int64_t from, int64_t to) { of_query[m] += sum_of(dp, from, to); });
+      for (int64_t j = at.begin; j < at.end; j += W) store(dp + j, load(dp + j) * in.scale);
+    }
+  }
+
+  // So that column j of the block is at [j].
+  const float* read_kept(const Keys& keys, const Seen::Stretch& at, int64_t token) {
+    return read_keep(b.in, head, token, keys.begin + at.begin, at.end - at.begin, keep) - at.begin;
+  }
+
+  void write_dq(const BackwardTask& task, int64_t member) {
+    const Inputs& in = b.in;
+    for (int64_t i = 0; i < queries; ++i) {
+      if (task.partial) {
+        std::memcpy(task.partial + (i * in.group() + member) * in.D, dq + i * padded, sizeof(float) * in.D);
+      } else {
+        write_row(in.dtype, dq + i * padded, 1.0f, b.dq.at(first_query + i, head), in.D);
+      }
+    }
+  }
+};
+
+inline int64_t backward_scratch(const Backward& b, int64_t max_queries, int64_t max_keys) {
+  Scratch scratch{nullptr};
+  const BackwardRange measured(b, max_queries, max_keys, scratch);
+  return scratch.used;
+}
+
+inline void backward_range(const Backward& b, const BackwardTask& task, float* memory) {
+  Scratch scratch{memory};
+  const int32_t* sample = b.samples + 4 * task.sample;
+  BackwardRange state(b, sample[1] - sample[0], task.key_end - task.key_begin, scratch);
+  state.run(task);
+}
+
+}  // namespace mm::cpu::attention::MM_ISA

@@ -1,0 +1,232 @@
+// Blocks of attention scores: rows in and out of them, which parts are seen, masks, biases, dropout.
+// For attention_kernels.h alone, which is compiled once per instruction set.
+#pragma once
+
+#include "attention.h"
+#include "attention_simd.h"
+
+namespace mm::cpu::attention::MM_ISA {
+
+constexpr int64_t kBand = 12;       // rows of a band: what is skipped or masked is decided per band and panel
+constexpr int64_t kMaxBlock = 256;  // keys of a block at most
+constexpr int64_t kMaxPanels = kMaxBlock / kPanel;
+static_assert(kBand % kRows == 0 && kMaxBlock % kPanel == 0);
+
+// A float buffer cut up front to back; every part starts at a cache line.
+struct Scratch {
+  float* next;
+  int64_t used = 0;
+  float* take(int64_t count) {
+    const int64_t rounded = round_up(count, 16);
+    float* part = next == nullptr ? nullptr : next + used;
+    used += rounded;
+    return part;
+  }
+};
+
+template <typename T>
+MM_INLINE void widen_row(const T* __restrict from, float* __restrict to, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::widen(from[d]);
+}
+
+template <typename T>
+void read_rows_of(const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float* to, int64_t ld) {
+  const int64_t padded = round_up(D, W);
+  for (int64_t i = 0; i < count; ++i, to += ld) {
+    widen_row(reinterpret_cast<const T*>(x.at(begin + i, head)), to, D);
+    for (int64_t d = D; d < padded; ++d) to[d] = 0.0f;
+  }
+}
+
+// Rows [begin, begin + count) of one head as fp32, ld apart, zero from D up to a whole vector.
+inline void read_rows(DType dtype, const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float* to,
+                      int64_t ld) {
+  if (dtype == DType::kFloat32) return read_rows_of<float>(x, begin, count, head, D, to, ld);
+  if (dtype == DType::kBFloat16) return read_rows_of<BFloat16>(x, begin, count, head, D, to, ld);
+  read_rows_of<Float16>(x, begin, count, head, D, to, ld);
+}
+
+template <typename T>
+MM_INLINE void narrow_row(const float* __restrict from, float factor, T* __restrict to, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::narrow<T>(from[d] * factor);
+}
+
+// One row times `factor`, rounded once.
+inline void write_row(DType dtype, const float* from, float factor, char* to, int64_t D) {
+  if (dtype == DType::kFloat32) return narrow_row(from, factor, reinterpret_cast<float*>(to), D);
+  if (dtype == DType::kBFloat16) return narrow_row(from, factor, reinterpret_cast<BFloat16*>(to), D);
+  narrow_row(from, factor, reinterpret_cast<Float16*>(to), D);
+}
+
+// Transposed panels: to[p kPanel D + d kPanel + j] = rows[(p kPanel + j) ld + d], zero beyond `count` up to a vector.
+// The rows are padded to whole vectors.
+inline void transpose_rows(const float* rows, int64_t ld, int64_t count, int64_t D, float* to) {
+  for (int64_t j = 0; j < count; j += W) {
+    const int64_t here = least(W, count - j);
+    float* panel = to + j / kPanel * kPanel * D + j % kPanel;
+    for (int64_t d = 0; d < D; d += W) {
+      V tile[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) tile[i] = i < here ? load(rows + (j + i) * ld + d) : V{};
+      transpose(tile);
+      if (D - d >= W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(panel + (d + i) * kPanel, tile[i]);
+      } else {
+        for (int i = 0; i < D - d; ++i) store(panel + (d + i) * kPanel, tile[i]);
+      }
+    }
+  }
+}
+
+// Keys [begin, begin + count) of a block, and what is known of them panel by panel.
+struct Keys {
+  int64_t begin, count, panels;
+  uint32_t bits[kMaxPanels];  // of any key of the panel
+
+  int64_t end() const { return begin + count; }
+  int64_t panel_begin(int64_t p) const { return begin + p * kPanel; }
+  int64_t panel_end(int64_t p) const { return least(begin + (p + 1) * kPanel, end()); }
+};
+
+inline Keys keys_of(const Inputs& in, int64_t begin, int64_t count) {
+  Keys keys;
+  keys.begin = begin;
+  keys.count = count;
+  keys.panels = (count + kPanel - 1) / kPanel;
+  for (int64_t p = 0; in.has_visible && p < keys.panels; ++p) {
+    keys.bits[p] = 0;
+    for (int64_t j = keys.panel_begin(p); j < keys.panel_end(p); ++j)
+      keys.bits[p] |= static_cast<uint32_t>(in.k_bits[j]);
+  }
+  return keys;
+}
+
+// Which panels of a block some row of a band sees, in stretches of panels that touch, and which need a mask.
+struct Seen {
+  struct Stretch {
+    int64_t begin, end;  // columns of the block; the end is that of the last key, not of its panel
+    int64_t vecs() const { return (end - begin + W - 1) / W; }
+  };
+  int64_t stretches = 0;
+  Stretch stretch[kMaxPanels];
+  bool any_masked = false;
+  bool active[kMaxPanels], masked[kMaxPanels];
+};
+
+// Rows [begin, end) of queries against a block; both bounds rise with the row.
+inline void find_seen(const Inputs& in, int64_t begin, int64_t end, const Keys& keys, Seen& seen) {
+  const int64_t lo = in.kv_lo[begin], hi = in.kv_hi[end - 1];          // seen by some row
+  const int64_t all_lo = in.kv_lo[end - 1], all_hi = in.kv_hi[begin];  // by every row
+  uint32_t any = 0, all = ~uint32_t{0};
+  for (int64_t i = begin; in.has_visible && i < end; ++i) {
+    any |= static_cast<uint32_t>(in.q_bits[i]);
+    all &= static_cast<uint32_t>(in.q_bits[i]);
+  }
+  seen.stretches = 0;
+  seen.any_masked = false;
+  for (int64_t p = 0; p < keys.panels; ++p) {
+    const int64_t from = keys.panel_begin(p), to = keys.panel_end(p);
+    const bool active = from < hi && to > lo && (!in.has_visible || (any & keys.bits[p]) != 0);
+    seen.active[p] = active;
+    seen.masked[p] = active && !(from >= all_lo && to <= all_hi && (!in.has_visible || (keys.bits[p] & ~all) == 0));
+    if (!active) continue;
+    seen.any_masked |= seen.masked[p];
+    if (p > 0 && seen.active[p - 1]) {
+      seen.stretch[seen.stretches - 1].end = to - keys.begin;
+    } else {
+      seen.stretch[seen.stretches++] = {from - keys.begin, to - keys.begin};
+    }
+  }
+}
+
+// scores[j] = -inf where query i does not see key j, in the masked panels.
+inline void mask_row(const Inputs& in, int64_t i, const Keys& keys, const Seen& seen, float* scores) {
+  int32_t column[W], bits[W];
+  for (int l = 0; l < W; ++l) column[l] = l;
+  const I lanes = load(column);
+  const V nothing = splat(-kInfinity);
+  for (int64_t p = 0; p < keys.panels; ++p) {
+    if (!seen.masked[p]) continue;
+    const int64_t to = keys.panel_end(p);
+    for (int64_t j = keys.panel_begin(p); j < to; j += W) {
+      const int32_t lo = in.kv_lo[i] - static_cast<int32_t>(j), hi = in.kv_hi[i] - static_cast<int32_t>(j);
+      I visible = (lanes >= splat(lo)) & (lanes < splat(hi));
+      if (in.has_visible) {
+        I of_key{};
+        if (to - j >= W) {
+          of_key = load(in.k_bits + j);
+        } else {
+          for (int64_t l = 0; l < W; ++l) bits[l] = l < to - j ? in.k_bits[j + l] : 0;
+          of_key = load(bits);
+        }
+        visible &= (of_key & splat(in.q_bits[i])) != splat(0);
+      }
+      float* at = scores + (j - keys.begin);
+      store(at, select(visible, load(at), nothing));
+    }
+  }
+}
+
+// The lanes between the last key of a stretch and the end of its vector, where the product is of zeros.
+MM_INLINE void close_row(const Seen::Stretch& s, float* scores) {
+  for (int64_t j = s.end; (j - s.begin) % W != 0; ++j) scores[j] = -kInfinity;
+}
+
+// bias_rows[m ld + j]: what a query of modality m adds to the score of key j of the block.
+inline void read_bias(const Inputs& in, int64_t head, const Keys& keys, float* rows, int64_t ld) {
+  for (int64_t m = 0; m < in.Mq; ++m) {
+    const float* bias = in.bias + (head * in.Mq + m) * in.Mk;
+    for (int64_t j = 0; j < keys.count; ++j) rows[m * ld + j] = bias[in.k_modality[keys.begin + j]];
+    for (int64_t j = keys.count; j < round_up(keys.count, W); ++j) rows[m * ld + j] = 0.0f;
+  }
+}
+
+MM_INLINE void add_bias(const Seen::Stretch& s, float scale, const float* bias, float* scores) {
+  for (int64_t j = s.begin; j < s.end; j += W) store(scores + j, load(scores + j) * scale + load(bias + j));
+}
+
+// keep[j] = keep_scale where the probability of query i and key begin + j is kept, else 0; up to a whole vector.
+// The buffer takes 4 W + 4 floats more than it is asked for, and the pointer to use comes back.
+inline const float* read_keep(const Inputs& in, int64_t head, int64_t i, int64_t begin, int64_t count, float* buffer) {
+  uint32_t counter[W];
+  for (int l = 0; l < W; ++l) counter[l] = static_cast<uint32_t>(l);
+  U lanes;
+  std::memcpy(&lanes, counter, sizeof(lanes));
+  const int64_t first = begin / 4, last = (begin + round_up(count, W) + 3) / 4;  // four keys to a counter
+  for (int64_t quad = first; quad < last; quad += W) {
+    U words[4];
+    philox(lanes + static_cast<uint32_t>(quad), splat(static_cast<uint32_t>(i)), splat(static_cast<uint32_t>(head)),
+           splat(in.offset), in.seed[0], in.seed[1], words);
+    uint32_t word[4][W];
+    std::memcpy(word, words, sizeof(word));
+    float* to = buffer + 4 * (quad - first);
+    for (int l = 0; l < W; ++l)
+      for (int r = 0; r < 4; ++r) to[4 * l + r] = word[r][l] >= in.threshold ? in.keep_scale : 0.0f;
+  }
+  return buffer + begin % 4;
+}
+
+// Calls body(modality, begin, end) for the runs of keys of one modality in columns [begin, end) of a block.
+template <typename Body>
+MM_INLINE void for_each_modality(const Inputs& in, const Keys& keys, const Seen::Stretch& s, const Body& body) {
+  const int32_t* modality = in.k_modality + keys.begin;
+  for (int64_t j = s.begin; j < s.end;) {
+    int64_t next = j + 1;
+    while (next < s.end && modality[next] == modality[j]) ++next;
+    body(modality[j], j, next);
+    j = next;
+  }
+}
+
+// Four chains of additions, whose order is fixed.
+MM_INLINE float sum_of(const float* x, int64_t begin, int64_t end) {
+  V sums{};
+  int64_t j = begin;
+  for (; j + W <= end; j += W) sums += load(x + j);
+  float total = sum(sums);
+  for (; j < end; ++j) total += x[j];
+  return total;
+}
+
+}  // namespace mm::cpu::attention::MM_ISA

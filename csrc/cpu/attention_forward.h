@@ -1,0 +1,170 @@
+// Forward: one tile of queries of one head against the keys it sees, with a running softmax.
+// For attention_kernels.h alone, which is compiled once per instruction set.
+#pragma once
+
+#include "attention_block.h"
+#include "attention_gemm.h"
+
+namespace mm::cpu::attention::MM_ISA {
+
+// Keys of a block: as many as leave K, V and the tile's rows room in the second-level cache.
+MM_INLINE int64_t forward_block(int64_t D) { return D <= 64 ? 256 : D <= 128 ? 128 : 64; }
+
+// All that a tile keeps while it walks over its keys.   n rows
+struct ForwardTile {
+  const Forward& f;
+  int64_t begin, n, head, padded, block, ld_scores, ld_value;
+  float *query, *out, *row_max, *row_sum, *mass;  // [n, padded] twice, [n] twice, [n, Mk]
+  float *rows, *key, *value, *scores, *bias, *keep;
+
+  ForwardTile(const Forward& forward, int64_t tile_rows, Scratch& scratch) : f(forward) {
+    const int64_t D = f.in.D;
+    padded = round_up(D, W);
+    block = forward_block(D);
+    ld_scores = block + 16;
+    ld_value = padded + 16;
+    query = scratch.take(tile_rows * padded);
+    out = scratch.take(tile_rows * padded);
+    row_max = scratch.take(tile_rows);
+    row_sum = scratch.take(tile_rows);
+    mass = f.mass ? scratch.take(tile_rows * f.in.Mk) : nullptr;
+    rows = scratch.take(kPanel * ld_value);
+    key = scratch.take(block * D);
+    value = scratch.take(block * ld_value);
+    scores = scratch.take(kBand * ld_scores);
+    bias = f.in.bias ? scratch.take(f.in.Mq * ld_scores) : nullptr;
+    keep = f.in.dropout ? scratch.take(block + 5 * W + 8) : nullptr;
+  }
+
+  void start(int64_t first, int64_t count, int64_t h) {
+    begin = first;
+    n = count;
+    head = h;
+    read_rows(f.in.dtype, f.in.q, begin, n, head, f.in.D, query, padded);
+    std::memset(out, 0, sizeof(float) * n * padded);
+    for (int64_t i = 0; i < n; ++i) row_max[i] = -kInfinity, row_sum[i] = 0.0f;
+    if (mass) std::memset(mass, 0, sizeof(float) * n * f.in.Mk);
+  }
+
+  void attend(int64_t key_begin, int64_t count) {
+    const Inputs& in = f.in;
+    const int64_t kv_head = head / in.group();
+    const Keys keys = keys_of(in, key_begin, count);
+    for (int64_t j = 0; j < count; j += kPanel) {
+      const int64_t here = least(kPanel, count - j);
+      read_rows(in.dtype, in.k, key_begin + j, here, kv_head, in.D, rows, ld_value);
+      transpose_rows(rows, ld_value, here, in.D, key + j * in.D);
+    }
+    read_rows(in.dtype, in.v, key_begin, count, kv_head, in.D, value, ld_value);
+    if (bias) read_bias(in, head, keys, bias, ld_scores);
+    for (int64_t i = 0; i < n; i += kBand) attend_band(keys, i, least(kBand, n - i));
+  }
+
+  void attend_band(const Keys& keys, int64_t first, int64_t rows_here) {
+    const Inputs& in = f.in;
+    Seen seen;
+    find_seen(in, begin + first, begin + first + rows_here, keys, seen);
+    if (seen.stretches == 0) return;
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      multiply<false, false>(rows_here, at.vecs(), in.D, query + first * padded, padded, key + at.begin * in.D, kPanel,
+                             kPanel * in.D, scores + at.begin, ld_scores);
+    }
+    for (int64_t i = 0; i < rows_here; ++i) softmax_row(keys, seen, first + i, scores + i * ld_scores);
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      multiply<false, true>(rows_here, padded / W, at.end - at.begin, scores + at.begin, ld_scores,
+                            value + at.begin * ld_value, ld_value, kPanel, out + first * padded, padded);
+    }
+  }
+
+  // Scores to probabilities times e^(row maximum), and the row's sums so far to the new maximum.
+  void softmax_row(const Keys& keys, const Seen& seen, int64_t row, float* x) {
+    const Inputs& in = f.in;
+    float scale = in.scale;
+    if (seen.any_masked) mask_row(in, begin + row, keys, seen, x);
+    V maxima = splat(-kInfinity);
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      close_row(at, x);
+      if (bias) add_bias(at, in.scale, bias + in.q_modality[begin + row] * ld_scores, x);
+      for (int64_t j = at.begin; j < at.end; j += W) maxima = larger(load(x + j), maxima);
+    }
+    if (bias) scale = 1.0f;
+    const float before = row_max[row], found = largest(maxima) * scale;
+    const float top = found > before ? found : before;
+    const float base = top == -kInfinity ? 0.0f : top;  // nothing seen yet: every exponent is -inf
+    V sums{};
+    for (int64_t s = 0; s < seen.stretches; ++s)
+      for (int64_t j = seen.stretch[s].begin; j < seen.stretch[s].end; j += W) {
+        const V p = exp(load(x + j) * scale - base);
+        store(x + j, p);
+        sums += p;
+      }
+    if (top != before) rescale(row, exp(splat(before - base))[0]);
+    row_max[row] = top;
+    row_sum[row] += sum(sums);
+    if (mass) add_mass(keys, seen, row, x);
+    if (keep) drop(keys, seen, row, x);
+  }
+
+  void rescale(int64_t row, float factor) {
+    row_sum[row] *= factor;
+    float* o = out + row * padded;
+    for (int64_t d = 0; d < padded; d += W) store(o + d, load(o + d) * factor);
+    for (int64_t m = 0; mass && m < f.in.Mk; ++m) mass[row * f.in.Mk + m] *= factor;
+  }
+
+  void add_mass(const Keys& keys, const Seen& seen, int64_t row, const float* p) {
+    for (int64_t s = 0; s < seen.stretches; ++s)
+      for_each_modality(f.in, keys, seen.stretch[s], [&](int32_t modality, int64_t from, int64_t to) {
+        mass[row * f.in.Mk + modality] += sum_of(p, from, to);
+      });
+  }
+
+  void drop(const Keys& keys, const Seen& seen, int64_t row, float* p) {
+    for (int64_t s = 0; s < seen.stretches; ++s) {
+      const Seen::Stretch& at = seen.stretch[s];
+      const float* kept = read_keep(f.in, head, begin + row, keys.begin + at.begin, at.end - at.begin, keep);
+      for (int64_t j = 0; j < at.end - at.begin; j += W)
+        store(p + at.begin + j, load(p + at.begin + j) * load(kept + j));
+    }
+  }
+
+  void finish() {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool blind = row_max[i] == -kInfinity && row_sum[i] == 0.0f;
+      const float inverse = blind ? 0.0f : 1.0f / row_sum[i];
+      write_row(f.in.dtype, out + i * padded, inverse, f.out.at(begin + i, head), f.in.D);
+      f.lse[head * f.in.Tq + begin + i] = blind ? -kInfinity : row_max[i] + __builtin_logf(row_sum[i]);
+      if (mass)
+        for (int64_t m = 0; m < f.in.Mk; ++m)
+          f.mass[((begin + i) * f.in.H + head) * f.in.Mk + m] = mass[i * f.in.Mk + m] * inverse;
+    }
+  }
+};
+
+inline int64_t forward_scratch(const Forward& f) {
+  Scratch scratch{nullptr};
+  const ForwardTile measured(f, f.tile_rows, scratch);
+  return scratch.used;
+}
+
+inline void forward_tile(const Forward& f, int64_t tile, int64_t head, float* memory) {
+  Scratch scratch{memory};
+  ForwardTile state(f, f.tile_rows, scratch);
+  const int32_t* bounds = f.tiles + 4 * tile;
+  state.start(bounds[0], bounds[1] - bounds[0], head);
+  for (int64_t s = bounds[2]; s < bounds[3];) {
+    const int64_t begin = f.spans[3 * s];
+    int64_t end = f.spans[3 * s + 1];
+    for (++s; s < bounds[3] && f.spans[3 * s] == end; ++s) end = f.spans[3 * s + 1];
+    // Equal blocks of whole panels.
+    const int64_t blocks = (end - begin + state.block - 1) / state.block;
+    const int64_t step = round_up((end - begin + blocks - 1) / blocks, kPanel);
+    for (int64_t j = begin; j < end; j += step) state.attend(j, least(step, end - j));
+  }
+  state.finish();
+}
+
+}  // namespace mm::cpu::attention::MM_ISA

@@ -1,0 +1,75 @@
+"""Packed attention by the C++ extension: one call of csrc/cpu/attention.cpp each way.   Tq, Tk tokens, D head width.
+
+Forward walks the planner's query tiles; backward takes whole samples, cut by the C++ where there are too few of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels import native
+from mmkernels.philox import threshold
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? pair_bias, Tensor? rng"
+_MASK = "float scale, bool has_visible, float dropout_p, int threshold"
+torch.library.define(
+    "mm_cpp::attention_fwd",
+    f"({_INPUTS}, Tensor q_table, Tensor k_table, Tensor tiles, Tensor spans, {_MASK}, "
+    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? mass) -> ()",
+)
+torch.library.define(
+    "mm_cpp::attention_bwd",
+    f"(Tensor do, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor q_table, Tensor k_table, Tensor samples, "
+    f"{_MASK}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()",
+)
+native.load_cpu_ops()  # implements what is defined above
+
+SPAN_COLS = 64
+
+
+def tile_rows(head_dim: int) -> int:
+    """Queries of a forward tile: many, since each packs K and V, but few enough for the second-level cache."""
+    return 192 if head_dim <= 64 else 96 if head_dim <= 128 else 48
+
+
+def schedule(plan, request) -> tuple:
+    """Query tiles and spans of the forward, samples [B, 4] of the backward, three empty tensors, no configuration."""
+    tiles = plan.tiles("query", tile_rows(request.head_dim), SPAN_COLS)
+    empty = plan.q_table[0, :0]
+    samples = _samples(plan) if request.needs_backward else empty
+    return tiles.tiles, tiles.spans, empty, empty, samples, empty, []
+
+
+def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
+    """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
+    torch.ops.mm_cpp.attention_fwd(
+        q, k, v, pair_bias, rng, lowered.q_table, lowered.k_table, lowered.fwd_tiles, lowered.fwd_spans,
+        *_mask(lowered), out, lse, mass,
+    )  # fmt: skip
+
+
+def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
+    """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
+    torch.ops.mm_cpp.attention_bwd(
+        do if do.stride(2) == 1 else do.contiguous(), dlse if dlse is None else dlse.contiguous(),
+        q, k, v, pair_bias, rng, out, lse, lowered.q_table, lowered.k_table, lowered.dkdv_tiles, *_mask(lowered),
+        dq, dk, dv, dbias,
+    )  # fmt: skip
+
+
+def _mask(lowered) -> tuple[float, bool, float, int]:
+    return lowered.scale, lowered.has_visible, lowered.dropout_p, threshold(lowered.dropout_p)
+
+
+def _samples(plan) -> Tensor:
+    """int32 [B, 4]: first query, last (exclusive), first key, last (exclusive); most pairs first."""
+    found = plan.cache.get("cpp_samples")  # the same for every dtype and width
+    if found is None:
+        queries, keys = (side.cu_seqlens.numpy() for side in (plan.layout, plan.k_layout))
+        lengths = np.diff(queries).astype(np.int64) * np.diff(keys)
+        table = np.stack([queries[:-1], queries[1:], keys[:-1], keys[1:]], 1)
+        found = torch.from_numpy(np.ascontiguousarray(table[np.argsort(-lengths, kind="stable")], np.int32))
+        plan.cache["cpp_samples"] = found
+    return found
