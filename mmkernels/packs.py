@@ -114,7 +114,7 @@ def plan_packs(
         columns, limits = np.column_stack([lengths, column]), np.append(budgets, limit)
         bounds["costs"] = -(-int(column.sum()) // limit)
     binding = max(bounds, key=bounds.__getitem__)  # the first of equals
-    order, offsets = _pack(columns, limits, max_items or len(lengths) + 1, policy, bounds[binding])
+    order, offsets = _pack(columns, limits, int(max_items or len(lengths) + 1), policy, bounds[binding])
     packs = len(offsets) - 1
     fills = tuple(float(t) / (packs * float(b)) if packs else 1.0 for t, b in zip(totals, budgets, strict=True))
     return PackPlan(
@@ -175,7 +175,7 @@ def _in_rounds(falling: np.ndarray) -> np.ndarray:
 
 
 def check_max_items(function: str, max_items: int | None) -> None:
-    if max_items is not None and max_items < 1:
+    if max_items is not None and (max_items != int(max_items) or max_items < 1):  # never rounds 2.5 to 2
         raise ValueError(f"{function}: max_items is {max_items}, expected at least 1 or None")
 
 

@@ -27,7 +27,7 @@ def balance_ranks(costs, world_size: int, *, equal_count: bool = False) -> np.nd
     The same input gives the same ranks.  Raises ValueError for costs that are negative, not finite or not numbers.
     """
     costs = np.asarray(costs)
-    if world_size < 1:
+    if world_size != int(world_size) or world_size < 1:  # never rounds 2.5 to 2
         raise ValueError(f"balance_ranks: world_size is {world_size}, expected at least 1")
     if costs.ndim not in (1, 2) or (costs.ndim == 2 and costs.shape[1] == 0):
         raise ValueError(f"balance_ranks: costs has shape {list(costs.shape)}, expected [n] or [n, K]")

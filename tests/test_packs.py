@@ -188,6 +188,7 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
         (([1, -1], 8), {}, "item 1 has a negative length"),
         (([2**62, 2**62], 2**62), {}, r"lengths sum to 2\*\*62 or more"),
         (([1], 8), {"max_items": 0}, "max_items is 0, expected at least 1"),
+        (([1], 8), {"max_items": 2.5}, "max_items is 2.5, expected at least 1"),
         (([1], 8), {"policy": "worst"}, "policy is 'worst', expected one of best_fit, first_fit, stream"),
         (([1], 8), {"long": "truncate"}, "long is 'truncate', expected one of error, split, drop"),
         (([[1, 2]], 8), {}, r"lengths has shape \[1, 2\] for 1 budgets"),
