@@ -42,7 +42,7 @@ class PackStream:
         ids, counts = (
             np.array(values, np.int64) for values in (list(self._items), [len(i) for i in self._items.values()])
         )
-        limit = self._max_items or np.iinfo(np.int64).max
+        limit = int(self._max_items or np.iinfo(np.int64).max)
         pack_of, closed, ids, _, self._room, self._next_pack = _backend.scan_fit(
             np.ascontiguousarray(lengths, np.int64),
             self._budgets,
