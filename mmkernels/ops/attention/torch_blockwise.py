@@ -49,10 +49,10 @@ def backward(do, dlse, q, k, v, pair_bias, rng, dq, dk, dv, dbias, lowered: Lowe
             queries, gradients = (_rows(t, block.queries, k.shape[1]) for t in (q, do))
             p = block.scores(queries, keys, lowered).softmax(-1)  # lse and out have been rounded
             dp = block.drop((gradients @ values[:, :, : block.width].mT).view(p.shape))
-            delta = torch.linalg.vecdot(p, dp).unsqueeze(-1)
+            ds = dp.sub_(torch.linalg.vecdot(p, dp).unsqueeze(-1))
             if dlse is not None:
-                delta -= dlse[:, tokens].unflatten(1, block.queries.shape).transpose(0, 1).unsqueeze(-1)
-            ds = dp.sub_(delta).mul_(p)
+                ds += dlse[:, tokens].unflatten(1, block.queries.shape).transpose(0, 1).unsqueeze(-1)
+            ds *= p
             if dbias is not None:
                 dbias_sum += block.bias_gradient(ds, lowered, dbias.shape)
             ds *= lowered.scale
@@ -100,7 +100,7 @@ class _Block(NamedTuple):
 
     def scores(self, queries: Tensor, keys: Tensor, lowered: Lowered) -> Tensor:
         """fp32 [c, H, r, n] of queries [c, G, H/G r, D] and keys [c, G, K, D], -inf where the mask hides a key."""
-        scores = (queries * lowered.scale) @ keys[:, :, : self.width].mT
+        scores = (queries @ keys[:, :, : self.width].mT).mul_(lowered.scale)
         scores = scores.view(len(queries), -1, self.height, self.width)
         if self.bias is not None:
             of_query = self.bias[:, lowered.q_table[3, self.queries].long()].transpose(0, 1)  # [c, H, r, Mk]

@@ -17,10 +17,10 @@ GATHERED = -1  # as a step: tokens do not stand in a row, `start` is their place
 NOT_KEPT = -1  # as mask_at
 
 # In query-key pairs, measured at 4 heads of 64: the overhead of a call, and copying a token there and back.
-CALL_COST, GATHER_COST = 1000, 16
+CALL_COST, GATHER_COST = 2000, 16
 LONG_STRETCH = 32  # rows of equal bounds that are worth a call without a mask
 WIDE_ROWS = 128  # a block of masked rows; half of it where rows see fewer keys than that
-SMALL_PAIRS = 64 * 64  # masked runs of that size are not cut
+MAX_WHOLE = 1 << 18  # pairs of a masked run that is not cut into blocks
 MAX_KEPT = 1 << 24  # mask elements kept per plan, 64 MiB; masks beyond it are built in each call
 
 
@@ -63,7 +63,7 @@ def find_runs(cu_q: np.ndarray, cu_k: np.ndarray, q_table: np.ndarray, k_table: 
     """Runs of a MaskPlan's tables on the bounds of its two layouts."""
     items: list[_Item] = []
     for piece in _pieces(cu_q.tolist(), cu_k.tolist(), q_table, k_table, has_visible):
-        items += [piece] if isinstance(piece, _Item) else _cut(piece)
+        items += _cut(piece)
     seeing = np.zeros(q_table.shape[1], bool)
     uses = np.zeros(k_table.shape[1], np.int64)
     for item in items:
@@ -72,7 +72,7 @@ def find_runs(cu_q: np.ndarray, cu_k: np.ndarray, q_table: np.ndarray, k_table: 
     return Runs(*_group(items), np.flatnonzero(~seeing).astype(np.int32), bool((uses == 1).all()))
 
 
-def _pieces(cu_q, cu_k, q_table, k_table, has_visible) -> Iterator[_Piece | _Item]:
+def _pieces(cu_q, cu_k, q_table, k_table, has_visible) -> Iterator[_Piece]:
     """Each sample's queries by what they see, in one piece or several, whichever costs less to compute."""
     lo, hi, q_bits = q_table[:3].astype(np.int64)
     k_bits = k_table[2].astype(np.int64)
@@ -86,14 +86,15 @@ def _pieces(cu_q, cu_k, q_table, k_table, has_visible) -> Iterator[_Piece | _Ite
             yield from _seeing(own)
             continue
         bits = q_bits[rows] & np.bitwise_or.reduce(k_bits[cols])
-        parts = [part for b in np.unique(bits).tolist() for part in _seeing(_of_bits(own, bits == b, k_bits[cols], b))]
+        kinds = sorted(set(bits.tolist()))
+        parts = [part for b in kinds for part in _seeing(_of_bits(own, bits == b, k_bits[cols], b))]
         if len(parts) > 1:
             seen = np.sort(np.concatenate([part.queries for part in parts])) - start
-            whole = _Piece(own.queries[seen], own.keys, own.lo[seen], own.hi[seen], (bits[seen], k_bits[cols]))
-            whole_items, part_items = list(_cut(whole)), [item for part in parts for item in _cut(part)]
-            yield from min(whole_items, part_items, key=_cost)
-        else:
-            yield from parts
+            whole = own._replace(
+                queries=own.queries[seen], lo=own.lo[seen], hi=own.hi[seen], bits=(bits[seen], k_bits[cols])
+            )
+            parts = min(parts, [whole], key=_cost)
+        yield from parts
 
 
 def _of_bits(own: _Piece, rows: np.ndarray, k_bits: np.ndarray, bits: int) -> _Piece:
@@ -137,11 +138,14 @@ def _kind(lo: np.ndarray, hi: np.ndarray) -> int:
 
 
 def _blocks(lo: np.ndarray, hi: np.ndarray) -> list[tuple[int, int]]:
-    """Rows of each block: long stretches of equal bounds by themselves, what lies between in blocks of equal height."""
-    rows = len(lo)
-    if rows * (hi[-1] - lo[0]) <= SMALL_PAIRS or _kind(lo - lo[0], hi - lo[0]) != MASKED:
+    """Rows of each block: long stretches of equal bounds by themselves, what lies between in blocks of equal height.
+
+    One block where it costs less than these.
+    """
+    rows, whole = len(lo), len(lo) * int(hi[-1] - lo[0])
+    if whole <= CALL_COST or _kind(lo - lo[0], hi - lo[0]) != MASKED:
         return [(0, rows)]
-    height = WIDE_ROWS if (hi - lo).mean() >= WIDE_ROWS else WIDE_ROWS // 2
+    height = WIDE_ROWS if hi.sum() - lo.sum() >= WIDE_ROWS * rows else WIDE_ROWS // 2
     changes = np.flatnonzero((np.diff(lo) != 0) | (np.diff(hi) != 0)) + 1
     begins, ends = np.concatenate(([0], changes)), np.concatenate((changes, [rows]))
     long = ends - begins >= LONG_STRETCH
@@ -151,13 +155,15 @@ def _blocks(lo: np.ndarray, hi: np.ndarray) -> list[tuple[int, int]]:
         if begin < end:
             blocks.append((begin, end))
         done = end
+    if whole <= MAX_WHOLE and whole <= sum(CALL_COST + (b - a) * int(hi[b - 1] - lo[a]) for a, b in blocks):
+        return [(0, rows)]
     return blocks
 
 
-def _cost(items: list[_Item]) -> int:
+def _cost(pieces: list[_Piece]) -> int:
     cost = 0
-    for queries, keys, *_ in items:
-        cost += CALL_COST + len(queries) * len(keys)
+    for queries, keys, lo, hi, _ in pieces:
+        cost += CALL_COST + int(hi.sum() - lo.sum())
         cost += GATHER_COST * sum(len(tokens) for tokens in (queries, keys) if not _in_a_row(tokens))
     return cost
 

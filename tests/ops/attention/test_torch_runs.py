@@ -51,14 +51,13 @@ def _seen(runs, lowered, shape):
 
 
 @pytest.mark.parametrize("kept", [1 << 24, 40, 0])  # masks: all kept, some, none
-@pytest.mark.parametrize("small", [64 * 64, 60, 0])  # masked runs: whole, some cut, all cut
+@pytest.mark.parametrize("call_cost", [2000, 60, 0])  # samples and masked runs: whole, some cut, all cut
 @pytest.mark.parametrize("cross", [False, True])
-def test_runs_against_brute_force(cross, small, kept, monkeypatch):
+def test_runs_against_brute_force(cross, call_cost, kept, monkeypatch):
     monkeypatch.setattr(torch_runs, "MAX_KEPT", kept)
-    monkeypatch.setattr(torch_runs, "SMALL_PAIRS", small)
+    monkeypatch.setattr(torch_runs, "CALL_COST", call_cost)
     monkeypatch.setattr(torch_runs, "WIDE_ROWS", 16)
     monkeypatch.setattr(torch_runs, "LONG_STRETCH", 5)
-    monkeypatch.setattr(torch_runs, "CALL_COST", 10)  # so that small samples are split too
     for kind, make in (CROSS_MASKS if cross else MASKS).items():
         for seed in range(6):
             layout, k_layout = shared_layout(seed), shared_layout(seed + 10) if cross else None

@@ -1,0 +1,101 @@
+"""torch.compile(fullgraph=True, dynamic=True) on CPU: one function, twenty layouts, at most two graphs."""
+
+import numpy as np
+import pytest
+import torch
+from attention_oracle import CPU_IMPLS
+
+from mmkernels import AttentionMask, PackedLayout, attention, prepare_attention
+
+ISOLATED = AttentionMask.isolated(3)
+CAUSAL = AttentionMask(causal=True)
+
+
+def _layout(seed, num_modalities=3, num_samples=None):
+    """1 to 8 samples with a modality missing in some batches, single samples and segments that nobody else has."""
+    rng = np.random.default_rng(seed)
+    num_samples = num_samples or int(rng.integers(1, 9))
+    counts = rng.integers(0, 20, (num_samples, num_modalities))
+    if seed % 2:
+        counts[:, seed % num_modalities] = 0
+    counts[0, (seed + 1) % num_modalities] += 2  # a batch of one token is another graph, as for any tensor of one row
+    return PackedLayout.from_counts(counts)
+
+
+def _plain(impl, seed):
+    layout = _layout(seed)
+
+    def block(qkv, layout):
+        return attention(*qkv.unbind(1), layout=layout, mask=ISOLATED, impl=impl) * 2
+
+    return block, (torch.randn(layout.total_tokens, 3, 2, 16, requires_grad=True), layout)
+
+
+def _extras(impl, seed):
+    layout = _layout(seed)
+
+    def block(qkv, bias, layout):
+        options = {"pair_bias": bias, "dropout_p": 0.1, "return_lse": True, "return_modality_mass": True}
+        out, lse, mass = attention(*qkv.unbind(1), layout=layout, mask=CAUSAL, impl=impl, **options)
+        return out * 2 + mass.sum() + lse.sum()
+
+    qkv = torch.randn(layout.total_tokens, 3, 2, 16, requires_grad=True)
+    return block, (qkv, torch.randn(2, 3, 3, requires_grad=True), layout)
+
+
+def _cross(impl, seed):
+    layout = _layout(seed)
+    others = [_layout(seed + n, 2, layout.num_samples) for n in (100, 200)]
+
+    def block(q, first, second, layout, first_layout, second_layout):  # text reads images, then audio
+        for kv, k_layout in ((first, first_layout), (second, second_layout)):
+            q = q + attention(q, *kv.unbind(1), layout=layout, k_layout=k_layout, mask=CAUSAL, impl=impl)
+        return q
+
+    q = torch.randn(layout.total_tokens, 2, 16, requires_grad=True)
+    return block, (q, *(torch.randn(o.total_tokens, 2, 2, 16, requires_grad=True) for o in others), layout, *others)
+
+
+@pytest.mark.parametrize("make", [_plain, _extras, _cross])
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_twenty_layouts_are_at_most_two_graphs(impl, make):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(make(impl, 0)[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed in range(20):
+        block, arguments = make(impl, seed)
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
+        results = []
+        for function in (block, compiled):  # the first lowers the mask: a compiled region cannot
+            torch.manual_seed(seed)
+            out = function(*arguments)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        for eager, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_an_unprepared_layout_is_named_and_a_prepared_one_runs():
+    layout = PackedLayout.from_counts([[6]])
+    qkv = torch.randn(6, 3, 2, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: attention(*x.unbind(1), layout=layout), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"call\s+mmkernels.prepare_attention"):
+        compiled(qkv)
+    prepare_attention(layout, dtype=torch.float32, head_dim=16, needs_backward=False)
+    assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout))
+
+
+def test_another_k_layout_is_not_taken_for_the_prepared_one():
+    layout, prepared, other = (PackedLayout.from_counts([[n], [n]]) for n in (4, 3, 3))
+    q, kv = torch.randn(8, 2, 16), torch.randn(6, 2, 2, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, kv, keys: attention(q, *kv.unbind(1), layout=layout, k_layout=keys),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    prepare_attention(layout, k_layout=prepared, dtype=torch.float32, head_dim=16, needs_backward=False)
+    compiled(q, kv, prepared)
+    with pytest.raises(Exception, match=r"call\s+mmkernels.prepare_attention"):
+        compiled(q, kv, other)
