@@ -112,7 +112,7 @@ def test_queries_without_keys_and_keys_without_queries(variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dbias_errs_by_no_more_than_its_terms(variant, dtype):
-    # To first order: each ds rounds in fp32 as p (|do| |v| + |do| |out|) does, and delta = rowsum(do out) as out does in
+    # To first order ds rounds in fp32 as p (|do| |v| + |do| |out|) does, and delta = rowsum(do out) as out does in
     # its dtype.  The pair takes the second error out again, since a row of ds must sum to 0; a key tile alone cannot.
     layout = random_layout(5, max_length=9)
     case = Case(layout, MASKS["causal"](layout, 5), heads=4, kv_heads=2, width=24, dtype=dtype, pair_bias=True)
