@@ -27,7 +27,7 @@ _OPTIONAL = {"bias_ptr": "bias", "partials_ptr": "bias", "rng_ptr": "dropout", "
 _TYPES = {"rng_ptr": "*i64"}
 _TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "mass_ptr", "partials_ptr", "dq_sum"), "*fp32")
 _TYPES |= dict.fromkeys(("q_table_ptr", "k_table_ptr", "tiles_ptr", "spans_ptr"), "*i32")
-_TYPES |= dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32")
+_TYPES |= dict.fromkeys(("scale", "bias_scale", "keep_scale"), "fp32")
 
 
 def kernel_specs(arch: str) -> list[KernelSpec]:

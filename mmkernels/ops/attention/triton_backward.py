@@ -118,10 +118,13 @@ def _probabilities(scores, lse, bias_ptr, row_offsets, col_offsets, scale, DTYPE
     if bias_ptr is not None:
         # A gather from one or two cache lines.
         scores = scores * scale + tl.load(bias_ptr + (row_offsets + col_offsets))
-        p = tl.math.exp2((scores - lse) * LOG2E)
+        if tl.float32 == DTYPE:
+            p = tl.exp(scores - lse)
+        else:
+            p = tl.math.exp2((scores - lse) * LOG2E)
     elif tl.float32 == DTYPE:
         # In natural units the terms cancel before anything rounds by LOG2E: fp32 gradients show the difference.
-        p = tl.math.exp2((scores * scale - lse) * LOG2E)
+        p = tl.exp(scores * scale - lse)
     else:
         p = tl.math.exp2(scores * (scale * LOG2E) - lse * LOG2E)
     return p

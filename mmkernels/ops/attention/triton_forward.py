@@ -41,7 +41,7 @@ def _attend(
     kv_head,
     stride_kt,
     stride_vt,
-    scale_log2,
+    scale,
     drop_threshold,
     rows,
     lo,
@@ -58,8 +58,9 @@ def _attend(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One online-softmax step over keys [col, col + BLOCK_K); scores are kept in units of log2."""
+    """One online-softmax step over keys [col, col + BLOCK_K).  scale and biases are in the units of _exp."""
     BLOCK_D: tl.constexpr = q.shape[1]
+    NATURAL: tl.constexpr = q.dtype == tl.float32
     # Whole blocks that every row sees: nothing of another sample, so a descriptor may load them as they are.
     BY_TMA: tl.constexpr = k_desc is not None and not MASKED
     count = col_end - col
@@ -73,26 +74,26 @@ def _attend(
     if bias_ptr is not None or mass_ptr is not None:
         k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
     if bias_ptr is not None:
-        scores = scores * scale_log2 + bias_of(biases, k_modality, MODALITIES)
+        scores = scores * scale + bias_of(biases, k_modality, MODALITIES)
     if MASKED:
         if bias_ptr is None:
-            scores = scores * scale_log2
+            scores = scores * scale
         seen = seen_pairs(cols, col_end, lo, hi, bits, k_table_ptr + 2 * tl.cast(Tk, tl.int64), HAS_VISIBLE)
         scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.math.exp2(scores - shift[:, None])
+        p = _exp(scores - shift[:, None], NATURAL)
     elif bias_ptr is not None:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = new_max
-        p = tl.math.exp2(scores - shift[:, None])
+        p = _exp(scores - shift[:, None], NATURAL)
     else:
         # scale > 0, so the maximum commutes with it, and the product folds into the subtraction's FMA.
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         shift = new_max
-        p = tl.math.exp2(scores * scale_log2 - shift[:, None])
-    alpha = tl.math.exp2(row_max - shift)
+        p = _exp(scores * scale - shift[:, None], NATURAL)
+    alpha = _exp(row_max - shift, NATURAL)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     if mass_ptr is not None:
         mass = _add_mass(mass, alpha, p, k_modality, MODALITIES)
@@ -104,6 +105,16 @@ def _attend(
         v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum, mass
+
+
+@triton.jit
+def _exp(x, NATURAL: tl.constexpr):
+    """2 to the x, which is one instruction; e to the x for fp32, whose lse would show that its terms were rescaled."""
+    if NATURAL:
+        y = tl.exp(x)
+    else:
+        y = tl.math.exp2(x)
+    return y
 
 
 @triton.jit
@@ -153,7 +164,8 @@ def attention_fwd_kernel(
     stride_vh,
     stride_ot,
     stride_oh,
-    scale_log2,
+    scale,
+    bias_scale,
     drop_threshold,
     keep_scale,
     D: tl.constexpr,
@@ -168,6 +180,7 @@ def attention_fwd_kernel(
     """out[rows] = softmax(q k^T scale + bias) v, lse (natural log) and modality mass of one tile of one head.
 
     Grid: tiles x heads.  k_desc, v_desc: descriptors of blocks [BLOCK_K, 1, BLOCK_D] for whole unmasked blocks.
+    scale, bias_scale: the softmax scale and 1, times log2(e) but for fp32, as _exp wants them.
     keep_scale: 1 / (1 - dropout_p).  MODALITIES: Mk where there is a bias or a mass, else 0.  ALIGNED: see
     dropout_keep_tile.
     """
@@ -194,7 +207,7 @@ def attention_fwd_kernel(
     biases = ()
     if bias_ptr is not None:
         q_modality = modalities_of(q_table_ptr, rows, in_tile, Tq)
-        biases = row_biases(bias_ptr + q_head * q_modalities * MODALITIES, q_modality, MODALITIES)
+        biases = row_biases(bias_ptr + q_head * q_modalities * MODALITIES, q_modality, bias_scale, MODALITIES)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -211,13 +224,13 @@ def attention_fwd_kernel(
         for col in range(col_start, full_end, BLOCK_K):
             acc, row_max, row_sum, mass = _attend(
                 acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, biases,
+                Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
                 col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
             acc, row_max, row_sum, mass = _attend(
                 acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale_log2, drop_threshold, rows, lo, hi, bits, biases,
+                Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
                 col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, True,
             )  # fmt: skip
 
@@ -225,7 +238,10 @@ def attention_fwd_kernel(
     blind = row_sum == 0.0
     row_sum = tl.where(blind, 1.0, row_sum)
     factor = 1.0 / row_sum
-    lse = (row_max + tl.math.log2(row_sum)) * LN2  # row_max of a blind row is still -inf
+    if q.dtype == tl.float32:
+        lse = row_max + tl.log(row_sum)  # row_max of a blind row is still -inf
+    else:
+        lse = (row_max + tl.math.log2(row_sum)) * LN2
     tl.store(lse_ptr + q_head * Tq + rows, lse, mask=in_tile)
     if mass_ptr is not None:
         for m in tl.static_range(MODALITIES):

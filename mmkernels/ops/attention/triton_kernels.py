@@ -85,11 +85,12 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     q_modalities, modalities = (0, 0) if pair_bias is None else pair_bias.shape[1:]
     if mass is not None:
         modalities = mass.shape[2]
+    unit = 1.0 if q.dtype == torch.float32 else LOG2E
     with on_device(q):
         attention_fwd_kernel[(len(tiles) * H,)](
             q, k, v, k_desc, v_desc, pair_bias, rng, lowered.q_table, lowered.k_table, tiles, lowered.fwd_spans,
             out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, *strides(q, k, v, out),
-            lowered.scale * LOG2E, *dropout_scalars(lowered.dropout_p),
+            lowered.scale * unit, unit, *dropout_scalars(lowered.dropout_p),
             D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
             MODALITIES=modalities, HAS_VISIBLE=lowered.has_visible,
             ALIGNED=config.token and rng is not None, PRECISION=precision(q),

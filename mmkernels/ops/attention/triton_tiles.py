@@ -74,21 +74,11 @@ def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.conste
 
 
 @triton.jit
-def bias_tile(bias_ptr, row_offsets, col_offsets):
-    """fp32 [rows, cols] of one head's pair bias [Mq, Mk], in units of log2.
-
-    A query's offset is its modality times Mk, a key's is its modality; either may own the rows.
-    """
-    # A gather from one or two cache lines.
-    return tl.load(bias_ptr + (row_offsets[:, None] + col_offsets[None, :])) * LOG2E
-
-
-@triton.jit
-def row_biases(bias_ptr, q_modality, MODALITIES: tl.constexpr):
-    """A tuple: per key modality the pair bias of each query, fp32 [rows] in units of log2.  bias_ptr: one head's."""
+def row_biases(bias_ptr, q_modality, scale, MODALITIES: tl.constexpr):
+    """A tuple: per key modality the pair bias of each query times scale, fp32 [rows].  bias_ptr: one head's."""
     biases = ()
     for m in tl.static_range(MODALITIES):
-        bias = tl.load(bias_ptr + q_modality * MODALITIES + m) * LOG2E
+        bias = tl.load(bias_ptr + q_modality * MODALITIES + m) * scale
         biases = biases + (bias,)  # noqa: RUF005  Triton compiles no (*biases, bias)
     return biases
 

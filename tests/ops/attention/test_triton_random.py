@@ -13,7 +13,7 @@ from mmkernels.testing import poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
-PER_TEST = 10
+PER_TEST = 25
 
 
 def run(first, count):
@@ -21,23 +21,30 @@ def run(first, count):
     pools = {}
     for seed in range(first, first + count):
         case = random_case(seed)
-        fused = "fused" in case.kernels
-        pool = pools.setdefault((case.options["dtype"], fused), Pool())
+        pool = pools.setdefault((case.options["dtype"], "fused" in case.kernels), Pool())
         with case.configured(), poisoned_empty():
             check(case.layout, case.mask, k_layout=case.k_layout, impl="triton", pool=pool, **case.options)
-    for (_, fused), pool in pools.items():
-        if fused:  # its dbias has a bound of its own in test_triton_backward.py
-            pool.results.pop("dbias", None)
+    for pool in pools.values():
+        check_bias_gradients(pool.results.pop("dbias"))
         pool.check()
 
 
-@pytest.mark.parametrize("block", range(10))
+def check_bias_gradients(cases):
+    """Few numbers, each a sum over many pairs whose terms cancel: luck enough that their rms may be 4 times torch's.
+
+    test_triton_backward.py holds the pair to the error rule and the fused kernel to a bound of its own.
+    """
+    ours, ref, torchs = (torch.cat(parts).double() for parts in zip(*cases, strict=True))
+    assert (ours - ref).square().mean() <= 16 * (torchs - ref).square().mean()
+
+
+@pytest.mark.parametrize("block", range(4))
 def test_error_rule(block):
     run(PER_TEST * block, PER_TEST)
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("block", range(10, 200))
+@pytest.mark.parametrize("block", range(4, 80))
 def test_error_rule_on_many(block):
     run(PER_TEST * block, PER_TEST)
 
