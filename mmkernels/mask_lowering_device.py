@@ -20,9 +20,10 @@ def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tensor, 
     q_hi = torch.searchsorted(lo, keys, right=True)
     q_lo = torch.minimum(torch.searchsorted(hi, keys, right=True), q_hi)
     q_modality, k_modality = layout.modality_ids.long(), k_layout.modality_ids.long()
-    bits = torch.from_numpy(visible_bits(mask, layout.num_modalities, k_layout.num_modalities).astype("int64"))
-    # int64 to int32 wraps modality 31's bit into the sign, as the kernels expect.
-    q_bits = bits.to(lo.device, non_blocking=True)[q_modality]
+    # Numbers in kernel arguments, not a table from the host: a graph capture must not copy from pageable memory.
+    q_bits = torch.zeros_like(q_modality)
+    for m, seen in enumerate(visible_bits(mask, layout.num_modalities, k_layout.num_modalities).tolist()):
+        q_bits = torch.where(q_modality == m, seen, q_bits)
     k_bits = torch.ones_like(k_modality) << k_modality
     q_table = torch.stack([lo, hi, q_bits, q_modality]).to(torch.int32)
     k_table = torch.stack([q_lo, q_hi, k_bits, k_modality]).to(torch.int32)

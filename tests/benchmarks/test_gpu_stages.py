@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, environment, limits, run, schema
-from benchmarks.gpu import correctness, stages
+from benchmarks import attention_host, environment, limits, run, schema
+from benchmarks.gpu import attention_checks, correctness, stages
 
 CPU = torch.device("cpu")
 
@@ -18,6 +18,8 @@ def _small_limits(monkeypatch):
     monkeypatch.setitem(limits.COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setitem(limits.GEMM_SIZE, "cpu", 128)
     monkeypatch.setattr(run, "MAX_SECONDS_PER_DIRECTION", 0.02)
+    monkeypatch.setattr(attention_host, "ROUNDS", 2)
+    monkeypatch.setattr(environment, "commit", lambda: "the same")  # whoever commits meanwhile
 
 
 def test_dry_run_of_every_stage(tmp_path):
@@ -29,8 +31,13 @@ def test_dry_run_of_every_stage(tmp_path):
         assert record["dry_run"]
         assert set(schema.ENVIRONMENT) <= set(record["environment"])
     assert schema.errors(records["attention"]["result"]) == []
-    kinds = {check["name"].split(": ")[1] for check in records["correctness"]["result"]["checks"]}
-    assert kinds == {"error rule", "isolation", "blind rows", "repeats", "no sync"}
+    checks = records["correctness"]["result"]["checks"]
+    kinds = {check["name"].split(": ")[1] for check in checks}
+    assert kinds == {"error rule", "isolation", "isolation, NaN", "repeats", "no sync", "graph", "memory"}
+    for feature in attention_checks.FEATURES:
+        assert any(f"D32 {feature}, " in check["name"] for check in checks), feature
+    timed = {row["case"] for row in records["attention"]["result"]["rows"] if "checked" in row}
+    assert len(timed) == 6
 
 
 def test_no_speed_while_correctness_is_red(tmp_path):
@@ -48,14 +55,14 @@ def test_no_speed_while_correctness_is_red(tmp_path):
 
 def test_a_wrong_kernel_turns_correctness_red(monkeypatch):
     """A key lost at the end of each sample: the error rule must see it, and the stage must not be green."""
-    right = attention.attention
+    right = attention_checks.attention
 
     def wrong(q, k, v, *, impl, **options):
         if impl != "reference":
             v = v * (torch.arange(len(v))[:, None, None] != len(v) - 1)
         return right(q, k, v, impl=impl, **options)
 
-    monkeypatch.setattr(attention, "attention", wrong)
+    monkeypatch.setattr(attention_checks, "attention", wrong)
     result = correctness.run(CPU, 600, dry_run=True)
     assert not result["green"]
     failed = [check["name"] for check in result["checks"] if not check["ok"]]
@@ -68,6 +75,44 @@ def test_out_of_time_is_not_green():
     assert not result["green"]
     assert result["not_run"]
     assert not result["complete"]
+
+
+def test_a_leak_between_samples_is_seen():
+    """A mean over the batch, too small for the error rule: isolation is there for that."""
+    call = attention_checks.make(CPU, "fp32", 16, attention_checks.FEATURES["full"], 0, 12)
+    mode = attention_checks.modes(CPU, "fp32", 16, "auto")[0]
+    attention_checks.check_isolation(call, mode, "auto", attention_checks.BIG)
+    right = attention_checks.attention
+    with pytest.MonkeyPatch.context() as patch:
+
+        def leaking(q, k, v, **options):
+            return right(q, k, v + 1e-9 * v.mean(), **options)
+
+        patch.setattr(attention_checks, "attention", leaking)
+        attention_checks.check_error_rule(call, mode, "auto")
+        with pytest.raises(AssertionError, match="sample 0 changed"):
+            attention_checks.check_isolation(call, mode, "auto", attention_checks.BIG)
+
+
+@pytest.mark.interpreter
+def test_modes_of_the_kernels_in_the_interpreter():
+    """What a GPU will be asked, as far as the interpreter goes: every override of schedule and dQ body is right."""
+    call = attention_checks.make(CPU, "fp32", 16, attention_checks.EVERYTHING, 0, 5)
+    ways = attention_checks.modes(CPU, "fp32", 16, "triton")
+    assert [way.name for way in ways] == ["sample tiles", "token tiles", "fused, atomic dQ", "fused, token tiles"]
+    for way in ways:
+        # So few numbers that torch's largest error may be a lucky one; the rms error has no such allowance.
+        attention_checks.check_error_rule(call, way, "triton", max_ratio=4.0)
+
+
+@pytest.mark.interpreter
+def test_isolation_and_graph_in_the_interpreter(monkeypatch):
+    call = attention_checks.make(CPU, "fp32", 16, attention_checks.FEATURES["bidirectional"], 0, 8)
+    token_tiles = attention_checks.modes(CPU, "fp32", 16, "triton")[1]  # where samples share tiles
+    attention_checks.check_isolation(call, token_tiles, "triton", attention_checks.BIG)
+    monkeypatch.setattr(attention_checks, "GRAPH_TOKENS", 40)
+    monkeypatch.setattr(attention_checks, "GRAPH_LAYOUTS", 2)
+    attention_checks.check_graph(CPU, "fp32", 16, "triton")
 
 
 def test_refuses_without_a_gpu(tmp_path, capsys):
