@@ -11,10 +11,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 PIP_TORCH := $(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SETUP := $(VENV)/.setup
 NATIVE := $(VENV)/.native
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-extended lint format filemap pictures clean
+.PHONY: setup demo test test-extended lint format filemap pictures clean sanitize test-cuda-build
 
 setup: $(SETUP) $(NATIVE)
 
@@ -57,15 +57,30 @@ test-extended: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest --extended -n 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --extended -n 2
 
+# ASan and UBSan over the tests of the planner and the CPU operators, in a copy of the checkout.
+sanitize: setup
+	$(PY) tests/sanitize.py
+
+# All native modules with a CUDA torch, no GPU needed, and one _C binary on two versions of torch.  Downloads several GB
+# once; CUDA_VENV=... names an environment that is there already.  Needs nvcc.
+CUDA_VENV ?= .venv-cuda
+test-cuda-build: setup $(CUDA_VENV)/bin/python
+	$(CUDA_VENV)/bin/python tests/cuda_build.py --also $(PY)
+
+$(CUDA_VENV)/bin/python:
+	$(PYTHON) -m venv $(CUDA_VENV).new
+	$(CUDA_VENV).new/bin/python -m pip install -q "torch==2.11.0" "numpy<2.4" "setuptools>=77" "pybind11>=2.13" pytest hypothesis
+	rm -rf $(CUDA_VENV) && mv $(CUDA_VENV).new $(CUDA_VENV)
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format -i
 
 # Rewrites the file map of the README from the first line of each file.
 filemap: setup

@@ -4,7 +4,7 @@
 `mmkernels._C`: CPU operators on torch's stable ABI; a plain library that mmkernels/native.py loads.
 `mmkernels._C_cuda`: CUDA operators, the same way, compiled by nvcc where torch is a CUDA build.
 All are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
-MMKERNELS_SKIP_NATIVE=1 leaves them out.
+MMKERNELS_SKIP_NATIVE=1 leaves them out; MMKERNELS_SANITIZE=1 builds the C++ with ASan and UBSan (tests/sanitize.py).
 """
 
 import contextlib
@@ -17,11 +17,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 
 CFLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]  # wider vectors are chosen at run time
 
 
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+if os.environ.get("MMKERNELS_SANITIZE") == "1":
+    CFLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK_FLAGS = SANITIZE
+else:
+    LINK_FLAGS = []
 # 0x020b...: only the ABI of torch 2.11, so that one binary serves every later torch
 TORCH_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
 # GPUs with code of their own; sm_100 needs CUDA 12.8.  Later ones compile the last one's PTX when they load it.
@@ -49,6 +54,7 @@ def planner_extension() -> Extension:
         depends=["setup.py", *headers("planner")],
         include_dirs=[pybind11.get_include()],
         extra_compile_args=[*CFLAGS, "-ffp-contract=off"],  # the same plan on every platform
+        extra_link_args=LINK_FLAGS,
         optional=True,
     )
 
@@ -66,6 +72,7 @@ def cpu_extension() -> Extension:
         define_macros=[TORCH_ABI],
         # -isystem: its headers warn
         extra_compile_args=[*CFLAGS, *(f"-isystem{path}" for path in torch_build.include_paths())],
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
         language="c++",
         optional=True,
@@ -148,12 +155,18 @@ class OptionalBuild(build_ext):
         if command is None:
             return super().build_extension(extension)
         target = self.get_ext_fullpath(extension.name)
-        if not (self.force or newer_group([*extension.sources, *extension.depends], target)):
+        if not self.force and not outdated(target, [*extension.sources, *extension.depends]):
             return None
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         if subprocess.run([*command, "-o", target]).returncode:
             raise CompileError("nvcc failed")
         return None
+
+
+def outdated(target: str, files: list[str]) -> bool:
+    if not Path(target).exists():
+        return True
+    return any(os.path.getmtime(file) > os.path.getmtime(target) for file in files)
 
 
 def parallel_compile():
