@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -132,8 +133,21 @@ def _prepare(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
             )
         impl = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
         schedule = dispatch.load("attention", impl).schedule(plan, request)
+        _leave_lengths_open(schedule)
         prepared = plan.cache[key] = (impl, schedule)
     return prepared
+
+
+def _leave_lengths_open(schedule: tuple) -> None:
+    """Tell Dynamo, where it is loaded, that the lengths of a schedule mean nothing to the graph.
+
+    Else it compiles again for a batch whose tiles are 0 or 1, or no longer as many as its spans or samples by chance.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        for t in schedule:
+            if isinstance(t, Tensor):
+                dynamo.decorators.mark_unbacked(t, 0)
 
 
 def _checked_bias(pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: PackedLayout) -> Tensor:
