@@ -30,6 +30,7 @@ from mmkernels.ops.attention.reference import dropout_keep, seen_pairs
 M = 3
 POISON = {"fp16": 6e4}  # finite, and far beyond what a sum could hide
 BIG = 1e30
+FEW, FEW_RATIO = 500, 4.0  # of so few numbers (a pair bias' gradient) torch's errors may all be lucky
 GRAPH_LAYOUTS, GRAPH_TOKENS, GRAPH_SAMPLES = 5, 192, 6
 LONG = 16384  # of the memory check: a [T, T] of one byte is 256 MiB
 
@@ -218,7 +219,12 @@ def check_error_rule(call: Call, mode: Mode, impl: str, max_ratio: float = testi
     same = torch_way(call)
     assert ours.keys() == expected.keys() == same.keys()
     for name, value in ours.items():
-        testing.assert_error_rule(name, value, expected[name], same[name], max_ratio=max_ratio)
+        if value.numel() < FEW:
+            worst, torchs = (float((x.double() - expected[name]).abs().max()) for x in (value, same[name]))
+            bound = FEW_RATIO * torchs + testing.error_floor(expected[name], value.dtype)
+            assert worst <= bound, f"{name}: max error {worst:.3e} > {bound:.3e} (torch {torchs:.3e})"
+        else:
+            testing.assert_error_rule(name, value, expected[name], same[name], max_ratio=max_ratio)
 
 
 def torch_way(call: Call) -> dict[str, Tensor]:
