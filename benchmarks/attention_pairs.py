@@ -13,9 +13,10 @@ def computed(plan: MaskPlan, impl: str, dtype: torch.dtype, head_dim: int) -> in
     """Pairs of the forward pass as the implementation plans it; None where its plan does not say.
 
     triton  whole blocks, as its kernel walks them
+    cpp     rows by columns of each span, both clipped at the sample's end
     torch   queries by keys of each call, the triangle where a call is causal
     """
-    if impl not in ("torch", "triton"):
+    if impl not in ("cpp", "torch", "triton"):
         return None
     request = Request(dtype, head_dim, needs_backward=False, deterministic=False, extras=False)
     schedule = dispatch.load("attention", impl).schedule(plan, request)
@@ -24,6 +25,10 @@ def computed(plan: MaskPlan, impl: str, dtype: torch.dtype, head_dim: int) -> in
 
         tile = Configs.from_flat(schedule[-1]).fwd
         return plan.cost("token" if tile.token else "sample", tile.rows, tile.cols)
+    if impl == "cpp":
+        tiles, spans = schedule[0].long(), schedule[1].long()
+        columns = torch.cat([spans.new_zeros(1), (spans[:, 1] - spans[:, 0]).cumsum(0)])  # before each span
+        return int(((tiles[:, 1] - tiles[:, 0]) * (columns[tiles[:, 3]] - columns[tiles[:, 2]])).sum())
     from mmkernels.ops.attention import torch_runs
 
     column = {name: schedule[0][:, index] for index, name in enumerate(torch_runs.COLUMNS)}
