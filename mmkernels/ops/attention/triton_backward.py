@@ -12,9 +12,11 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton_tiles import (
     LOG2E,
+    bias_of,
     dropout_keep_tile,
     load_rows,
     modalities_of,
+    row_biases,
     row_bounds,
     seen_pairs,
     store_rows,
@@ -31,16 +33,14 @@ def key_step(
     lo,
     hi,
     bits,
-    k_modality,
+    biases,
     q_ptr,
     do_ptr,
     lse_ptr,
     delta_ptr,
     q_table_ptr,
-    bias_ptr,
     rng_ptr,
     Tq,
-    k_modalities,
     head,
     first_key,
     col,
@@ -52,6 +52,7 @@ def key_step(
     keep_scale,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -60,7 +61,8 @@ def key_step(
     """Adds what queries [col, col + BLOCK_Q) of one head give to dk, dv and ds_of; tiles are transposed,
     [BLOCK_K, BLOCK_Q].  Also returns ds, in the dtype of q.
 
-    ds_of [BLOCK_K, BLOCK_M] is ds summed over the queries of each modality, kept only where there is a pair bias.
+    With a pair bias of MODALITIES query modalities, else 0, two tuples have a [BLOCK_K] for each: biases, and ds_of,
+    the sums of ds over the queries of that modality.
     """
     BLOCK_K: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
@@ -73,11 +75,12 @@ def key_step(
         lse = tl.load(lse_ptr + cols, mask=cols < col_end, other=0.0)
     else:
         lse = tl.load(lse_ptr + cols)
-    q_offsets = cols
-    if bias_ptr is not None:
+    bias = 0.0
+    q_modality = cols
+    if MODALITIES > 0:
         q_modality = modalities_of(q_table_ptr, cols, cols < col_end, Tq)
-        q_offsets = q_modality * k_modalities
-    p = _probabilities(scores, lse[None, :], bias_ptr, k_modality[:, None], q_offsets[None, :], scale, q.dtype)
+        bias = bias_of(biases, q_modality, MODALITIES)
+    p = _probabilities(scores, bias, lse[None, :], scale, q.dtype, MODALITIES > 0)
     if MASKED:
         q_bits_ptr = q_table_ptr + 2 * tl.cast(Tq, tl.int64)
         seen = seen_pairs(cols, col_end, lo, hi, bits, q_bits_ptr, HAS_VISIBLE)
@@ -100,44 +103,69 @@ def key_step(
     if MASKED:
         # Again: a neighbour's do may be so large that dp is infinite, and 0 * inf is NaN.
         ds = tl.where(seen, ds, 0.0)
-    rounded = ds.to(q.dtype)
-    dk = tl.dot(rounded, q, dk, input_precision=PRECISION)
-    if bias_ptr is not None:
-        one_hot = (q_modality[:, None] == tl.arange(0, ds_of.shape[1])[None, :]).to(q.dtype)
-        ds_of = tl.dot(rounded, one_hot, ds_of, input_precision=PRECISION)
-        if q.dtype != tl.float32:
-            # What rounding took: over many pairs it would show in the sum, which is fp32.
-            rest = (ds - rounded.to(tl.float32)).to(q.dtype)
-            ds_of = tl.dot(rest, one_hot, ds_of, input_precision=PRECISION)
-    return dk, dv, ds_of, rounded
+    if MODALITIES > 0:
+        ds_of = _add_by_modality(ds_of, ds, q_modality, MODALITIES)
+    ds = ds.to(q.dtype)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    return dk, dv, ds_of, ds
 
 
 @triton.jit
-def _probabilities(scores, lse, bias_ptr, row_offsets, col_offsets, scale, DTYPE: tl.constexpr):
-    """exp(scores scale + bias - lse).  row_offsets, col_offsets: into one head's bias, where there is one."""
-    if bias_ptr is not None:
-        # A gather from one or two cache lines.
-        scores = scores * scale + tl.load(bias_ptr + (row_offsets + col_offsets))
-        if tl.float32 == DTYPE:
-            p = tl.exp(scores - lse)
-        else:
-            p = tl.math.exp2((scores - lse) * LOG2E)
-    elif tl.float32 == DTYPE:
+def _add_by_modality(sums, ds, modality, MODALITIES: tl.constexpr):
+    """sums[m] + the row sums of ds over columns of modality m.  In fp32: dbias is, and ds cancels in it."""
+    added = ()
+    for m in tl.static_range(MODALITIES):
+        added = added + (sums[m] + tl.sum(tl.where((modality == m)[None, :], ds, 0.0), 1),)  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def no_sums(MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(MODALITIES):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def key_biases(bias_ptr, k_modality, k_modalities, scale, MODALITIES: tl.constexpr):
+    """A tuple: per query modality the pair bias of each key times scale, fp32 [rows].  bias_ptr: one head's."""
+    biases = ()
+    for m in tl.static_range(MODALITIES):
+        biases = biases + (tl.load(bias_ptr + m * k_modalities + k_modality) * scale,)  # noqa: RUF005
+    return biases
+
+
+@triton.jit
+def bias_unit(DTYPE: tl.constexpr):
+    """What _probabilities wants a bias multiplied by."""
+    return 1.0 if tl.float32 == DTYPE else LOG2E
+
+
+@triton.jit
+def _probabilities(scores, bias, lse, scale, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """exp(scores scale + bias - lse), bias in units of bias_unit."""
+    if tl.float32 == DTYPE:
         # In natural units the terms cancel before anything rounds by LOG2E: fp32 gradients show the difference.
-        p = tl.exp(scores * scale - lse)
+        scores = scores * scale
+        if HAS_BIAS:
+            scores += bias
+        p = tl.exp(scores - lse)
     else:
-        p = tl.math.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+        scores = scores * (scale * LOG2E)
+        if HAS_BIAS:
+            scores += bias
+        p = tl.math.exp2(scores - lse * LOG2E)
     return p
 
 
 @triton.jit
-def store_bias_partial(partial_ptr, ds_of, k_modality, in_tile, q_modalities, k_modalities):
-    """partial [Mq, Mk] of one tile and head: ds_of [BLOCK_K, BLOCK_M] summed over the keys of each modality."""
-    modalities = tl.arange(0, ds_of.shape[1])
+def store_bias_partial(partial_ptr, ds_of, k_modality, in_tile, k_modalities, MODALITIES: tl.constexpr):
+    """partial [Mq, Mk] of one tile and head: ds_of summed over the keys of each modality."""
     for n in range(k_modalities):
         of_key = in_tile & (k_modality == n)
-        total = tl.sum(tl.where(of_key[:, None], ds_of, 0.0), 0)
-        tl.store(partial_ptr + modalities * k_modalities + n, total, mask=modalities < q_modalities)
+        for m in tl.static_range(MODALITIES):
+            tl.store(partial_ptr + m * k_modalities + n, tl.sum(tl.where(of_key, ds_of[m], 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
@@ -161,7 +189,6 @@ def attention_bwd_dkdv_kernel(
     Tk,
     kv_heads,
     group,
-    q_modalities,
     k_modalities,
     stride_qt,
     stride_qh,
@@ -182,14 +209,14 @@ def attention_bwd_dkdv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """dk, dv of one key tile of one key head, over all query heads of its group.   Grid: tiles x key heads.
 
-    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.
+    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.  MODALITIES: Mq, or 0.
     """
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -219,10 +246,11 @@ def attention_bwd_dkdv_kernel(
         do_at = do_ptr + q_head * stride_doh
         lse_at = lse_ptr + q_head * Tq
         delta_at = delta_ptr + q_head * Tq
-        bias_at = None
+        biases = ()
         if bias_ptr is not None:
-            bias_at = bias_ptr + q_head * q_modalities * k_modalities
-        ds_of = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+            bias_at = bias_ptr + q_head * MODALITIES * k_modalities
+            biases = key_biases(bias_at, k_modality, k_modalities, bias_unit(k.dtype), MODALITIES)
+        ds_of = no_sums(MODALITIES, BLOCK_K)
         for span in range(first_span, last_span):
             col_start = tl.load(spans_ptr + 3 * span)
             col_end = tl.load(spans_ptr + 3 * span + 1)
@@ -230,22 +258,22 @@ def attention_bwd_dkdv_kernel(
             full_end = tl.where(masked != 0, col_start, col_end)
             for col in range(col_start, full_end, BLOCK_Q):
                 dk, dv, ds_of, _ = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
-                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, False,
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
                 )  # fmt: skip
             for col in range(full_end, col_end, BLOCK_Q):
                 dk, dv, ds_of, _ = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
-                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, True,
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
                 )  # fmt: skip
         if bias_ptr is not None:
             tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
-            partial_at = partials_ptr + tile_head * q_modalities * k_modalities
-            store_bias_partial(partial_at, ds_of, k_modality, in_tile, q_modalities, k_modalities)
+            partial_at = partials_ptr + tile_head * MODALITIES * k_modalities
+            store_bias_partial(partial_at, ds_of, k_modality, in_tile, k_modalities, MODALITIES)
 
     store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
     store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)
@@ -262,12 +290,11 @@ def _query_step(
     lo,
     hi,
     bits,
-    bias_rows,
+    biases,
     queries,
     k_ptr,
     v_ptr,
     k_table_ptr,
-    bias_ptr,
     rng_ptr,
     Tk,
     head,
@@ -280,6 +307,7 @@ def _query_step(
     keep_scale,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -287,7 +315,7 @@ def _query_step(
 ):
     """Adds what keys [col, col + BLOCK_K) give to dq and, with a pair bias, to the rows' sums of ds.
 
-    bias_rows: each query's modality times Mk.
+    biases: a tuple, per key modality the bias of each query.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
     count = col_end - col
@@ -297,10 +325,10 @@ def _query_step(
     v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    k_modality = cols
-    if bias_ptr is not None:
-        k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
-    p = _probabilities(scores, lse[:, None], bias_ptr, bias_rows[:, None], k_modality[None, :], scale, q.dtype)
+    bias = 0.0
+    if MODALITIES > 0:
+        bias = bias_of(biases, modalities_of(k_table_ptr, cols, cols < col_end, Tk), MODALITIES)
+    p = _probabilities(scores, bias, lse[:, None], scale, q.dtype, MODALITIES > 0)
     if rng_ptr is not None:
         keep = dropout_keep_tile(rng_ptr, drop_threshold, head, queries, col, BLOCK_K, ALIGNED)
         dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -309,7 +337,7 @@ def _query_step(
         k_bits_ptr = k_table_ptr + 2 * tl.cast(Tk, tl.int64)
         # p and dp of what is not seen may be infinite (a blind row, a neighbour's large values): selected away.
         ds = tl.where(seen_pairs(cols, col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE), ds, 0.0)
-    if bias_ptr is not None:
+    if MODALITIES > 0:
         ds_sum += tl.sum(ds, 1)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), ds_sum
 
@@ -336,7 +364,6 @@ def attention_bwd_dq_kernel(
     heads,
     group,
     q_modalities,
-    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -356,13 +383,14 @@ def attention_bwd_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """dq of one query tile of one head, and its delta [H, Tq], which dkdv reads: this kernel runs first.
 
-    Grid: tiles x heads.
+    Grid: tiles x heads.  MODALITIES: Mk with a pair bias, else 0.
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -393,10 +421,10 @@ def attention_bwd_dq_kernel(
     # +inf past the tile's end: those rows then have p = 0.
     lse = tl.load(lse_ptr + q_head * Tq + rows, mask=in_tile, other=float("inf"))
     lo, hi, bits = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
-    bias_rows = lo
+    biases = ()
     if bias_ptr is not None:
-        bias_rows = modalities_of(q_table_ptr, rows, in_tile, Tq) * k_modalities
-        bias_ptr += q_head * q_modalities * k_modalities
+        bias_at = bias_ptr + q_head * q_modalities * MODALITIES
+        biases = row_biases(bias_at, modalities_of(q_table_ptr, rows, in_tile, Tq), bias_unit(q.dtype), MODALITIES)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     ds_sum = tl.zeros([BLOCK_Q], tl.float32)
@@ -407,15 +435,15 @@ def attention_bwd_dq_kernel(
         full_end = tl.where(masked != 0, col_start, col_end)
         for col in range(col_start, full_end, BLOCK_K):
             dq, ds_sum = _query_step(
-                dq, ds_sum, q, do, lse, delta, lo, hi, bits, bias_rows, rows,
-                k_ptr, v_ptr, k_table_ptr, bias_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
-                scale, drop_threshold, keep_scale, D, BLOCK_K, HAS_VISIBLE, PRECISION, ALIGNED, False,
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
+                k_ptr, v_ptr, k_table_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
             dq, ds_sum = _query_step(
-                dq, ds_sum, q, do, lse, delta, lo, hi, bits, bias_rows, rows,
-                k_ptr, v_ptr, k_table_ptr, bias_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
-                scale, drop_threshold, keep_scale, D, BLOCK_K, HAS_VISIBLE, PRECISION, ALIGNED, True,
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
+                k_ptr, v_ptr, k_table_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
             )  # fmt: skip
 
     if bias_ptr is not None:

@@ -7,7 +7,7 @@ scores and dp are computed once.  The order of those additions differs between r
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_backward import key_step, store_bias_partial
+from mmkernels.ops.attention.triton_backward import bias_unit, key_biases, key_step, no_sums, store_bias_partial
 from mmkernels.ops.attention.triton_tiles import load_rows, modalities_of, row_bounds, store_rows
 
 
@@ -108,7 +108,6 @@ def attention_bwd_fused_kernel(
     Tk,
     kv_heads,
     group,
-    q_modalities,
     k_modalities,
     stride_qt,
     stride_qh,
@@ -131,7 +130,7 @@ def attention_bwd_fused_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -140,7 +139,7 @@ def attention_bwd_fused_kernel(
     """dk, dv of one key tile of one key head, and what it adds to dq_sum (before scale).   Grid: tiles x key heads.
 
     dq_sum fp32 [Tq, H, D], zero at the start: with TMA a descriptor of blocks [BLOCK_Q, 1, BLOCK_D], else a pointer.
-    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.
+    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.  MODALITIES: Mq, or 0.
     """
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -170,10 +169,11 @@ def attention_bwd_fused_kernel(
         do_at = do_ptr + q_head * stride_doh
         lse_at = lse_ptr + q_head * Tq
         delta_at = delta_ptr + q_head * Tq
-        bias_at = None
+        biases = ()
         if bias_ptr is not None:
-            bias_at = bias_ptr + q_head * q_modalities * k_modalities
-        ds_of = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+            bias_at = bias_ptr + q_head * MODALITIES * k_modalities
+            biases = key_biases(bias_at, k_modality, k_modalities, bias_unit(k.dtype), MODALITIES)
+        ds_of = no_sums(MODALITIES, BLOCK_K)
         for span in range(first_span, last_span):
             col_start = tl.load(spans_ptr + 3 * span)
             col_end = tl.load(spans_ptr + 3 * span + 1)
@@ -181,26 +181,26 @@ def attention_bwd_fused_kernel(
             full_end = tl.where(masked != 0, col_start, col_end)
             for col in range(col_start, full_end, BLOCK_Q):
                 dk, dv, ds_of, ds = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
-                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, False,
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, False)
             for col in range(full_end, col_end, BLOCK_Q):
                 dk, dv, ds_of, ds = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, k_modality,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, bias_at, rng_ptr,
-                    Tq, k_modalities, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, HAS_VISIBLE, PRECISION, ALIGNED, True,
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
+                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, True)
         if bias_ptr is not None:
             tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
-            partial_at = partials_ptr + tile_head * q_modalities * k_modalities
-            store_bias_partial(partial_at, ds_of, k_modality, in_tile, q_modalities, k_modalities)
+            partial_at = partials_ptr + tile_head * MODALITIES * k_modalities
+            store_bias_partial(partial_at, ds_of, k_modality, in_tile, k_modalities, MODALITIES)
 
     store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
     store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)

@@ -46,8 +46,9 @@ def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
     attention_bwd_dq_kernel[(len(tiles) * H,)](
         q, k, v, pair_bias, rng, out, do, lse, dlse, lowered.q_table, lowered.k_table, tiles, lowered.dq_spans,
-        dq, delta, Tq, Tk, H, H // G, *_modalities(pair_bias), *strides(q, k, v, out, do, dq), *_scalars(lowered),
-        BLOCK_Q=config.rows, BLOCK_K=config.cols, **_shared(config, q, rng, lowered),
+        dq, delta, Tq, Tk, H, H // G, _modalities(pair_bias, 1), *strides(q, k, v, out, do, dq), *_scalars(lowered),
+        BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
+        **_shared(config, q, rng, lowered),
     )  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, low
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
     attention_bwd_dkdv_kernel[(len(tiles) * G,)](
         q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
-        dk, dv, partials, Tq, Tk, G, H // G, *_modalities(pair_bias), *strides(q, k, v, do, dk, dv),
-        *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols, BLOCK_M=_block_m(pair_bias),
+        dk, dv, partials, Tq, Tk, G, H // G, _modalities(pair_bias, 2), *strides(q, k, v, do, dk, dv),
+        *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols, MODALITIES=_modalities(pair_bias, 1),
         **_shared(config, q, rng, lowered),
     )  # fmt: skip
 
@@ -83,19 +84,16 @@ def _fused(config, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials
     if len(tiles) and Tq:
         attention_bwd_fused_kernel[(len(tiles) * G,)](
             q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
-            target, dk, dv, partials, Tq, Tk, G, H // G, *_modalities(pair_bias),
+            target, dk, dv, partials, Tq, Tk, G, H // G, _modalities(pair_bias, 2),
             *strides(q, k, v, do, dq_sum, dk, dv), *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols,
-            BLOCK_M=_block_m(pair_bias), TMA=config.tma, **_shared(config, q, rng, lowered),
+            MODALITIES=_modalities(pair_bias, 1), TMA=config.tma, **_shared(config, q, rng, lowered),
         )  # fmt: skip
     torch.mul(dq_sum, lowered.scale, out=dq)
 
 
-def _modalities(pair_bias) -> tuple[int, int]:
-    return (0, 0) if pair_bias is None else tuple(pair_bias.shape[1:])
-
-
-def _block_m(pair_bias) -> int:
-    return 16 if pair_bias is None else configs.padded(pair_bias.shape[1])
+def _modalities(pair_bias, axis: int) -> int:
+    """Mq (axis 1) or Mk (axis 2); 0 without a bias."""
+    return 0 if pair_bias is None else pair_bias.shape[axis]
 
 
 def _scalars(lowered) -> tuple:
