@@ -183,7 +183,7 @@ def _compile(spec: KernelSpec, arch: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    attrs = {(spec.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible_by_16}
+    attrs = {_path(spec.fn.arg_names, name): [["tt.divisibility", 16]] for name in spec.divisible_by_16}
     source = ASTSource(spec.fn, dict(spec.signature), dict(spec.constexprs), attrs)
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
@@ -196,6 +196,12 @@ def _compile(spec: KernelSpec, arch: str):
             # Triton's error text leaves out which of the many configurations it was.
             raise InspectError(f"inspect: {spec.kernel} {spec.dtype} {spec.config} on {arch}: {error!r}") from error
     return compiled, log.getvalue()
+
+
+def _path(arg_names: list[str], name: str) -> tuple[int, ...]:
+    """Where an argument is: "out_ptr" -> (3,), the second member of a tuple argument "streams.1" -> (0, 1)."""
+    name, *members = name.split(".")
+    return (arg_names.index(name), *map(int, members))
 
 
 def _disassemble(cubin: bytes) -> str:

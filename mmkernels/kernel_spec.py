@@ -15,9 +15,11 @@ class KernelSpec:
     dtype            data type of the main operands: "bf16", "fp16" or "fp32"
     config           what distinguishes this configuration, for people: {"head_dim": 64, "block_q": 128, ...}
     fn               the triton.JITFunction
-    signature        argument name -> Triton type: "*bf16", "*i32", "i32", "fp32" or "constexpr"
+    signature        argument name -> Triton type: "*bf16", "*i32", "i32", "fp32" or "constexpr"; a tuple argument has a
+                     tuple of them
     constexprs       values of the constexpr arguments
-    divisible_by_16  arguments known to be multiples of 16 (pointers' alignment, strides)
+    divisible_by_16  arguments known to be multiples of 16 (pointers' alignment, strides); "streams.1" is the second
+                     member of a tuple argument
     """
 
     op: str
@@ -25,7 +27,7 @@ class KernelSpec:
     dtype: str
     config: dict[str, Any]
     fn: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
     divisible_by_16: tuple[str, ...] = field(default=())
     num_warps: int = 4

@@ -1,10 +1,12 @@
 """Modality embedding backward, Triton, sm_80+: no atomics, so every run gives the same bits.
 
-T tokens, E width, M modalities, A position axes.
-1. Rows: gradient of each row; stream gradients by plain stores; per program partial sums for the norm and the
-   modalities; for the tables, the row gradients [T, E] in fp32 and the table row (key) of each token.
-2. Tables: tokens sorted by key, in chunks of CHUNK: a key's run inside one chunk is summed into its table row at once;
-   a run over several chunks leaves one partial sum per chunk.
+T tokens, E width, M modalities, A position axes, R rows of a tile.
+1. Rows: dx, the gradient of each row before the norm; stream gradients by plain stores; per program partial sums for
+   the norm and the modalities; for the tables, the key (table row, all tables numbered through) of each token and slot,
+   and the two means of each row, from which dx can be had again column by column.
+2. Tables: (key, token) sorted by key, in chunks of CHUNK: a key's run inside one chunk is summed into its table row at
+   once; a run over several chunks leaves one partial sum per chunk.  dx is computed again: that reads two 16-bit rows,
+   where a stored fp32 dx would be written once and read for each table.
 3. Spans: those partial sums, added in order.
 """
 
@@ -13,172 +15,379 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.ops.modality_embed.triton_forward import locate, position_row, sum_row
+from mmkernels.ops.modality_embed.triton_forward import dropped, locate, position_of, sum_tile
 
 
 @triton.jit
-def _flush(partial_ptr, acc, cols, inside):
-    """partial += acc.  Only this program touches the row, and always with the same threads per column."""
-    tl.debug_barrier()  # the row may have been written by the previous flush
-    tl.store(partial_ptr + cols, tl.load(partial_ptr + cols, mask=inside, other=0.0) + acc, mask=inside)
-
-
-@triton.jit
-def modality_embed_bwd_rows_kernel(
+def _graded(
     grad_ptr,
-    s0_ptr,
-    s1_ptr,
-    s2_ptr,
-    s3_ptr,
-    s4_ptr,
-    s5_ptr,
-    s6_ptr,
-    s7_ptr,
+    streams,
+    sizes,
     modality_weight_ptr,
     token_weight_ptr,
-    table_ptr,
+    tables,
     norm_weight_ptr,
     modality_ids_ptr,
     source_rows_ptr,
     positions_ptr,
+    rng_ptr,
     mean_ptr,
     rstd_ptr,
-    d0_ptr,
-    d1_ptr,
-    d2_ptr,
-    d3_ptr,
-    d4_ptr,
-    d5_ptr,
-    d6_ptr,
-    d7_ptr,
-    norm_partial_ptr,
-    modality_partial_ptr,
-    dx_ptr,
-    keys_ptr,
+    t,
+    first_col,
     T,
     E,
+    threshold,
+    keep_scale,
     M: tl.constexpr,
     A: tl.constexpr,
+    V: tl.constexpr,
     STREAMS: tl.constexpr,
     TABLES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    ROWS_OF: tl.constexpr,
+    NORM: tl.constexpr,
+    R: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """mean_ptr is None: no norm.  d*_ptr, norm_partial_ptr [programs, 2, E], modality_partial_ptr [programs, M, E] (of
-    zeros), dx_ptr [T, E] with keys_ptr [Q + 1, T] (position tables, then token table): None where not wanted."""
-    streams = (s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, s5_ptr, s6_ptr, s7_ptr)
-    grads = (d0_ptr, d1_ptr, d2_ptr, d3_ptr, d4_ptr, d5_ptr, d6_ptr, d7_ptr)
-    cols = tl.arange(0, BLOCK_E)
-    inside = cols < E
-    pid = tl.program_id(0).to(tl.int64)
-    start = pid * ROWS
-    d_weight = tl.zeros((BLOCK_E,), tl.float32)
-    d_bias = tl.zeros((BLOCK_E,), tl.float32)
-    d_modality = tl.zeros((BLOCK_E,), tl.float32)
-    current = tl.load(modality_ids_ptr + start).to(tl.int32)
-    for i in range(0, tl.minimum(ROWS, T - start)):
-        t = start + i
-        modality, row, token = locate(streams, modality_ids_ptr, source_rows_ptr, t, M, STREAMS)
-        dx = tl.load(grad_ptr + t * E + cols, mask=inside, other=0.0).to(tl.float32)
-        if mean_ptr is not None:
-            x = sum_row(
-                streams,
-                modality_weight_ptr,
-                token_weight_ptr,
-                table_ptr,
-                positions_ptr,
-                t,
-                T,
-                E,
-                modality,
-                row,
-                token,
-                cols,
-                M,
-                A,
-                STREAMS,
-                TABLES,
-            )
-            rstd = tl.load(rstd_ptr + t)
-            normed = tl.where(inside, (x - tl.load(mean_ptr + t)) * rstd, 0.0)
-            if norm_partial_ptr is not None:
-                d_weight += dx * normed
-                d_bias += dx
-            if norm_weight_ptr is not None:
-                dx *= tl.load(norm_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            dx = (dx - tl.sum(dx, 0) / E - normed * (tl.sum(dx * normed, 0) / E)) * rstd
-        for m in tl.static_range(M):
-            if grads[m] is not None:
-                here = inside & (modality == m) & (token < 0)
-                tl.store(grads[m] + row * E + cols, dx.to(grads[m].dtype.element_ty), mask=here)
-        if modality_partial_ptr is not None:
-            if modality != current:
-                _flush(modality_partial_ptr + (pid * M + current) * E, d_modality, cols, inside)
-                d_modality = tl.zeros((BLOCK_E,), tl.float32)
-                current = modality
-            d_modality += dx
-        if dx_ptr is not None:
-            tl.store(dx_ptr + t * E + cols, dx, mask=inside)
-            for q in tl.static_range(len(TABLES) // M):
-                position = position_row(positions_ptr, t, T, modality, q, M, A, TABLES)
-                tl.store(keys_ptr + q * T + t, position.to(tl.int32))
-            tl.store(keys_ptr + (len(TABLES) // M) * T + t, token.to(tl.int32))
-    if modality_partial_ptr is not None:
-        _flush(modality_partial_ptr + (pid * M + current) * E, d_modality, cols, inside)
-    if norm_partial_ptr is not None:
-        tl.store(norm_partial_ptr + (2 * pid) * E + cols, d_weight, mask=inside)
-        tl.store(norm_partial_ptr + (2 * pid + 1) * E + cols, d_bias, mask=inside)
+    """-> modality, row, token as `locate`; gradient after dropout, normed values (of NORM > 0), rstd of rows t."""
+    cols = first_col + tl.arange(0, COLUMNS)[None, :]
+    inside = (cols < E) & (t < T)[:, None]
+    modality, row, token = locate(streams, sizes, modality_ids_ptr, source_rows_ptr, t, T, M, V, STREAMS)
+    normed = tl.zeros((R, COLUMNS), tl.float32)
+    rstd = tl.full((R,), 1.0, tl.float32)
+    if NORM > 0:
+        x = sum_tile(
+            streams,
+            modality_weight_ptr,
+            token_weight_ptr,
+            tables,
+            positions_ptr,
+            t,
+            T,
+            E,
+            modality,
+            row,
+            token,
+            cols,
+            M,
+            A,
+            STREAMS,
+            TABLES,
+            ROWS_OF,
+        )
+        rstd = tl.load(rstd_ptr + t, mask=t < T, other=0.0)
+        if NORM == 1:
+            x -= tl.load(mean_ptr + t, mask=t < T, other=0.0)[:, None]
+        normed = tl.where(inside, x * rstd[:, None], 0.0)
+    grad = tl.load(grad_ptr + t[:, None] * E + cols, mask=inside, other=0.0).to(tl.float32)
+    if rng_ptr is not None:
+        grad = dropped(grad, rng_ptr, t, first_col, threshold, keep_scale, R, COLUMNS)
+    return modality, row, token, grad, normed, rstd
 
 
 @triton.jit
-def modality_embed_bwd_tables_kernel(
-    dx_ptr, order_ptr, keys_ptr, table_ptr, head_ptr, tail_ptr, T, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
+def _flush(partial_ptr, acc, cols, inside):
+    """partial += acc.  Only this program touches the row."""
+    tl.debug_barrier()  # other threads may have written it in the previous flush
+    tl.store(partial_ptr + cols, tl.load(partial_ptr + cols, mask=inside, other=0.0) + acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "sizes"])
+def modality_embed_bwd_rows_kernel(
+    grad_ptr,
+    streams,
+    sizes,
+    modality_weight_ptr,
+    token_weight_ptr,
+    tables,
+    norm_weight_ptr,
+    modality_ids_ptr,
+    source_rows_ptr,
+    positions_ptr,
+    rng_ptr,
+    mean_ptr,
+    rstd_ptr,
+    d_streams,
+    norm_partial_ptr,
+    modality_partial_ptr,
+    means_ptr,
+    keys_ptr,
+    T,
+    E,
+    threshold,
+    keep_scale,
+    M: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    STREAMS: tl.constexpr,
+    TABLES: tl.constexpr,
+    ROWS_OF: tl.constexpr,
+    NORM: tl.constexpr,
+    WANTED: tl.constexpr,
+    FIRST: tl.constexpr,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """table[key] = sum of dx over the tokens of that key.  keys int32 [T] sorted, -1: none; order int64 [T]: tokens.
+    """A program takes TILES tiles of R rows.  WANTED: which stream gradients to write.
+
+    norm_partial_ptr [programs, 2, E], modality_partial_ptr [programs, M, E] (of zeros), means_ptr [2, T], keys_ptr
+    [slots + 1, T]: None where not wanted.  FIRST: the first key of each position table, then of the token table.
+    """
+    cols = tl.arange(0, BLOCK_E)
+    within = cols < E
+    pid = tl.program_id(0).to(tl.int64)
+    d_weight = tl.zeros((R, BLOCK_E), tl.float32)
+    d_bias = tl.zeros((R, BLOCK_E), tl.float32)
+    d_modality = tl.zeros((R, BLOCK_E), tl.float32)
+    current = tl.load(modality_ids_ptr + pid * TILES * R).to(tl.int32)
+    for i in range(0, tl.minimum(TILES, tl.cdiv(T - pid * TILES * R, R))):
+        t = (pid * TILES + i) * R + tl.arange(0, R)
+        modality, row, token, grad, normed, rstd = _graded(
+            grad_ptr,
+            streams,
+            sizes,
+            modality_weight_ptr,
+            token_weight_ptr,
+            tables,
+            norm_weight_ptr,
+            modality_ids_ptr,
+            source_rows_ptr,
+            positions_ptr,
+            rng_ptr,
+            mean_ptr,
+            rstd_ptr,
+            t,
+            0,
+            T,
+            E,
+            threshold,
+            keep_scale,
+            M,
+            A,
+            V,
+            STREAMS,
+            TABLES,
+            ROWS_OF,
+            NORM,
+            R,
+            BLOCK_E,
+        )
+        dx = grad
+        if NORM > 0:
+            if norm_partial_ptr is not None:
+                d_weight += grad * normed
+                d_bias += grad
+            if norm_weight_ptr is not None:
+                dx *= tl.load(norm_weight_ptr + cols, mask=within, other=0.0).to(tl.float32)[None, :]
+            mean_gx = tl.sum(dx * normed, 1) / E
+            mean_g = tl.zeros((R,), tl.float32)
+            if NORM == 1:
+                mean_g = tl.sum(dx, 1) / E
+            if means_ptr is not None:
+                tl.store(means_ptr + t, mean_g, mask=t < T)
+                tl.store(means_ptr + T + t, mean_gx, mask=t < T)
+            dx = (dx - mean_g[:, None] - normed * mean_gx[:, None]) * rstd[:, None]
+        for m in tl.static_range(M):
+            if WANTED[m] == 1:
+                here = within[None, :] & ((modality == m) & (row >= 0))[:, None]
+                to = d_streams[m] + row[:, None] * E + cols[None, :]
+                tl.store(to, dx.to(d_streams[m].dtype.element_ty), mask=here)
+        if modality_partial_ptr is not None:
+            dx = tl.where(within[None, :] & (t < T)[:, None], dx, 0.0)
+            low = tl.min(tl.where(t < T, modality, 255), 0)
+            high = tl.max(tl.where(t < T, modality, 0), 0)
+            if (low == current) & (high == current):
+                d_modality += dx
+            else:
+                _flush(modality_partial_ptr + (pid * M + current) * E, tl.sum(d_modality, 0), cols, within)
+                d_modality = tl.zeros((R, BLOCK_E), tl.float32)
+                if low == high:
+                    d_modality += dx
+                else:
+                    for m in tl.static_range(M):
+                        part = tl.sum(tl.where((modality == m)[:, None], dx, 0.0), 0)
+                        _flush(modality_partial_ptr + (pid * M + m) * E, part, cols, within)
+                current = high
+        if keys_ptr is not None:
+            SLOTS: tl.constexpr = len(TABLES) // M
+            for q in tl.static_range(SLOTS):
+                position = position_of(positions_ptr, t, T, modality, q, M, A, TABLES, ROWS_OF)
+                key = tl.full((R,), -1, tl.int64)
+                for m in tl.static_range(M):
+                    if TABLES[q * M + m] >= 0:
+                        here = (modality == m) & (position >= 0)
+                        key = tl.where(here, FIRST[TABLES[q * M + m]] + position, key)
+                tl.store(keys_ptr + q * T + t, key.to(tl.int32), mask=t < T)
+            key = tl.where(token >= 0, FIRST[len(FIRST) - 1] + token, -1)
+            tl.store(keys_ptr + SLOTS * T + t, key.to(tl.int32), mask=t < T)
+    if modality_partial_ptr is not None:
+        _flush(modality_partial_ptr + (pid * M + current) * E, tl.sum(d_modality, 0), cols, within)
+    if norm_partial_ptr is not None:
+        tl.store(norm_partial_ptr + (2 * pid) * E + cols, tl.sum(d_weight, 0), mask=within)
+        tl.store(norm_partial_ptr + (2 * pid + 1) * E + cols, tl.sum(d_bias, 0), mask=within)
+
+
+@triton.jit
+def _is_wanted(key, FIRST: tl.constexpr, SUMMED: tl.constexpr):
+    """Whether the gradient of the table that holds row `key` is wanted."""
+    wanted = key < 0  # False, or replaced below
+    for i in tl.static_range(len(FIRST)):
+        wanted = tl.where(key >= FIRST[i], SUMMED[i] == 1, wanted)
+    return wanted & (key >= 0)
+
+
+@triton.jit
+def _store_row(outs, acc, key, E, cols, mask, FIRST: tl.constexpr, SUMMED: tl.constexpr):
+    """Row `key` of the tables numbered through."""
+    to = outs[0]
+    row = key.to(tl.int64)
+    for i in tl.static_range(1, len(FIRST)):
+        to = tl.where(key >= FIRST[i], outs[i], to)
+        row = tl.where(key >= FIRST[i], key.to(tl.int64) - FIRST[i], row)
+    tl.store(to + row * E + cols, acc.to(outs[0].dtype.element_ty), mask=mask & _is_wanted(key, FIRST, SUMMED))
+
+
+@triton.jit(do_not_specialize=["T", "N", "sizes"])
+def modality_embed_bwd_tables_kernel(
+    grad_ptr,
+    streams,
+    sizes,
+    modality_weight_ptr,
+    token_weight_ptr,
+    tables,
+    norm_weight_ptr,
+    modality_ids_ptr,
+    source_rows_ptr,
+    positions_ptr,
+    rng_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    keys_ptr,
+    order_ptr,
+    outs,
+    head_ptr,
+    tail_ptr,
+    T,
+    N,
+    E,
+    threshold,
+    keep_scale,
+    M: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    STREAMS: tl.constexpr,
+    TABLES: tl.constexpr,
+    ROWS_OF: tl.constexpr,
+    NORM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SUMMED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Row k of outs = the sum of dx over the tokens of key k.  keys int32 [N] sorted, -1: none; order int64 [N]: where
+    each key was before the sort, a token modulo T.  SUMMED: which tables' gradients are wanted; the others' keys are
+    there all the same, so that sums do not depend on what else is wanted.
 
     head [chunks, E]  the part of a run that began in an earlier chunk;  tail [chunks, E]  of one that goes on later
     """
     chunk = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    first_col = tl.program_id(1) * COLUMNS
+    cols = first_col + tl.arange(0, COLUMNS)
     inside = cols < E
     start = tl.program_id(0) * CHUNK
-    stop = tl.minimum(start + CHUNK, T)
+    stop = tl.minimum(start + CHUNK, N)
     current = tl.load(keys_ptr + start)
     is_head = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1) == current
-    acc = tl.zeros((BLOCK_E,), tl.float32)
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    weight = acc + 1.0
+    if norm_weight_ptr is not None:
+        weight = tl.load(norm_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     for i in range(start, stop):
         key = tl.load(keys_ptr + i)
         if key != current:
-            to = tl.where(is_head, head_ptr + chunk * E, table_ptr + current * E)
-            tl.store(to + cols, acc, mask=inside & (current >= 0))
-            acc = tl.zeros((BLOCK_E,), tl.float32)
+            if is_head:
+                tl.store(head_ptr + chunk * E + cols, acc, mask=inside)
+            else:
+                _store_row(outs, acc, current, E, cols, inside, FIRST, SUMMED)
+            acc = tl.zeros((COLUMNS,), tl.float32)
             current = key
             is_head = start < 0  # False
-        token = tl.load(order_ptr + i)
-        acc += tl.load(dx_ptr + token * E + cols, mask=inside & (key >= 0), other=0.0)
-    goes_on = tl.load(keys_ptr + stop, mask=stop < T, other=-1) == current
-    to = tl.where(goes_on, tail_ptr + chunk * E, table_ptr + current * E)
-    to = tl.where(is_head, head_ptr + chunk * E, to)
-    tl.store(to + cols, acc, mask=inside & (current >= 0))
+        if _is_wanted(key, FIRST, SUMMED):
+            t = tl.load(order_ptr + i) % T + tl.arange(0, 1)
+            _, _, _, grad, normed, rstd = _graded(
+                grad_ptr,
+                streams,
+                sizes,
+                modality_weight_ptr,
+                token_weight_ptr,
+                tables,
+                norm_weight_ptr,
+                modality_ids_ptr,
+                source_rows_ptr,
+                positions_ptr,
+                rng_ptr,
+                mean_ptr,
+                rstd_ptr,
+                t,
+                first_col,
+                T,
+                E,
+                threshold,
+                keep_scale,
+                M,
+                A,
+                V,
+                STREAMS,
+                TABLES,
+                ROWS_OF,
+                NORM,
+                1,
+                COLUMNS,
+            )
+            dx = grad
+            if NORM > 0:
+                mean_g = tl.load(means_ptr + t)[:, None]
+                mean_gx = tl.load(means_ptr + T + t)[:, None]
+                dx = (grad * weight[None, :] - mean_g - normed * mean_gx) * rstd[:, None]
+            acc += tl.sum(dx, 0)
+    goes_on = tl.load(keys_ptr + stop, mask=stop < N, other=-1) == current
+    if current >= 0:
+        if is_head:
+            tl.store(head_ptr + chunk * E + cols, acc, mask=inside)
+        elif goes_on:
+            tl.store(tail_ptr + chunk * E + cols, acc, mask=inside)
+        else:
+            _store_row(outs, acc, current, E, cols, inside, FIRST, SUMMED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def modality_embed_bwd_spans_kernel(
-    keys_ptr, table_ptr, head_ptr, tail_ptr, T, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
+    keys_ptr,
+    outs,
+    head_ptr,
+    tail_ptr,
+    N,
+    E,
+    FIRST: tl.constexpr,
+    SUMMED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Finishes the run that begins in this chunk and ends in a later one, if there is one."""
     chunk = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = cols < E
     start = tl.program_id(0) * CHUNK
-    stop = tl.minimum(start + CHUNK, T)
+    stop = tl.minimum(start + CHUNK, N)
     key = tl.load(keys_ptr + stop - 1)
-    goes_on = tl.load(keys_ptr + stop, mask=stop < T, other=-1) == key
+    goes_on = tl.load(keys_ptr + stop, mask=stop < N, other=-1) == key
     began_before = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1) == key
     if goes_on & (began_before == 0) & (key >= 0):
         acc = tl.load(tail_ptr + chunk * E + cols, mask=inside, other=0.0)
         later = chunk + 1
-        while tl.load(keys_ptr + later * CHUNK, mask=later * CHUNK < T, other=-1) == key:
+        while tl.load(keys_ptr + later * CHUNK, mask=later * CHUNK < N, other=-1) == key:
             acc += tl.load(head_ptr + later * E + cols, mask=inside, other=0.0)
             later += 1
-        tl.store(table_ptr + key.to(tl.int64) * E + cols, acc, mask=inside)
+        _store_row(outs, acc, key, E, cols, inside, FIRST, SUMMED)

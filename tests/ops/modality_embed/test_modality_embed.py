@@ -252,7 +252,11 @@ BAD = [
         "special token 1, but token_weight is None",
     ),
     ({"token_weight": torch.zeros(5, 9)}, ValueError, r"token_weight is \(5, 9\)"),
-    ({"token_weight": torch.zeros(5, 8).double()}, ValueError, "token_weight is torch.float64, expected torch.float32 like"),
+    (
+        {"token_weight": torch.zeros(5, 8).double()},
+        ValueError,
+        "token_weight is torch.float64, expected torch.float32 like",
+    ),
     ({"streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 8).double()]}, ValueError, "float64 is for both or neither"),
     ({"position_weights": [None]}, ValueError, "position_weights has 1 entries"),
     (

@@ -5,20 +5,19 @@ bf16 cannot run in the interpreter, so that it compiles in every specialisation 
 
 import pytest
 import torch
-from embed_cases import CASES, make
+from embed_cases import CASES, Case, make, ragged
 
 triton = pytest.importorskip("triton")
 
 from mmkernels import inspect  # noqa: E402
 from mmkernels.ops.modality_embed import triton_kernels  # noqa: E402
-from mmkernels.ops.modality_embed.inputs import Inputs as OperatorInputs  # noqa: E402
 from mmkernels.ops.modality_embed.kernel_specs import kernel_specs  # noqa: E402
 
 # One width keeps this short; the inspector's report has the others.
-SPECS = [spec for spec in kernel_specs("sm_90") if spec.config["width"] == 768]
+SPECS = [spec for spec in kernel_specs("sm_90") if spec.config["width"] == 768 and spec.dtype == "bf16"]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.dtype}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kernel}-{s.config.get('norm', 'layernorm')}")
 def test_default_configurations_do_not_spill_and_use_wide_accesses(spec):
     row = inspect.inspect_spec(spec, "sm_90")
     assert row["spill_bytes"] == 0
@@ -57,39 +56,46 @@ def compiled_launches(monkeypatch):
 
 
 # sizes of 1 become constants, an odd width has no alignment, and absent modalities leave holes among the pointers
-@pytest.mark.parametrize("name", ["everything", "one token", "norm bias only", "eight modalities, three missing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything",
+        "rmsnorm and dropout",
+        "dropout alone",
+        "one token",
+        "norm bias only",
+        "eight modalities, three missing",
+    ],
+)
 def test_launches_compile_in_bf16(name, compiled_launches):
     case = next(c for c in CASES if c.name == name)
     inputs = make(case, torch.bfloat16, torch.float32)
-    layout, width = inputs.layout, case.width
-    common = torch.utils._pytree.tree_map_only(
-        torch.Tensor,
-        torch.Tensor.detach,
-        (
-            [torch.empty(0, width) if s is None else s for s in inputs.streams],
-            inputs.modality_weight,
-            inputs.token_weight,
-            [t for tables in inputs.position_weights for t in tables or ()],
-            list(case.axes),
-            inputs.norm_weight,
-            inputs.norm_bias,
-            layout.modality_ids,
-            layout.source_rows,
-            layout.positions,
-        ),
-    )
-    _, mean, rstd = triton_kernels.forward(OperatorInputs(*common), "layernorm", 1e-5, torch.bfloat16)
+    given, options = inputs.operator_arguments()
+    given = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, given)
+    _, mean, rstd = triton_kernels.forward(given, options, torch.bfloat16)
     needs = [
-        *(s.is_floating_point() for s in common[0]),
+        *(s.is_floating_point() for s in given.streams),
         True,
-        case.vocab is not None,
-        *[True] * len(common[3]),
-        case.weight,
-        case.bias,
+        given.token_weight is not None,
+        *[True] * len(given.tables),
+        given.norm_weight is not None,
+        given.norm_bias is not None,
     ]
-    triton_kernels.backward(inputs.grad_out, OperatorInputs(*common), mean, rstd, "layernorm", needs)
+    triton_kernels.backward(inputs.grad_out, given, options, mean, rstd, needs)
     names = [name for name, _ in compiled_launches]
-    assert names[:2] == ["modality_embed_fwd_kernel", "modality_embed_bwd_rows_kernel"]
-    table_sums = max(case.axes) + (case.vocab is not None)
-    assert names[2:] == ["modality_embed_bwd_tables_kernel", "modality_embed_bwd_spans_kernel"] * table_sums
+    rows = ["modality_embed_fwd_kernel", "modality_embed_bwd_rows_kernel"]
+    summed = given.tables or given.token_weight is not None
+    assert names == rows + ["modality_embed_bwd_tables_kernel", "modality_embed_bwd_spans_kernel"] * bool(summed)
     assert all("bf16" in kernel.asm["ttir"] for _, kernel in compiled_launches[:2])
+
+
+def test_another_batch_compiles_nothing_new(compiled_launches):
+    """Rows and tokens differ in every batch; a kernel specialised to them would compile again and again."""
+    compiled = set()
+    for samples in (ragged(1, 3, "pp", 6), ragged(2, 4, "pp", 9), [[(0, 16), (1, 16)]]):
+        inputs = make(Case("batch", samples, 64, (0, 0)), torch.bfloat16)
+        given, options = inputs.operator_arguments()
+        given = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, given)
+        triton_kernels.forward(given, options, torch.bfloat16)
+        compiled.add(compiled_launches[-1][1].hash)
+    assert len(compiled) == 1

@@ -28,6 +28,9 @@ CASES = [
         "eight modalities, three missing", ragged(10, 1, "pgp-p-p-", 4), 160, (1, 2, 0, 2, 1, 0, 0, 1), (0, 4), vocab=6
     ),
     Case("grid tables, no grid", [[(0, 3)], [(0, 1), (1, 4)]], 128, (2, 3), special=(0, None), vocab=1),
+    Case("rmsnorm, dropout", ragged(5, 2, "pgp", 5), 100, norm="rmsnorm", bias=False, dropout_p=0.3, **MIXED),
+    Case("dropout alone", ragged(1, 3, "pp", 5), 64, (0, 0), norm=None, dropout_p=0.5),
+    Case("dropout and tables", ragged(5, 2, "pgp", 5), 600, dropout_p=0.2, **MIXED),
     Case("one token", [[], [(1, 1)]], 256, (0, 1)),
     Case("no token", [[], []], 16, (1, 2), ids=(0,), vocab=4),
 ]
@@ -90,31 +93,11 @@ def test_a_nan_stays_in_its_row():
 
 def test_opcheck_of_the_registered_operator():
     inputs = make(BY_NAME["one token"], torch.float32)
-    layout = inputs.layout
-    streams = [inputs.modality_weight.new_empty(0, 256) if s is None else s for s in inputs.streams]
-    arguments = (
-        streams,
-        inputs.modality_weight,
-        None,
-        list(inputs.position_weights[1]),
-        [0, 1],
-        inputs.norm_weight,
-        inputs.norm_bias,
-        layout.modality_ids,
-        layout.source_rows,
-        layout.positions,
-        "layernorm",
-        1e-5,
-        torch.float32,
-        "triton",
-    )
-    torch.library.opcheck(torch.ops.mm.modality_embed_fwd, arguments)
+    given, options = inputs.operator_arguments()
+    torch.library.opcheck(torch.ops.mm.modality_embed_fwd, (*given, *options, torch.float32, "triton"))
 
 
 def test_refusals():
-    inputs = make(Case("nine", [[(m, 1) for m in range(9)]], 8, (0,) * 9), torch.float32)
-    with pytest.raises(NotImplementedError, match="at most 8 modalities, not 9"):
-        modality_embed(inputs.streams, inputs.layout, impl="triton", **inputs.arguments())
     inputs = make(BY_NAME["plain"], torch.bfloat16)
     with pytest.raises(RuntimeError, match="bf16"):
         modality_embed(inputs.streams, inputs.layout, impl="triton", **inputs.arguments())
