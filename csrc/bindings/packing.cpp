@@ -20,6 +20,13 @@ using mm::cpu::Store;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kBytesPerTask = 1 << 18;  // below this a thread costs more than it copies
+// Where an output comes from: new pages are in the cache already, since the system has just zeroed them.
+enum class Output { kGiven, kNew };
+
+Store store_for(int64_t bytes, Output output) {
+  return output == Output::kNew ? Store::kCached : mm::cpu::store_for(bytes);
+}
+
 // The rows of [T, E], or of one sample of [B, L, E].
 Rows rows_of(const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
@@ -58,14 +65,14 @@ struct OwnedRuns {
     elsewhere.push_back({rows.at(first), rows.stride});
     bounds.push_back(bounds.back() + length);
   }
-  Runs with(const Tensor& packed, int64_t rows_written) const {
+  Runs with(const Tensor& packed, int64_t rows_written, Output output) const {
     const int64_t row_bytes = row_bytes_of(packed);
     return {.bounds = bounds.data(),
             .elsewhere = elsewhere.data(),
             .count = static_cast<int64_t>(elsewhere.size()),
             .packed = rows_of(packed),
             .row_bytes = row_bytes,
-            .store = mm::cpu::store_for(rows_written * row_bytes)};
+            .store = store_for(rows_written * row_bytes, output)};
   }
 };
 
@@ -109,17 +116,17 @@ Tensors with_whole_rows(const Tensors& tensors) {
   return whole;
 }
 
-void write_pack(const Tensors& given, const Tensor& segments, const Tensor& out) {
+void write_pack(const Tensors& given, const Tensor& segments, const Tensor& out, Output output) {
   const Tensors streams = with_whole_rows(given);
   const OwnedRuns owned = runs_of_segments(segments, streams, out);
-  const Runs runs = owned.with(out, out.size(0));
+  const Runs runs = owned.with(out, out.size(0), output);
   split(out.size(0), runs.row_bytes, [&](int64_t begin, int64_t end) { mm::cpu::pack_rows(runs, begin, end); });
 }
 
-void write_unpack(const Tensor& given, const Tensor& segments, const Tensors& out) {
+void write_unpack(const Tensor& given, const Tensor& segments, const Tensors& out, Output output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
   const OwnedRuns owned = runs_of_segments(segments, out, packed);
-  const Runs runs = owned.with(packed, packed.size(0));
+  const Runs runs = owned.with(packed, packed.size(0), output);
   split(packed.size(0), runs.row_bytes, [&](int64_t begin, int64_t end) { mm::cpu::unpack_rows(runs, begin, end); });
 }
 
@@ -151,21 +158,21 @@ OwnedRuns runs_of_samples(const Tensor& bounds, const Tensor& padded, const Tens
   return runs;
 }
 
-void write_pad(const Tensor& given, const Tensor& bounds, const Tensor& out, const Tensor& mask) {
+void write_pad(const Tensor& given, const Tensor& bounds, const Tensor& out, const Tensor& mask, Output output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
   const OwnedRuns owned = runs_of_samples(bounds, out, packed);
   const int64_t rows = out.size(0) * out.size(1), length = out.size(1);
-  const Runs runs = owned.with(packed, rows);
+  const Runs runs = owned.with(packed, rows, output);
   auto* seen = static_cast<bool*>(mask.data_ptr());
   // + 1: the mask of rows that have no bytes is written all the same
   split(rows, runs.row_bytes + 1,
         [&](int64_t begin, int64_t end) { mm::cpu::pad_rows(runs, length, seen, begin, end); });
 }
 
-void write_unpad(const Tensor& given, const Tensor& bounds, const Tensor& out) {
+void write_unpad(const Tensor& given, const Tensor& bounds, const Tensor& out, Output output) {
   const Tensor padded = mm::bindings::with_whole_rows(given);
   const OwnedRuns owned = runs_of_samples(bounds, padded, out);
-  const Runs runs = owned.with(out, out.size(0));
+  const Runs runs = owned.with(out, out.size(0), output);
   split(out.size(0), runs.row_bytes, [&](int64_t begin, int64_t end) { mm::cpu::pack_rows(runs, begin, end); });
 }
 
@@ -183,24 +190,24 @@ void with_index(const Tensor& given, int64_t total, const Body& body) {
   checked(static_cast<const int64_t*>(rows.data_ptr()));
 }
 
-void write_gather_rows(const Tensor& given, const Tensor& rows, const Tensor& out) {
+void write_gather_rows(const Tensor& given, const Tensor& rows, const Tensor& out, Output output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
   const Rows from = rows_of(packed), to = rows_of(out);
   const int64_t count = out.size(0), row_bytes = row_bytes_of(packed);
-  const Store store = mm::cpu::store_for(count * row_bytes);
+  const Store store = store_for(count * row_bytes, output);
   with_index(rows, packed.size(0), [&](const auto* index) {
     split(count, row_bytes,
           [&](int64_t begin, int64_t end) { mm::cpu::gather_rows(from, index, to, row_bytes, store, begin, end); });
   });
 }
 
-void write_scatter_rows_sum(const Tensor& given, const Tensor& rows, const Tensor& out) {
+void write_scatter_rows_sum(const Tensor& given, const Tensor& rows, const Tensor& out, Output output) {
   const Tensor grad = mm::bindings::with_whole_rows(given);
   const Rows from = rows_of(grad), to = rows_of(out);
   const DType dtype = sum_type(grad);
   const int64_t total = out.size(0), row_bytes = row_bytes_of(out);
   STD_TORCH_CHECK(grad.size(0) == rows.size(0), "packing: grad must have ", rows.size(0), " rows");
-  const Store store = mm::cpu::store_for(total * row_bytes);
+  const Store store = store_for(total * row_bytes, output);
   std::vector<int64_t> head(total), next(rows.size(0));
   with_index(rows, total,
              [&](const auto* index) { mm::cpu::list_sources(index, rows.size(0), total, head.data(), next.data()); });
@@ -221,7 +228,7 @@ void split_segments(const Tensor& bounds, int64_t total, int64_t row_bytes, cons
   });
 }
 
-void write_segment_mean(const Tensor& given, const Tensor& bounds, const Tensor& out) {
+void write_segment_mean(const Tensor& given, const Tensor& bounds, const Tensor& out, Output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
   const Rows from = rows_of(packed), to = rows_of(out);
   const DType dtype = sum_type(packed);
@@ -231,14 +238,14 @@ void write_segment_mean(const Tensor& given, const Tensor& bounds, const Tensor&
   });
 }
 
-void write_segment_mean_backward(const Tensor& given, const Tensor& bounds, const Tensor& out) {
+void write_segment_mean_backward(const Tensor& given, const Tensor& bounds, const Tensor& out, Output output) {
   const Tensor grad = mm::bindings::with_whole_rows(given);
   const Rows from = rows_of(grad), to = rows_of(out);
   const DType dtype = sum_type(grad);
   STD_TORCH_CHECK(grad.size(0) == bounds.size(0) - 1, "packing: grad must have a row per segment");
   const auto* at = static_cast<const int32_t*>(bounds.data_ptr());
   const int64_t total = out.size(0), row_bytes = row_bytes_of(out);
-  const Store store = mm::cpu::store_for(total * row_bytes);
+  const Store store = store_for(total * row_bytes, output);
   split_segments(bounds, total, row_bytes, [&](int64_t begin, int64_t end) {
     mm::cpu::segment_mean_backward(from, at, to, grad.size(1), dtype, store, begin, end);
   });
@@ -253,35 +260,35 @@ void pack_out(Tensors streams, Tensor segments, Tensor, Tensor, Tensor out) {
     check_matrix(stream);
     check_apart(stream, out);
   }
-  write_pack(streams, segments, out);
+  write_pack(streams, segments, out, Output::kGiven);
 }
 
 Tensor pack(Tensors streams, Tensor segments, Tensor, Tensor, int64_t total) {
   STD_TORCH_CHECK(!streams.empty(), "packing: no streams");
   for (const Tensor& stream : streams) check_matrix(stream);
   Tensor out = new_tensor(streams[0], std::array{total, streams[0].size(1)});
-  write_pack(streams, segments, out);
+  write_pack(streams, segments, out, Output::kNew);
   return out;
 }
 
 void unpack_out(Tensor packed, Tensor segments, Tensor, Tensor, Tensors out) {
   check_matrix(packed);
   check_outputs(packed, out);
-  write_unpack(packed, segments, out);
+  write_unpack(packed, segments, out, Output::kGiven);
 }
 
 Tensors unpack(Tensor packed, Tensor segments, Tensor, Tensor, std::vector<int64_t> stream_lengths) {
   check_matrix(packed);
   Tensors streams;
   for (const int64_t length : stream_lengths) streams.push_back(new_tensor(packed, std::array{length, packed.size(1)}));
-  write_unpack(packed, segments, streams);
+  write_unpack(packed, segments, streams, Output::kNew);
   return streams;
 }
 
 void pad_out(Tensor packed, Tensor bounds, Tensor out, Tensor mask) {
   check_matrix(packed);
   check_padded(packed, out, mask);
-  write_pad(packed, bounds, out, mask);
+  write_pad(packed, bounds, out, mask, Output::kGiven);
 }
 
 std::tuple<Tensor, Tensor> pad(Tensor packed, Tensor bounds, int64_t length) {
@@ -289,20 +296,20 @@ std::tuple<Tensor, Tensor> pad(Tensor packed, Tensor bounds, int64_t length) {
   const int64_t B = bounds.size(0) - 1;
   Tensor out = new_tensor(packed, std::array{B, length, packed.size(1)});
   Tensor mask = new_tensor(packed, std::array{B, length}, true);
-  write_pad(packed, bounds, out, mask);
+  write_pad(packed, bounds, out, mask, Output::kNew);
   return {out, mask};
 }
 
 void unpad_out(Tensor padded, Tensor bounds, Tensor out) {
   check_shape(out, out.size(0), padded);
   check_apart(padded, out);
-  write_unpad(padded, bounds, out);
+  write_unpad(padded, bounds, out, Output::kGiven);
 }
 
 Tensor unpad(Tensor padded, Tensor bounds, int64_t total) {
   STD_TORCH_CHECK(padded.dim() == 3, "packing: padded must be [B, L, E]");
   Tensor out = new_tensor(padded, std::array{total, padded.size(2)});
-  write_unpad(padded, bounds, out);
+  write_unpad(padded, bounds, out, Output::kNew);
   return out;
 }
 
@@ -311,7 +318,7 @@ template <auto write>
 Tensor rows_to_rows(const Tensor& in, const Tensor& where, int64_t count) {
   check_matrix(in);
   Tensor out = new_tensor(in, std::array{count, in.size(1)});
-  write(in, where, out);
+  write(in, where, out, Output::kNew);
   return out;
 }
 
@@ -320,7 +327,7 @@ void rows_to_rows_out(const Tensor& in, const Tensor& where, const Tensor& out, 
   check_matrix(in);
   check_shape(out, count, in);
   check_apart(in, out);
-  write(in, where, out);
+  write(in, where, out, Output::kGiven);
 }
 
 Tensor gather_rows(Tensor packed, Tensor rows) { return rows_to_rows<write_gather_rows>(packed, rows, rows.size(0)); }

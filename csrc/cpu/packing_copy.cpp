@@ -13,8 +13,9 @@
 namespace mm::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;             // bytes of a cache line
-constexpr int64_t kShortest = 8 * kLine;  // shorter runs are mostly ends, which memcpy does
+constexpr int64_t kLine = 64;                    // bytes of a cache line
+constexpr int64_t kShortest = 8 * kLine;         // shorter runs are mostly ends, which are not streamed
+constexpr int64_t kShortestCached = 32 * kLine;  // memcpy is as good on shorter ones
 constexpr int64_t kDefaultCache = int64_t{32} << 20;
 
 #if MM_VECTORS
@@ -96,8 +97,9 @@ Store store_for(int64_t bytes) { return bytes > last_level_cache_bytes() / 2 ? S
 
 void copy_bytes(char* to, const char* from, int64_t bytes, Store store) {
 #if MM_VECTORS
-  const Lines copy = store == Store::kStreaming ? kernels().stream : kernels().copy;
-  if (bytes >= kShortest && copy != nullptr) {
+  const bool stream = store == Store::kStreaming;
+  const Lines copy = stream ? kernels().stream : kernels().copy;
+  if (bytes >= (stream ? kShortest : kShortestCached) && copy != nullptr) {
     const int64_t head = head_of(to), lines = (bytes - head) / kLine, done = head + lines * kLine;
     std::memcpy(to, from, static_cast<size_t>(head));
     copy(to + head, from + head, lines);
