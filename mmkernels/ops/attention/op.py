@@ -39,7 +39,6 @@ def _bwd_fake(do, dlse, q, k, v, pair_bias, *rest):
     return _gradients(q, k, v, pair_bias)
 
 
-@torch.library.impl("mm::attention_fwd", ("cpu", "cuda"))
 def _fwd(q, k, v, pair_bias, rng, *rest):
     *lowered, mass_modalities, impl = rest
     out, lse, mass = _outputs(q, mass_modalities)
@@ -49,7 +48,6 @@ def _fwd(q, k, v, pair_bias, rng, *rest):
     return out, lse, mass
 
 
-@torch.library.impl("mm::attention_bwd", ("cpu", "cuda"))
 def _bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, *rest):
     *lowered, impl = rest
     dq, dk, dv, dbias = _gradients(q, k, v, pair_bias)
@@ -57,6 +55,10 @@ def _bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, *rest):
         do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, None if pair_bias is None else dbias, Lowered(*lowered)
     )
     return dq, dk, dv, dbias
+
+
+torch.library.impl("mm::attention_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("mm::attention_bwd", ("cpu", "cuda"), _bwd)
 
 
 def _outputs(q: Tensor, mass_modalities: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +79,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _fwd_op(*inputs)
+        output = _below_autograd(_fwd, _fwd_op, inputs, inputs[0])
         _setup_context(ctx, inputs, output)
         return output
 
@@ -97,8 +98,17 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
         return _Attention.apply(q, k, v, pair_bias, rng, *rest)
+    return _below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
+
+
+def _below_autograd(compute, operator, inputs: tuple, example: Tensor):
+    """operator(*inputs) without its autograd.  Where nobody looks on (tensor subclasses, fake tensors, tracing, FLOP
+    counters), straight to what it computes: the dispatcher would turn 20 arguments into its own kind and back."""
+    plain = type(example) in (Tensor, torch.nn.Parameter)
+    if plain and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
+        return compute(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return _fwd_op(q, k, v, pair_bias, rng, *rest)
+        return operator(*inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -119,8 +129,7 @@ def _backward(ctx, do, dlse, _):
     if torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
-        with torch._C._AutoDispatchBelowAutograd():
-            dq, dk, dv, dbias = _bwd_op(*inputs)
+        dq, dk, dv, dbias = _below_autograd(_bwd, _bwd_op, inputs, do)
     return dq, dk, dv, None if pair_bias is None else dbias, None, *(None,) * len(ctx.rest)
 
 
