@@ -28,11 +28,15 @@ struct Release {
   void operator()(float* memory) const { ::operator delete(memory, kLine); }
 };
 
-// Tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of its own.
+constexpr double kPairsPerThread = 4096;  // of width 64: some 10 us, below which another thread costs more than it does
+
+// Tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of its own.   pairs: of all tasks
 template <typename Body>
-void share_out(int64_t count, int64_t scratch_floats, const Parallel& parallel, const Body& body) {
+void share_out(int64_t count, double pairs, int64_t D, int64_t scratch_floats, const Parallel& parallel,
+               const Body& body) {
   std::atomic<int64_t> next{0};
-  parallel(count, [&](int64_t, int64_t) {
+  const double threads = 1.0 + pairs * static_cast<double>(D) / (64.0 * kPairsPerThread);
+  parallel(threads < static_cast<double>(count) ? static_cast<int64_t>(threads) : count, [&](int64_t, int64_t) {
     int64_t task = next++;
     if (task >= count) return;
     const std::unique_ptr<float, Release> scratch(
@@ -45,11 +49,18 @@ struct Sample {
   int64_t first_query, last_query, first_key, last_key;
   int64_t queries() const { return last_query - first_query; }
   int64_t keys() const { return last_key - first_key; }
+  double pairs() const { return static_cast<double>(queries()) * static_cast<double>(keys()); }
 };
 
 Sample sample_at(const Backward& b, int64_t s) {
   const int32_t* at = b.samples + 4 * s;
   return {at[0], at[1], at[2], at[3]};
+}
+
+double pairs_of(const Backward& b) {
+  double total = 0;
+  for (int64_t s = 0; s < b.num_samples; ++s) total += sample_at(b, s).pairs();
+  return total;
 }
 
 // Into how many key ranges each sample is cut.  One, unless there are too few samples and heads to keep many threads
@@ -58,15 +69,11 @@ constexpr int64_t kEnoughTasks = 16, kMinKeys = 256, kMaxChunks = 8;
 
 std::vector<int64_t> chunks_of(const Backward& b) {
   if (exact_delta(b)) return std::vector<int64_t>(b.num_samples, 1);
-  double total = 0;
-  for (int64_t s = 0; s < b.num_samples; ++s) {
-    const Sample at = sample_at(b, s);
-    total += static_cast<double>(at.queries()) * static_cast<double>(at.keys());
-  }
+  const double total = pairs_of(b);
   std::vector<int64_t> chunks(b.num_samples, 1);
   for (int64_t s = 0; s < b.num_samples && total > 0; ++s) {
     const Sample at = sample_at(b, s);
-    const double share = static_cast<double>(at.queries()) * static_cast<double>(at.keys()) / total;
+    const double share = at.pairs() / total;
     const auto wanted = static_cast<int64_t>(share * kEnoughTasks / static_cast<double>(b.in.G) + 0.5);
     chunks[s] = std::max<int64_t>(1, std::min({wanted, at.keys() / kMinKeys, kMaxChunks}));
   }
@@ -116,7 +123,13 @@ void sum_dbias(const Backward& b, const std::vector<BackwardTask>& tasks) {
 }  // namespace
 
 void forward(const Forward& f, const Parallel& parallel) {
-  share_out(f.num_tiles * f.in.H, kernels().forward_scratch(f), parallel,
+  double pairs = 0;
+  for (int64_t t = 0; t < f.num_tiles; ++t) {
+    const int32_t* tile = f.tiles + 4 * t;
+    for (int64_t s = tile[2]; s < tile[3]; ++s)
+      pairs += static_cast<double>(tile[1] - tile[0]) * (f.spans[3 * s + 1] - f.spans[3 * s]);
+  }
+  share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels().forward_scratch(f), parallel,
             [&](int64_t task, float* scratch) { kernels().forward(f, task / f.in.H, task % f.in.H, scratch); });
 }
 
@@ -149,7 +162,8 @@ void backward(const Backward& b, const Parallel& parallel) {
     dbias.assign(tasks.size() * size, 0.0);
     for (size_t i = 0; i < tasks.size(); ++i) tasks[i].dbias = dbias.data() + i * size;
   }
-  share_out(static_cast<int64_t>(tasks.size()), kernels().backward_scratch(b, max_queries, max_keys), parallel,
+  share_out(static_cast<int64_t>(tasks.size()), pairs_of(b) * static_cast<double>(in.H), in.D,
+            kernels().backward_scratch(b, max_queries, max_keys), parallel,
             [&](int64_t task, float* scratch) { kernels().backward(b, tasks[task], scratch); });
   sum_chunks(b, chunks, partials, parallel);
   if (b.dbias) sum_dbias(b, tasks);

@@ -147,7 +147,7 @@ struct BackwardRange {
       stretches += seen[r].stretches;
     }
     if (stretches == 0) return;
-    read_rows(in.dtype, in.q, begin, count, head, in.D, query, ld);
+    read_rows(in.dtype, in.q, begin, count, head, in.D, query, ld, in.scale);
     read_rows(in.dtype, b.dout, begin, count, head, in.D, dout, ld);
     for (int64_t r = 0; r < bands; ++r) visit_band(keys, seen[r], begin, r * kBand, least(kBand, count - r * kBand));
     if (stage == Stage::kDelta) return;
@@ -199,16 +199,16 @@ struct BackwardRange {
   void probability_row(const Keys& keys, const Seen& seen, int64_t token, float* x, const float* dp) {
     const Inputs& in = b.in;
     const int64_t i = token - first_query;
-    const float base = lse[i], scale = bias ? 1.0f : in.scale;
+    const float base = lse[i];
     if (seen.any_masked) mask_row(in, token, keys, seen, x);
     V sums{}, weighted{};
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       close_row(at, x);
-      if (bias) add_bias(at, in.scale, bias + in.q_modality[token] * ld_scores, x);
+      if (bias) add_bias(at, bias + in.q_modality[token] * ld_scores, x);
       const float* z = keep ? read_kept(keys, at, token) : nullptr;
       for (int64_t j = at.begin; j < at.end; j += W) {
-        const V e = exp(load(x + j) * scale - base);
+        const V e = exp(load(x + j) - base);
         store(x + j, e);
         sums += e;
         weighted += e * (z ? load(dp + j) * load(z + j) : load(dp + j));
@@ -219,26 +219,25 @@ struct BackwardRange {
     products[i] += sum(weighted);
   }
 
-  // e^(score - lse) to p z, and dp to scale ds.
+  // e^(score - lse) to p z, and dp to ds.  The queries have been scaled, which is what dk wants; dq is scaled at the
+  // end.
   void gradient_row(const Keys& keys, const Seen& seen, int64_t token, float* e, float* dp) {
     const Inputs& in = b.in;
     const int64_t i = token - first_query;
     if (stage == Stage::kBoth) finish_delta(i);
     const float mean = delta[i], inverse = norm[i];
-    const float factor = dbias ? 1.0f : in.scale;  // dq and dk want ds scaled, dbias as it is
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       const float* z = keep ? read_kept(keys, at, token) : nullptr;
       for (int64_t j = at.begin; j < at.end; j += W) {
         const V probability = load(e + j) * inverse, kept = z ? load(z + j) : splat(1.0f);
-        store(dp + j, probability * (load(dp + j) * kept - mean) * factor);
+        store(dp + j, probability * (load(dp + j) * kept - mean));
         store(e + j, probability * kept);
       }
       if (!dbias) continue;
       double* of_query = dbias + in.q_modality[token] * in.Mk;
       for_each_modality(in, keys, at,
                         [&](int32_t m, int64_t from, int64_t to) { of_query[m] += sum_of(dp, from, to); });
-      for (int64_t j = at.begin; j < at.end; j += W) store(dp + j, load(dp + j) * in.scale);
     }
   }
 
@@ -250,10 +249,12 @@ struct BackwardRange {
   void write_dq(const BackwardTask& task, int64_t member) {
     const Inputs& in = b.in;
     for (int64_t i = 0; i < queries; ++i) {
+      const float* from = dq + i * padded;
       if (task.partial) {
-        std::memcpy(task.partial + (i * in.group() + member) * in.D, dq + i * padded, sizeof(float) * in.D);
+        write_row(DType::kFloat32, from, in.scale,
+                  reinterpret_cast<char*>(task.partial + (i * in.group() + member) * in.D), in.D);
       } else {
-        write_row(in.dtype, dq + i * padded, 1.0f, b.dq.at(first_query + i, head), in.D);
+        write_row(in.dtype, from, in.scale, b.dq.at(first_query + i, head), in.D);
       }
     }
   }

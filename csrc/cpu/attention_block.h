@@ -25,25 +25,26 @@ struct Scratch {
 };
 
 template <typename T>
-MM_INLINE void widen_row(const T* __restrict from, float* __restrict to, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::widen(from[d]);
+MM_INLINE void widen_row(const T* __restrict from, float factor, float* __restrict to, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::widen(from[d]) * factor;
 }
 
 template <typename T>
-void read_rows_of(const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float* to, int64_t ld) {
+void read_rows_of(const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float factor, float* to,
+                  int64_t ld) {
   const int64_t padded = round_up(D, W);
   for (int64_t i = 0; i < count; ++i, to += ld) {
-    widen_row(reinterpret_cast<const T*>(x.at(begin + i, head)), to, D);
+    widen_row(reinterpret_cast<const T*>(x.at(begin + i, head)), factor, to, D);
     for (int64_t d = D; d < padded; ++d) to[d] = 0.0f;
   }
 }
 
-// Rows [begin, begin + count) of one head as fp32, ld apart, zero from D up to a whole vector.
+// Rows [begin, begin + count) of one head as fp32, times `factor`, ld apart, zero from D up to a whole vector.
 inline void read_rows(DType dtype, const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float* to,
-                      int64_t ld) {
-  if (dtype == DType::kFloat32) return read_rows_of<float>(x, begin, count, head, D, to, ld);
-  if (dtype == DType::kBFloat16) return read_rows_of<BFloat16>(x, begin, count, head, D, to, ld);
-  read_rows_of<Float16>(x, begin, count, head, D, to, ld);
+                      int64_t ld, float factor = 1.0f) {
+  if (dtype == DType::kFloat32) return read_rows_of<float>(x, begin, count, head, D, factor, to, ld);
+  if (dtype == DType::kBFloat16) return read_rows_of<BFloat16>(x, begin, count, head, D, factor, to, ld);
+  read_rows_of<Float16>(x, begin, count, head, D, factor, to, ld);
 }
 
 template <typename T>
@@ -182,8 +183,8 @@ inline void read_bias(const Inputs& in, int64_t head, const Keys& keys, float* r
   }
 }
 
-MM_INLINE void add_bias(const Seen::Stretch& s, float scale, const float* bias, float* scores) {
-  for (int64_t j = s.begin; j < s.end; j += W) store(scores + j, load(scores + j) * scale + load(bias + j));
+MM_INLINE void add_bias(const Seen::Stretch& s, const float* bias, float* scores) {
+  for (int64_t j = s.begin; j < s.end; j += W) store(scores + j, load(scores + j) + load(bias + j));
 }
 
 // keep[j] = keep_scale where the probability of query i and key begin + j is kept, else 0; up to a whole vector.

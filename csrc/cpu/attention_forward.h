@@ -40,7 +40,7 @@ struct ForwardTile {
     begin = first;
     n = count;
     head = h;
-    read_rows(f.in.dtype, f.in.q, begin, n, head, f.in.D, query, padded);
+    read_rows(f.in.dtype, f.in.q, begin, n, head, f.in.D, query, padded, f.in.scale);
     std::memset(out, 0, sizeof(float) * n * padded);
     for (int64_t i = 0; i < n; ++i) row_max[i] = -kInfinity, row_sum[i] = 0.0f;
     if (mass) std::memset(mass, 0, sizeof(float) * n * f.in.Mk);
@@ -81,23 +81,21 @@ struct ForwardTile {
   // Scores to probabilities times e^(row maximum), and the row's sums so far to the new maximum.
   void softmax_row(const Keys& keys, const Seen& seen, int64_t row, float* x) {
     const Inputs& in = f.in;
-    float scale = in.scale;
     if (seen.any_masked) mask_row(in, begin + row, keys, seen, x);
     V maxima = splat(-kInfinity);
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       close_row(at, x);
-      if (bias) add_bias(at, in.scale, bias + in.q_modality[begin + row] * ld_scores, x);
+      if (bias) add_bias(at, bias + in.q_modality[begin + row] * ld_scores, x);
       for (int64_t j = at.begin; j < at.end; j += W) maxima = larger(load(x + j), maxima);
     }
-    if (bias) scale = 1.0f;
-    const float before = row_max[row], found = largest(maxima) * scale;
+    const float before = row_max[row], found = largest(maxima);
     const float top = found > before ? found : before;
     const float base = top == -kInfinity ? 0.0f : top;  // nothing seen yet: every exponent is -inf
     V sums{};
     for (int64_t s = 0; s < seen.stretches; ++s)
       for (int64_t j = seen.stretch[s].begin; j < seen.stretch[s].end; j += W) {
-        const V p = exp(load(x + j) * scale - base);
+        const V p = exp(load(x + j) - base);
         store(x + j, p);
         sums += p;
       }

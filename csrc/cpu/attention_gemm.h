@@ -58,7 +58,7 @@ void multiply_part(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_
   }
 }
 
-constexpr int64_t kDepth = 64;  // products in one chain of additions: long chains lose digits
+constexpr int64_t kDepth = 128;  // products in one chain of additions: long chains lose digits
 
 // B is [K, vecs W] in panels of kPanel columns: panel p starts at b + p * panel, its rows lie ldb apart.
 template <bool TRANSPOSED, bool ADD>

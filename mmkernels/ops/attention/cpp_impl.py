@@ -31,7 +31,7 @@ SPAN_COLS = 64
 
 def tile_rows(head_dim: int) -> int:
     """Queries of a forward tile: many, since each packs K and V, but few enough for the second-level cache."""
-    return 192 if head_dim <= 64 else 96 if head_dim <= 128 else 48
+    return 256 if head_dim <= 64 else 192 if head_dim <= 128 else 96
 
 
 def schedule(plan, request) -> tuple:

@@ -1,0 +1,204 @@
+"""attention in C++: the error rule over random layouts, isolation, repeats, threads, edges of blocks and vectors."""
+
+import pytest
+import torch
+from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES, Case, check, shared_layout
+
+from mmkernels import AttentionMask, PackedLayout, attention, dispatch
+from mmkernels.testing import poisoned_empty, random_layout
+
+pytestmark = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="the extension is not built")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Heads, key heads, width: MHA, GQA, MQA; widths below, at and between vectors of 4, 8 and 16 floats, and the widest.
+SHAPES = [(2, 2, 16), (4, 2, 8), (3, 1, 40), (1, 1, 64), (4, 4, 33), (2, 1, 80), (1, 1, 256), (2, 2, 128), (6, 2, 12)]
+EXTRAS = [{}, {"pair_bias": True}, {"dropout_p": 0.3}, {"pair_bias": True, "dropout_p": 0.1}]
+
+
+def _check(seed, kind, dtype, *, max_length=24, cross=False, **extras):
+    heads, kv_heads, width = SHAPES[seed % len(SHAPES)]
+    layout = shared_layout(seed, max_length)
+    k_layout = _keys_for(layout, seed) if cross else None
+    mask = (CROSS_MASKS if cross else MASKS)[kind](layout, seed)
+    with poisoned_empty():
+        check(
+            layout, mask, k_layout=k_layout, impl="cpp", dtype=dtype, heads=heads, kv_heads=kv_heads, width=width,
+            seed=seed, mass=True, **extras,
+        )  # fmt: skip
+
+
+def _keys_for(layout, seed):
+    """As many samples as `layout` has, of other lengths, some of them empty."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 12, (layout.num_samples, NUM_MODALITIES), generator=generator)
+    counts[torch.rand(layout.num_samples, generator=generator) < 0.1] = 0
+    return PackedLayout.from_counts(counts.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_error_rule(kind, dtype):
+    for seed in range(3):
+        _check(seed + 3 * DTYPES.index(dtype), kind, dtype)
+    # Several bands, panels and blocks, whose edges fall inside segments.
+    _check(5, kind, dtype, max_length=200, lse_gradient=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extras", EXTRAS[1:], ids=str)
+@pytest.mark.parametrize("kind", ["document", "causal", "bidirectional", "visible_blind"])
+def test_extras(kind, extras, dtype):
+    for seed in (0, 1):
+        _check(seed, kind, dtype, lse_gradient=True, **extras)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CROSS_MASKS)
+def test_cross(kind, dtype):
+    for seed in (1, 2):
+        _check(seed, kind, dtype, cross=True, lse_gradient=True, **EXTRAS[seed])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("seed", range(60))
+def test_many_layouts(seed):
+    for number, kind in enumerate(MASKS):
+        for dtype in DTYPES:
+            extras = EXTRAS[(seed + number) % 4]
+            _check(seed, kind, dtype, max_length=(24, 60)[seed % 2], lse_gradient=seed % 3 == 0, **extras)
+    for kind in CROSS_MASKS:
+        for dtype in DTYPES:
+            _check(seed, kind, dtype, cross=True, lse_gradient=True, **EXTRAS[seed % 4])
+
+
+# Around the band (12), the panels (8, 16, 32), the blocks (64, 128, 256), the tile of queries (192), and the length
+# from which backward cuts a lonely sample into ranges of keys (512).  Many heads: the rule compares root mean squares.
+@pytest.mark.parametrize("length", [1, 7, 8, 12, 13, 16, 17, 33, 128, 129, 192, 193, 257, 515])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_at_the_edges_of_blocks(length, causal):
+    layout, n = PackedLayout.from_counts([[length]]), 96 // length + 1
+    check(layout, AttentionMask(causal=causal), impl="cpp", heads=n, kv_heads=n, width=24, mass=True)
+
+
+@pytest.mark.parametrize(
+    "counts", [[[0, 0]], [[0, 0], [1, 0], [0, 0]], [[127, 1], [0, 129]], [[5, 0], [7, 0]]], ids=str
+)
+def test_empty_samples_and_missing_modalities(counts):
+    layout = PackedLayout.from_counts(counts)
+    for mask in (None, AttentionMask(causal=True), AttentionMask.isolated(2)):
+        with poisoned_empty():
+            check(layout, mask, impl="cpp", heads=16, kv_heads=16, pair_bias=True, lse_gradient=True, mass=True)
+
+
+def test_cross_attention_with_nothing_on_one_side():
+    for counts, key_counts in (([[3], [4]], [[0], [0]]), ([[0], [0]], [[3], [4]]), ([[0], [4]], [[5], [0]])):
+        layout, k_layout = PackedLayout.from_counts(counts), PackedLayout.from_counts(key_counts)
+        with poisoned_empty():
+            check(layout, None, k_layout=k_layout, impl="cpp", pair_bias=True, mass=True, lse_gradient=True)
+
+
+def _results(layout, mask, leaves, case, do, **options):
+    q, k, v, bias = case.arguments(leaves)
+    torch.manual_seed(7)
+    out, lse, mass = attention(
+        q,
+        k,
+        v,
+        layout=layout,
+        mask=mask,
+        pair_bias=bias,
+        return_lse=True,
+        return_modality_mass=True,
+        impl="cpp",
+        **options,
+    )
+    loss = (out, torch.where(lse.isinf(), 0, lse))
+    return out.detach(), lse.detach(), mass, torch.autograd.grad(loss, leaves, (do, torch.ones_like(lse)))
+
+
+@pytest.mark.parametrize("poison", [1e30, float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+def test_samples_are_isolated_bit_for_bit(kind, dtype, poison):
+    for seed in range(3):
+        layout = random_layout(seed, num_modalities=NUM_MODALITIES, max_length=(12, 40, 150)[seed])
+        mask = MASKS[kind](layout, seed)
+        case = Case(layout, mask, heads=4, kv_heads=2, width=24, dtype=dtype, seed=seed)
+        bounds = layout.cu_seqlens.tolist()
+        keep = slice(bounds[seed % layout.num_samples], bounds[seed % layout.num_samples + 1])
+        clean, do = case.leaves[0], case.gradients[0]
+        pair = []
+        for value in (None, poison):
+            leaf, gradient = clean.clone(), do.clone()
+            if value is not None:
+                for t in (leaf, gradient):
+                    t[: keep.start], t[keep.stop :] = value, value
+            out, lse, mass, (grad,) = _results(
+                layout, mask, [leaf.requires_grad_()], case, gradient, dropout_p=0.2 if seed == 1 else 0.0
+            )
+            pair.append((out[keep], lse[:, keep], mass[keep], grad[keep]))
+        for ours, other in zip(*pair, strict=True):
+            assert torch.equal(ours, other)
+
+
+def _big_case(layout):
+    mask = AttentionMask(causal=True, bidirectional=(1,))
+    case = Case(layout, mask, heads=4, kv_heads=2, width=32, pair_bias=True)
+    return mask, case, [leaf.clone().requires_grad_() for leaf in case.leaves]
+
+
+def test_a_thousand_repeats_are_bit_equal():
+    layout = random_layout(1, num_modalities=NUM_MODALITIES, max_length=30)
+    mask, case, leaves = _big_case(layout)
+    first = _results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1)
+    for _ in range(999):
+        again = _results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1)
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first[3], again[3], strict=True))
+
+
+@pytest.mark.parametrize("counts", [[[40, 60, 9]] * 5, [[300, 700, 100]]], ids=["samples", "one sample in ranges"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_results_do_not_depend_on_the_number_of_threads(counts, biased):
+    layout = PackedLayout.from_counts(counts)
+    mask, case, leaves = _big_case(layout)
+    if not biased:
+        case = Case(layout, mask, heads=4, kv_heads=2, width=32)
+        leaves = leaves[:1]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0][:3], other[:3], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[0][3], other[3], strict=True))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    generator = torch.Generator().manual_seed(0)
+    alone = PackedLayout.from_counts([[70, 50]])
+    batch = PackedLayout.from_counts([[70, 50], [3, 9], [200, 1]])
+    qkv = torch.randn(batch.total_tokens, 6, 16, generator=generator)
+    whole = attention(*qkv.split(2, 1), layout=batch, impl="cpp")
+    assert torch.equal(whole[:120], attention(*qkv[:120].split(2, 1), layout=alone, impl="cpp"))
+
+
+def test_a_table_out_of_range_is_named():
+    layout = PackedLayout.from_counts([[5]])
+    q = torch.randn(5, 1, 8)
+    from mmkernels.masks import MaskPlan
+
+    plan = MaskPlan.lower(layout)
+    spans, out, lse = torch.tensor([[0, 5, 0]], dtype=torch.int32), torch.empty_like(q), torch.empty(1, 5)
+    for tiles, wrong in (([[0, 6, 0, 1]], "tiles"), ([[0, 5, 0, 2]], "tiles"), ([[0, 5, 0, 1]], "spans")):
+        if wrong == "spans":
+            spans = torch.tensor([[0, 9, 0]], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=f"{wrong} is out of range"):
+            torch.ops.mm_cpp.attention_fwd(
+                q, q, q, None, None, plan.q_table, plan.k_table, torch.tensor(tiles, dtype=torch.int32), spans,
+                1.0, False, 0.0, 0, out, lse, None,
+            )  # fmt: skip
