@@ -99,21 +99,29 @@ FWD_EXTRAS: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_90", 2, 256): (C(128, 32, 8, 2),),
 }
 
-# Backward: dkdv, dq.  The same report, the same caveat.
-BWD: dict[tuple[str, int, int], tuple[Config, Config]] = {
-    ("sm_80", 2, 32): (C(64, 64, 4, 2), C(64, 64, 4, 2)),
-    ("sm_80", 2, 64): (C(128, 64, 8, 2), C(128, 64, 8, 2)),
-    ("sm_80", 2, 128): (C(64, 64, 8, 2), C(64, 64, 8, 2)),
-    ("sm_80", 2, 256): (C(32, 16, 8, 2), C(32, 32, 8, 2)),
-    ("sm_80", 4, 32): (C(64, 32, 8, 2), C(64, 32, 8, 2)),
-    ("sm_80", 4, 64): (C(32, 32, 8, 2), C(64, 32, 8, 2)),
-    ("sm_80", 4, 128): (C(32, 16, 8, 2), C(32, 32, 8, 2)),
-    ("sm_80", 4, 256): (C(16, 16, 8, 1), C(16, 16, 8, 2)),
-    ("sm_90", 2, 32): (C(128, 64, 8, 3), C(128, 64, 8, 3)),
-    ("sm_90", 2, 64): (C(128, 64, 8, 3), C(128, 64, 8, 3)),
-    ("sm_90", 2, 128): (C(128, 32, 8, 3), C(128, 64, 8, 2)),
-    ("sm_90", 2, 256): (C(64, 16, 8, 2), C(128, 32, 8, 2)),
+
+def _bwd(dkdv: Config, dq: Config, *fused: Config) -> dict[str, tuple[Config, ...]]:
+    return {"dkdv": (dkdv,), "dq": (dq,), "fused": fused}
+
+
+# Backward, with any number of candidates for the fused kernel.  The same report, the same caveat.
+BWD: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
+    ("sm_80", 2, 32): _bwd(dkdv=C(64, 64, 4, 2), dq=C(64, 64, 4, 2)),
+    ("sm_80", 2, 64): _bwd(dkdv=C(128, 64, 8, 2), dq=C(128, 64, 8, 2)),
+    ("sm_80", 2, 128): _bwd(dkdv=C(64, 64, 8, 2), dq=C(64, 64, 8, 2)),
+    ("sm_80", 2, 256): _bwd(dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
+    ("sm_80", 4, 32): _bwd(dkdv=C(64, 32, 8, 2), dq=C(64, 32, 8, 2)),
+    ("sm_80", 4, 64): _bwd(dkdv=C(32, 32, 8, 2), dq=C(64, 32, 8, 2)),
+    ("sm_80", 4, 128): _bwd(dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
+    ("sm_80", 4, 256): _bwd(dkdv=C(16, 16, 8, 1), dq=C(16, 16, 8, 2)),
+    ("sm_90", 2, 32): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+    ("sm_90", 2, 64): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+    ("sm_90", 2, 128): _bwd(dkdv=C(128, 32, 8, 3), dq=C(128, 64, 8, 2)),
+    ("sm_90", 2, 256): _bwd(dkdv=C(64, 16, 8, 2), dq=C(128, 32, 8, 2)),
 }
+
+# With pair bias and dropout, where those leave less room.
+BWD_EXTRAS: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {}
 
 _override: dict[str, tuple[Config, ...]] = {}
 _schedule: list[str] = []
@@ -140,7 +148,8 @@ def built_in(family: str, itemsize: int, width: int, extras: bool) -> Candidates
     fwd = FWD_EXTRAS.get(key, FWD[key]) if extras else FWD[key]
     if family == "sm_100":  # descriptors were looked at on sm_90 only
         fwd = tuple(replace(config, tma=False) for config in fwd)
-    return Candidates(fwd, *((config,) for config in BWD[key]))
+    bwd = BWD_EXTRAS.get(key, BWD[key]) if extras else BWD[key]
+    return Candidates(fwd, **bwd)
 
 
 def forced_schedule() -> str | None:

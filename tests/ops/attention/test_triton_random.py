@@ -24,15 +24,18 @@ def run(first, count):
         pool = pools.setdefault((case.options["dtype"], "fused" in case.kernels), Pool())
         with case.configured(), poisoned_empty():
             check(case.layout, case.mask, k_layout=case.k_layout, impl="triton", pool=pool, **case.options)
-    for pool in pools.values():
-        check_bias_gradients(pool.results.pop("dbias"))
+    for (dtype, fused), pool in pools.items():
+        biases = pool.results.pop("dbias", None)
+        if biases and not (fused and dtype == torch.float16):
+            check_bias_gradients(biases)
         pool.check()
 
 
 def check_bias_gradients(cases):
     """Few numbers, each a sum over many pairs whose terms cancel: luck enough that their rms may be 4 times torch's.
 
-    test_triton_backward.py holds the pair to the error rule and the fused kernel to a bound of its own.
+    test_triton_backward.py holds the pair to the error rule, and the fused kernel, whose dbias inherits the rounding of
+    a 16-bit out, to a bound of its own.
     """
     ours, ref, torchs = (torch.cat(parts).double() for parts in zip(*cases, strict=True))
     assert (ours - ref).square().mean() <= 16 * (torchs - ref).square().mean()
