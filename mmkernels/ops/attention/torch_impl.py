@@ -18,8 +18,8 @@ from mmkernels.ops.attention.torch_runs import CAUSAL, find_runs
 from mmkernels.ops.attention.torch_views import Schedule, runs_of, to_tensors
 
 # The kernels under F.scaled_dot_product_attention; called by name because they alone return lse and take it back.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _MORE_COLUMNS = 8  # _through_lse needs one; a multiple of the vector width is faster
 
 

@@ -5,11 +5,13 @@ This is what lets the CPU path leave the mask out.  And: equal runs together, eq
 
 import numpy as np
 import pytest
+import torch
 from attention_oracle import CROSS_MASKS, MASKS, brute_force, shared_layout
+from largest_tensor import LargestTensor
 
-from mmkernels import AttentionMask, PackedLayout
+from mmkernels import AttentionMask, PackedLayout, attention
 from mmkernels.masks import MaskPlan
-from mmkernels.ops.attention import torch_runs
+from mmkernels.ops.attention import torch_blockwise, torch_runs
 from mmkernels.ops.attention.torch_impl import schedule
 from mmkernels.ops.attention.torch_runs import CAUSAL, FULL, MASKED
 from mmkernels.ops.attention.torch_views import Schedule, runs_of
@@ -132,3 +134,20 @@ def test_no_mask_grows_with_the_square_of_a_sample():
     runs, lowered = _runs(layout, AttentionMask(causal=True, prefix=(7,)))
     assert max(run.q_len for run in runs) <= torch_runs.WIDE_ROWS
     assert len(Schedule.of(lowered).masks) <= torch_runs.MAX_KEPT
+
+
+# Blind queries, keys in several runs, masks beyond what is kept.
+@pytest.mark.parametrize("mask", [None, AttentionMask(causal=True, visible=[[1, 0], [1, 1]])])
+@pytest.mark.parametrize("extras", [False, True])
+def test_no_tensor_grows_with_the_square_of_a_sample(extras, mask, monkeypatch):
+    monkeypatch.setattr(torch_runs, "MAX_KEPT", 1 << 16)
+    layout = PackedLayout.from_counts([[1500, 1500]])
+    q, k, v = torch.randn(3000, 3, 1, 8, requires_grad=True).unbind(1)
+    options = {}
+    if extras:
+        options = {"pair_bias": torch.randn(1, 2, 2), "dropout_p": 0.1, "return_modality_mass": True}
+    with LargestTensor() as seen:
+        out, lse, *_ = attention(q, k, v, layout=layout, mask=mask, return_lse=True, impl="torch", **options)
+        torch.autograd.grad((out, lse), (q, k, v), (out, lse))
+    # A block of scores (twice: dropout pads keys to fours), or the mask of a block of rows.
+    assert seen.elements <= max(2 * torch_blockwise.BLOCK, torch_runs.WIDE_ROWS * 3000) < 3000**2 / 10

@@ -5,28 +5,13 @@ The kernels are left out, so that 64k tokens take no time; what they are handed 
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
 from mmkernels import AttentionMask, PackedLayout, attention
 
 pytestmark = pytest.mark.interpreter
 
 HEADS, WIDTH = 2, 16
-
-
-class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
 
 
 class _NoKernel:
@@ -53,7 +38,7 @@ def _largest(length, samples, mask, deterministic, cross):
     T = layout.total_tokens
     q, k, v = (torch.randn(T, HEADS, WIDTH, requires_grad=True) for _ in range(3))
     bias = torch.randn(HEADS, 2, 2, requires_grad=True)
-    with _Largest() as seen:
+    with LargestTensor() as seen:
         out, lse, _ = attention(
             q, k, v, layout=layout, k_layout=k_layout, mask=mask, pair_bias=bias, dropout_p=0.1, return_lse=True,
             return_modality_mass=True, deterministic=deterministic, impl="triton",
@@ -80,7 +65,7 @@ def test_nothing_grows_with_the_square_of_tokens(kind, deterministic, cross):
 
 
 def test_the_check_sees_a_square():
-    with _Largest() as seen:
+    with LargestTensor() as seen:
         q = torch.randn(1000, 16)
         q @ q.T
     assert seen.elements == 1000**2
