@@ -16,11 +16,11 @@ from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_impls
-from benchmarks.peers import modality_embed_eager
+from benchmarks.peers import modality_embed_compiled, modality_embed_eager
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
-PEERS: tuple[ModuleType, ...] = (modality_embed_eager,)
+PEERS: tuple[ModuleType, ...] = (modality_embed_eager, modality_embed_compiled)
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 
 VOCABULARY = 4096
@@ -39,7 +39,8 @@ class EmbedProblem:
     grad_output: Tensor
     peers: tuple[ModuleType, ...] = PEERS
     op: str = "modality_embed"
-    directions: tuple[str, ...] = ("fwd", "bwd")
+    directions: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
+    quick: bool = False
 
     @functools.cached_property
     def leaves(self) -> list[Tensor]:
@@ -64,6 +65,8 @@ class EmbedProblem:
 
         Backward reads the output's gradient and, where there is a norm, the inputs again; it writes every gradient.
         """
+        if direction == "fwd+bwd":
+            return replace(self.work("fwd"), amount=self.work("fwd").amount + self.work("bwd").amount)
         token_weight = self.tensors.get("token_weight")
         tables = sum(x.nbytes for x in self.leaves if x is not token_weight)
         if token_weight is not None:
@@ -73,8 +76,10 @@ class EmbedProblem:
         places = host.source_rows.nbytes + host.modality_ids.nbytes
         places += host.positions.nbytes if "position_weights" in self.tensors else 0
         amount = tables + ids + places + self.grad_output.nbytes
-        if direction == "bwd" and self.tensors["norm"] is not None:
-            amount += tables
+        if direction == "bwd":
+            amount += tables if self.tensors["norm"] is not None else 0
+            if token_weight is not None:  # its gradient is written whole, zeros too
+                amount += token_weight.nbytes - min(len(self.streams[0]), len(token_weight)) * token_weight[0].nbytes
         return Work(amount, "GB/s", 9, "copy")
 
     def oracle(self) -> list[Tensor]:
@@ -97,7 +102,7 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[EmbedProb
     for workload, samples, width, dtypes in _cases(shapes, device.type):
         for form in ("plain", "full"):
             for dtype in dtypes:
-                yield build(form, workload, samples, width, dtype, device, seed)
+                yield replace(build(form, workload, samples, width, dtype, device, seed), quick=shapes == "quick")
 
 
 def build(form, workload, samples, width, dtype, device, seed) -> EmbedProblem:

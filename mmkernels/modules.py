@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.layout import PackedLayout
-from mmkernels.ops.modality_embed.api import modality_embed
+from mmkernels.ops.modality_embed.api import NORMS, modality_embed
 
 INIT_STD = 0.02
 
 
 class ModalityEmbedding(nn.Module):
-    """The input of a packed encoder: norm(row + modality_weight[m] + position rows), [T, E], in one pass.
+    """The input of a packed encoder: dropout(norm(row + modality_weight[m] + position rows)), [T, E], in one pass.
 
     width           E
     num_modalities  M
@@ -22,8 +22,9 @@ class ModalityEmbedding(nn.Module):
     positions       per modality: None; P, a table over the last position axis; or (P_1, ..., P_k), one table for each
                     of the last k axes (rows, columns of an image), summed.  A modality with special tokens needs one
                     position more than its longest segment
-    norm            "layernorm" or None
-    bias            whether the norm has a bias
+    norm            "layernorm", "rmsnorm" or None
+    bias            whether the layernorm has a bias
+    dropout         fraction of the result that is set to 0 while training
     impl            which implementation runs; see mmkernels.explain()
 
     Parameters: modality_weight [M, E], token_weight [V, E], position_weights.{m}.{j} [P_j, E], norm_weight and
@@ -39,6 +40,7 @@ class ModalityEmbedding(nn.Module):
         positions: Sequence[int | Sequence[int] | None] | None = None,
         norm: str | None = "layernorm",
         bias: bool = True,
+        dropout: float = 0.0,
         eps: float = 1e-5,
         impl: str = "auto",
         device: torch.device | str | None = None,
@@ -50,7 +52,12 @@ class ModalityEmbedding(nn.Module):
             raise ValueError(
                 f"ModalityEmbedding: positions has {len(positions)} entries, expected one for each of {num_modalities}"
             )
-        self.width, self.num_modalities, self.norm, self.eps, self.impl = width, num_modalities, norm, eps, impl
+        if norm not in NORMS:
+            raise ValueError(f"ModalityEmbedding: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"ModalityEmbedding: dropout is {dropout}, expected 0 <= p < 1")
+        self.width, self.num_modalities, self.impl = width, num_modalities, impl
+        self.norm, self.eps, self.dropout = norm, eps, dropout
         lengths = [() if p is None else (p,) if isinstance(p, int) else tuple(p) for p in positions]
 
         def table(*shape: int) -> nn.Parameter:
@@ -60,7 +67,7 @@ class ModalityEmbedding(nn.Module):
         self.token_weight = None if vocab_size is None else table(vocab_size, width)
         self.position_weights = nn.ModuleList(nn.ParameterList(table(n, width) for n in axes) for axes in lengths)
         self.norm_weight = None if norm is None else table(width)
-        self.norm_bias = None if norm is None or not bias else table(width)
+        self.norm_bias = table(width) if norm == "layernorm" and bias else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -88,10 +95,14 @@ class ModalityEmbedding(nn.Module):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
             eps=self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
         vocab = "none" if self.token_weight is None else self.token_weight.shape[0]
         positions = [tuple(table.shape[0] for table in tables) for tables in self.position_weights]
-        return f"{self.width}, {self.num_modalities}, vocab_size={vocab}, positions={positions}, norm={self.norm!r}"
+        return (
+            f"{self.width}, {self.num_modalities}, vocab_size={vocab}, positions={positions}, norm={self.norm!r}, "
+            f"bias={self.norm_bias is not None}, dropout={self.dropout}, eps={self.eps}"
+        )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from mmkernels.layout import PackedLayout
 from mmkernels.modules import INIT_STD, ModalityEmbedding
@@ -53,14 +54,37 @@ def test_every_parameter_gets_a_gradient_even_when_its_modality_is_missing():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("norm", ["layernorm", None])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", None])
 def test_state_dict_round_trip(norm, bias):
     module, other = embedding(norm=norm, bias=bias), embedding(norm=norm, bias=bias)
     assert ("norm_weight" in module.state_dict()) == (norm is not None)
-    assert ("norm_bias" in module.state_dict()) == (norm is not None and bias)
+    assert ("norm_bias" in module.state_dict()) == (norm == "layernorm" and bias)
     other.load_state_dict(module.state_dict())
     rows = streams()
     assert torch.equal(module(rows, LAYOUT), other(rows, LAYOUT))
+
+
+def test_dropout_only_while_training():
+    module, rows = embedding(dropout=0.4), streams()
+    torch.manual_seed(3)
+    first, second = module(rows, LAYOUT), module(rows, LAYOUT)
+    assert not torch.equal(first, second)  # another mask in every call
+    torch.manual_seed(3)
+    assert torch.equal(module(rows, LAYOUT), first)
+    assert 0.2 < (first == 0).float().mean() < 0.6
+    module.eval()
+    torch.testing.assert_close(module(rows, LAYOUT)[first != 0], first[first != 0] * 0.6)
+
+
+def test_checkpoint_recomputes_the_same_mask():
+    module, rows = embedding(dropout=0.4), streams()
+    torch.manual_seed(3)
+    module(rows, LAYOUT).square().sum().backward()
+    plain = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    torch.manual_seed(3)
+    torch.utils.checkpoint.checkpoint(module, rows, LAYOUT, use_reentrant=False).square().sum().backward()
+    assert all(torch.equal(p.grad, plain[name]) for name, p in module.named_parameters())
 
 
 def test_without_tokens_and_positions():
@@ -72,6 +96,11 @@ def test_without_tokens_and_positions():
 
 def test_repr_and_errors():
     assert "16, 3, vocab_size=300, positions=[(8,), (5, 5), ()], norm='layernorm'" in repr(embedding())
+    assert "norm='rmsnorm', bias=False, dropout=0.1" in repr(embedding(norm="rmsnorm", dropout=0.1))
+    with pytest.raises(ValueError, match="norm is 'batchnorm'"):
+        embedding(norm="batchnorm")
+    with pytest.raises(ValueError, match="expected 0 <= p < 1"):
+        embedding(dropout=1.0)
     with pytest.raises(ValueError, match="positions has 1 entries, expected one for each of 3"):
         ModalityEmbedding(16, 3, positions=[4])
     with pytest.raises(ValueError, match="table 0 of modality 0 has 2 rows, the layout needs 4"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.harness import Implementation
 from benchmarks.peers import row_index
@@ -16,27 +19,53 @@ def missing(problem) -> str | None:
 
 
 def build(problem) -> Implementation:
+    return Implementation(NAME, functools.partial(chain, *arguments(problem)), problem.leaves, problem.grad_output)
+
+
+def chain(
+    streams: list[Tensor],
+    tables: list[list[Tensor]],
+    positions: list[list[Tensor]],
+    joint: Tensor,
+    modality: Tensor,
+    token_weight: Tensor | None,
+    modality_weight: Tensor,
+    norm: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> Tensor:
+    """tables, positions: per modality.  A function of its tensors alone: torch.compile can keep what it made."""
+    parts = []
+    for stream, own_tables, own_positions in zip(streams, tables, positions, strict=True):
+        rows = stream if stream.is_floating_point() else F.embedding(stream, token_weight)
+        for table, position in zip(own_tables, own_positions, strict=True):
+            rows = rows + F.embedding(position, table)
+        parts.append(rows)
+    packed = torch.cat(parts).index_select(0, joint)
+    packed = packed + F.embedding(modality, modality_weight)
+    return F.layer_norm(packed, packed.shape[-1:], norm_weight, norm_bias) if norm else packed
+
+
+def arguments(problem) -> tuple:
+    """Of `chain`: positions of each stream's rows in the stream's own order, as eager code keeps them."""
     layout, tensors = problem.layout, problem.tensors
     joint = row_index.joint_rows(layout)
-    # Positions of each stream's rows, in the stream's own order: what eager code keeps beside its features.
     order = torch.argsort(joint)
-    positions = layout.positions.long()[:, order].split(list(layout.stream_lengths), dim=1)
-    modality = layout.modality_ids.long()
-    position_weights = tensors.get("position_weights") or [None] * layout.num_modalities
-
-    def forward():
-        parts = []
-        for m, stream in enumerate(problem.streams):
-            rows = stream if stream.is_floating_point() else F.embedding(stream, tensors["token_weight"])
-            tables = position_weights[m]
-            tables = () if tables is None else tables if isinstance(tables, tuple) else (tables,)
-            for axis, table in enumerate(tables, start=layout.axes - len(tables)):
-                rows = rows + F.embedding(positions[m][axis], table)
-            parts.append(rows)
-        packed = torch.cat(parts).index_select(0, joint)
-        packed = packed + F.embedding(modality, tensors["modality_weight"])
-        if tensors["norm"] is None:
-            return packed
-        return F.layer_norm(packed, packed.shape[-1:], tensors["norm_weight"], tensors["norm_bias"])
-
-    return Implementation(NAME, forward, problem.leaves, problem.grad_output)
+    in_order = layout.positions.long()[:, order].split(list(layout.stream_lengths), dim=1)
+    tables, positions = [], []
+    for m, entry in enumerate(tensors.get("position_weights") or [None] * layout.num_modalities):
+        tables.append([] if entry is None else list(entry) if isinstance(entry, tuple) else [entry])
+        axes = range(layout.axes - len(tables[m]), layout.axes)
+        positions.append([in_order[m][axis].contiguous() for axis in axes])
+    return (
+        problem.streams,
+        tables,
+        positions,
+        joint,
+        layout.modality_ids.long(),
+        tensors.get("token_weight"),
+        tensors["modality_weight"],
+        tensors["norm"] is not None,
+        tensors.get("norm_weight"),
+        tensors.get("norm_bias"),
+    )

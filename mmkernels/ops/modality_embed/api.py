@@ -98,7 +98,7 @@ def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -
         raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
     if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:  # not isfinite: under torch.compile(dynamic=True) eps is a symbol
         raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"modality_embed: dropout_p is {dropout_p}, expected 0 <= p < 1")

@@ -1,9 +1,11 @@
 """modality_embed on CPU: every implementation against float64, and the contract around it."""
 
 import functools
+import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from embed_cases import CASES, MIXED, Case, make, oracle, ragged, run, torch_same
 
 from mmkernels import dispatch
@@ -102,16 +104,76 @@ def test_error_rule_bites(change):
         check(inputs, run(wrong, "torch"))
 
 
+# odd tails of every vector width and tile, and the widest row of the tuning table's promise
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [8, 15, 33, 100, 255, 1024, 2047, 4096])
+def test_widths(width, impl):
+    case = Case("width", ragged(14, 2, "pgp", 6), width, (1, 2, 1), (0,), (2, 1, None), 9, dropout_p=0.1)
+    draws = [make(case, torch.float32, seed=seed) for seed in range(16 if width < 100 else 4)]
+    check_all([(run(inputs, impl), oracle(inputs), torch_same(inputs)) for inputs in draws])
+
+
+COMBINATIONS = list(itertools.product((None, "layernorm", "rmsnorm"), (False, True), (False, True), (0.0, 0.25)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("norm", "tokens", "tables", "dropout_p"), COMBINATIONS)
+def test_every_combination_of_parts(norm, tokens, tables, dropout_p, impl):
+    """norm or not, ids and special tokens or not, position tables or not, dropout or not."""
+    case = Case(
+        "combination",
+        ragged(15, 4, "pgp"),
+        48,
+        (1, 2, 1) if tables else (0, 0, 0),
+        (0,) if tokens else (),
+        (2, None, 1) if tokens else None,
+        9 if tokens else None,
+        norm=norm,
+        bias=norm == "layernorm",
+        dropout_p=dropout_p,
+    )
+    draws = [make(case, torch.float32, seed=seed) for seed in range(4)]
+    check_all([(run(inputs, impl), oracle(inputs), torch_same(inputs)) for inputs in draws])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_streams_of_several_dtypes(impl):
+    """fp16 and fp32 rows in one batch: the result is what they promote to, gradients have their stream's dtype."""
+    inputs = make(BY_NAME["everything"], torch.float16, torch.float32)
+    same = run(inputs.to(torch.float32), impl)
+    leaf = inputs.streams[2].detach().float().requires_grad_()
+    inputs.streams[2] = inputs.leaves["stream 2"] = leaf
+    mixed = run(inputs, impl)
+    assert mixed["out"].dtype == mixed["d stream 2"].dtype == torch.float32
+    assert mixed["d stream 1"].dtype == torch.float16
+    for name in mixed:
+        torch.testing.assert_close(mixed[name].float(), same[name], rtol=2e-3, atol=2e-3)
+
+
+def test_dropout_is_one_mask_in_every_implementation():
+    """Words from Philox decide, not who computes them; the fraction kept is 1 - p within 5 standard deviations."""
+    layout = PackedLayout.from_counts([[700], [300]])
+    ones = torch.ones(1000, 130)
+    kept = []
+    for impl in ("reference", "torch", *(["cpp"] if dispatch.cpp_missing() is None else [])):
+        torch.manual_seed(5)
+        out = modality_embed([ones], layout, modality_weight=torch.zeros(1, 130), norm=None, dropout_p=0.2, impl=impl)
+        kept.append(out != 0)
+        torch.testing.assert_close(out[kept[0]], torch.full((int(kept[0].sum()),), 1.25))
+    assert all(torch.equal(kept[0], mask) for mask in kept)
+    assert abs(kept[0].float().mean() - 0.8) < 5 * (0.2 * 0.8 / kept[0].numel()) ** 0.5
+
+
 @needs_cpp
 def test_cpp_gradients_are_bit_equal_between_runs_and_thread_counts():
-    """Two blocks of rows, repeated ids, every table; 768 columns make six tasks of the table sums."""
-    inputs = make(Case("long", ragged(12, 40, "pgp", 40), 768, **MIXED), torch.float32)
+    """100 repeats.  Every chunk of rows full, repeated ids, every table; three column tasks of the table sums."""
+    inputs = make(Case("long", ragged(12, 30, "pgp", 40), 600, **MIXED), torch.float32)
     assert inputs.layout.total_tokens > 1024
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         first = run(inputs, "cpp")
-        for threads in [1] * 5 + [2] * 15:
+        for threads in [1] * 20 + [2] * 80:
             torch.set_num_threads(threads)
             again = run(inputs, "cpp")
             assert all(torch.equal(first[name], again[name]) for name in first)
@@ -186,6 +248,28 @@ def test_opcheck(name, impl):
     ]
     backward = (grad_out, *detached, *rest[:3], mean, rstd, present, impl)
     torch.library.opcheck(torch.ops.mm.modality_embed_bwd, backward)
+
+
+@needs_cpp
+def test_cpp_backward_of_several_blocks():
+    """More rows than the 8 MiB of gradients that one block holds: table sums are carried from block to block."""
+    case = Case("blocks", [[(0, 300), (1, (30, 30)), (2, 300)]] * 2, 1536, (1, 2, 1), (0,), vocab=40)
+    assert case.layout.total_tokens * case.width * 4 > 2 * (8 << 20)
+    inputs = make(case, torch.float32)
+    check(inputs, run(inputs, "cpp"))
+
+
+def test_other_layouts_do_not_compile_again():
+    """Every batch has other lengths.  The second may compile, where two sizes of the first were equal by chance."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(modality_embed, fullgraph=True, backend=counter, dynamic=True)
+    compiled = []
+    for seed, samples in ((1, 3), (2, 5), (3, 8), (4, 6)):
+        case = Case("batch", ragged(seed, samples, "pp", 20), 16, (0, 0), dropout_p=0.1)
+        inputs = make(case, torch.float32)
+        call(inputs.streams, inputs.layout, **inputs.arguments()).sum().backward()
+        compiled.append(counter.frame_count)
+    assert compiled[1] == compiled[-1] <= 3
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "auto"])

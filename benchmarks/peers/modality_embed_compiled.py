@@ -1,0 +1,31 @@
+"""torch.compile of the eager chain.  Shapes are dynamic, so that one compilation serves every batch of a form."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import torch
+
+from benchmarks.harness import Implementation
+from benchmarks.peers import modality_embed_eager
+
+NAME = "compiled"
+
+
+def missing(problem) -> str | None:
+    if problem.grad_output.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        return "torch.compile needs a C++ compiler (g++ or clang++) on CPU"
+    return None
+
+
+def build(problem) -> Implementation:
+    forward = functools.partial(_compiled(), *modality_embed_eager.arguments(problem))
+    # On CPU a compilation takes ten seconds or more; the quick run makes do with the one that trains.
+    directions = ("fwd+bwd",) if problem.quick and problem.grad_output.device.type == "cpu" else problem.directions
+    return Implementation(NAME, forward, problem.leaves, problem.grad_output, directions=directions)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(modality_embed_eager.chain, dynamic=True)
