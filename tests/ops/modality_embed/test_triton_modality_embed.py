@@ -7,7 +7,7 @@ import pytest
 import torch
 from embed_cases import MIXED, Case, make, oracle, ragged, run, torch_same
 
-from mmkernels.ops.modality_embed import configs
+from mmkernels.ops.modality_embed import configs, op
 from mmkernels.ops.modality_embed.api import modality_embed
 from mmkernels.testing import assert_error_rule
 
@@ -95,6 +95,32 @@ def test_opcheck_of_the_registered_operator():
     inputs = make(BY_NAME["one token"], torch.float32)
     given, options = inputs.operator_arguments()
     torch.library.opcheck(torch.ops.mm.modality_embed_fwd, (*given, *options, torch.float32, "triton"))
+
+
+@pytest.mark.parametrize("which", ["row", "token", "position"])
+def test_an_index_outside_its_table_reads_zero_and_gets_no_gradient(which):
+    """On a GPU nothing can raise without a sync; what matters is that no other memory is read or written."""
+    inputs = make(BY_NAME["everything"], torch.float32)
+    given, options = inputs.operator_arguments()
+    given = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), given)
+    clean, mean, rstd = op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    if which == "row":
+        bad = ((given.modality_ids == 1) & (given.source_rows >= 0)).nonzero()[0].item()
+        given.source_rows[bad] = 10**9
+    elif which == "token":
+        given.streams[0][0] = 10**9
+        bad = ((given.modality_ids == 0) & (given.source_rows == 0)).nonzero()[0].item()
+    else:
+        bad = (given.modality_ids == 2).nonzero()[0].item()
+        given.positions[:, bad] = -5
+    out, _, _ = op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    others = torch.arange(len(out)) != bad
+    assert torch.equal(out[others], clean[others])
+    assert out[bad].isfinite().all()
+    assert not torch.equal(out[bad], clean[bad])
+    needs = [s.is_floating_point() for s in given.streams] + [True] * (4 + len(given.tables))
+    grads = torch.ops.mm.modality_embed_bwd(inputs.grad_out, *given, *options, mean, rstd, needs, "triton")
+    assert all(g.isfinite().all() for g in torch.utils._pytree.tree_leaves(grads[1:]))
 
 
 def test_refusals():
