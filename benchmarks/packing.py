@@ -28,23 +28,56 @@ DTYPES_USED: dict[str, list[str]] = {"cpu": [], "cuda": []}  # rows are moved, n
 # NAME_out writes into warm memory: the page faults of a fresh output can cost more than the copy.
 FUNCTIONS = ("pack_out", "pack", "unpack", "pad", "unpad", "gather_rows", "segment_mean")
 FORWARD_ONLY = ("pack_out", "unpack")
+LARGEST_FALLBACK = 64 << 20  # bytes: our path without a compiler is measured on small batches only, to keep runs short
 
 
-@dataclass
-class PackingProblem:
-    """One function on one batch: streams of equal width, the same rows packed and padded, and rows to gather."""
+@dataclass(frozen=True)
+class Batch:
+    """Streams of equal width, the same rows packed, other rows padded (for unpad), and the rows to gather."""
 
-    case: str
-    dtype: str
-    function: str
     layout: PackedLayout
     streams: list[Tensor]
     packed: Tensor
     padded: Tensor | None
     rows: Tensor
     grad_output: Tensor | None
+
+
+@dataclass
+class PackingProblem:
+    """One function on one batch, drawn when it is first asked for: all batches of a run would not fit into memory."""
+
+    case: str
+    dtype: str
+    function: str
+    layout: PackedLayout
+    draw: Callable[[], Batch]
     peers: tuple[ModuleType, ...] = PEERS
     op: str = "packing"
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        return self.draw()
+
+    @property
+    def streams(self) -> list[Tensor]:
+        return self.batch.streams
+
+    @property
+    def packed(self) -> Tensor:
+        return self.batch.packed
+
+    @property
+    def padded(self) -> Tensor | None:
+        return self.batch.padded
+
+    @property
+    def rows(self) -> Tensor:
+        return self.batch.rows
+
+    @property
+    def grad_output(self) -> Tensor | None:
+        return self.batch.grad_output
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -52,26 +85,32 @@ class PackingProblem:
 
     @property
     def leaves(self) -> list[Tensor]:
-        if self.function in ("pack", "pack_out"):
-            return self.streams
-        return [self.padded if self.function == "unpad" else self.packed]
+        return self._leaves(self.batch)
 
-    def call(self, impl: str) -> Callable[[], Tensor | list[Tensor]]:
-        layout, packed = self.layout, self.packed
+    def _leaves(self, batch: Batch) -> list[Tensor]:
+        if self.function in ("pack", "pack_out"):
+            return batch.streams
+        return [batch.padded if self.function == "unpad" else batch.packed]
+
+    def call(self, impl: str, batch: Batch | None = None) -> Callable[[], Tensor | list[Tensor]]:
+        batch = batch or self.batch
+        layout, packed = batch.layout, batch.packed
         if self.function == "pack_out":
             out = torch.zeros_like(packed, requires_grad=False)
-            return lambda: pack(self.streams, layout, out=out, impl=impl)
+            return lambda: pack(batch.streams, layout, out=out, impl=impl)
         return {
-            "pack": lambda: pack(self.streams, layout, impl=impl),
+            "pack": lambda: pack(batch.streams, layout, impl=impl),
             "unpack": lambda: unpack(packed, layout, impl=impl),
             "pad": lambda: pad(packed, layout, impl=impl)[0],
-            "unpad": lambda: unpad(self.padded, layout, impl=impl),
-            "gather_rows": lambda: gather_rows(packed, self.rows, impl=impl),
+            "unpad": lambda: unpad(batch.padded, layout, impl=impl),
+            "gather_rows": lambda: gather_rows(packed, batch.rows, impl=impl),
             "segment_mean": lambda: segment_mean(packed, layout, impl=impl),
         }[self.function]
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         for name, impl in our_impls("packing", self.packed.device, self.packed.dtype):
+            if impl == "torch" and self.packed.nbytes > LARGEST_FALLBACK:
+                continue
             yield (
                 impl
                 if isinstance(impl, Missing)
@@ -117,17 +156,18 @@ class PackingProblem:
         def change(x):
             return (x.detach() if self._moves_only else x.detach().double()).requires_grad_()
 
-        twin = replace(
-            self,
+        batch = replace(
+            self.batch,
             streams=[change(x) for x in self.streams],
             packed=change(self.packed),
             padded=None if self.padded is None else change(self.padded),
         )
+        call = self.call("reference", batch)
         if self.function in FORWARD_ONLY:
             with torch.no_grad():
-                return [twin.call("reference")()]
-        output = twin.call("reference")()
-        gradients = torch.autograd.grad(output, twin.leaves, self.grad_output.to(output.dtype))
+                return [call()]
+        output = call()
+        gradients = torch.autograd.grad(output, self._leaves(batch), self.grad_output.to(output.dtype))
         return [output.detach(), *gradients]
 
 
@@ -140,16 +180,23 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PackingPr
 
 def build(function, workload, samples, width, dtype, device, seed) -> PackingProblem:
     layout = WORKLOADS[workload](samples, seed).to(device)
+    case = f"{function} {workload} {samples} T{layout.total_tokens} E{width}"
+    draw = functools.partial(_draw, function, layout, width, DTYPES[dtype], seed)
+    return PackingProblem(case, dtype, function, layout, draw)
+
+
+def _draw(function: str, layout: PackedLayout, width: int, dtype: torch.dtype, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, width, generator=generator).to(device, DTYPES[dtype])
+        values = torch.empty(*shape, width).uniform_(-1, 1, generator=generator)
+        return values.to(layout.device, dtype)
 
     total, spaces = layout.total_tokens, (layout.num_samples, layout.max_seqlen)
     streams = [draw(rows).requires_grad_() for rows in layout.stream_lengths]
     packed = pack([x.detach() for x in streams], layout, impl="reference").requires_grad_()
     padded = draw(*spaces).requires_grad_() if function == "unpad" else None
-    rows = torch.randperm(total, generator=generator)[: max(total * 15 // 100, 1)].sort().values.to(device)
+    rows = torch.randperm(total, generator=generator)[: max(total * 15 // 100, 1)].sort().values.to(layout.device)
     outputs = {
         "pack": (total,),
         "pad": spaces,
@@ -158,8 +205,7 @@ def build(function, workload, samples, width, dtype, device, seed) -> PackingPro
         "segment_mean": (layout.num_segments,),
     }
     grad_output = draw(*outputs[function]) if function in outputs else None
-    case = f"{function} {workload} {samples} T{total} E{width}"
-    return PackingProblem(case, dtype, function, layout, streams, packed, padded, rows, grad_output)
+    return Batch(layout, streams, packed, padded, rows, grad_output)
 
 
 def mixed(samples: int, seed: int) -> PackedLayout:
@@ -177,9 +223,9 @@ def _cases(shapes: str, device: str) -> list[tuple]:
     both = ["bf16", "fp32"]
     if device == "cpu":
         cases = [
-            ("mixed", 256, 768, ["pack_out", "pack"], both),
-            ("stamps", 32, 256, FUNCTIONS, ["fp32"]),
             ("stamps", 4, 256, ["pack_out", "unpack", "gather_rows"], ["fp32"]),  # tiny: what a call costs
+            ("stamps", 32, 256, FUNCTIONS, ["fp32"]),
+            ("mixed", 256, 768, ["pack_out", "pack"], both),
             ("mixed", 32, 768, ["pad", "unpad", "gather_rows", "segment_mean"], ["bf16"]),
         ]
         if shapes == "quick":
