@@ -114,14 +114,25 @@ BWD: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
     ("sm_80", 4, 64): _bwd(dkdv=C(32, 32, 8, 2), dq=C(64, 32, 8, 2)),
     ("sm_80", 4, 128): _bwd(dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
     ("sm_80", 4, 256): _bwd(dkdv=C(16, 16, 8, 1), dq=C(16, 16, 8, 2)),
-    ("sm_90", 2, 32): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
-    ("sm_90", 2, 64): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+    ("sm_90", 2, 32): _bwd(C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2)),
+    ("sm_90", 2, 64): _bwd(C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2)),
+    # Fused with atomic additions spills 24 bytes at (128, 32, 8, 2); with tma it does not, and is the one to try first.
     ("sm_90", 2, 128): _bwd(dkdv=C(128, 32, 8, 3), dq=C(128, 64, 8, 2)),
     ("sm_90", 2, 256): _bwd(dkdv=C(64, 16, 8, 2), dq=C(128, 32, 8, 2)),
+    # Fused spills hundreds of bytes there.
+    ("sm_100", 2, 32): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),
+    ("sm_100", 2, 64): _bwd(dkdv=C(128, 32, 8, 2), dq=C(128, 64, 8, 3)),
+    ("sm_100", 2, 128): _bwd(dkdv=C(64, 32, 8, 2), dq=C(64, 64, 8, 2)),
+    ("sm_100", 2, 256): _bwd(dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
 }
 
-# With pair bias and dropout, where those leave less room.
-BWD_EXTRAS: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {}
+# With pair bias and dropout, which leave no room for the fused kernel; the pair's dbias is also the more exact.
+BWD_EXTRAS: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
+    ("sm_90", 2, 32): _bwd(dkdv=C(128, 32, 8, 2), dq=C(128, 32, 8, 2)),
+    ("sm_90", 2, 64): _bwd(dkdv=C(128, 32, 8, 2), dq=C(128, 32, 8, 2)),
+    ("sm_90", 2, 128): _bwd(dkdv=C(128, 16, 8, 2), dq=C(128, 32, 8, 2)),
+    ("sm_90", 2, 256): _bwd(dkdv=C(32, 16, 8, 2), dq=C(128, 16, 8, 2)),
+}
 
 _override: dict[str, tuple[Config, ...]] = {}
 _schedule: list[str] = []
@@ -148,7 +159,8 @@ def built_in(family: str, itemsize: int, width: int, extras: bool) -> Candidates
     fwd = FWD_EXTRAS.get(key, FWD[key]) if extras else FWD[key]
     if family == "sm_100":  # descriptors were looked at on sm_90 only
         fwd = tuple(replace(config, tma=False) for config in fwd)
-    bwd = BWD_EXTRAS.get(key, BWD[key]) if extras else BWD[key]
+    bwd = BWD.get((family, *key[1:]), BWD[key]) if itemsize == 2 else BWD[key]
+    bwd = BWD_EXTRAS.get(key, bwd) if extras else bwd
     return Candidates(fwd, **bwd)
 
 

@@ -89,9 +89,9 @@ def key_step(
     do = load_rows(do_ptr + base * stride_dot, stride_dot, count, D, BLOCK_Q, BLOCK_D, MASKED)
     if rng_ptr is not None:
         keep = tl.trans(dropout_keep_tile(rng_ptr, drop_threshold, head, cols, first_key, BLOCK_K, ALIGNED))
-        dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        factor = tl.where(keep, keep_scale, 0.0)
+        dv = tl.dot((p * factor).to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION) * factor
     else:
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)

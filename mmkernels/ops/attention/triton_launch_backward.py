@@ -77,9 +77,8 @@ def _delta(do, dlse, out, delta) -> None:
 def _fused(config, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials, lowered) -> None:
     """config.tma: dq is summed by TMA reduce-add, else by atomic additions."""
     tiles = lowered.dkdv_tiles
-    (Tq, H, D), (Tk, G, _) = q.shape, k.shape
-    # Rows of a multiple of 16 bytes, as descriptors want them.
-    dq_sum = torch.zeros(Tq, H, -(-D // 4) * 4, dtype=torch.float32, device=q.device)[:, :, :D]
+    (Tq, H, _), (Tk, G, _) = q.shape, k.shape
+    dq_sum = zeroed_dq_sum(q)
     target = descriptor(dq_sum, config.cols) if config.tma else dq_sum
     if len(tiles) and Tq:
         attention_bwd_fused_kernel[(len(tiles) * G,)](
@@ -89,6 +88,12 @@ def _fused(config, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials
             MODALITIES=_modalities(pair_bias, 1), TMA=config.tma, **_shared(config, q, rng, lowered),
         )  # fmt: skip
     torch.mul(dq_sum, lowered.scale, out=dq)
+
+
+def zeroed_dq_sum(q) -> torch.Tensor:
+    """fp32 zeros of q's shape; rows are padded to 16 bytes, as descriptors want them."""
+    Tq, H, D = q.shape
+    return torch.zeros(Tq, H, -(-D // 4) * 4, dtype=torch.float32, device=q.device)[:, :, :D]
 
 
 def _modalities(pair_bias, axis: int) -> int:
