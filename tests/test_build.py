@@ -55,6 +55,7 @@ def test_no_torch_and_no_pybind11(tree):
     assert built.returncode == 0, built.stderr
     assert "mmkernels._planner is left out: no pybind11 here" in built.stdout
     assert "mmkernels._C is left out: no torch here" in built.stdout
+    assert "mmkernels._C_cuda is left out: no torch here" in built.stdout
 
 
 def test_build_says_where_it_can_run(tree):
