@@ -72,13 +72,13 @@ C = Config
 SMALL = 1.1
 
 # Forward.  Keys: architecture, bytes per element, widest head of the bucket.  Chosen from the inspector's report
-# (Triton 3.6.0, 2026-11): the largest tiles that spill nothing; on sm_80 also at most 99 KiB of shared memory, for
-# sm_86, sm_89 and sm_120.  Descriptors on sm_90 where they take no more registers than pointers and spill nothing: up
-# to D 128 (at D 256 they spill 44 to 96 bytes).  Nothing here has been timed on a GPU: `python -m benchmarks tune
-# attention` times, and what it writes comes first.
+# (Triton 3.6.0, 2026-11): the largest tiles that spill nothing (on sm_80, D 64: 12 bytes with `visible`, 64 with all
+# extras); on sm_80 also at most 99 KiB of shared memory, for sm_86, sm_89 and sm_120.  Descriptors on sm_90 where they
+# take no more registers than pointers and spill nothing: up to D 128 (at D 256 they spill 44 to 96 bytes).  Nothing
+# here has been timed on a GPU: `python -m benchmarks tune attention` times, and what it writes comes first.
 FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_80", 2, 32): (C(128, 64, 4, 3), C(64, 64, 4, 3, price=SMALL)),
-    ("sm_80", 2, 64): (C(128, 64, 8, 3), C(64, 64, 4, 3, price=SMALL)),
+    ("sm_80", 2, 64): (C(128, 64, 8, 3), C(64, 64, 4, 2, price=SMALL)),
     ("sm_80", 2, 128): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
     ("sm_80", 2, 256): (C(64, 32, 8, 2),),
     ("sm_80", 4, 32): (C(64, 32, 8, 2),),
@@ -91,7 +91,8 @@ FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_90", 2, 256): (C(128, 64, 8, 2), C(64, 32, 8, 2, price=SMALL)),
 }
 
-# With pair bias, dropout and modality mass at once, by the same report; dropout takes most of the registers.
+# With pair bias, dropout and modality mass at once, by the same report (at D 256, 40 bytes spilled); dropout takes most
+# of the registers.
 FWD_EXTRAS: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_90", 2, 32): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
     ("sm_90", 2, 64): (C(128, 64, 8, 2), C(64, 32, 4, 2, price=SMALL)),
