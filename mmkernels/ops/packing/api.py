@@ -18,6 +18,8 @@ from mmkernels.planner import PackPlan, plan_packs
 
 __all__ = ["PackPlan", "gather_rows", "pack", "pad", "plan_packs", "segment_mean", "unpack", "unpad"]
 
+_QUICK = ("auto", "cpp")  # what op.quick may serve
+
 
 def pack(
     streams: Sequence[Tensor | None], layout: PackedLayout, *, out: Tensor | None = None, impl: str = "auto"
@@ -31,7 +33,7 @@ def pack(
     a token table: use modality_embed) and for a layout from cu_seqlens (it does not know its streams).
     """
     table = layout.cache.get("segment_table")
-    if impl == "auto" and table is not None and len(streams) == layout.num_modalities:
+    if impl in _QUICK and table is not None and len(streams) == layout.num_modalities:
         where = (table, layout.modality_ids, layout.source_rows)
         size = (layout.total_tokens,) if out is None else ()
         packed = op.quick("pack", streams, streams, *where, *size, out=out)
@@ -51,7 +53,7 @@ def unpack(
 ) -> list[Tensor]:
     """The M streams [N_m, E] whose pack is packed [T, E], any dtype.  Errors as `pack`."""
     table = layout.cache.get("segment_table")
-    if out is None and impl == "auto" and table is not None:
+    if out is None and impl in _QUICK and table is not None:
         where = (table, layout.modality_ids, layout.source_rows)
         streams = op.quick("unpack", (packed,), packed, *where, layout.stream_lengths)
         if streams is not None:
@@ -81,7 +83,7 @@ def pad(
     The inverse of `unpad`, which is also its gradient.  Needs only the samples' bounds: any layout will do.
     Raises ValueError for packed of another length and for a sample longer than L.
     """
-    if out is None and impl == "auto":
+    if out is None and impl in _QUICK:
         longest = layout.max_seqlen if length is None else length
         padded = op.quick("pad", (packed,), packed, layout.cu_seqlens, longest)
         if padded is not None:
@@ -101,7 +103,7 @@ def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, im
     What lies beyond a sample is not read; its gradient is zero.  No index tensor, no host synchronisation.
     Raises ValueError for padded of another shape.
     """
-    if out is None and impl == "auto":
+    if out is None and impl in _QUICK:
         packed = op.quick("unpad", (padded,), padded, layout.cu_seqlens, layout.total_tokens)
         if packed is not None:
             return packed
@@ -117,7 +119,7 @@ def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl
     The gradient sums the rows that repeat, in fp32 (fp64 for fp64), in the order of `rows`.
     Raises ValueError for a row outside [0, T) on CPU; on a GPU the range is the caller's promise.
     """
-    if impl == "auto":
+    if impl in _QUICK:
         gathered = op.quick("gather_rows", (packed,), packed, rows, out=out)
         if gathered is not None:
             return gathered
@@ -133,7 +135,7 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  For a layout from cu_seqlens a segment
     is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
     """
-    if impl == "auto":
+    if impl in _QUICK:
         means = op.quick("segment_mean", (packed,), packed, layout.segment_cu_seqlens, out=out)
         if means is not None:
             return means
