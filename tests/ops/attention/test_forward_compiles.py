@@ -1,4 +1,4 @@
-"""What the forward's two ways to load K and V compile to for sm_90: the table takes one, strides may want the other."""
+"""What the two ways of the forward to load K and V compile to for sm_90: strides may ask for either."""
 
 import pytest
 
