@@ -74,7 +74,7 @@ def spec(
         usual = f"*{dtype}" if arg.endswith("_ptr") else "i32"
         signature[arg] = "constexpr" if arg in constexprs else types.get(arg, usual)
     # Tensors from torch are aligned, and so are the strides of a [T, 3, H, D] projection.
-    divisible = tuple(arg for arg in signature if arg.endswith("_ptr") or arg.startswith("stride_"))
+    divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_") or signature[a] == "*fp32")
     shown = {"head_dim": head_dim, rows.lower(): config.rows, cols.lower(): config.cols, "warps": config.warps}
     shown |= {"stages": config.stages, "tma": config.tma, "visible": visible, "extras": "+".join(extras) or "none"}
     name = f"attention_{kernel}" if kernel == "fwd" else f"attention_bwd_{kernel}"
