@@ -180,7 +180,8 @@ class MaskPlan:
 
     def cost(self, schedule: str, block_rows: int, block_cols: int, rows: str = "query") -> int:
         """Query-key pairs that a schedule's tiles would compute; compare with `visible_pairs`."""
-        pairs = self.tiles(rows, block_rows, block_cols, schedule).pairs
+        counted = self if self._host_plan is None else self._host_plan  # tiles that are only counted stay on the host
+        pairs = counted.tiles(rows, block_rows, block_cols, schedule).pairs
         if pairs is None:
             raise NotImplementedError("MaskPlan.cost: the layout has only device-side bounds; counting them would sync")
         return pairs

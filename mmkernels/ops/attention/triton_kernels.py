@@ -29,15 +29,16 @@ def schedule(plan, request) -> tuple:
     mask, lengths = tuned.classify(plan)
     arch, dtype = _arch(plan.layout.device), DTYPES[request.dtype]
     found = configs.select(arch, dtype, request.head_dim, extras=request.extras, mask=mask, lengths=lengths)
-    fwd, fwd_tiles = _cheapest(plan, "query", found.fwd)
+    fwd, fwd_tiles = _cheapest(plan, "query", found.fwd, configs.forced_schedule())
+    same = "token" if fwd.token else "sample"  # what one pass gains by it the others do, and choosing takes time
     none = plan.q_table[0, :0]
     if not request.needs_backward:
         return *fwd_tiles, none, none, none, none, configs.Configs(fwd, found.dkdv[0], found.dq[0]).flat()
     if found.fused and not request.deterministic:
-        fused, fused_tiles = _cheapest(plan, "key", found.fused)
+        fused, fused_tiles = _cheapest(plan, "key", found.fused, same)
         return *fwd_tiles, none, none, *fused_tiles, configs.Configs(fwd, fused, found.dq[0], fused=True).flat()
-    dq, dq_tiles = _cheapest(plan, "query", found.dq)
-    dkdv, dkdv_tiles = _cheapest(plan, "key", found.dkdv)
+    dq, dq_tiles = _cheapest(plan, "query", found.dq, same)
+    dkdv, dkdv_tiles = _cheapest(plan, "key", found.dkdv, same)
     return *fwd_tiles, *dq_tiles, *dkdv_tiles, configs.Configs(fwd, dkdv, dq).flat()
 
 
@@ -45,17 +46,21 @@ def _arch(device: torch.device) -> str:
     return "sm_80" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def _cheapest(plan, rows: str, candidates) -> tuple[configs.Config, tuple[torch.Tensor, torch.Tensor]]:
-    """The candidate and schedule that compute the fewest pairs, at the candidate's price, and their tiles and spans."""
+def _cheapest(
+    plan, rows: str, candidates, only: str | None = None
+) -> tuple[configs.Config, tuple[torch.Tensor, torch.Tensor]]:
+    """The candidate and schedule that compute the fewest pairs, at the candidate's price, and their tiles and spans.
+
+    only: the one schedule to look at; None: both.
+    """
     config = _on_device_bounds(plan, rows, candidates) if "sample" not in plan.schedules else None
     if config is None:
         costs = []
-        forced = configs.forced_schedule()
         for name, share in (("sample", 1.0), ("token", TOKEN_SHARE)):
             for candidate in candidates:
                 # No tiles compute fewer pairs than are visible: what cannot win is not made.
                 least = candidate.price * plan.visible_pairs / share
-                if forced in (None, name) and (not costs or least < costs[0][0]):
+                if only in (None, name) and (not costs or least < costs[0][0]):
                     cost = candidate.price * plan.cost(name, candidate.rows, candidate.cols, rows) / share
                     costs.append((cost, replace(candidate, token=name == "token")))
                     costs.sort(key=lambda pair: pair[0])  # stable: the earlier wins a tie
