@@ -126,7 +126,7 @@ def test_build_layout_names_what_is_wrong(backend, segments, grids, message):
 
 
 def random_mask(seed: int):
-    """(cu_rows, cu_cols, lo, hi, row_bits, col_bits): any non-decreasing bounds and visibility; odd seeds: two sides."""
+    """(cu_rows, cu_cols, lo, hi, row_bits, col_bits): non-decreasing bounds, any visibility; odd seeds: two sides."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 40, rng.integers(0, 5))
     key_lengths = lengths if seed % 2 == 0 else rng.integers(0, 40, len(lengths))  # odd: cross-attention
