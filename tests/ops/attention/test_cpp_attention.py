@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES, Case, check, shared_layout
+from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES, Case, Pool, check, shared_layout
 
 from mmkernels import AttentionMask, PackedLayout, attention, dispatch
 from mmkernels.testing import poisoned_empty, random_layout
@@ -60,15 +60,16 @@ def test_cross(kind, dtype):
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(60))
-def test_many_layouts(seed):
+def test_many_layouts(seed, dtype):
+    pool = Pool()  # thousands of small cases: some would be unlucky alone
     for number, kind in enumerate(MASKS):
-        for dtype in DTYPES:
-            extras = EXTRAS[(seed + number) % 4]
-            _check(seed, kind, dtype, max_length=(24, 60)[seed % 2], lse_gradient=seed % 3 == 0, **extras)
+        extras = EXTRAS[(seed + number) % 4]
+        _check(seed, kind, dtype, max_length=(24, 60)[seed % 2], lse_gradient=seed % 3 == 0, pool=pool, **extras)
     for kind in CROSS_MASKS:
-        for dtype in DTYPES:
-            _check(seed, kind, dtype, cross=True, lse_gradient=True, **EXTRAS[seed % 4])
+        _check(seed, kind, dtype, cross=True, lse_gradient=True, pool=pool, **EXTRAS[seed % 4])
+    pool.check()
 
 
 # Around the band (12), the panels (8, 16, 32), the blocks (64, 128, 256), the tile of queries (192), and the length
