@@ -58,6 +58,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str = "stamps"  # stamps, synthetic, or a folder of shards
     languages: tuple[str, ...] = ()  # tags of the samples to read; empty: all that the data has
+    hold_out_speech: str = ""  # es:0.25 keeps Spanish recordings of a quarter of the training images out; empty: none
     steps: int = 480
     batch_size: int = 64  # samples per step
     lr: float = 2e-3

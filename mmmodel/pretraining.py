@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmmodel import features, objectives, settings
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import PretrainConfig
+from mmmodel.data.held_out import hold_out
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.frontends.text import train_tokenizer
@@ -26,6 +27,7 @@ class Pretraining(nn.Module):
 
     def __init__(self, config: PretrainConfig, tokenizer) -> None:
         super().__init__()
+        self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Model(config.model, tokenizer)
@@ -87,7 +89,8 @@ def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
 def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:
     cache = settings.current().cache
     # Decoders wait for disks and release the GIL: two threads even where one computes.
-    return Corpus(*features.prepare(dataset, model.front_ends, cache, threads=max(2, config.threads)))
+    items, arrays = features.prepare(dataset, model.front_ends, cache, threads=max(2, config.threads))
+    return Corpus(hold_out(items, config.hold_out_speech), arrays)
 
 
 def make_batch(
