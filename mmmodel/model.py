@@ -25,7 +25,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tokenizer = config, tokenizer
         self.front_ends = frontends.build(config, tokenizer)
         self.special_tokens = frontends.special_tokens(self.front_ends, tokenizer)
         self.embedding = ModalityEmbedding(

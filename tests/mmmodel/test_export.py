@@ -1,0 +1,171 @@
+"""A checkpoint comes back bit by bit, says what is wrong with it, and never runs code."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+
+import pytest
+import torch
+from builders import batch_of, learner, samples
+from file_map import ROOT, tracked
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mmmodel import configs, train
+from mmmodel.export import CheckpointError, export, from_pretrained, load_weights
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    config, learned = learner(seed=3)
+    path = tmp_path_factory.mktemp("export") / "model.safetensors"
+    export(path, learned, config)
+    return learned, path
+
+
+def rewritten(path, target, change, **metadata):
+    """A copy with tensors changed, honest about their checksum unless told otherwise."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        kept = {name: value for name, value in file.metadata().items() if name != "crc32"}
+    change(tensors)
+    save_file(tensors, target, metadata={**kept, **metadata})
+    return target
+
+
+def test_round_trip_is_bit_equal(written):
+    learned, path = written
+    for source in (path, path.parent, str(path)):  # the file, the folder of a run, text
+        again = from_pretrained(source)
+        assert again.config == learned.config
+        assert again.model.tokenizer.to_str() == learned.model.tokenizer.to_str()
+        ours, theirs = learned.state_dict(), again.state_dict()
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert not again.training
+
+
+def test_the_loaded_model_computes_the_same_bits(written):
+    learned, path = written
+    again = from_pretrained(path)
+    items, features = samples()
+    with torch.no_grad():
+        out = [
+            m.model.encode(m.model.streams(batch), batch.layout)
+            for m in (learned, again)
+            for batch in (batch_of(m, items, features),)
+        ]
+    assert torch.equal(*out)
+
+
+def test_a_file_alone_is_enough(written, tmp_path):
+    """No config.json or tokenizer.json beside it."""
+    (copy := tmp_path / "elsewhere.safetensors").write_bytes(written[1].read_bytes())
+    assert from_pretrained(copy).model.tokenizer.get_vocab_size() == 280
+
+
+def test_names_what_is_missing_extra_or_misshapen(written, tmp_path):
+    def change(tensors):
+        tensors["model.surplus"] = torch.zeros(3)
+        tensors["model.norm.bias"] = torch.zeros(17)
+        tensors["model.blocks.0.qkv.bias"] = tensors["model.blocks.0.qkv.bias"].half()
+        del tensors["model.blocks.1.up.weight"]
+
+    path = rewritten(written[1], tmp_path / "m.safetensors", change)
+    with pytest.raises(CheckpointError) as error:
+        from_pretrained(path)
+    for words in (
+        "missing model.blocks.1.up.weight",
+        "extra model.surplus",
+        "model.norm.bias is (17,), expected (16,)",
+        "model.blocks.0.qkv.bias is torch.float16, expected torch.float32",
+    ):
+        assert words in str(error.value)
+
+
+def test_a_failed_load_leaves_the_learner_alone(written, tmp_path):
+    _, fresh = learner(seed=9)
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    path = rewritten(written[1], tmp_path / "m.safetensors", lambda tensors: tensors.pop("model.norm.bias"))
+    with pytest.raises(CheckpointError, match=r"missing model\.norm\.bias"):
+        load_weights(path, fresh)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],  # an interrupted copy
+        lambda data: b"",
+        lambda data: b"\xff" * 64,
+        lambda data: data[:8] + b"{" * 40 + data[48:],  # the header
+        lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],  # one bit of one weight
+    ],
+    ids=["cut", "empty", "noise", "header", "bit"],
+)
+def test_a_damaged_file_is_a_clear_error(written, tmp_path, damage):
+    (path := tmp_path / "model.safetensors").write_bytes(damage(written[1].read_bytes()))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*damaged"):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"config": "{"}, "its configuration does not read"),
+        ({"config": "[1]"}, "its configuration does not read"),
+        ({"config": json.dumps({"bogus": 1})}, r"no field \['bogus'\]"),
+        ({"tokenizer": "{}"}, "its tokenizer does not read"),
+    ],
+)
+def test_damaged_metadata_is_a_clear_error(written, tmp_path, metadata, message):
+    path = rewritten(written[1], tmp_path / "m.safetensors", lambda tensors: None, **metadata)
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(path)
+
+
+def test_tensors_of_someone_else_are_refused(tmp_path):
+    save_file({"x": torch.zeros(2)}, path := tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="holds tensors but no configuration"):
+        from_pretrained(path)
+    with pytest.raises(FileNotFoundError, match="a finished `mmmodel pretrain` writes"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path):
+    folder = tmp_path / "sprung"
+    (path := tmp_path / "model.safetensors").write_bytes(pickle.dumps(Trap(folder)))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        from_pretrained(path)
+    torch.save(Trap(folder), path)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        from_pretrained(path)
+    assert not folder.exists()
+    pickle.loads(pickle.dumps(Trap(folder)))  # the trap works
+    assert folder.exists()
+
+
+def test_no_module_of_the_model_unpickles():
+    """torch.load only with weights_only=True."""
+    for path in (p for p in tracked(".py") if p.parts[0] == "mmmodel"):
+        text = (ROOT / path).read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)|allow_pickle=True", text, re.M), path
+        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path
+
+
+def test_a_run_exports_what_it_trained(tiny, tmp_path):
+    """The file in a run's folder is loadable as it is."""
+    train.pretrain(dataclasses.replace(tiny, steps=1), tmp_path)
+    assert configs.to_dict(from_pretrained(tmp_path).config) == configs.to_dict(dataclasses.replace(tiny, steps=1))
