@@ -1,6 +1,7 @@
 """python -m benchmarks: times every kernel against its peers on this machine.
 
-python -m benchmarks attention|modality_embed|packing|planner [--device cpu|cuda] [--shapes quick|full] [--json PATH]
+python -m benchmarks all|attention|modality_embed|packing|planner|data|train_step [--device cpu|cuda]
+                     [--shapes quick|full] [--budget-seconds N] [--json PATH]
 python -m benchmarks attention --host
 python -m benchmarks tune attention [--out PATH] [--dry-run]
 python -m benchmarks gpu --out DIR [--stage NAME ...] [--dry-run]
@@ -38,15 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             run.write(document, options.json)
         return 0
+    save = (lambda document: run.write(document, options.json)) if options.json else (lambda document: None)
+    choice = {"shapes": options.shapes, "seconds": options.budget_seconds, "seed": options.seed}
     try:
-        document = run.run(
-            options.command, device, shapes=options.shapes, seconds=options.budget_seconds, seed=options.seed
-        )
-    except ValueError as error:
+        if options.command == "all":
+            run.run_all(device, **choice, save=save)
+        else:
+            save(run.run(options.command, device, **choice))
+    except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json:
-        run.write(document, options.json)
     return 0
 
 
@@ -54,14 +56,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in run.OPS:
-        command = commands.add_parser(op, help=f"{op} against its peers")
-        on_host = op == "planner"
+    for op in ("all", *run.OPS):
+        command = commands.add_parser(op, help=f"{'every operator' if op == 'all' else op} against its peers")
+        on_host = op in run.HOST_OPS
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu" if on_host else default)
         command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
         command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
         command.add_argument(
-            "--budget-seconds", type=float, help="about how long to take; each operator has its default"
+            "--budget-seconds", type=float, help="about how long to take; each has its default, all together 240 quick"
         )
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
         if op == "attention":

@@ -16,7 +16,7 @@ from benchmarks import attention_pairs, workloads
 from benchmarks.attention_cases import MASKS, Case, cases
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
-from benchmarks.ours import our_impls
+from benchmarks.ours import auto_mark, our_impls
 from benchmarks.peers import (
     attention_fa3,
     attention_fa4,
@@ -88,8 +88,8 @@ class AttentionProblem:
                 yield impl
                 continue
             forward = functools.partial(attention, *leaves, layout=self.layout, mask=self.mask, impl=impl)
-            extra = {"auto": True} if impl == auto else {}
-            yield Implementation(name, forward, leaves, self.grad_output, extra=extra | self._pairs(impl))
+            extra = auto_mark(impl, auto) | self._pairs(impl)
+            yield Implementation(name, forward, leaves, self.grad_output, extra=extra)
         for peer in self.peers:
             reason = peer.missing(self)
             yield Missing(peer.NAME, reason) if reason else peer.build(self)

@@ -52,7 +52,7 @@ CPU_QUICK = (
     Case("stamps", 32),
     Case("repeats", 32),
     *(Case("stamps", 32, mask) for mask in MODALITY_MASKS),
-    Case("uniform", 1, heads=2, kv_heads=2, length=1024),
+    *(Case("uniform", 1024 // length, heads=2, kv_heads=2, length=length) for length in (64, 256, 1024)),
     Case("uniform", 1, heads=1, kv_heads=1, width=128, length=1024),
     Case("stamps", 32, heads=4, kv_heads=1),
     Case("longtail", 4, "causal"),

@@ -6,6 +6,7 @@ A *problem* is one case of one operator: inputs, the oracle's answer, the work i
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ MIN_ROUNDS = 5  # a median and quartiles need some
 SLOW_SECONDS = 1.0  # a call may take that long by itself, also where the budget is short
 MIN_SLOW_ROUNDS = 2  # beyond it
 MAX_ROUNDS = 200
+SETTLED = 0.01  # a median known to 1 % (95 %) needs no further rounds: the time goes to later cases
+SETTLED_EVERY = 8  # rounds between two looks
 SLOW_MS = 500.0  # one warm-up call of that length has warmed everything; checking was another
 MIN_SAMPLE_MS = 0.3  # CPU: shorter calls are repeated within a sample, or the clock shows
 # Relative RMS error that an implementation may have; far above rounding, far below a lost key or a wrong modality.
@@ -128,12 +131,22 @@ def time_calls(calls: dict[str, Callable], seconds: float, device: torch.device)
         late = time.perf_counter() - start > seconds
         if round_index >= MIN_ROUNDS and late:
             break
+        if round_index and round_index % SETTLED_EVERY == 0 and all(notch(s) < SETTLED for s in samples.values()):
+            break
         # A call that has used up all the time by itself sits out the rest, lest one slow peer starve later cases.
         names = [n for n, s in samples.items() if len(s) < MIN_SLOW_ROUNDS or sum(s) * repeats[n] < allowance]
         turn = round_index % max(len(names), 1)
         for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in names[turn:] + names[:turn]]):
             samples[name].append(milliseconds)
     return samples
+
+
+def notch(samples: Sequence[float]) -> float:
+    """Half of the 95 % interval of the median over the median (McGill, Tukey and Larsen): 1.57 IQR / sqrt(n)."""
+    if len(samples) < 2:
+        return float("inf")
+    quarters = statistics.quantiles(samples, n=4)
+    return 1.57 * (quarters[2] - quarters[0]) / math.sqrt(len(samples)) / statistics.median(samples)
 
 
 def _warm_up(call: Callable, device: torch.device) -> int:

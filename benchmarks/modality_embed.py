@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
-from benchmarks.ours import our_impls
+from benchmarks.ours import auto_mark, our_impls
 from benchmarks.peers import modality_embed_compiled, modality_embed_eager
+from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
@@ -47,12 +48,13 @@ class EmbedProblem:
         return [x for x in flat(self.streams, self.tensors) if x.is_floating_point()]
 
     def implementations(self) -> Iterator[Implementation | Missing]:
+        auto = dispatch.resolve("modality_embed", "auto", device=self.grad_output.device, dtype=self.grad_output.dtype)
         for name, impl in our_impls("modality_embed", self.grad_output.device, self.grad_output.dtype):
             if isinstance(impl, Missing):
                 yield impl
                 continue
             forward = functools.partial(modality_embed, self.streams, self.layout, **self.tensors, impl=impl)
-            yield Implementation(name, forward, self.leaves, self.grad_output)
+            yield Implementation(name, forward, self.leaves, self.grad_output, extra=auto_mark(impl, auto))
         for peer in self.peers:
             reason = peer.missing(self)
             yield Missing(peer.NAME, reason) if reason else peer.build(self)

@@ -20,3 +20,8 @@ def our_impls(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tup
             continue
         reason = dispatch.missing(op, impl, device_type=device.type, dtype=dtype)
         yield PREFIX + impl, Missing(PREFIX + impl, reason) if reason else impl
+
+
+def auto_mark(impl: str, auto: str) -> dict[str, bool]:
+    """Of the row whose implementation impl="auto" takes: tables and reports name it first."""
+    return {"auto": True} if impl == auto else {}

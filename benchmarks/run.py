@@ -1,20 +1,28 @@
-"""Runs the problems of one operator under a time budget and gathers the document of schema.py."""
+"""Runs the problems of operators under a time budget and gathers the document of schema.py."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from benchmarks import environment, harness, limits, schema, table
 
-OPS = ("attention", "modality_embed", "packing", "planner")
+# In the order of `all`.  A module benchmarks/NAME.py has problems(shapes, device, seed), DTYPES_USED (whose products
+# are a limit to it, by device) and, where the default budget does not fit, SECONDS.
+KNOWN = ("attention", "modality_embed", "packing", "planner", "data", "train_step")
+OPS = tuple(op for op in KNOWN if importlib.util.find_spec(f"benchmarks.{op}"))
+HOST_OPS = ("planner", "data")  # their work is done on the host, whatever device the others run on
 SECONDS = {"quick": 60, "full": 600}  # default budget of one operator; its module may hold its own
+# Of `all`, in seconds: shared in proportion to the operators' own budgets, and what one leaves goes to the next.
+ALL_SECONDS = {"quick": 240, "full": 2400}
 MAX_SECONDS_PER_DIRECTION = 4.0  # beyond it more rounds no longer move a median
 
 
@@ -32,11 +40,64 @@ def run(
 
     Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.
     """
-    module = importlib.import_module(f"benchmarks.{op}")
-    deadline = time.perf_counter() + (getattr(module, "SECONDS", SECONDS)[shapes] if seconds is None else seconds)
+    budget = _budget(_module(op), shapes) if seconds is None else seconds
+    measured: dict = {}
+    rows = _rows(op, device, shapes, time.perf_counter() + budget, seed, measured, problems, on_rows)
+    return _document(device, seed, measured, rows, {"shapes": shapes, "budget_seconds": budget})
+
+
+def run_all(
+    device: torch.device,
+    *,
+    shapes: str = "quick",
+    seconds: float | None = None,
+    seed: int = 0,
+    ops: tuple[str, ...] = OPS,
+    on_rows: Callable[[list[dict]], None] = table.print_rows,
+    save: Callable[[dict], None] = lambda document: None,
+) -> dict:
+    """One document of all operators.  save gets what there is after each, so that a run that is cut off leaves that.
+
+    An operator whose packages are not installed has one row, skipped with the reason.
+    """
+    budget = ALL_SECONDS[shapes] if seconds is None else seconds
+    deadline = time.perf_counter() + budget
+    facts = {"shapes": shapes, "budget_seconds": budget}
+    measured: dict = {}
+    rows: list[dict] = []
+    todo = deque(ops)
+    document = _document(device, seed, measured, rows, facts)
+    while todo:
+        weights = [_weight(op, shapes) for op in todo]
+        op = todo.popleft()
+        left = max(deadline - time.perf_counter(), 0.0)
+        until = time.perf_counter() + left * weights[0] / sum(weights)
+        where = torch.device("cpu") if op in HOST_OPS else device
+        try:
+            rows += _rows(op, where, shapes, until, seed, measured, None, on_rows)
+        except ImportError as error:
+            row = {"op": op, "case": "all", "direction": "fwd", "dtype": "any", "impl": "all"}
+            rows.append(row | {"skipped": f"needs a package that is not installed: {error}"})
+            on_rows(rows[-1:])
+        document = _document(device, seed, measured, rows, facts)
+        save(document)
+    table.print_missing(rows)
+    return document
+
+
+def write(document: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> list[dict]:
+    """Rows of one operator; adds the limits it needs to `measured`, unless an earlier operator did."""
+    module = _module(op)
     todo = deque(problems if problems is not None else module.problems(shapes, device, seed))
-    measured = limits.measure(device, sorted({p.dtype for p in todo} & set(module.DTYPES_USED[device.type])))
-    table.print_limits(measured)
+    dtypes = sorted({p.dtype for p in todo} & set(module.DTYPES_USED[device.type]))
+    new_limits = limits.measure(device, dtypes, known=measured)
+    table.print_limits(new_limits)
+    measured |= new_limits
     rows: list[dict] = []
     while todo:
         share = 1 / len(todo)
@@ -50,16 +111,31 @@ def run(
             new = list(harness.run_problem(problem, measured, seconds_each, device))
         rows += new
         on_rows(new)
-    document = {"environment": environment.describe(device, seed), "limits": measured, "rows": rows}
+    return rows
+
+
+def _document(device: torch.device, seed: int, measured: dict, rows: list[dict], facts: dict) -> dict:
+    facts = environment.describe(device, seed) | facts
+    document = {"environment": facts, "limits": dict(measured), "rows": list(rows)}
     wrong = schema.errors(document)
     if wrong:
-        raise ValueError(f"benchmarks {op}: the result is malformed: {'; '.join(wrong[:5])}")
+        raise ValueError(f"benchmarks: the result is malformed: {'; '.join(wrong[:5])}")
     return document
 
 
-def write(document: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+def _module(op: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.{op}")
+
+
+def _budget(module: ModuleType, shapes: str) -> float:
+    return getattr(module, "SECONDS", SECONDS)[shapes]
+
+
+def _weight(op: str, shapes: str) -> float:
+    try:
+        return _budget(_module(op), shapes)
+    except ImportError:
+        return 0.01  # it will be skipped at once
 
 
 def _unmeasured(problem: harness.Problem, direction: str) -> dict:

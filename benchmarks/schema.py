@@ -2,7 +2,7 @@
 
     {"environment": {...}, "limits": {name: {"value", "unit"}}, "rows": [row, ...]}
 
-A timed row has IDENTITY, FIGURES and "checked": true; "extra" (op-specific facts) and "samples_ms" (raw) may follow.
+A timed row has IDENTITY, FIGURES (samples_ms: the raw times) and "checked": true, and perhaps "extra", facts of the op.
 A skipped row has IDENTITY and "skipped": the reason, and no figure at all.
 """
 
@@ -13,8 +13,8 @@ from numbers import Real
 from typing import Any
 
 IDENTITY = ("op", "case", "direction", "dtype", "impl")
-FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over")
-OPTIONAL = ("extra", "samples_ms")
+FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over", "samples_ms")
+OPTIONAL = ("extra",)
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "numpy", "commit", "seed")
 
@@ -53,6 +53,8 @@ def _row_errors(row: dict) -> list[str]:
         found.append(f"median_ms {row['median_ms']!r} and rate {row['rate']!r} must be positive")
     if not isinstance(row["spread"], Real) or not row["spread"] >= 0:
         found.append(f"spread is {row['spread']!r}, expected a number >= 0")
+    if not row["samples_ms"] or not all(_positive(ms) for ms in row["samples_ms"]):
+        found.append("samples_ms must hold the positive times that the median is of")
     if row["percent_of_limit"] is not None and not _positive(row["percent_of_limit"]):
         found.append(f"percent_of_limit is {row['percent_of_limit']!r}, expected null or positive")
     if not all(_name(peer) and _positive(x) for peer, x in row["speedup_over"].items()):

@@ -52,7 +52,20 @@ def _skipped(rows: list[dict]) -> list[str]:
     return [f"skipped: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
+def print_missing(rows: list[dict]) -> None:
+    """Who was timed nowhere in the whole run, and each one's reasons."""
+    timed = {row["impl"] for row in rows if "skipped" not in row}
+    reasons: dict[str, set[str]] = {}
+    for row in rows:
+        if "skipped" in row and row["impl"] not in {"all", *timed}:
+            reasons.setdefault(row["impl"], set()).add(row["skipped"])
+    for impl, why in sorted(reasons.items()):
+        print(f"not here: {impl}: {'; '.join(sorted(why))}")
+
+
 def print_limits(limits: dict) -> None:
+    if not limits:
+        return
     print("limits measured here: " + ", ".join(f"{k} {v['value']:.3g} {v['unit']}" for k, v in limits.items()))
 
 
@@ -66,11 +79,16 @@ def _cells(row: dict) -> list[str]:
         name,
         f"{row['median_ms']:.4g}",
         f"{100 * row['spread']:.0f}",
-        f"{row['rate']:.3g} {row['rate_unit']}",
+        f"{number(row['rate'])} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
         ", ".join(_ratios(row)),
         ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items()),
     ]
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent where a reader expects none."""
+    return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
 def _ratios(row: dict) -> list[str]:

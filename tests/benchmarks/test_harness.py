@@ -42,6 +42,17 @@ def test_short_calls_are_repeated_within_a_sample():
     assert max(samples) < harness.MIN_SAMPLE_MS
 
 
+def test_settled_medians_end_the_rounds(monkeypatch):
+    """Equal samples need no 200 rounds; samples that scatter go on until the time is spent."""
+    sampled = {"same": lambda n: 1.0, "scattered": lambda n: 1.0 + n % 2}
+    for name, ms in sampled.items():
+        counter = iter(range(1000))
+        times = lambda calls, n=counter, ms=ms: [(name, ms(next(n))) for name, *_ in calls]  # noqa: E731
+        monkeypatch.setattr(harness, "_sample_cpu", lambda times=times: times)
+        samples = harness.time_calls({name: lambda: None}, 600.0, CPU)[name]
+        assert len(samples) == (harness.SETTLED_EVERY if name == "same" else harness.MAX_ROUNDS)
+
+
 def test_close():
     reference = torch.randn(50, 4, dtype=torch.float64)
     same = reference.float()

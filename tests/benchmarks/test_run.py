@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, limits, modality_embed, packing, run, schema
+from benchmarks import attention, data, limits, modality_embed, packing, run, schema
 from benchmarks.__main__ import main
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
@@ -39,6 +39,7 @@ TINY = {
         RanksProblem("tiny ranks of three", LENGTHS * 1.0, 4),
         LayoutProblem("tiny layout", LENGTHS[:5]),
     ],
+    "data": lambda: data.build(2 * data.BATCH, 0),
 }
 
 
@@ -54,7 +55,7 @@ def measure(op, problems):
     return run.run(op, CPU, seconds=600.0, problems=problems)  # a busy machine must not skip what the test is about
 
 
-@pytest.mark.parametrize("op", run.OPS)
+@pytest.mark.parametrize("op", TINY)
 def test_tiny_run(op):
     document = measure(op, TINY[op]())
     assert schema.errors(document) == []
@@ -108,6 +109,41 @@ def test_failing_peer_is_reported():
     problem.peers = (SimpleNamespace(NAME="broken", missing=lambda p: None, build=build),)
     rows = [row for row in measure("attention", [problem])["rows"] if row["impl"] == "broken"]
     assert all(row["skipped"].startswith("failed: RuntimeError") for row in rows)
+
+
+def test_wrong_sample_and_wrong_batch_are_excluded():
+    """One pixel, one missing sample, one feature: each is named."""
+    shards, _, batches = data.build(data.BATCH, 0)
+    (read,) = [i for i in shards.implementations() if getattr(i, "name", "") == "mm.shards"]
+    decoded = read.forward()
+    assert shards.check("fwd", [decoded]) is None
+    key = next(key for key, (_, image, _) in decoded.items() if image is not None)
+    decoded[key][1][0, 0, 0] ^= 1
+    assert shards.check("fwd", [decoded]) == f"wrong: image of {key}"
+    del decoded[key]
+    assert "samples, expected" in shards.check("fwd", [decoded])
+    found = batches.tensors(batches.batches(batches.stored))
+    assert batches.check("fwd", [found]) is None
+    found[0] = found[0].clone().add_(1)
+    assert batches.check("fwd", [found]) == "wrong: tensor 0 of the batches"
+
+
+def test_all_shares_one_document(tmp_path):
+    """What is there after each operator is saved; an operator that cannot be imported has a row that says so."""
+    saved = []
+    document = run.run_all(CPU, seconds=0.0, ops=("planner", "no_such_operator", "data"), save=saved.append)
+    assert schema.errors(document) == []
+    assert [len({row["op"] for row in each["rows"]}) for each in saved] == [1, 2, 3]
+    assert saved[-1] == document
+    assert document["environment"]["budget_seconds"] == 0.0
+    (missing,) = [row for row in document["rows"] if row["op"] == "no_such_operator"]
+    assert "no_such_operator" in missing["skipped"]
+    assert list(document["limits"]) == ["copy"]  # measured once
+
+
+def test_every_operator_is_in_all():
+    assert set(TINY) == set(run.OPS) - {"train_step"}  # which has tests of its own
+    assert set(run.OPS) <= set(run.KNOWN)
 
 
 def test_wrong_plan_is_excluded():

@@ -18,6 +18,7 @@ TIMED = {
     "rate_unit": "TFLOP/s",
     "percent_of_limit": 80.0,
     "speedup_over": {"sdpa_loop": 1.1},
+    "samples_ms": [1.4, 1.5, 1.7],
     "checked": True,
 }
 SKIPPED = {key: TIMED[key] for key in schema.IDENTITY} | {"skipped": "no GPU"}
@@ -44,6 +45,8 @@ def test_bad_rows():
         TIMED | {"speedup_over": {"sdpa_loop": -1}},
         TIMED | {"direction": "sideways"},
         TIMED | {"surprise": 1},
+        TIMED | {"samples_ms": []},  # a median of nothing
+        TIMED | {"samples_ms": [1.5, -1.0]},
         {key: value for key, value in TIMED.items() if key != "spread"},
     ]
     for row in bad:

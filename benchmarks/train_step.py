@@ -1,0 +1,278 @@
+"""Whole pretraining steps: packed, and in the layouts that others train in.   B samples in a batch, T real tokens.
+
+A step is forward, losses, backward, clipping and AdamW with the parameters, draws and batches of `mmmodel pretrain`.
+The learning rate is 0: all of the work is done, and the weights stay where every implementation has the same loss.
+Bucketing changes which samples share a batch, so implementations are compared by real tokens per second; each one's
+losses are checked on its own batches against the packed model, and losses and gradients of all on one small batch,
+with the longest sample in it, against the float64 reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import PREFIX, Implementation, Missing, Work
+from benchmarks.peers import train_packed
+from benchmarks.peers.train_padded import PaddedModel
+from benchmarks.train_step_data import Samples, bucketed, spread, vocabulary
+from benchmarks.train_step_memory import peak_memory
+from mmmodel import configs, train
+from mmmodel.batches import Batch
+from mmmodel.configs import PretrainConfig
+from mmmodel.flops import StepFlops
+from mmmodel.model import Model
+from mmmodel.pretraining import Pretraining
+
+DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
+SECONDS = {"quick": 100, "full": 900}
+POOLS = (8, 50)  # batches that are sorted by length together
+# Losses are means over thousands of terms and agree to a few units of the last place; a gradient passes through a dozen
+# layers whose sums are ordered otherwise.  Both bounds are about ten times what was seen of correct implementations
+# (tests/benchmarks/test_train_step.py), and the mildest of the wrong ones there misses them ten times over.
+LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}  # relative RMS over all parameters together
+SMALL = 5  # samples in the batch whose gradients are checked, the longest of all among them
+
+
+@dataclass(frozen=True)
+class Case:
+    preset: str
+    workload: str
+    batch_size: int
+    batches: int = 2  # timed per call, of those in the order in which they come
+    bucket_batches: int = 4  # timed per call, spread evenly over a pool from its shortest to its longest
+
+
+@dataclass
+class Step:
+    """An implementation's steps over its batches; calling it is one timed call."""
+
+    learner: Pretraining
+    batches: list[tuple[Batch, Any]]
+    config: PretrainConfig
+    autocast: Callable[[], AbstractContextManager]
+    lowers: bool  # whether masks are lowered in each step, as ours are, or came with the batch
+    extra: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimizer = train.make_optimizer(self.learner, dataclasses.replace(self.config, lr=0.0))
+
+    def __call__(self) -> Step:
+        if not self.losses:  # the first call is the one that is checked, and not timed
+            device = next(self.learner.parameters()).device
+            self.extra["peak_memory_mb"] = round(peak_memory(self._steps, device) / 1e6)
+        else:
+            self._steps()
+        return self
+
+    def _steps(self) -> None:
+        self.losses = []
+        for batch, prepared in self.batches:
+            if self.lowers:
+                for layout in layouts_of(batch, prepared):
+                    layout.cache.clear()
+            with self.autocast():
+                figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
+            if not made:
+                raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
+            self.losses.append(figures["loss"])
+
+    def gradients(self, batch: Batch, prepared: Any) -> tuple[float, list[Tensor]]:
+        """Loss and gradients on a batch."""
+        return gradients(self.learner, batch, prepared, self.autocast)
+
+
+@dataclass
+class StepProblem:
+    case: str
+    dtype: str
+    config: PretrainConfig
+    samples: Samples
+    sizes: Case
+    device: torch.device
+    op: str = "train_step"
+    directions: tuple[str, ...] = ("step",)
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        batch_size, pools = self.sizes.batch_size, POOLS
+        plain = bucketed(self.samples.lengths, batch_size, 1)[: self.sizes.batches]
+        everything = bucketed(self.samples.lengths, batch_size, 1)[: max(pools)]
+        yield self._implementation(f"{PREFIX}packed", Model, plain, everything, lowers=True)
+        loop = functools.partial(train_packed.PackedModel, attend=train_packed.sdpa_loop)
+        yield self._implementation("packed_sdpa_loop", loop, plain, everything, lowers=True)
+        yield from self._packed_peers(plain, everything)
+        yield self._implementation("vilt_padded", PaddedModel, plain, everything, padded=True)
+        encoder_only = functools.partial(PaddedModel, pads_inputs=False)
+        yield self._implementation("vilt_padded, our front ends", encoder_only, plain, everything, padded=True)
+        for pool in pools:
+            batches = bucketed(self.samples.lengths, batch_size, pool)[:pool]
+            timed = spread(batches, self.sizes.bucket_batches)
+            yield self._implementation(f"bucketed_{pool}", PaddedModel, timed, batches, padded=True)
+        batches = bucketed(self.samples.lengths, batch_size, pools[0])[: pools[0]]
+        timed = spread(batches, self.sizes.bucket_batches)
+        name = f"bucketed_{pools[0]}, our front ends"
+        yield self._implementation(name, encoder_only, timed, batches, padded=True)
+
+    def check(self, direction: str, results: list[Step]) -> str | None:
+        step = results[0]
+        expected = [gradients(self.exact, *pair, nullcontext, backward=False)[0] for pair in step.batches]
+        for index, (loss, reference) in enumerate(zip(step.losses, expected, strict=True)):
+            if not abs(loss - reference) <= LOSS_TOLERANCE[self.dtype] * abs(reference):  # also catches NaN
+                return f"wrong: the loss of batch {index} is {loss:.7f}, the packed model's {reference:.7f}"
+        loss, found = step.gradients(*self.small)
+        reference, wanted = self.reference
+        if not abs(loss - reference) <= LOSS_TOLERANCE[self.dtype] * abs(reference):
+            return f"wrong: the loss of the small batch is {loss:.7f}, the reference's {reference:.7f}"
+        error = relative_error(found, wanted)
+        if not error <= GRADIENT_TOLERANCE[self.dtype]:
+            return f"wrong: gradients have relative error {error:.1e}, allowed {GRADIENT_TOLERANCE[self.dtype]:.0e}"
+        return None
+
+    def work(self, direction: str) -> Work:
+        raise NotImplementedError("train_step: work differs between implementations, each of which brings its own")
+
+    @functools.cached_property
+    def learner(self) -> Pretraining:
+        return Pretraining(self.config, vocabulary(self.config.model.text.vocab_size)).to(self.device)
+
+    @functools.cached_property
+    def exact(self) -> Pretraining:
+        """The packed model without autocast, on the same device."""
+        return copy.deepcopy(self.learner)
+
+    @functools.cached_property
+    def small(self) -> tuple[Batch, Any]:
+        longest = int(self.samples.lengths.argmax())
+        return self._made(np.array([longest, *(i for i in range(SMALL) if i != longest)][:SMALL]))
+
+    @functools.cached_property
+    def reference(self) -> tuple[float, list[Tensor]]:
+        """Loss and gradients of the small batch in float64 by the reference of every operator, on the host."""
+        config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, impl="reference"))
+        learner = Pretraining(config, self.learner.model.tokenizer).double()
+        learner.load_state_dict(self.learner.state_dict())
+        host = copy.copy(self)
+        host.device = torch.device("cpu")
+        longest = int(self.samples.lengths.argmax())
+        pair = host._made(np.array([longest, *(i for i in range(SMALL) if i != longest)][:SMALL]))
+        return gradients(learner, *pair, nullcontext)
+
+    def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
+        reason = train_packed.missing_varlen(self.device, self.dtype)
+        attend = functools.partial(train_packed.PackedModel, attend=train_packed.varlen)
+        name = "packed_varlen_attn"
+        yield Missing(name, reason) if reason else self._implementation(name, attend, plain, everything, lowers=True)
+        reason = train_packed.missing_flex(self.device, self.dtype)
+        name = "packed_flex"
+        if reason:
+            yield Missing(name, reason)
+            return
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = torch.compile(flex_attention), torch.compile(create_block_mask)
+        attend = functools.partial(train_packed.PackedModel, attend=train_packed.flex(*compiled))
+        yield self._implementation(name, attend, plain, everything, lowers=True)
+
+    def _implementation(self, name, make_model, timed, everything, *, lowers=False, padded=False) -> Implementation:
+        """timed: sample numbers of the batches of a call; everything: of all batches that they stand for."""
+        learner = Pretraining(self.config, self.learner.model.tokenizer)
+        learner.model = make_model(self.config.model, self.learner.model.tokenizer)
+        learner.to(self.device).load_state_dict(self.learner.state_dict())
+        batches = [self._made(chosen) for chosen in timed]
+        flops = sum(step_flops(self.exact, *pair) for pair in batches)
+        tokens = sum(batch.layout.total_tokens for batch, _ in batches)
+        extra: dict[str, Any] = {"slots_per_token": round(self._slots(everything) if padded else 1.0, 3)}
+        step = Step(learner, batches, self.config, self._autocast, lowers, extra)
+        work = Work(tokens, "tokens/s", 0, f"gemm_{self.dtype}", limit_amount=flops / 1e12)
+        return Implementation(name, step, extra=extra, directions=("step",), work=work)
+
+    def _made(self, chosen: np.ndarray) -> tuple[Batch, Any]:
+        """A batch and the objectives' draws for it, as the data thread of a run makes them, on the device."""
+        batch = self.samples.batch(chosen, self.learner.model)
+        every = [objective.config.every for objective in self.learner.objectives.values()]
+        last = (self.config.steps - 1) // math.lcm(*every) * math.lcm(*every)  # a step at which all objectives count
+        prepared = self.learner.prepare(batch, np.random.default_rng([self.samples.seed, len(chosen), int(chosen[0])]), last)
+        return batch.to(self.device), prepared
+
+    def _slots(self, batches: list[np.ndarray]) -> float:
+        """Token slots of the padded encoder per real token, over the batches read in full."""
+        slots = sum(len(b) * self.samples.parts[b].max(axis=0).sum() for b in batches)
+        return float(slots / sum(self.samples.lengths[b].sum() for b in batches))
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bf16" else nullcontext()
+
+
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[StepProblem]:
+    for case in _cases(shapes, device.type):
+        yield build(case, device, seed)
+
+
+def build(case: Case, device: torch.device, seed: int, config: PretrainConfig | None = None) -> StepProblem:
+    """config: instead of the preset's (tests)."""
+    config = configs.preset(case.preset) if config is None else config
+    config = dataclasses.replace(config, batch_size=case.batch_size, device=device.type)
+    samples = Samples.draw(case.workload, config.model, max(POOLS) * case.batch_size, seed)
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    name = f"{case.preset} {case.workload} B{case.batch_size}"
+    return StepProblem(name, dtype, config, samples, case, device)
+
+
+def gradients(learner, batch, prepared, autocast, *, backward: bool = True) -> tuple[float, list[Tensor]]:
+    """Loss, and gradients of the parameters that have one (float64, on the host)."""
+    learner.train()
+    with autocast(), torch.set_grad_enabled(backward):
+        loss, _ = learner(batch, prepared)
+    if not backward:
+        return float(loss), []
+    parameters = list(learner.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return float(loss), [torch.zeros(p.shape).double() if g is None else g.detach().double().cpu() for g, p in pairs]
+
+
+def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """RMS of the difference over RMS of what is wanted, all parameters together."""
+    difference = sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
+    return math.sqrt(difference / sum(float(b.square().sum()) for b in wanted))
+
+
+def step_flops(learner: Pretraining, batch: Batch, prepared: Any) -> float:
+    """Of forward and backward on real tokens, attention on visible pairs."""
+    with StepFlops(learner) as count, torch.no_grad():
+        learner(batch, prepared)
+    return count.total
+
+
+def layouts_of(batch: Batch, prepared: Any) -> list:
+    """Layouts whose masks a step lowers."""
+    masked = getattr(prepared, "masked", None)
+    return [batch.layout, *([masked.layout] if masked is not None else [])]
+
+
+def _cases(shapes: str, device: str) -> list[Case]:
+    if device == "cpu":
+        quick = [Case("demo", "stamps", 64), Case("native", "stamps", 16), Case("native", "longtail", 8)]
+        if shapes == "quick":
+            return quick
+        return [
+            Case("demo", "stamps", 64, batches=8, bucket_batches=8),
+            Case("demo", "longtail", 64),
+            Case("native", "stamps", 64),
+            Case("native", "longtail", 64),
+            Case("base", "stamps", 4, batches=1, bucket_batches=1),
+        ]
+    sizes = {"demo": 256, "native": 64, "base": 64} if shapes == "quick" else {"demo": 1024, "native": 256, "base": 256}
+    return [Case(preset, workload, size) for workload in ("stamps", "longtail") for preset, size in sizes.items()]
