@@ -29,17 +29,22 @@ MIN_SAMPLE_MS = 0.3  # CPU: shorter calls are repeated within a sample, or the c
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+# Marks, as extra, what is no peer: a plain copy, a sort.  It does less than the problem asks, and bounds it.
+YARDSTICK = {"yardstick": True}
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to solve a problem.
 
-    forward      computes the result; what is timed as "fwd" (without autograd)
+    forward      computes the result; what is timed as "fwd" (without autograd) or, whole, as "step"
     leaves       tensors whose gradients "bwd" computes, in the problem's order; "fwd+bwd" times both as one
     grad_output  gradient of the result
     packed       brings the result or a leaf's gradient into the oracle's form (a padded peer drops its padding);
                  not timed
     extra        facts for the row, such as pairs computed over pairs visible
     directions   which of the problem's directions it takes part in
+    work         of one call, where it is not the problem's (batches of other samples)
     """
 
     name: str
@@ -49,6 +54,7 @@ class Implementation:
     packed: Callable[[Any], Any] = lambda result: result
     extra: dict[str, Any] = field(default_factory=dict)
     directions: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,16 @@ class Missing:
 
 @dataclass(frozen=True)
 class Work:
-    """amount per call; a row's rate is amount / seconds / 10**exponent, in unit; limit names an entry of limits."""
+    """amount per call; a row's rate is amount / seconds / 10**exponent, in unit; limit names an entry of limits.
+
+    Where the rate is in another unit than the limit, limit_amount is what a call takes in the limit's.
+    """
 
     amount: float
     unit: str
     exponent: int
     limit: str | None
+    limit_amount: float | None = None
 
 
 class Problem(Protocol):
@@ -86,7 +96,7 @@ def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.de
     """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing."""
     implementations = list(problem.implementations())
     for direction in problem.directions:
-        calls, extras = {}, {}
+        calls = {}
         for implementation in implementations:
             call = None
             if isinstance(implementation, Missing):
@@ -94,15 +104,16 @@ def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.de
             elif direction not in implementation.directions:
                 continue
             else:
-                call, reason = _checked_call(problem, implementation, direction)
+                call, reason = checked_call(problem, implementation, direction)
             if reason is not None:
                 yield _identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
                 calls[implementation.name] = call
-                extras[implementation.name] = implementation.extra
         samples = time_calls(calls, seconds, device)
-        for name in calls:
-            yield _row(problem, direction, name, samples, limits, extras[name])
+        timed = {i.name: i for i in implementations if i.name in calls}
+        works = {name: i.work or problem.work(direction) for name, i in timed.items()}
+        for name, implementation in timed.items():
+            yield _row(problem, direction, name, samples, limits, works, implementation.extra)
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None) -> str | None:
@@ -124,7 +135,7 @@ def time_calls(calls: dict[str, Callable], seconds: float, device: torch.device)
     if not calls:
         return {}
     sample = _sample_cuda(device) if device.type == "cuda" else _sample_cpu()
-    repeats = {name: _warm_up(call, device) for name, call in calls.items()}
+    repeats = {name: warm_up(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start, allowance = time.perf_counter(), 1e3 * max(seconds, SLOW_SECONDS)
     for round_index in range(MAX_ROUNDS):
@@ -149,7 +160,7 @@ def notch(samples: Sequence[float]) -> float:
     return 1.57 * (quarters[2] - quarters[0]) / math.sqrt(len(samples)) / statistics.median(samples)
 
 
-def _warm_up(call: Callable, device: torch.device) -> int:
+def warm_up(call: Callable, device: torch.device) -> int:
     """Calls until compilation, allocator and caches are warm; returns how many calls make one sample."""
     milliseconds = 0.0
     for _ in range(2):
@@ -196,12 +207,12 @@ def _sample_cuda(device: torch.device):
     return sample
 
 
-def _checked_call(problem: Problem, implementation: Implementation, direction: str):
+def checked_call(problem: Problem, implementation: Implementation, direction: str):
     """(call to time, None) or (None, why it is not timed)."""
     try:
         call = _call(implementation, direction)
         results = call()
-        results = [implementation.packed(r) for r in ([results] if direction == "fwd" else results)]
+        results = [implementation.packed(r) for r in ([results] if direction in ("fwd", "step") else results)]
     except Exception as error:  # a peer that fails must not end the run; its row says why
         return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     reason = problem.check(direction, results)
@@ -216,6 +227,8 @@ def _call(implementation: Implementation, direction: str) -> Callable[[], Any]:
                 return implementation.forward()
 
         return forward
+    if direction == "step":  # a whole training step, backward and all
+        return implementation.forward
     leaves, grad_output = tuple(implementation.leaves), implementation.grad_output
     if direction == "fwd+bwd":
         return lambda: torch.autograd.grad(implementation.forward(), leaves, grad_output)
@@ -224,19 +237,22 @@ def _call(implementation: Implementation, direction: str) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
-def _row(problem: Problem, direction: str, name: str, samples: dict, limits: dict, extra: dict) -> dict:
+def _row(problem: Problem, direction: str, name: str, samples: dict, limits: dict, works: dict, extra: dict) -> dict:
     median = statistics.median(samples[name])
     quarters = statistics.quantiles(samples[name], n=4)
-    work = problem.work(direction)
+    work = works[name]
     rate = work.amount / (median * 1e-3) / 10**work.exponent
     limit = limits.get(work.limit) if work.limit else None
+    reached = rate if work.limit_amount is None else work.limit_amount / (median * 1e-3)
+    # by rate: of one problem's implementations some may be timed on other batches
+    rates = {other: works[other].amount / statistics.median(s) for other, s in samples.items()}
     row = _identity(problem, direction, name) | {
         "median_ms": median,
         "spread": (quarters[2] - quarters[0]) / median,
         "rate": rate,
         "rate_unit": work.unit,
-        "percent_of_limit": 100 * rate / limit["value"] if limit else None,
-        "speedup_over": {n: statistics.median(s) / median for n, s in samples.items() if n != name},
+        "percent_of_limit": 100 * reached / limit["value"] if limit else None,
+        "speedup_over": {other: rates[name] / rate for other, rate in rates.items() if other != name},
         "checked": True,
         "samples_ms": [round(s, 5) for s in samples[name]],
     }

@@ -15,7 +15,7 @@ from typing import Any
 IDENTITY = ("op", "case", "direction", "dtype", "impl")
 FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over", "samples_ms")
 OPTIONAL = ("extra",)
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd", "step")
 ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "numpy", "commit", "seed")
 
 

@@ -36,12 +36,13 @@ from mmmodel.pretraining import Pretraining
 
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 SECONDS = {"quick": 100, "full": 900}
+HOST = torch.device("cpu")
 POOLS = (8, 50)  # batches that are sorted by length together
 # Losses are means over thousands of terms and agree to a few units of the last place; a gradient passes through a dozen
 # layers whose sums are ordered otherwise.  Both bounds are about ten times what was seen of correct implementations
 # (tests/benchmarks/test_train_step.py), and the mildest of the wrong ones there misses them ten times over.
-LOSS_TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
-GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1}  # relative RMS over all parameters together
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+GRADIENT_TOLERANCE = {"fp32": 3e-5, "bf16": 1e-1}
 SMALL = 5  # samples in the batch whose gradients are checked, the longest of all among them
 
 
@@ -154,8 +155,12 @@ class StepProblem:
 
     @functools.cached_property
     def small(self) -> tuple[Batch, Any]:
+        return self._made(self._small, self.device)
+
+    @property
+    def _small(self) -> np.ndarray:
         longest = int(self.samples.lengths.argmax())
-        return self._made(np.array([longest, *(i for i in range(SMALL) if i != longest)][:SMALL]))
+        return np.array([longest, *(i for i in range(SMALL) if i != longest)][:SMALL])
 
     @functools.cached_property
     def reference(self) -> tuple[float, list[Tensor]]:
@@ -163,11 +168,7 @@ class StepProblem:
         config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, impl="reference"))
         learner = Pretraining(config, self.learner.model.tokenizer).double()
         learner.load_state_dict(self.learner.state_dict())
-        host = copy.copy(self)
-        host.device = torch.device("cpu")
-        longest = int(self.samples.lengths.argmax())
-        pair = host._made(np.array([longest, *(i for i in range(SMALL) if i != longest)][:SMALL]))
-        return gradients(learner, *pair, nullcontext)
+        return gradients(learner, *self._made(self._small, HOST), nullcontext)
 
     def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
         reason = train_packed.missing_varlen(self.device, self.dtype)
@@ -190,7 +191,7 @@ class StepProblem:
         learner = Pretraining(self.config, self.learner.model.tokenizer)
         learner.model = make_model(self.config.model, self.learner.model.tokenizer)
         learner.to(self.device).load_state_dict(self.learner.state_dict())
-        batches = [self._made(chosen) for chosen in timed]
+        batches = [self._made(chosen, self.device) for chosen in timed]
         flops = sum(step_flops(self.exact, *pair) for pair in batches)
         tokens = sum(batch.layout.total_tokens for batch, _ in batches)
         extra: dict[str, Any] = {"slots_per_token": round(self._slots(everything) if padded else 1.0, 3)}
@@ -198,13 +199,13 @@ class StepProblem:
         work = Work(tokens, "tokens/s", 0, f"gemm_{self.dtype}", limit_amount=flops / 1e12)
         return Implementation(name, step, extra=extra, directions=("step",), work=work)
 
-    def _made(self, chosen: np.ndarray) -> tuple[Batch, Any]:
-        """A batch and the objectives' draws for it, as the data thread of a run makes them, on the device."""
+    def _made(self, chosen: np.ndarray, device: torch.device) -> tuple[Batch, Any]:
+        """A batch and the objectives' draws for it, as the data thread of a run makes them."""
         batch = self.samples.batch(chosen, self.learner.model)
         every = [objective.config.every for objective in self.learner.objectives.values()]
         last = (self.config.steps - 1) // math.lcm(*every) * math.lcm(*every)  # a step at which all objectives count
-        prepared = self.learner.prepare(batch, np.random.default_rng([self.samples.seed, len(chosen), int(chosen[0])]), last)
-        return batch.to(self.device), prepared
+        rng = np.random.default_rng([self.samples.seed, len(chosen), int(chosen[0])])
+        return batch.to(device), self.learner.prepare(batch, rng, last)
 
     def _slots(self, batches: list[np.ndarray]) -> float:
         """Token slots of the padded encoder per real token, over the batches read in full."""
@@ -240,7 +241,9 @@ def gradients(learner, batch, prepared, autocast, *, backward: bool = True) -> t
     parameters = list(learner.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = zip(found, parameters, strict=True)
-    return float(loss), [torch.zeros(p.shape).double() if g is None else g.detach().double().cpu() for g, p in pairs]
+    return float(loss.detach()), [
+        torch.zeros(p.shape).double() if g is None else g.detach().double().cpu() for g, p in pairs
+    ]
 
 
 def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -251,7 +254,7 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 def step_flops(learner: Pretraining, batch: Batch, prepared: Any) -> float:
     """Of forward and backward on real tokens, attention on visible pairs."""
-    with StepFlops(learner) as count, torch.no_grad():
+    with StepFlops(learner) as count:
         learner(batch, prepared)
     return count.total
 

@@ -63,15 +63,21 @@ def vocabulary(size: int) -> Tokenizer:
 
 @dataclass
 class Samples:
-    """n samples of a workload as a preset sees them.  lengths: packed tokens of each, special tokens included."""
+    """n samples of a workload as a preset sees them.
+
+    parts    [n, 3], packed tokens of text, image and audio, special tokens included
+    lengths  [n], of all three
+    """
 
     config: ModelConfig
     raws: list[Raw]
     seed: int
+    parts: np.ndarray = field(init=False)
     lengths: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lengths = np.array([_packed_tokens(raw, self.config) for raw in self.raws])
+        self.parts = np.array([_packed_tokens(raw, self.config) for raw in self.raws])
+        self.lengths = self.parts.sum(axis=1)
 
     @classmethod
     def draw(cls, workload: str, config: ModelConfig, number: int, seed: int) -> Samples:
@@ -144,7 +150,7 @@ def _frames(raw: Raw, config: ModelConfig) -> int:
     return min(raw.frames, int(100 * config.audio.max_seconds))
 
 
-def _packed_tokens(raw: Raw, config: ModelConfig) -> int:
+def _packed_tokens(raw: Raw, config: ModelConfig) -> tuple[int, int, int]:
     image = math.prod(_grid(raw, config)) + 1 if raw.pixels else 0
     audio = -(-_frames(raw, config) // 4) + 1 if raw.frames else 0
-    return _text_tokens(raw, config) + image + audio
+    return _text_tokens(raw, config), image, audio

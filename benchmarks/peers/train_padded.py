@@ -119,7 +119,9 @@ def find_places(layout: PackedLayout, isolated: bool, tables: Sequence[int]) -> 
         offset, total, slots = 0, sum(lengths.values()), {}
         real = np.zeros((len(samples), total), bool)
         for m, length in lengths.items():
-            slots[m] = _slots(layout, segments, m, samples, length, tables[m], rows, start + offset, total, real, offset)
+            slots[m] = _slots(
+                layout, segments, m, samples, length, tables[m], rows, start + offset, total, real, offset
+            )
             offset += length
         bias = torch.zeros(len(samples), 1, 1, total).masked_fill(~torch.from_numpy(real)[:, None, None], -torch.inf)
         groups.append(Group(len(samples), lengths, slots, bias.to(layout.device)))

@@ -1,0 +1,71 @@
+"""Floating-point operations of a training step, counted on real work, and what the device can do.   T tokens, D width."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.masks import MaskPlan
+from mmmodel.model import Block
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+class StepFlops:
+    """Context manager around a forward pass; `total` is then what its forward and backward take.
+
+    Linear layers and convolutions: 2 FLOPs per multiplication, as many for each gradient.  Attention: 4 D per visible
+    pair and head, 2.5 times that for backward.  Norms, activations, losses and products outside of nn.Linear (the last
+    maps of objectives) do not count, nor what activation checkpointing computes again: the figure is a little low.
+    """
+
+    def __init__(self, learner: nn.Module) -> None:
+        self.learner = learner
+        self.total = 0.0
+
+    def __enter__(self) -> StepFlops:
+        blocks = [module for module in self.learner.modules() if isinstance(module, Block)]
+        inside = {child for block in blocks for child in block.modules()}
+        self.hooks = [block.register_forward_pre_hook(self._block) for block in blocks]
+        for module in self.learner.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module not in inside:
+                self.hooks.append(module.register_forward_hook(self._layer))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _block(self, block: Block, inputs: tuple) -> None:
+        # Whole blocks, not their layers: a compiled block runs no hooks inside.
+        x, layout, mask = inputs
+        weights = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
+        pairs = MaskPlan.lower(layout, mask).visible_pairs
+        self.total += 3 * 2 * len(x) * weights + 3.5 * 4 * x.shape[1] * pairs
+
+    def _layer(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Each output element takes as many multiplications as one output channel has weights.
+        forward = 2 * output.numel() * layer.weight[0].numel()
+        self.total += forward * (3 if inputs[0].requires_grad else 2)  # pixels and frames need no gradient
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product, the best of repeated trials: what utilisation is a share of."""
+    size = GEMM_SIZE[device.type]
+    a, b = (torch.empty(size, size, device=device).uniform_(-1, 1).to(dtype) for _ in range(2))
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    torch.mm(a, b)
+    while time.perf_counter() < deadline:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
