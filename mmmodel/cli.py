@@ -188,3 +188,31 @@ def main(args: list[str] | None = None) -> None:
         command.run()
     except ConfigError as error:
         sys.exit(str(error))
+@dataclass(frozen=True)
+class Export:
+    """Write the encoder of a run as ONNX, for runtimes without PyTorch: one sample of any length.
+
+    The run's own model.safetensors is complete already: mmmodel.export.from_pretrained reads it.
+    """
+
+    out: Path
+    """The .onnx file."""
+    run_folder: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/demo")
+    """Folder of a finished run, or its model.safetensors."""
+    modalities: tuple[str, ...] = ()
+    """Those that a sample has; empty: all of the model.  One alone also gives its point in the common space."""
+
+    def run(self) -> None:
+        from mmmodel import export
+
+        learner = export.from_pretrained(self.run_folder)
+        try:
+            from mmmodel.export_onnx import export_onnx
+
+            encoder = export_onnx(self.out, learner, self.modalities or learner.config.model.modalities)
+        except ImportError as error:
+            sys.exit(f"export: needs the packages of the onnx extra, pip install 'mmkernels[onnx]': {error}")
+        print(f"{self.out}: {', '.join(encoder.modalities)} -> {', '.join(encoder.outputs)}")
+
+
+    | Annotated[Export, tyro.conf.subcommand("export")]

@@ -46,7 +46,7 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     """The learner that `export` wrote, bit by bit, in eval mode.  path: the file, or the folder of a run.
 
     `learner.model` is the encoder, `learner.objectives` the heads, `learner.config` the configuration.  Raises
-    CheckpointError for a file that is missing, damaged or of another model, FileNotFoundError for a path without one.
+    CheckpointError for a file that is missing, damaged or of another model.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -113,7 +113,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 
 def _metadata(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a finished `mmmodel pretrain` writes {FILE}")
+        raise CheckpointError(f"{path}: no such file; a finished `mmmodel pretrain` writes {FILE}")
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
