@@ -26,6 +26,7 @@ class Batch:
     layout: PackedLayout
     modality: Tensor  # int64 [N]
     concept: Tensor  # int64 [N]; equal numbers mean the same concept
+    features: dict[str, list[np.ndarray]]  # host; per modality what `inputs` was collated from, in the stream's order
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -33,7 +34,7 @@ class Batch:
         inputs = {name: tuple(t.to(device, non_blocking=True) for t in ts) for name, ts in self.inputs.items()}
         layout = self.layout.to(device, non_blocking=True)
         modality, concept = self.modality.to(device), self.concept.to(device)
-        return Batch(inputs, self.segments, self.special_tokens, layout, modality, concept)
+        return Batch(inputs, self.segments, self.special_tokens, layout, modality, concept, self.features)
 
 
 class Sampler:
@@ -105,4 +106,5 @@ def collate(
         layout=PackedLayout.from_segments(segments, num_modalities=len(front_ends), special_tokens=special),
         modality=torch.tensor(modality, dtype=torch.int64),
         concept=torch.tensor(concept, dtype=torch.int64),
+        features=streams,
     )

@@ -52,6 +52,38 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """When one objective's loss counts, and how much.  Shares are of the run's steps."""
+
+    weight: float = 0.0  # of its loss in the sum; 0: the objective is not built
+    begin: float = 0.0  # share of the steps before its first
+    ramp: float = 0.0  # share of the steps over which the weight then rises linearly from 0
+    every: int = 1  # steps from one to the next at which it counts
+
+
+@dataclass(frozen=True)
+class MaskedConfig(ObjectiveConfig):
+    probability: float = 0.3  # share of a segment's tokens that are hidden
+    span: int = 1  # mean length of a hidden run, geometric; 1: single tokens
+
+
+@dataclass(frozen=True)
+class MatchingConfig(ObjectiveConfig):
+    pairs: tuple[str, ...] = ("image-text", "audio-text")
+    share: float = 0.25  # of the batch's samples that serve as true pairs; each brings two negatives
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    contrastive: ObjectiveConfig = ObjectiveConfig(weight=1.0)
+    masked_text: MaskedConfig = MaskedConfig(weight=0.3)
+    masked_image: MaskedConfig = MaskedConfig(probability=0.5)
+    masked_audio: MaskedConfig = MaskedConfig(probability=0.4, span=4)
+    matching: MatchingConfig = MatchingConfig()
+    masked_share: float = 0.25  # of the batch's samples that are also read jointly, with parts hidden
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """One run.  The horizon is a number of steps, never a time, so that two machines train the same model."""
 
@@ -66,10 +98,7 @@ class PretrainConfig:
     schedule: str = "cosine"  # or wsd: constant, then linear to zero over the last fifth
     warmup_steps: int = 30
     clip_norm: float = 1.0  # 0: off
-    mlm_weight: float = 0.3
-    mlm_share: float = 0.25  # share of each batch that is also read jointly, with masked text
-    mask_probability: float = 0.3
-    contrastive_weight: float = 1.0
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     augment: bool = True
     seed: int = 0
     # One: on two cores the second thread gained a fifth when nothing else ran, and cost more than that when something
@@ -138,7 +167,7 @@ def tiny() -> PretrainConfig:
         steps=8,
         batch_size=4,
         warmup_steps=2,
-        mlm_share=1.0,
+        objectives=ObjectivesConfig(masked_share=1.0, matching=MatchingConfig(weight=0.1, share=1.0)),
         checkpoint_every=3,
     )
 

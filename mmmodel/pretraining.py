@@ -18,6 +18,7 @@ from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.frontends.text import train_tokenizer
 from mmmodel.model import Model
+from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
 
 SYNTHETIC_SAMPLES = 2000
 
@@ -31,22 +32,45 @@ class Pretraining(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = Model(config.model, tokenizer)
-            self.objectives = objectives.build(config, tokenizer)
+            self.objectives = objectives.build(config, self.model)
 
-    def prepare(self, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
-        """What each objective draws for a batch; on the host."""
-        return {name: objective.prepare(batch, rng) for name, objective in self.objectives.items()}
+    def prepare(self, batch: Batch, rng: np.random.Generator, step: int = 0) -> Prepared:
+        """What the objectives that run at `step` draw for a batch; on the host."""
+        weights = {
+            name: weight
+            for name, objective in self.objectives.items()
+            if (weight := objectives.weight_at(objective.config, step, self.config.steps))
+        }
+        active = {name: self.objectives[name] for name in weights}
+        hiding = {objective.hides: objective for objective in active.values() if hasattr(objective, "hides")}
+        share = self.config.objectives.masked_share
+        masked = mask_batch(batch, self.model.front_ends, hiding, share, rng) if hiding else None
+        inputs = {
+            name: objective.prepare(batch, rng) for name, objective in active.items() if hasattr(objective, "prepare")
+        }
+        return Prepared(weights, masked, inputs)
 
-    def forward(self, batch: Batch, prepared: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, prepared: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the losses, and detached figures named objective/figure."""
-        streams = self.model.streams(batch)
+        masked = prepared.masked and prepared.masked.to(self.model.token_table.device)
+        covers = {o.hides: o.cover for o in self.objectives.values() if hasattr(o, "cover")}
+        views = Views(self.model, batch, masked, covers)
         total, metrics = None, {}
-        for name, objective in self.objectives.items():
-            loss, figures = objective(self.model, streams, batch, prepared[name])
-            total = objective.weight * loss if total is None else total + objective.weight * loss
+        for name, weight in prepared.weights.items():
+            loss, figures = self.objectives[name](views, prepared.inputs.get(name))
+            total = weight * loss if total is None else total + weight * loss
             metrics[f"{name}/loss"] = loss.detach()
             metrics |= {f"{name}/{figure}": value.detach() for figure, value in figures.items()}
         return total, metrics
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a step needs beside its batch; on the host."""
+
+    weights: dict[str, float]  # of the objectives that run
+    masked: MaskedBatch | None
+    inputs: dict[str, Any]  # per objective, what it drew
 
 
 @dataclass(frozen=True)
@@ -95,9 +119,9 @@ def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> 
 
 def make_batch(
     config: PretrainConfig, corpus: Corpus, items: list[Item], pretraining: Pretraining, step: int
-) -> tuple[Batch, dict[str, Any]]:
+) -> tuple[Batch, Prepared]:
     """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step)."""
     rng = np.random.default_rng([config.seed, step, 2])
     model = pretraining.model
     batch = collate(items, corpus.features, model.front_ends, model.special_tokens, rng if config.augment else None)
-    return batch, pretraining.prepare(batch, rng)
+    return batch, pretraining.prepare(batch, rng, step)

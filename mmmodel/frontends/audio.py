@@ -34,6 +34,7 @@ class AudioFrontEnd(nn.Module):
         self.max_frames = int(config.audio.max_seconds * SAMPLE_RATE / HOP)
         self.recipe = f"audio 1: {self.mels} {self.max_frames}"  # what `prepare` gives; names the cache
         self.positions = (-(-self.max_frames // STRIDE) + 1,)  # + 1: the special token sits at position 0
+        self.cell_width = STRIDE * self.mels
         channels = config.audio.channels
         widths = (self.mels, channels, config.width, config.width)
         self.convs = nn.ModuleList(
@@ -56,6 +57,17 @@ class AudioFrontEnd(nn.Module):
 
     def shape(self, features: np.ndarray) -> int:
         return -(-len(features) // STRIDE)
+
+    def cells(self, features: np.ndarray) -> np.ndarray:
+        """Frames of each token that has all its own, float32 [F // 4, 4 mels]."""
+        whole = len(features) // STRIDE
+        return features[: whole * STRIDE].reshape(whole, self.cell_width).astype(np.float32)
+
+    def hide(self, features: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """A copy with the frames of the tokens at `places` zero, which is the mean."""
+        hidden = features.copy()
+        hidden[(places[:, None] * STRIDE + np.arange(STRIDE)).reshape(-1)] = 0
+        return hidden
 
     def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Change of speed and pitch, then a band of mels and a stretch of time set to zero (the mean)."""

@@ -13,6 +13,8 @@ from mmmodel.configs import ModelConfig
 
 CELL = 16
 KERNELS = ((7, 4), (3, 2), (3, 2))  # (width, stride) of each convolution
+MEAN, DEVIATION = 127.5, 64.0  # of a pixel: what the CNN sees is (pixel - MEAN) / DEVIATION
+PATCHES = 4  # a side of a cell in what masked image modelling predicts
 MAX_ASPECT = 8.0  # a longer strip is squeezed, or its short side would vanish
 
 
@@ -24,6 +26,7 @@ class ImageFrontEnd(nn.Module):
     """
 
     special = "[IMG]"
+    cell_width = 3 * PATCHES**2
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()
@@ -44,6 +47,21 @@ class ImageFrontEnd(nn.Module):
 
     def shape(self, features: np.ndarray) -> tuple[int, int]:
         return features.shape[1] // CELL, features.shape[2] // CELL
+
+    def cells(self, features: np.ndarray) -> np.ndarray:
+        """Content of each token's cell: means of 4 x 4 pixels, float32 [rows cols, 48], in units of the input."""
+        rows, cols = self.shape(features)
+        pixels = features.reshape(3, rows, PATCHES, CELL // PATCHES, cols, PATCHES, CELL // PATCHES)
+        means = pixels.mean(axis=(3, 6), dtype=np.float32)  # [3, rows, PATCHES, cols, PATCHES]
+        return ((means - MEAN) / DEVIATION).transpose(1, 3, 0, 2, 4).reshape(rows * cols, self.cell_width)
+
+    def hide(self, features: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """A copy with the cells at `places` grey."""
+        rows, cols = self.shape(features)
+        hidden = features.copy()
+        grid = hidden.reshape(3, rows, CELL, cols, CELL)
+        grid[:, places // cols, :, places % cols] = round(MEAN)
+        return hidden
 
     def augment(self, features: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Mirror, shift by up to half a cell (edges repeat), and change contrast and brightness a little."""
@@ -87,7 +105,7 @@ class ImageFrontEnd(nn.Module):
 
     def _convolve(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> [n, rows, cols, E]."""
-        x = images.to(self.stages[0].conv.weight.dtype).sub_(127.5).div_(64.0)
+        x = images.to(self.stages[0].conv.weight.dtype).sub_(MEAN).div_(DEVIATION)
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)

@@ -39,6 +39,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def special_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the tokens that stand for no text, sorted: never hidden, never drawn in place of a hidden one."""
+    return np.array(sorted(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special), np.int64)
+
+
 class TextFrontEnd(nn.Module):
     """The stream is ids; the model's embedding operator reads their rows from the token table."""
 

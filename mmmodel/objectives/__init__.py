@@ -1,27 +1,54 @@
 """Objectives: task objects that own their head and their loss.  A new objective is one file and one line here.
 
 An objective is an nn.Module with
-    weight                                    of its loss in the sum
-    prepare(batch, rng) -> inputs             host, in the data worker; rng is seeded by (seed, step)
-    forward(model, streams, batch, inputs)    -> loss (scalar), metrics (detached scalars)
+    config                            its ObjectiveConfig: weight and schedule
+    forward(views, inputs)            -> loss (scalar), metrics (detached scalars)
+and, where it draws something for a batch, one of
+    prepare(batch, rng) -> inputs     host, in the data worker; rng is seeded by (seed, step)
+    hides, hide(features, front_end, rng) -> Hidden   name of the modality in which it hides parts of the masked view
+`Views` computes what several of them read: the isolated view serves alignment and the scores behind hard negatives, the
+masked view serves every masking objective, each in one packed forward.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.configs import ConfigError, ObjectiveConfig, PretrainConfig
 from mmmodel.objectives.contrastive import ContrastiveAlignment
+from mmmodel.objectives.masked_features import MaskedFeatures
 from mmmodel.objectives.masked_text import MaskedText
+from mmmodel.objectives.matching import Matching
+
+# In the order in which a step computes them: matching reads the scores that alignment leaves in the views.
+OBJECTIVES = {
+    "contrastive": ContrastiveAlignment,
+    "masked_text": MaskedText,
+    "masked_image": lambda config, model: MaskedFeatures(config, model, "image"),
+    "masked_audio": lambda config, model: MaskedFeatures(config, model, "audio"),
+    "matching": Matching,
+}
 
 
-def build(config: PretrainConfig, tokenizer) -> nn.ModuleDict:
-    """The objectives whose weight is not zero."""
+def build(config: PretrainConfig, model) -> nn.ModuleDict:
+    """The objectives whose weight is not zero.  Raises ConfigError if there is none, or one lacks its modality."""
     made: dict[str, nn.Module] = {}
-    if config.contrastive_weight:
-        made["contrastive"] = ContrastiveAlignment(config)
-    if config.mlm_weight:
-        made["masked_text"] = MaskedText(config, tokenizer)
+    for name, make in OBJECTIVES.items():
+        if not getattr(config.objectives, name).weight:
+            continue
+        modality = name.removeprefix("masked_")
+        if modality != name and modality not in config.model.modalities:
+            raise ConfigError(f"objectives: {name} needs {modality}, which the model does not read")
+        made[name] = make(config, model)
     if not made:
         raise ConfigError("objectives: all weights are 0, nothing to learn")
     return nn.ModuleDict(made)
+
+
+def weight_at(objective: ObjectiveConfig, step: int, steps: int) -> float:
+    """Weight of an objective's loss at a step of a run of `steps`; 0: it does not run then."""
+    since = step - objective.begin * steps
+    if since < 0 or step % objective.every:
+        return 0.0
+    rising = objective.ramp * steps
+    return objective.weight * min(1.0, (since + 1) / rising) if rising > 0 else objective.weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel.configs import PretrainConfig
+from mmmodel.objectives.views import Views
 
 START_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 
@@ -20,25 +20,28 @@ START_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 class ContrastiveAlignment(nn.Module):
     """Each segment, read in isolation, is drawn to the segments of its concept in the other modalities.
 
-    The head is one linear map per modality of the mean token, to unit length; the temperature is learned.
+    loss = mean over pairs of modalities (a, b) and both directions of
+           -mean over positives j of log softmax_k(s p_i . p_k)[j],   p = normalised W_m mean(segment), s learned
+    CLIP's loss (arXiv 2103.00020) for every pair, with several positives as in SupCon (arXiv 2004.11362).
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
-        model = config.model
-        self.weight = config.contrastive_weight
-        self.modalities = model.modalities
+        self.config, shape = config.objectives.contrastive, config.model
+        self.modalities = shape.modalities
         self.heads = nn.Parameter(
-            torch.randn(len(model.modalities), model.width, model.embed_width) * model.width**-0.5
+            torch.randn(len(shape.modalities), shape.width, shape.embed_width) * shape.width**-0.5
         )
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
 
-    def prepare(self, batch, rng) -> None:
-        return None
+    def forward(self, views: Views, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = views.batch
+        views.points = self.points(views.isolated, batch.layout, batch.modality)
+        views.scale = self.scale()
+        return self.loss(views.points, batch.modality, batch.concept)
 
-    def forward(self, model, streams: Sequence[Tensor], batch, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
-        packed = model.encode(streams, batch.layout, model.isolated())
-        return self.loss(self.points(packed, batch.layout, batch.modality), batch.modality, batch.concept)
+    def scale(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def points(self, packed: Tensor, layout: PackedLayout, modality: Tensor) -> Tensor:
         """One point of unit length per segment, [N, P].  packed [T, E], modality int64 [N]."""
@@ -48,7 +51,7 @@ class ContrastiveAlignment(nn.Module):
 
     def loss(self, points: Tensor, modality: Tensor, concept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """points [N, P] of unit length; modality, concept int64 [N].  The mean over the pairs of modalities present."""
-        scale = self.log_scale.exp().clamp(max=MAX_SCALE)
+        scale = self.scale()
         members = [(modality == m).nonzero().squeeze(1) for m in range(len(self.modalities))]
         losses, metrics = [], {"scale": scale.detach()}
         for a, b in combinations(range(len(self.modalities)), 2):
