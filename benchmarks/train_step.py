@@ -239,11 +239,10 @@ def gradients(learner, batch, prepared, autocast, *, backward: bool = True) -> t
     if not backward:
         return float(loss), []
     parameters = list(learner.parameters())
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = zip(found, parameters, strict=True)
-    return float(loss.detach()), [
-        torch.zeros(p.shape).double() if g is None else g.detach().double().cpu() for g, p in pairs
-    ]
+    found = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)
+    zeros = (torch.zeros_like(parameter) for parameter in learner.parameters())
+    found = [zero if gradient is None else gradient for gradient, zero in zip(found, zeros, strict=True)]
+    return float(loss.detach()), [gradient.double().cpu() for gradient in found]
 
 
 def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted on real work, and what the device can do.   T tokens, D width."""
+"""Floating-point operations of a training step, counted on real work, and the rate that the device can reach."""
 
 from __future__ import annotations
 

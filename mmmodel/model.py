@@ -15,7 +15,7 @@ from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.modules import ModalityEmbedding
 from mmkernels.ops.attention.api import attention
-from mmmodel import frontends
+from mmmodel import frontends, recompute
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError, ModelConfig
 
@@ -38,6 +38,7 @@ class Model(nn.Module):
         # The embedding ends in a norm, which the first block reads as its own.
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
+        self.recompute = recompute.Recompute()  # what backward computes again to save memory; nothing
 
     @property
     def token_table(self) -> Tensor:
@@ -50,9 +51,7 @@ class Model(nn.Module):
     def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
         """Packed hidden states [T, E].  Without a mask each token sees its whole sample."""
         x = self.embedding(streams, layout)
-        for block in self.blocks:
-            x = block(x, layout, mask)
-        return self.norm(x)
+        return self.norm(recompute.run(self.blocks, x, layout, mask, self.recompute))
 
     def computed_rows(self, batch: Batch) -> dict[str, int]:
         """Rows that each front end computes for a batch, gaps between clips included."""
@@ -90,9 +89,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout, mask: AttentionMask | None) -> Tensor:
         # one projection, viewed [T, 3, H, D]: the kernels take strided q, k, v without a copy
-        qkv = self.qkv(self.norm_attention(x)).view(x.shape[0], 3, self.heads, -1)
-        q, k, v = qkv.unbind(1)
-        x = x + self.out(attention(q, k, v, layout=layout, mask=mask, impl=self.impl).flatten(1))
+        q, k, v = self.project(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
+        return self.mix(x, attention(q, k, v, layout=layout, mask=mask, impl=self.impl).flatten(1))
+
+    def project(self, x: Tensor) -> Tensor:
+        """q, k and v side by side, [T, 3 E]."""
+        return self.qkv(self.norm_attention(x))
+
+    def mix(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block, given attention's result [T, E]."""
+        x = x + self.out(attended)
         return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
 
 
