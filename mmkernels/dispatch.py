@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections import Counter
 from importlib.metadata import version
 from types import ModuleType
 
@@ -146,8 +147,17 @@ def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None
     return None
 
 
+def note(text: str) -> None:
+    """Keep for `explain` that a call ran elsewhere than its caller may think, and why.  Counted, once per text."""
+    _NOTES[text] += 1
+
+
+_NOTES: Counter[str] = Counter()
+
+
 def explain() -> str:
-    """What would run here, for each operator, device and dtype, and why not something faster."""
+    """What would run here, for each operator, device and dtype, why not something faster; and what the faces of
+    mmkernels.compat handed to torch in this process so far."""
     from mmkernels import planner
 
     lines = [
@@ -161,6 +171,8 @@ def explain() -> str:
         for device_type in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 lines.append(_row(op, per_device[device_type], device_type, dtype))
+    if _NOTES:
+        lines += ["", *(f"{text}  ({count} call{'s' if count > 1 else ''})" for text, count in _NOTES.items())]
     return "\n".join(lines)
 
 

@@ -128,5 +128,29 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.n
         lo = np.maximum(lo, own - left)
     if right >= 0:
         hi = np.minimum(hi, own + right + 1)
+    if mask.intervals is not None:
+        given_lo, given_hi = _given(mask.intervals, layout)
+        lo, hi = np.maximum(lo, start + given_lo), np.minimum(hi, start + given_hi)
     lo, hi = np.clip(lo, start, stop), np.clip(hi, start, stop)
     return lo, np.maximum(lo, hi)
+
+
+def _given(intervals, layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
+    bounds = []
+    first = layout.cu_seqlens.numpy()[:-1]
+    for name, value in (("lo", intervals.lo), ("hi", intervals.hi)):
+        array = np.asarray(value)
+        if array.shape != (layout.total_tokens,) or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"AttentionMask: intervals.{name} is {array.dtype} {array.shape}, expected whole numbers "
+                f"[{layout.total_tokens}]"
+            )
+        falls = np.diff(array.astype(np.int64), prepend=0) < 0
+        falls[first[first < len(falls)]] = False  # another sample begins
+        if falls.any():
+            raise ValueError(
+                f"AttentionMask: intervals.{name} falls at query {int(np.argmax(falls))}, expected bounds that never "
+                "decrease within a sample"
+            )
+        bounds.append(array.astype(np.int64))
+    return bounds[0], bounds[1]

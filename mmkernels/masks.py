@@ -22,12 +22,29 @@ ALIGN = ("bottom_right", "top_left")
 SCHEDULES = ("sample", "token")
 
 
+@dataclass(frozen=True, eq=False)
+class KeyIntervals:
+    """Query i may see keys lo[i] <= j < hi[i], counted from the first key of its sample; none where lo[i] >= hi[i].
+
+    lo, hi  whole numbers [Tq], numpy or tensors, each non-decreasing within a sample.  On a GPU they are lowered there
+            and never read back, nor checked.  Compared by identity: keep one object for one batch
+    """
+
+    lo: Any
+    hi: Any
+
+    @property
+    def on_device(self) -> bool:
+        return any(isinstance(bound, Tensor) and bound.device.type != "cpu" for bound in (self.lo, self.hi))
+
+
 @dataclass(frozen=True)
 class AttentionMask:
     """What a query may see.  Key j is visible to query i iff both are in the same sample, and
 
         (not causal, or j <= i, or j < prefix[sample], or i and j share a bidirectional segment)
         and i - window[0] <= j <= i + window[1]          (a negative side is unlimited)
+        and intervals.lo[i] <= j < intervals.hi[i]       (where given)
         and visible[modality(i)][modality(j)].
 
     window         flash-attention's (left, right), in tokens of the sample
@@ -37,6 +54,7 @@ class AttentionMask:
     visible        bool [M, M], query modality by key modality; None: all see all
     align          cross-attention only: where query i stands among the keys for causal and window.  "bottom_right": the
                    last query at the last key, as in flash-attention; "top_left": the first at the first
+    intervals      KeyIntervals: any further bounds, such as a padding mask's
     """
 
     causal: bool = False
@@ -46,6 +64,7 @@ class AttentionMask:
     bidirectional: tuple[int, ...] = ()
     visible: tuple[tuple[bool, ...], ...] | None = None
     align: str = "bottom_right"
+    intervals: KeyIntervals | None = None
 
     def __post_init__(self) -> None:
         if self.align not in ALIGN:
@@ -144,7 +163,7 @@ class MaskPlan:
         self._host_plan: MaskPlan | None = None
         if self.is_cross:
             mask_lowering.check_cross(layout, k_layout, mask)
-        if layout.host is None or k_layout.host is None:
+        if layout.host is None or k_layout.host is None or (mask.intervals is not None and mask.intervals.on_device):
             # Only device-side bounds are known; nothing may wait for them.
             self.q_table, self.k_table = mask_lowering_device.tables(layout, k_layout, mask)
         elif layout.host is layout:

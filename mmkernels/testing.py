@@ -90,9 +90,11 @@ def reference_mask(
                     allowed = (not mask.causal or j <= own or kept) and inside
                 else:
                     allowed = kept or ((not mask.causal or j <= own) and inside)
+                if mask.intervals is not None:
+                    allowed = allowed and mask.intervals.lo[i] <= j - first < mask.intervals.hi[i]
                 if mask.visible is not None:
                     allowed = allowed and mask.visible[q_modality[i]][k_modality[j]]
-                seen[i, j] = allowed
+                seen[i, j] = bool(allowed)
     return seen
 
 

@@ -1,11 +1,14 @@
 """Masks lowered to intervals, bits and tiles, against the pair-by-pair definition."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from mmkernels import mask_lowering_device
 from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask, MaskPlan
+from mmkernels.masks import AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import random_layout, reference_mask
 
 
@@ -21,6 +24,13 @@ def random_mask(rng, layout):
     bidirectional = tuple(np.flatnonzero(rng.integers(0, 2, M))) if causal and rng.integers(2) else ()
     visible = rng.integers(0, 2, (M, M)).astype(bool) if rng.integers(2) else None
     return AttentionMask(causal, window, scope, prefix, bidirectional, visible)
+
+
+def random_intervals(rng, layout):
+    """Bounds that rise within each sample, some beyond it, some empty."""
+    lengths = np.diff(layout.cu_seqlens.numpy())
+    lo, hi = (np.concatenate([np.sort(rng.integers(0, n + 3, n)) for n in lengths]) for _ in range(2))
+    return KeyIntervals(lo, hi)
 
 
 def seen_by_plan(plan):
@@ -43,6 +53,28 @@ def test_plan_equals_definition(seed):
         assert (lo.diff() >= 0).all()
         assert (hi.diff() >= 0).all()
         assert (lo <= hi).all()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_given_intervals_join_the_rest(seed):
+    """On the host and on device-side bounds."""
+    rng = np.random.default_rng(seed)
+    layout = random_layout(seed, max_length=9)
+    mask = dataclasses.replace(random_mask(rng, layout), intervals=random_intervals(rng, layout))
+    plan = MaskPlan.lower(layout, mask)
+    assert torch.equal(seen_by_plan(plan), reference_mask(layout, mask)), mask
+    for found, expected in zip(
+        mask_lowering_device.tables(layout, layout, mask), (plan.q_table, plan.k_table), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_intervals_that_fall_or_do_not_fit_are_named():
+    layout = PackedLayout.from_counts([[2], [3]])
+    with pytest.raises(ValueError, match=r"intervals\.hi falls at query 3"):
+        MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals([0] * 5, [2, 2, 3, 1, 3])))
+    with pytest.raises(ValueError, match=r"intervals\.lo is int64 \(4,\), expected whole numbers \[5\]"):
+        MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals([0] * 4, [2] * 5)))
 
 
 @pytest.mark.parametrize("rows", ["query", "key"])

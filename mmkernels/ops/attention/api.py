@@ -76,7 +76,7 @@ def attention(
     learns = (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     )
-    impl, schedule = _prepare(
+    impl, schedule = prepared(
         plan,
         impl,
         Request(
@@ -118,10 +118,10 @@ def prepare_attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     request = Request(dtype, head_dim, needs_backward, deterministic, extras)
-    _prepare(MaskPlan.lower(layout, mask, k_layout), impl, request)
+    prepared(MaskPlan.lower(layout, mask, k_layout), impl, request)
 
 
-def _prepare(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
+def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
     """The implementation that runs, and what it makes of the plan: once, then shared by all layers."""
     key = (impl, request)
     prepared = plan.cache.get(key)
