@@ -1,0 +1,173 @@
+"""From the arguments of a call to the plan of its padded batch, once per content.   B samples, Lq, Lk padded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mmkernels.compat import mask_reading
+from mmkernels.compat.mask_reading import Bounds
+from mmkernels.compat.padded import PaddedPlan, plan_bounds, plan_device_bounds
+
+MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a step, and a few hundred MB at most
+
+
+class Seen(NamedTuple):
+    """What a call lets its queries see.  mask [B or 1, H or 1, Lq or 1, Lk or 1]; lengths as the faces take them."""
+
+    is_causal: bool
+    window: tuple[int, int]
+    bottom_right: bool
+    lengths: Any
+    key_lengths: Any
+    mask: Tensor | None
+
+
+class Shape(NamedTuple):
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+
+
+class Refused(NamedTuple):
+    reason: str  # begins with the argument's name
+
+
+def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = False) -> PaddedPlan | Refused:
+    """The plan of a padded batch on `device`, or why there is none.  Kept by content, and by mask and its version.
+
+    by_head: take each head for a sample, as padded.goes_by_head advises; masks that differ between heads need it.
+    Raises ValueError for lengths that do not fit.
+    """
+    lengths, key_lengths = seen.lengths, seen.key_lengths
+    if key_lengths is None and lengths is not None:
+        if shape.queries != shape.keys:
+            raise ValueError(
+                f"lengths: queries have {shape.queries} places and keys {shape.keys}, expected key_lengths too"
+            )
+        key_lengths = lengths
+    if seen.mask is None and any(isinstance(n, Tensor) and n.device.type != "cpu" for n in (lengths, key_lengths)):
+        return _device_plan(seen, lengths, key_lengths, shape, device, by_head)
+    lengths = _on_host("lengths", lengths, shape.batch, shape.queries)
+    key_lengths = _on_host("key_lengths", key_lengths, shape.batch, shape.keys)
+    sizes = tuple(None if n is None else n.numpy().tobytes() for n in (lengths, key_lengths))
+    content = (seen[:3], shape, device, by_head, sizes)
+    if seen.mask is None:
+        return _plans.get(content, lambda: _host_plan(seen, None, lengths, key_lengths, shape, device, by_head))
+    return _of_mask(seen.mask, content, lambda: _masked_plan(seen, lengths, key_lengths, shape, device, by_head))
+
+
+def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
+    if seen.mask.requires_grad:
+        return Refused("attn_mask requires a gradient, which a mask has not")
+    if seen.mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return Refused("attn_mask cannot be read while a graph is captured; give lengths, or call once before")
+    read = mask_reading.read(seen.mask.expand(*seen.mask.shape[:3], shape.keys), shape.batch, shape.heads)
+    if isinstance(read, str):
+        return Refused(f"attn_mask {read}")
+    if read.lo.shape[0] > shape.batch:
+        if shape.heads != shape.kv_heads:
+            return Refused("attn_mask differs between heads, of which several share keys")
+        by_head = True
+    content = (seen[:3], shape, device, by_head, lengths, key_lengths, read.key())
+    return _plans.get(content, lambda: _host_plan(seen, read, lengths, key_lengths, shape, device, by_head))
+
+
+def _host_plan(
+    seen: Seen, read: Bounds | None, lengths, key_lengths, shape: Shape, device, by_head: bool
+) -> PaddedPlan:
+    bounds = mask_reading.of_lengths(shape.queries, shape.keys, lengths, key_lengths, *seen[:3])
+    bounds = Bounds(*(t.numpy() for t in bounds))
+    if read is not None:
+        bounds = mask_reading.intersect(_per_sample(bounds, read), read)
+    samples = shape.batch * shape.heads if by_head else shape.batch
+    return plan_bounds(bounds, samples, shape.queries, shape.keys, device, by_head)
+
+
+def _per_sample(bounds: Bounds, like: Bounds) -> Bounds:
+    """bounds of B samples for as many masks as `like` has: B, or B H."""
+    n, masks = bounds.lo.shape[0], like.lo.shape[0]
+    repeats = masks // n if masks > n > 1 else 1
+    return Bounds(*(np.repeat(part, repeats, 0) for part in bounds[:2]))
+
+
+def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan:
+    """Lengths of which one is on the device at least are not read, so nothing waits for them."""
+    given = []
+    for name, value in (("lengths", lengths), ("key_lengths", key_lengths)):
+        if value is not None and len(value) != shape.batch:
+            raise ValueError(f"{name} has {len(value)} entries, expected {shape.batch}, one per sample")
+        given.append(None if value is None else torch.as_tensor(value, device=device))
+    owner = given[1] if given[0] is None else given[0]
+    content = (seen[:3], shape, device, by_head, id(given[1]))
+
+    def build() -> PaddedPlan:
+        lo, hi = mask_reading.of_lengths(shape.queries, shape.keys, *given, *seen[:3])
+        samples = shape.batch * shape.heads if by_head else shape.batch
+        # With what it was made of: the ids above are of living tensors.
+        return plan_device_bounds(lo, hi, samples, shape.keys, by_head), given
+
+    return _of_mask(owner, content, build)[0]
+
+
+def _on_host(name: str, values, batch: int, most: int) -> Tensor | None:
+    """int64 [B] on the CPU, checked."""
+    if values is None:
+        return None
+    found = torch.as_tensor(values).cpu()
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool or found.shape != (batch,):
+        raise ValueError(f"{name}: {found.dtype} {tuple(found.shape)}, expected {batch} whole numbers, one per sample")
+    found = found.long()
+    if batch and (int(found.min()) < 0 or int(found.max()) > most):
+        raise ValueError(f"{name}: from {int(found.min())} to {int(found.max())}, expected 0 to {most}")
+    return found
+
+
+class _Plans:
+    """The latest plans, by content."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, PaddedPlan] = OrderedDict()
+        self._tokens = 0
+        self._lock = threading.RLock()  # DataParallel calls from threads
+
+    def get(self, key: Hashable, build: Callable[[], PaddedPlan]) -> PaddedPlan:
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+            found = self._kept[key] = build()
+            self._tokens += found.layout.total_tokens
+            while len(self._kept) > 1 and (len(self._kept) > MAX_PLANS or self._tokens > MAX_PLANNED_TOKENS):
+                self._tokens -= self._kept.popitem(last=False)[1].layout.total_tokens
+            return found
+
+
+_plans = _Plans()
+_by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor: (version, {(its view, what else counts): result})
+
+
+def _of_mask(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
+    """build(), once per tensor, version of its data and content.  Views of one tensor share its entry."""
+    if tensor.is_inference():  # has no version: read every time
+        return build()
+    owner = tensor if tensor._base is None else tensor._base
+    version, results = _by_tensor.get(owner, (None, None))
+    if version != tensor._version:
+        results = {}
+        _by_tensor[owner] = (tensor._version, results)
+    key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, content)
+    found = results.get(key)
+    if found is None:
+        found = results[key] = build()
+    return found

@@ -1,0 +1,208 @@
+"""torch.nn.functional.scaled_dot_product_attention's face.   B samples, H, G heads, Lq, Lk padded, D width."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.compat import mask_reading, padded_op, plans
+from mmkernels.compat.notes import note
+from mmkernels.compat.padded import attend, goes_by_head
+from mmkernels.compat.plans import Refused, Seen, Shape
+from mmkernels.masks import ALIGN
+from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+NAME = "scaled_dot_product_attention"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    lengths=None,
+    key_lengths=None,
+    window: tuple[int, int] = (-1, -1),
+    align: str = "top_left",
+    fallback: str | None = None,
+    deterministic: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(q k^T scale + mask) v, as torch's function of this name, but what the mask hides is skipped.
+
+    query [..., H, Lq, D], key and value [..., G, Lk, D], also [N, L, D] and [L, D]; the arguments up to enable_gqa are
+    torch's.  A boolean mask says True where a key takes part; a float mask may hold 0 and -inf (or the dtype's lowest
+    value).  is_causal is aligned top-left.  Queries that see nothing give 0, as in torch.
+
+    lengths      [B], host numbers or a tensor: tokens of each sample, the rest is padding on its right.  Of keys too,
+                 unless key_lengths is given.  Padding queries give 0 and get no gradient
+    key_lengths  [B]: real keys of each sample.  Alone: every query is computed, as with a padding mask
+    window       flash-attn's (left, right), about the query's place among the keys
+    align        "top_left": query i stands at key i, for is_causal and window; "bottom_right": the last (real) query at
+                 the last (real) key
+    fallback     "torch": what cannot be expressed here goes to torch's function, and mmkernels.explain() tells.
+                 None: it raises NotImplementedError that names the argument
+    deterministic, impl   of mmkernels.attention
+
+    With impl "auto", torch's own kernel runs where there is nothing to skip: no mask, no lengths (or such that hide
+    nothing) or is_causal alone.  Reading attn_mask takes its data: on the CPU, or once per mask and version from a GPU,
+    which waits for it; not inside torch.compile on a GPU or while a graph is captured: give lengths there.
+
+    Raises ValueError for shapes and dtypes that do not fit, NotImplementedError as said.
+    """
+    if fallback not in (None, "torch"):
+        raise ValueError(f"{NAME}: fallback is {fallback!r}, expected None or 'torch'")
+    if align not in ALIGN:
+        raise ValueError(f"{NAME}: align is {align!r}, expected one of {', '.join(ALIGN)}")
+    call = _TorchCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    bottom_right = align == "bottom_right"
+    plain = attn_mask is None and lengths is None and key_lengths is None and tuple(window) == (-1, -1)
+    if plain and impl == "auto" and not (is_causal and bottom_right):
+        return call.run("nothing to skip")
+    q, k, v, mask = _checked(call)
+    seen = Seen(is_causal, tuple(window), bottom_right, lengths, key_lengths, mask)
+    compiling = torch.compiler.is_compiling()
+    refused = _refused(q, k, v, mask, dropout_p, scale, compiling, fallback)
+    options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}
+    if refused is None and compiling:
+        return _like(padded_op.attend(q, k, v, seen, **options), query)
+    if refused is None:
+        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+        planned = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
+        if not isinstance(planned, Refused):
+            if planned.plain is not None and impl == "auto":
+                return call._replace(attn_mask=None, is_causal=planned.plain == "causal").run("nothing to skip")
+            return _like(attend(q, k, v, planned, **options), query)
+        refused = planned.reason
+    if fallback is None:
+        raise NotImplementedError(f"{NAME}: {refused}; fallback='torch' hands such calls to torch")
+    return _like(_dense_call(call, q, k, v, seen).run(refused), query)
+
+
+class _TorchCall(NamedTuple):
+    """The arguments of torch's function."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+    def run(self, why: str) -> Tensor:
+        note(f"{NAME} -> torch: {why}")
+        q, k, v, mask, dropout_p, is_causal, scale, enable_gqa = self
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q [B, H, Lq, D], k, v [B, G, Lk, D] and the mask in four dimensions, in the dtype that autocast asks for."""
+    q, k, v, mask = call[:4]
+    ndim = q.ndim
+    if ndim < 2 or k.ndim != ndim or v.ndim != ndim:
+        raise ValueError(
+            f"{NAME}: query, key and value have {q.ndim}, {k.ndim} and {v.ndim} dimensions, expected as many, 2 or more"
+        )
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t.to(dtype) if t.dtype in DTYPES else t for t in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{NAME}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"{NAME}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected "
+            "[..., Lq, D], [..., Lk, D] and [..., Lk, Dv]"
+        )
+    if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"{NAME}: attn_mask is {mask.dtype}, expected bool or floating point")
+    if ndim == 4 and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]:
+        lead, heads, kv_heads = q.shape[:1], q.shape[1], k.shape[1]
+    else:
+        q, k, v = (t.unsqueeze(0) if ndim == 2 else t for t in (q, k, v))
+        q, k, v = (t.unsqueeze(1) if ndim == 3 else t for t in (q, k, v))  # [N, L, D]: N samples of one head
+        try:
+            lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+            heads, kv_heads = q.shape[-3], torch.broadcast_shapes(k.shape[-3:-2], v.shape[-3:-2])[0]
+        except RuntimeError:
+            raise ValueError(
+                f"{NAME}: query {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)} do not broadcast"
+            ) from None
+        if heads == 1 and kv_heads > 1:
+            heads = kv_heads
+        q = q.expand(*lead, heads, -1, -1).reshape(-1, heads, *q.shape[-2:])
+        k, v = (t.expand(*lead, kv_heads, -1, -1).reshape(-1, kv_heads, *t.shape[-2:]) for t in (k, v))
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads if call.enable_gqa else kv_heads != 1):
+        expected = f"a divisor of query's {heads}" if call.enable_gqa else f"query's {heads}, or enable_gqa=True"
+        raise ValueError(f"{NAME}: key has {kv_heads} heads, expected {expected}")
+    return q, k, v, None if mask is None else _four_dims(mask, lead, ndim, (q.shape[0], heads, q.shape[2], k.shape[2]))
+
+
+def _four_dims(mask: Tensor, lead: torch.Size, ndim: int, full: tuple[int, ...]) -> Tensor:
+    """The mask as [B or 1, H or 1, Lq or 1, Lk or 1]."""
+    given = mask
+    if mask.ndim >= 3 and ndim == 3:
+        mask = mask.unsqueeze(-3)
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    if mask.ndim > 4:
+        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    elif len(lead) > 1 and mask.shape[0] > 1:  # of the last batch dimension
+        mask = mask.expand(*lead, *mask.shape[1:]).reshape(-1, *mask.shape[1:])
+    if given.ndim < 2 or mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"{NAME}: attn_mask is {tuple(given.shape)}, which does not broadcast to {full}, [B, H, Lq, Lk]"
+        )
+    return mask
+
+
+def _refused(q: Tensor, k: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: bool, fallback) -> str | None:
+    """What no plan is needed to refuse."""
+    if q.dtype not in DTYPES:
+        return f"query is {q.dtype}, taken are float32, bfloat16 and float16"
+    if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
+        return f"query has width {q.shape[3]}, taken are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    if v.shape[3] != q.shape[3]:
+        return f"value has width {v.shape[3]}, taken is query's {q.shape[3]}"
+    if scale is not None and not scale > 0:
+        return f"scale is {scale}, taken are positive ones"
+    if not 0.0 <= dropout_p < 1.0:
+        return f"dropout_p is {dropout_p}, taken are 0 <= p < 1"
+    if mask is not None and compiling and (q.device.type != "cpu" or fallback is not None):
+        return "attn_mask cannot be read inside torch.compile; give lengths"
+    return None
+
+
+def _dense_call(call: _TorchCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> _TorchCall:
+    """What our own keywords say, as a mask that torch takes."""
+    mask, is_causal = seen.mask, seen.is_causal
+    if seen.lengths is not None or seen.key_lengths is not None or seen.window != (-1, -1) or seen.bottom_right:
+        lengths, key_lengths = (
+            None if n is None else torch.as_tensor(n, device=q.device) for n in (seen.lengths, seen.key_lengths)
+        )
+        key_lengths = lengths if key_lengths is None else key_lengths
+        lo, hi = mask_reading.of_lengths(q.shape[2], k.shape[2], lengths, key_lengths, *seen[:3])
+        keys = torch.arange(k.shape[2], device=q.device)
+        inside = ((keys >= lo.to(q.device).unsqueeze(2)) & (keys < hi.to(q.device).unsqueeze(2))).unsqueeze(1)
+        if mask is None or mask.dtype == torch.bool:
+            mask = inside if mask is None else inside & mask
+        else:
+            mask = torch.where(inside, mask, -torch.inf)
+        is_causal = False
+    return call._replace(query=q, key=k, value=v, attn_mask=mask, is_causal=is_causal)
+
+
+def _like(out: Tensor, query: Tensor) -> Tensor:
+    """[B, H, Lq, Dv] with the batch dimensions of the query."""
+    return out if out.ndim == query.ndim else out.reshape(*query.shape[:-1], out.shape[-1])
