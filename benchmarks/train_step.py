@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +62,6 @@ class Step:
     learner: Pretraining
     batches: list[tuple[Batch, Any]]
     config: PretrainConfig
-    autocast: Callable[[], AbstractContextManager]
     lowers: bool  # whether masks are lowered in each step, as ours are, or came with the batch
     extra: dict[str, Any]
     losses: list[float] = field(default_factory=list)
@@ -84,15 +83,14 @@ class Step:
             if self.lowers:
                 for layout in layouts_of(batch, prepared):
                     layout.cache.clear()
-            with self.autocast():
-                figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
+            figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
             if not made:
                 raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
             self.losses.append(figures["loss"])
 
     def gradients(self, batch: Batch, prepared: Any) -> tuple[float, list[Tensor]]:
         """Loss and gradients on a batch."""
-        return gradients(self.learner, batch, prepared, self.autocast)
+        return gradients(self.learner, batch, prepared, train.autocast(self.config))
 
 
 @dataclass
@@ -128,7 +126,7 @@ class StepProblem:
 
     def check(self, direction: str, results: list[Step]) -> str | None:
         step = results[0]
-        expected = [gradients(self.exact, *pair, nullcontext, backward=False)[0] for pair in step.batches]
+        expected = [gradients(self.exact, *pair, nullcontext(), backward=False)[0] for pair in step.batches]
         for index, (loss, reference) in enumerate(zip(step.losses, expected, strict=True)):
             if not abs(loss - reference) <= LOSS_TOLERANCE[self.dtype] * abs(reference):  # also catches NaN
                 return f"wrong: the loss of batch {index} is {loss:.7f}, the packed model's {reference:.7f}"
@@ -168,7 +166,7 @@ class StepProblem:
         config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, impl="reference"))
         learner = Pretraining(config, self.learner.model.tokenizer).double()
         learner.load_state_dict(self.learner.state_dict())
-        return gradients(learner, *self._made(self._small, HOST), nullcontext)
+        return gradients(learner, *self._made(self._small, HOST), nullcontext())
 
     def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
         reason = train_packed.missing_varlen(self.device, self.dtype)
@@ -195,7 +193,7 @@ class StepProblem:
         flops = sum(step_flops(self.exact, *pair) for pair in batches)
         tokens = sum(batch.layout.total_tokens for batch, _ in batches)
         extra: dict[str, Any] = {"slots_per_token": round(self._slots(everything) if padded else 1.0, 3)}
-        step = Step(learner, batches, self.config, self._autocast, lowers, extra)
+        step = Step(learner, batches, self.config, lowers, extra)
         work = Work(tokens, "tokens/s", 0, f"gemm_{self.dtype}", limit_amount=flops / 1e12)
         return Implementation(name, step, extra=extra, directions=("step",), work=work)
 
@@ -212,9 +210,6 @@ class StepProblem:
         slots = sum(len(b) * self.samples.parts[b].max(axis=0).sum() for b in batches)
         return float(slots / sum(self.samples.lengths[b].sum() for b in batches))
 
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bf16" else nullcontext()
-
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[StepProblem]:
     for case in _cases(shapes, device.type):
@@ -224,21 +219,22 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[StepProbl
 def build(case: Case, device: torch.device, seed: int, config: PretrainConfig | None = None) -> StepProblem:
     """config: instead of the preset's (tests)."""
     config = configs.preset(case.preset) if config is None else config
-    config = dataclasses.replace(config, batch_size=case.batch_size, device=device.type)
-    samples = Samples.draw(case.workload, config.model, max(POOLS) * case.batch_size, seed)
     dtype = "bf16" if device.type == "cuda" else "fp32"
+    config = dataclasses.replace(config, batch_size=case.batch_size, device=device.type, precision=dtype)
+    samples = Samples.draw(case.workload, config.model, max(POOLS) * case.batch_size, seed)
     name = f"{case.preset} {case.workload} B{case.batch_size}"
     return StepProblem(name, dtype, config, samples, case, device)
 
 
-def gradients(learner, batch, prepared, autocast, *, backward: bool = True) -> tuple[float, list[Tensor]]:
+def gradients(
+    learner, batch, prepared, autocast: AbstractContextManager, *, backward: bool = True
+) -> tuple[float, list[Tensor]]:
     """Loss, and gradients of the parameters that have one (float64, on the host)."""
     learner.train()
-    with autocast(), torch.set_grad_enabled(backward):
+    with autocast, torch.set_grad_enabled(backward):
         loss, _ = learner(batch, prepared)
     if not backward:
         return float(loss), []
-    parameters = list(learner.parameters())
     found = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)
     zeros = (torch.zeros_like(parameter) for parameter in learner.parameters())
     found = [zero if gradient is None else gradient for gradient, zero in zip(found, zeros, strict=True)]

@@ -105,6 +105,12 @@ class PretrainConfig:
     # did, because a step is thousands of small operators.  The other core prepares the next batch.
     threads: int = 1
     device: str = "cpu"
+    precision: str = "fp32"  # or bf16: autocast; weights and optimizer stay fp32
+    # Tokens whose activations are held at one time; 0: those of the whole batch.  The loss is the whole batch's all the
+    # same, negatives included: each chunk of samples is computed again in backward, a third more work.
+    chunk_tokens: int = 0
+    checkpointing: bool = False  # activations of a block and of a front end are computed again in backward, not held
+    compile: bool = False  # torch.compile of the blocks around attention
     checkpoint_every: int = 100  # steps; 0: only at the end
     keep_checkpoints: int = 2
 
@@ -146,7 +152,8 @@ def base() -> PretrainConfig:
         image=ImageConfig(max_tokens=1024, enlarge=False, channels=(96, 256)),
         audio=AudioConfig(mels=80, max_seconds=20.0, channels=256),
     )
-    return PretrainConfig(model=model, steps=20_000, batch_size=256, lr=5e-4, warmup_steps=1000, device="cuda")
+    run = PretrainConfig(model=model, steps=20_000, batch_size=256, lr=5e-4, warmup_steps=1000)
+    return dataclasses.replace(run, device="cuda", precision="bf16")
 
 
 def tiny() -> PretrainConfig:

@@ -40,6 +40,28 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+SUMMED = ("tokens", "tflop", "stop")  # over ranks; other figures are averaged
+
+
+def merged(lines: list[dict[str, float]]) -> dict[str, float]:
+    """One rank's figures, or those of all ranks as one step's.  A figure that some rank lacks is the others' mean."""
+    if len(lines) == 1:
+        return lines[0]
+    names = dict.fromkeys(name for line in lines for name in line)
+    values = {name: [line[name] for line in lines if name in line] for name in names}
+    return {name: sum(found) if name.startswith(SUMMED) else sum(found) / len(found) for name, found in values.items()}
+
+
+def timings(line: dict[str, float], seconds: float, waited: float, peak: float) -> dict[str, float]:
+    """Figures of a step that took `seconds`, `waited` of them for its batch.  peak: FLOP/s that the machine can do.
+
+    mfu_percent: work on real tokens (see StepFlops) in the whole time of the step, over what `peak` would do in it.
+    """
+    rates = {f"tokens_per_s/{n.removeprefix('tokens/')}": line[n] / seconds for n in line if n.startswith("tokens/")}
+    percent = 100 * line["tflop"] * 1e12 / seconds / peak
+    return {**rates, "step_ms": 1e3 * seconds, "data_wait_ms": 1e3 * waited, "mfu_percent": percent}
+
+
 def batch_figures(batch: Batch, names: tuple[str, ...], computed_rows: dict[str, int]) -> dict[str, float]:
     """Real rows per modality; fill, the share of computed rows that are real; and the padding of the usual layout.
 

@@ -20,10 +20,10 @@ SMOOTHING = 0.9
 
 
 class Progress:
-    """Context manager; `advance(figures)` once per step."""
+    """Context manager; `advance(figures)` once per step.  shown=False: a rank that leaves it to another to speak."""
 
-    def __init__(self, steps: int, done: int) -> None:
-        self.steps, self.done, self.first = steps, done, done
+    def __init__(self, steps: int, done: int, *, shown: bool = True) -> None:
+        self.steps, self.done, self.first, self.shown = steps, done, done, shown
         self.console = Console()
         self.loss: float | None = None
         self.bar = RichProgress(
@@ -36,7 +36,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (shown and self.console.is_terminal),
         )
 
     def __enter__(self) -> Progress:
@@ -52,7 +52,11 @@ class Progress:
         self.done += 1
         loss = figures["loss"]
         self.loss = loss if self.loss is None or loss != loss else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
-        text = f"loss {self.loss:.3f}  {figures['tokens'] / figures['step_ms'] * 1e3:,.0f} tokens/s"
+        text = (
+            f"loss {self.loss:.3f}  {figures['tokens'] / figures['step_ms'] * 1e3:,.0f} tokens/s  "
+            f"MFU {figures['mfu_percent']:.0f} %  fill {figures['fill_percent']:.0f} %  "
+            f"data wait {100 * figures['data_wait_ms'] / figures['step_ms']:.0f} %"
+        )
         self.bar.update(self.task, completed=self.done, figures=text)
         if not self.console.is_terminal and (self.done % max(1, self.steps // LINES) == 0 or self.done == self.steps):
             elapsed = time.perf_counter() - self.started

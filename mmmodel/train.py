@@ -5,6 +5,7 @@ A step's batch and draws depend on (seed, step) alone, so the state is weights, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, configs, pretraining
+from mmmodel import checkpoint, configs, distributed, pretraining
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
+from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
-from mmmodel.metrics import MetricsFile, batch_figures
+from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
 from mmmodel.model import parameter_counts
 from mmmodel.plot import plot_run
-from mmmodel.pretraining import Pretraining
+from mmmodel.pretraining import Prepared, Pretraining
 from mmmodel.progress import Progress
+from mmmodel.recompute import Recompute, wrap_front_ends
 
 logger = logging.getLogger(__name__)
 
@@ -40,64 +43,86 @@ STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 def pretrain(config: PretrainConfig, out: Path) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
-    Raises ConfigError if `out` holds a run of another configuration.
+    Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
+    configuration.
     """
-    started = time.perf_counter()
     torch.set_num_threads(config.threads)
-    _claim(out, config)
-    dataset = pretraining.open_data(config)
+    check(config)
+    with distributed.processes(torch.device(config.device)) as device:
+        return _pretrain(config, out, device)
+
+
+def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
+    started = time.perf_counter()
     tokenizer = out / "tokenizer.json"
-    if not tokenizer.exists():
-        pretraining.make_tokenizer(config, dataset).save(str(partial := tokenizer.with_suffix(".partial")))
-        partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
-    learner = Pretraining(config, load_tokenizer(tokenizer))
-    corpus = pretraining.load_corpus(config, dataset, learner.model)
-    device = torch.device(config.device)
+    with distributed.first_alone():
+        _claim(out, config)
+        dataset = pretraining.open_data(config)
+        if not tokenizer.exists():
+            pretraining.make_tokenizer(config, dataset).save(str(partial := tokenizer.with_suffix(".partial")))
+            partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
+        learner = Pretraining(config, load_tokenizer(tokenizer))
+        corpus = pretraining.load_corpus(config, dataset, learner.model)
     learner.to(device)
+    prepare_modules(learner, config)
     optimizer = make_optimizer(learner, config)
     progress = {"step": 0, "skipped": 0}
     checkpoints = out / "checkpoints"
-    checkpoint.clean(checkpoints)
-    if found := checkpoint.saved(checkpoints):
+    with distributed.first_alone():
+        checkpoint.clean(checkpoints)
+        found = checkpoint.saved(checkpoints)
+    if found:
         progress = checkpoint.load(found[-1], learner, optimizer, progress)
-        logger.info("continuing at step %d of %d", progress["step"], config.steps)
+        _log("continuing at step %d of %d", progress["step"], config.steps)
     else:
         counts = parameter_counts(learner.model)
-        logger.info("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    logger.info("ready after %.1f s", time.perf_counter() - started)
+        _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
+    _log("ready after %.1f s", time.perf_counter() - started)
 
     items = corpus.split("train")
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
 
     def make(step: int):
-        return pretraining.make_batch(config, corpus, [items[i] for i in sampler.batch(step)], learner, step)
+        chosen = [items[i] for i in sampler.batch(step)[distributed.rank() :: distributed.size()]]
+        return pretraining.make_batch(config, corpus, chosen, learner, step)
 
     def save() -> None:
-        checkpoint.save(checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints)
+        if not distributed.rank():  # every rank has the same weights
+            checkpoint.save(checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints)
+        distributed.wait()
 
+    finished = True
     if progress["step"] < config.steps:
         finished = _run(config, out, learner, optimizer, progress, make, save)
         save()
-        if not finished:
-            plot_run(out)
-            return False
-    plot_run(out)
-    export(out / "model.safetensors", learner, config)
-    return True
+    if not distributed.rank():
+        plot_run(out)
+        if finished:
+            export(out / "model.safetensors", learner, config)
+    distributed.wait()
+    return finished
 
 
 def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable) -> bool:
     """Steps until config.steps or SIGTERM; progress counts them."""
-    metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"])
+    first = not distributed.rank()
+    device = next(learner.parameters()).device
+    metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"]) if first else None
+    peak = distributed.size() * gemm_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    module = distributed.wrapped(learner)
     skipped_in_a_row = 0
-    with _sigterm() as stop, Progress(config.steps, progress["step"]) as bar, _ahead(make, progress["step"]) as batches:
-        while progress["step"] < config.steps and not stop:
+    with (
+        _sigterm() as stop,
+        Progress(config.steps, progress["step"], shown=first) as bar,
+        _ahead(make, progress["step"]) as batches,
+    ):
+        while progress["step"] < config.steps:
             before = time.perf_counter()
             batch, prepared = next(batches)
-            fetched = time.perf_counter()
+            waited = time.perf_counter() - before
             step = progress["step"]
             rate = set_learning_rate(optimizer, config, step)
-            figures, stepped = train_step(learner, optimizer, batch, prepared, config)
+            figures, stepped = train_step(module, optimizer, batch, shared(prepared, device), config)
             progress["step"] = step + 1
             skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
             progress["skipped"] += not stepped
@@ -105,39 +130,91 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
                 raise RuntimeError(
                     f"train: more than {MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite"
                 )
-            seconds = time.perf_counter() - before
-            names = config.model.modalities
-            line = {"step": step + 1, **figures, "lr": rate, "skipped": progress["skipped"]}
-            line |= batch_figures(batch, names, learner.model.computed_rows(batch))
-            line |= {f"tokens_per_s/{name}": line[f"tokens/{name}"] / seconds for name in names}
-            line |= {"step_ms": 1e3 * seconds, "data_wait_ms": 1e3 * (fetched - before)}
-            metrics.write(line)
-            bar.advance(line)
+            figures |= batch_figures(batch, config.model.modalities, learner.model.computed_rows(batch))
+            every = distributed.everyone(figures | {"stop": len(stop)})
+            line = {"step": step + 1, **merged(every), "lr": rate, "skipped": progress["skipped"]}
+            stopping = line.pop("stop")  # all ranks stop after the same step
+            line |= timings(line, time.perf_counter() - before, waited, peak)
+            if first:
+                metrics.write(line)
+                bar.advance(line)
+            if stopping:
+                break
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
-    metrics.close()
+    if first:
+        metrics.close()
     return progress["step"] >= config.steps
 
 
 def train_step(
-    learner: Pretraining,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    prepared: dict[str, Any],
-    config: PretrainConfig,
+    learner: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, prepared: Prepared, config: PretrainConfig
 ) -> tuple[dict[str, float], bool]:
-    """One update; (figures, whether it was made): not when the loss or a gradient is not finite."""
+    """One update; (figures, whether it was made): not when the loss or a gradient is not finite on some rank.
+
+    learner: Pretraining, or that in DistributedDataParallel.  "tflop" is what forward and backward take.
+    """
     learner.train()
-    loss, figures = learner(batch.to(next(learner.parameters()).device), prepared)
+    device = next(learner.parameters()).device
+    with autocast(config), StepFlops(learner) as flops:
+        loss, figures = learner(batch.to(device), prepared)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for p in learner.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-    finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-    if finite:
+    wrong = not bool(torch.isfinite(norm) & torch.isfinite(loss))
+    (wrong,) = distributed.summed([wrong], device)
+    if not wrong:
         optimizer.step()
     figures = {"loss": loss.detach(), "grad_norm": norm, **figures}
-    return {name: float(value) for name, value in figures.items()}, finite
+    return {name: float(value) for name, value in figures.items()} | {"tflop": flops.total / 1e12}, not wrong
+
+
+def autocast(config: PretrainConfig) -> torch.autocast:
+    """bf16 has the range of fp32, so gradients need no scaling."""
+    return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def prepare_modules(learner: Pretraining, config: PretrainConfig) -> None:
+    """What is computed again in backward, and what is compiled."""
+    model = learner.model
+    model.recompute = Recompute(config.chunk_tokens, config.checkpointing)
+    if model.recompute != Recompute():
+        wrap_front_ends(model.front_ends)
+    if config.compile:
+        # The parts around attention, which is one operator and takes a layout, whose numbers change with every batch.
+        for block in model.blocks:
+            block.project = torch.compile(block.project, dynamic=True)
+            block.mix = torch.compile(block.mix, dynamic=True)
+
+
+def shared(prepared: Prepared, device: torch.device) -> Prepared:
+    """This rank's weights of the losses that are means over its own hidden tokens or pairs.
+
+    Averaged over ranks such a loss becomes the mean over all of theirs.  The contrastive loss needs none: every rank
+    computes it from the segments of all.
+    """
+    if distributed.size() == 1:
+        return prepared
+    masked = prepared.masked.targets if prepared.masked is not None else {}
+    own = {f"masked_{modality}": len(targets) for modality, targets in masked.items()}
+    if "matching" in prepared.weights:
+        own["matching"] = sum(len(anchors.first) for anchors in prepared.inputs["matching"])
+    total = dict(zip(own, distributed.summed(list(own.values()), device), strict=True))
+    weights = {
+        name: weight * distributed.size() * own[name] / max(1, total[name]) if name in own else weight
+        for name, weight in prepared.weights.items()
+    }
+    return dataclasses.replace(prepared, weights=weights)
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises ConfigError for what would only show after the data was read."""
+    learning_rate(config, 0)
+    if config.precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision is {config.precision!r}, expected fp32 or bf16")
+    if config.chunk_tokens < 0:
+        raise ConfigError(f"chunk_tokens is {config.chunk_tokens}, expected 0 (off) or a number of tokens")
 
 
 def make_optimizer(learner: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
@@ -165,6 +242,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, 
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def _log(message: str, *values: Any) -> None:
+    if not distributed.rank():
+        logger.info(message, *values)
 
 
 def _claim(out: Path, config: PretrainConfig) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import segment_mean
+from mmmodel import distributed
 from mmmodel.configs import PretrainConfig
 from mmmodel.objectives.views import Views
 
@@ -38,7 +39,9 @@ class ContrastiveAlignment(nn.Module):
         batch = views.batch
         views.points = self.points(views.isolated, batch.layout, batch.modality)
         views.scale = self.scale()
-        return self.loss(views.points, batch.modality, batch.concept)
+        everyone = distributed.gathered(views.points, batch.modality, batch.concept)  # negatives of all ranks
+        with torch.autocast(views.points.device.type, enabled=False):  # a score of 100 has three digits in bf16
+            return self.loss(everyone[0].float(), *everyone[1:])
 
     def scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=MAX_SCALE)
