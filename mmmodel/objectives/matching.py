@@ -38,7 +38,7 @@ class Matching(nn.Module):
     segments read jointly.
 
     Per true pair (a, b) two negatives, as in ALBEF (arXiv 2107.07651): (a, b') with b' drawn by softmax(scores[a])
-    among segments of another concept, and (a', b) alike.  Where the contrastive objective does not run, any is equally
+    among the segments of other concepts, and (a', b) alike.  Without contrastive scores any is equally
     likely.
     """
 
