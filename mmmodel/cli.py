@@ -1,4 +1,4 @@
-"""The command line: `mmmodel data | pretrain | evaluate | plot | demo`.
+"""The command line: `mmmodel data | pretrain | finetune | evaluate | embed | plot | demo`.
 
 A command is a frozen dataclass whose fields are its flags and whose `run` does the work. Modules that import torch or
 decoders are imported in `run`, so that --help answers at once.
@@ -6,7 +6,7 @@ decoders are imported in `run`, so that --help answers at once.
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +14,7 @@ import tyro
 
 from mmmodel import settings
 from mmmodel.configs import ConfigError
+from mmmodel.finetuning.config import FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -116,26 +117,102 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a pretrained run by retrieval on concepts it never saw; writes report.json."""
+    """Score a pretrained run by retrieval on concepts it never saw, or by a whole benchmark; writes report.json."""
 
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")] = Path("runs/demo")
-    """Folder of a finished run."""
+    run_folder: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", aliases=("--from",))] = (Path("runs/demo"),)
+    """Folder of a finished run; a benchmark takes several that differ in their seed."""
     split: Literal["test", "validation", "train"] = "test"
     """Which concepts to score on."""
     require: Literal["none", "demo", "quick"] = "none"
     """Exit non-zero unless the results clear these bars; none: never."""
+    benchmark: Literal["none", "stamps"] = "none"
+    """stamps: retrieval, known things said anew, and classification with few labels, against the untrained model."""
+    out: Path | None = None
+    """Folder of the benchmark; the same command goes on where it was stopped. A run's own report is in its folder."""
+    budget_minutes: float = 0.0
+    """Begin no further part of the benchmark after so many minutes; 0: no limit."""
 
     def run(self) -> None:
-        if not (self.run_folder / "model.safetensors").exists():
-            sys.exit(
-                f"evaluate: {self.run_folder} holds no model.safetensors, which a finished `mmmodel pretrain` writes"
-            )
+        for folder in self.run_folder:
+            if not (folder / "model.safetensors").exists():
+                sys.exit(f"evaluate: {folder} holds no model.safetensors, which a finished `mmmodel pretrain` writes")
+        if self.benchmark != "none":
+            self._benchmark()
+            return
+        if len(self.run_folder) != 1:
+            sys.exit("evaluate: several runs belong to a --benchmark; one is scored by itself")
         from mmmodel import evaluate
 
-        report = evaluate.evaluate(self.run_folder, split=self.split)
+        report = evaluate.evaluate(self.run_folder[0], split=self.split)
         evaluate.show(report)
         if self.require != "none" and (missed := evaluate.failures(report, self.require)):
             sys.exit("below the bar: " + "; ".join(missed))
+
+    def _benchmark(self) -> None:
+        if self.out is None:
+            sys.exit("evaluate: a benchmark needs a folder for its parts and its report, --out DIR")
+        from mmmodel.benchmark import stamps
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        report = stamps.run(self.run_folder, self.out, budget_minutes=self.budget_minutes or None)
+        print((self.out / "report.md").read_text(encoding="utf-8"))
+        if report["left"]:
+            sys.exit(f"{len(report['left'])} parts are left; the same command goes on with them")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a pretrained run on labelled shards: a new output layer, validation, early stop."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="from")]
+    """Folder of a pretrained run, or its safetensors file."""
+    out: Path
+    """Folder for the model, its metrics and report.json."""
+    config: tyro.conf.OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> None:
+        from mmmodel.finetuning.run import finetune
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        report = finetune(self.run_folder, self.config, self.out)
+        for split in ("validation", "test"):
+            if report[split]:
+                print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in report[split].items()))
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Write a vector for each modality of each sample, and one of the sample, as parquet: key, modality, vector."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="from")]
+    """Folder of a pretrained or fine-tuned run, or its safetensors file."""
+    out: Path
+    """The file to write, FILE.parquet."""
+    data: str = ""
+    """stamps, synthetic, or a folder of shards; empty: what the run was trained on."""
+    split: str = ""
+    """Samples of one split alone; empty: all."""
+    languages: tuple[str, ...] = ()
+    """Language tags of the samples; empty: all, or with no --data those of the run."""
+    joint: bool = True
+    """Also a vector of each whole sample."""
+    device: str = "cpu"
+    """Where the model runs."""
+
+    def run(self) -> None:
+        from mmmodel import embed
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        rows = embed.write(
+            self.out,
+            self.run_folder,
+            self.data,
+            split=self.split or None,
+            languages=self.languages,
+            joint=self.joint,
+            device=self.device,
+        )
+        print(f"{self.out}: {rows} vectors")
 
 
 @dataclass(frozen=True)
@@ -155,39 +232,55 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Demo:
-    """The main job: prepare the stamps, pretrain, and score on unseen concepts; non-zero exit below the bars."""
+class Explain:
+    """Show what a model looks at in one sample, and what it loses without a modality: an HTML page and PNGs."""
 
-    out: Path = Path("runs/demo")
-    """Folder of the run."""
-    quick: bool = False
-    """The synthetic set instead of the stamps: about a minute, no download."""
+    out: Path
+    """Folder for index.html, the pictures and explanation.json."""
+    run_folder: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/demo")
+    """Folder of a finished run."""
+    data: str = ""
+    """stamps, synthetic or a folder of shards; empty: what the run was trained on."""
+    key: str = ""
+    """Which sample; empty: the first of the split that has every modality."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Where to look for it if no key is given."""
 
     def run(self) -> None:
-        preset = "quick" if self.quick else "demo"
-        if not self.quick:
-            Stamps().run()
-        Pretrain(preset=preset, out=self.out).run()
-        Evaluate(run_folder=self.out, require=preset).run()
+        from mmmodel import explain
+
+        found = explain.explain(self.run_folder, self.out, data=self.data, key=self.key, split=self.split)
+        print(f"{found.sample.item.key}: {self.out / 'index.html'}")
 
 
-Command = (
-    Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Plot, tyro.conf.subcommand("plot")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+@dataclass(frozen=True)
+class Complexity:
+    """Print parameters, FLOPs and memory of each part, before anything is trained or loaded."""
+
+    preset: Literal["demo", "native", "quick", "base", "tiny"] = "demo"
+    """Configuration to start from."""
+    text: int | None = None
+    """Word pieces of a sample, [CLS] included; by default the most that the configuration allows, as for the others."""
+    image: tuple[int, int] | None = None
+    """Rows and columns of cells of a sample's image, 16 pixels each; 0 0: none."""
+    seconds: float | None = None
+    """Seconds of sound of a sample; 0: none."""
+    set: tuple[str, ...] = ()
+    """Fields that differ from the preset: --set batch_size=16 model.width=64"""
+
+    def run(self) -> None:
+        from mmmodel import complexity, configs
+
+        config = configs.override(configs.preset(self.preset), self.set)
+        shape = complexity.SampleShape.longest(config.model)
+        shape = complexity.SampleShape(
+            text=shape.text if self.text is None else self.text,
+            image=shape.image if self.image is None else self.image,
+            audio=shape.audio if self.seconds is None else round(100 * self.seconds),  # a frame is 10 ms
+        )
+        complexity.show(complexity.complexity(config, shape))
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script and of `python -m mmmodel`."""
-    settings.calm_threads()
-    command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
-    try:
-        command.run()
-    except ConfigError as error:
-        sys.exit(str(error))
 @dataclass(frozen=True)
 class Export:
     """Write the encoder of a run as ONNX, for runtimes without PyTorch: one sample of any length.
@@ -215,4 +308,42 @@ class Export:
         print(f"{self.out}: {', '.join(encoder.modalities)} -> {', '.join(encoder.outputs)}")
 
 
+@dataclass(frozen=True)
+class Demo:
+    """The main job: prepare the stamps, pretrain, and score on unseen concepts; non-zero exit below the bars."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run."""
+    quick: bool = False
+    """The synthetic set instead of the stamps: about a minute, no download."""
+
+    def run(self) -> None:
+        preset = "quick" if self.quick else "demo"
+        if not self.quick:
+            Stamps().run()
+        Pretrain(preset=preset, out=self.out).run()
+        Evaluate(run_folder=(self.out,), require=preset).run()
+
+
+Command = (
+    Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Complexity, tyro.conf.subcommand("complexity")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script and of `python -m mmmodel`."""
+    settings.calm_threads()
+    command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
+    try:
+        command.run()
+    except (ConfigError, FileNotFoundError) as error:
+        sys.exit(str(error))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mmmodel import export, pretraining, retrieval
-from mmmodel.batches import collate
+from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
+from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.pretraining import Corpus, Pretraining
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
 POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in
-BATCH = 64
 
 # Least pooled R@10 as a multiple of chance; the gain over the untrained model must also lie above zero at 95 %.
 REQUIREMENTS = {
@@ -69,7 +71,6 @@ def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> d
     return report
 
 
-@torch.no_grad()
 def embed(learner: Pretraining, corpus: Corpus, items: Sequence[Item]) -> dict[str, np.ndarray]:
     """Per modality the points [len(items), P] of the items, each read alone; rows of NaN where an item lacks it.
 
@@ -79,34 +80,22 @@ def embed(learner: Pretraining, corpus: Corpus, items: Sequence[Item]) -> dict[s
     if "contrastive" not in learner.objectives:
         raise ConfigError("evaluate: retrieval needs the contrastive objective, whose weight is 0 in this run")
     model, objective = learner.model, learner.objectives["contrastive"]
-    device = next(learner.parameters()).device
-    names = list(model.front_ends)
-    first: dict[tuple[str, int], int] = {}  # (modality, feature row) -> the item that computes it
-    own = []
-    for i, item in enumerate(items):
-        rows = {name: row for name, row in item.rows.items() if first.setdefault((name, row), i) == i}
-        if rows:
-            own.append((i, replace(item, rows=rows)))
-    points = {name: np.full((len(items), model.config.embed_width), np.nan, np.float32) for name in names}
-    for start in range(0, len(own), BATCH):
-        numbers, part = zip(*own[start : start + BATCH], strict=True)
-        batch = collate(part, corpus.features, model.front_ends, model.special_tokens).to(device)
+
+    def points(batch: Batch) -> Tensor:
         packed = model.encode(model.streams(batch), batch.layout, model.isolated())
-        found = objective.points(packed, batch.layout, batch.modality).float().cpu().numpy()
-        for point, (sample, modality, _, _) in zip(found, batch.layout.segments.tolist(), strict=True):
-            points[names[modality]][numbers[sample]] = point
-    for i, item in enumerate(items):
-        for name, row in item.rows.items():
-            points[name][i] = points[name][first[name, row]]
-    return points
+        return objective.points(packed, batch.layout, batch.modality)
+
+    return segment_vectors(model, items, corpus.features, points)
 
 
-def ranks(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[tuple[str, str], Ranks]:
-    """(task, language) -> outcome.  Queries and gallery are of one language; a picture counts once in a gallery."""
+def ranks(
+    points: dict[str, np.ndarray], items: Sequence[Item], tasks: Mapping[str, tuple[str, str]] = TASKS
+) -> dict[tuple[str, str], Ranks]:
+    """(task, language) -> outcome.  Queries and gallery are of one language.  tasks: name -> (query, gallery)."""
     outcomes = {}
     concepts = np.array([item.concept for item in items])
     languages = np.array([item.language for item in items])
-    for task, (source, target) in TASKS.items():
+    for task, (source, target) in tasks.items():
         for language in dict.fromkeys(languages.tolist()):
             queries = (languages == language) & np.isfinite(points[source][:, 0])
             gallery = (languages == language) & np.isfinite(points[target][:, 0])
@@ -120,6 +109,11 @@ def ranks(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[tuple[st
                 retrieval.chance(concepts[answerable], concepts[gallery]),
             )
     return outcomes
+
+
+def all_pairs(points: Mapping[str, np.ndarray]) -> dict[str, tuple[str, str]]:
+    """Every ordered pair of modalities, as tasks."""
+    return {f"{a}_to_{b}": (a, b) for a, b in permutations(points, 2)}
 
 
 def task_names(outcomes: dict[tuple[str, str], Ranks]) -> list[tuple[str, str, list[str]]]:

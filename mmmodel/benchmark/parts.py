@@ -1,0 +1,196 @@
+"""The parts of the benchmark: each computes one run's outcome for every test sample, as plain numbers.
+
+E model width, n samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmkernels.ops.packing.api import segment_mean
+from mmmodel import evaluate, pretraining
+from mmmodel.batches import Batch
+from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol, budget_name
+from mmmodel.data.held_out import RECORDINGS
+from mmmodel.embed import segment_vectors
+from mmmodel.features import Item
+from mmmodel.finetuning import labels, weights
+from mmmodel.finetuning.learner import encoded
+from mmmodel.finetuning.loop import Labelled, predict, train
+from mmmodel.finetuning.run import build, fresh
+from mmmodel.finetuning.weights import Run
+from mmmodel.pretraining import Corpus, Pretraining
+
+Outcome = dict[str, Any]
+KNOWN_TASKS = {"known_speech_to_text": ("audio", "text"), "known_speech_to_image": ("audio", "image")}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One pretrained run, opened, and its data."""
+
+    run: Run
+    number: int
+    corpus: Corpus
+    metas: dict[str, dict[str, Any]]
+
+    def learner(self, arm: str) -> Pretraining:
+        """The model as it was before pretraining, or after."""
+        learner = Pretraining(self.run.config, self.run.tokenizer)
+        if arm == "pretrained":
+            where = str(self.run.path)
+            weights.load_into(learner.model, self.run.tensors, where=where, prefix="model.")
+            prefix = "objectives.contrastive."
+            weights.load_into(learner.objectives["contrastive"], self.run.tensors, where=where, prefix=prefix)
+        return learner.eval()
+
+
+def open_subject(run: Run, number: int) -> Subject:
+    dataset = pretraining.open_data(run.config)
+    corpus = pretraining.load_corpus(run.config, dataset, Pretraining(run.config, run.tokenizer).model)
+    return Subject(run, number, corpus, dict(zip(dataset.keys, dataset.metas, strict=True)))
+
+
+def retrieval(subject: Subject, protocol: Protocol) -> Outcome:
+    """task -> language -> {before_hit of each arm, concepts, chance}: unseen concepts, and new recordings of known."""
+    test, recordings = subject.corpus.split("test"), subject.corpus.split(RECORDINGS)
+    found: dict[str, dict[str, Outcome]] = {}
+    for arm in ARMS:
+        learner = subject.learner(arm)
+        outcomes = evaluate.ranks(evaluate.embed(learner, subject.corpus, test), test)
+        if recordings:
+            outcomes |= known_ranks(learner, subject.corpus, recordings)
+        for (task, language), ranks in outcomes.items():
+            entry = found.setdefault(task, {}).setdefault(language, {"chance": ranks.chance})
+            entry["concepts"] = ranks.concepts.tolist()
+            entry[arm] = ranks.before_hit.tolist()
+    return found
+
+
+def known_ranks(learner: Pretraining, corpus: Corpus, recordings: Sequence[Item]) -> dict:
+    """As `evaluate.ranks`: recordings that training never heard ask for the captions and pictures that it did see."""
+    languages = {item.language for item in recordings}
+    gallery = [
+        replace(item, rows={name: row for name, row in item.rows.items() if name != "audio"})
+        for item in corpus.split("train")
+        if item.language in languages
+    ]
+    items = [*recordings, *gallery]
+    return evaluate.ranks(evaluate.embed(learner, corpus, items), items, KNOWN_TASKS)
+
+
+def probe(subject: Subject, protocol: Protocol) -> list[Outcome]:
+    """Linear probes of frozen features: {arm, inputs, labels, seed, correct of each test sample, C, validation}.
+
+    Features are the mean hidden state of each modality read alone, beside one another; multinomial logistic regression
+    in which classes weigh the same.  Features are extracted once; all seeds and budgets share them.
+    """
+    data = labelled(subject, protocol)
+    rows = []
+    for arm in ARMS:
+        learner = subject.learner(arm)
+        for inputs, modalities in INPUTS.items():
+            x = {
+                split: features(learner, labels.limited_to(items, modalities), subject.corpus)
+                for split, items in (("train", data.train), ("validation", data.validation), ("test", data.test))
+            }
+            for per_class in protocol.labels_per_class:
+                for seed in range(protocol.seeds if per_class else 1):  # all labels: nothing is drawn
+                    rows.append(
+                        {
+                            "arm": arm,
+                            "inputs": inputs,
+                            "labels": budget_name(per_class),
+                            "seed": seed,
+                            **_best_probe(x, data, per_class, seed, protocol),
+                        }
+                    )
+    return rows
+
+
+def features(learner: Pretraining, items: Sequence[Item], corpus: Corpus) -> np.ndarray:
+    """Mean hidden states per modality, [n, E per modality that any item has]; 0 where an item lacks one."""
+    model = learner.model
+
+    def means(batch: Batch):
+        return segment_mean(encoded(model, batch, model.isolated()), batch.layout)
+
+    vectors = segment_vectors(model, items, corpus.features, means)
+    present = [vector for vector in vectors.values() if np.isfinite(vector).any()]
+    return np.nan_to_num(np.concatenate(present, axis=1))
+
+
+def finetuned(subject: Subject, protocol: Protocol, per_class: int, seed: int, arm: str) -> Outcome:
+    """One full fine-tuning: {correct of each test sample, validation score, epochs}.
+
+    From scratch every (run, seed) starts from other weights; both arms of a seed see the same labels in the same order.
+    """
+    config = replace(
+        protocol.finetune[arm],
+        label=protocol.label,
+        labels_per_class=per_class,
+        seed=seed,
+        from_scratch=arm == "baseline",
+    )
+    data = labelled(subject, protocol)
+    kept = labels.few(data.train, data.values, per_class, seed) if per_class else data.train
+    modalities = INPUTS[protocol.finetune_inputs]
+    data = replace(
+        data,
+        train=labels.limited_to(kept, modalities),
+        validation=labels.limited_to(data.validation, modalities),
+        test=labels.limited_to(data.test, modalities),
+    )
+    base = fresh(subject.run.config, subject.run.tokenizer, 1000 * subject.number + seed)
+    learner, _ = build(base, subject.run, data.labels, config)
+    outcome = train(learner, data, config)
+    outputs = predict(learner, data.features, data.test)
+    found = np.asarray(data.labels.classes)[outputs.argmax(dim=1).numpy()]
+    return {
+        "arm": arm,
+        "inputs": protocol.finetune_inputs,
+        "labels": budget_name(per_class),
+        "seed": seed,
+        "correct": (found == np.asarray(data.of(data.test))).astype(int).tolist(),
+        "validation": outcome.validation["balanced_accuracy"],
+        "best_epoch": outcome.best_epoch,
+        "epochs": len(outcome.history),
+    }
+
+
+def labelled(subject: Subject, protocol: Protocol) -> Labelled:
+    """Each picture once, with what is said of it in one language, and its category."""
+    items = [item for item in subject.corpus.items if item.language == protocol.language and item.split != RECORDINGS]
+    items = labels.first_of_groups(items)
+    values = labels.read(items, subject.metas, "classification", protocol.label)
+    split = {
+        name: [item for item in items if item.split == name and item.key in values]
+        for name in ("train", "validation", "test")
+    }
+    rule = labels.fit([values[item.key] for item in split["train"]], "classification")
+    return Labelled(subject.corpus.features, split["train"], split["validation"], split["test"], values, rule)
+
+
+def _best_probe(x: dict[str, np.ndarray], data: Labelled, per_class: int, seed: int, protocol: Protocol) -> Outcome:
+    """The strength with the best balanced accuracy on validation; of equals, the most regularised."""
+    number = {item.key: i for i, item in enumerate(data.train)}
+    kept = labels.few(data.train, data.values, per_class, seed) if per_class else data.train
+    own = x["train"][[number[item.key] for item in kept]]
+    best = None
+    for strength in protocol.strengths:
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+        ).fit(own, data.of(kept))
+        score = balanced_accuracy_score(data.of(data.validation), model.predict(x["validation"]))
+        if best is None or score > best[0]:
+            best = score, strength, model.predict(x["test"])
+    correct = best[2] == np.asarray(data.of(data.test))
+    return {"correct": correct.astype(int).tolist(), "C": best[1], "validation": float(best[0])}

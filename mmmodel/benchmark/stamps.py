@@ -1,0 +1,119 @@
+"""Runs the benchmark part by part, each kept in a file, so that a second call goes on where the first stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmodel.benchmark import parts, report
+from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
+from mmmodel.configs import ConfigError
+from mmmodel.finetuning import weights
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    runs: Sequence[Path], out: Path, *, budget_minutes: float | None = None, protocol: Protocol | None = None
+) -> dict[str, Any]:
+    """Compute the parts that `out` does not hold yet, and write out/report.json and report.md from all that it holds.
+
+    runs: pretrained runs that differ in their seed.  No part is begun after budget_minutes; report["left"] names those
+    that were not.  Raises ConfigError if `out` holds parts of other runs or another protocol, CheckpointError for a run
+    that does not read.
+    """
+    started = time.monotonic()
+    protocol = protocol or Protocol()
+    opened = [weights.open_run(path) for path in runs]
+    _check_alike([source.config for source in opened])
+    _claim(out, opened, protocol)
+    torch.set_num_threads(opened[0].config.threads)
+    subjects: dict[int, parts.Subject] = {}
+
+    def subject(number: int) -> parts.Subject:
+        if number not in subjects:
+            subjects[number] = parts.open_subject(opened[number], number)
+        return subjects[number]
+
+    left = []
+    for name, compute in _plan(len(runs), protocol, subject):
+        path = out / "parts" / f"{name}.json"
+        if path.exists():
+            continue
+        if left or (budget_minutes is not None and time.monotonic() - started > 60 * budget_minutes):
+            left.append(name)
+            continue
+        begun = time.monotonic()
+        outcome = compute()
+        seconds = round(time.monotonic() - begun, 1)
+        logger.info("%s: %.1f s", name, seconds)
+        _write(path, {"seconds": seconds, "outcome": outcome})
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "parts").glob("*.json"))}
+    made = report.make(found, parts.labelled(subject(0), protocol), protocol, opened, left)
+    _write(out / "report.json", made)
+    (out / "report.md").write_text(report.markdown(made), encoding="utf-8")
+    return made
+
+
+def _plan(
+    runs: int, protocol: Protocol, subject: Callable[[int], parts.Subject]
+) -> list[tuple[str, Callable[[], Any]]]:
+    """Name and computation of every part: cheap ones first; then seed by seed, so that a cut-off run is balanced."""
+    plan: list[tuple[str, Callable[[], Any]]] = []
+    for number in range(runs):
+        plan.append((f"retrieval-{number}", lambda n=number: parts.retrieval(subject(n), protocol)))
+        plan.append((f"probe-{number}", lambda n=number: parts.probe(subject(n), protocol)))
+    for seed in range(protocol.seeds):
+        for number in range(runs):
+            for count in protocol.labels_per_class:
+                for arm in ARMS:
+                    plan.append(
+                        (
+                            f"finetune-{number}-{budget_name(count)}-{seed}-{arm}",
+                            lambda n=number, c=count, s=seed, a=arm: parts.finetuned(subject(n), protocol, c, s, a),
+                        )
+                    )
+    return plan
+
+
+def _check_alike(runs: list) -> None:
+    """Raises ConfigError unless the runs are one recipe under different seeds."""
+    first, *rest = [{**asdict(config), "seed": None} for config in runs]
+    for other in rest:
+        if differing := sorted(name for name in first if first[name] != other[name]):
+            raise ConfigError(
+                f"evaluate: the runs differ in {', '.join(differing)}, expected the same but for the seed"
+            )
+    seeds = [config.seed for config in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"evaluate: the runs have seeds {seeds}, expected different ones")
+
+
+def _claim(out: Path, opened: list, protocol: Protocol) -> None:
+    about = {
+        "runs": [hashlib.sha256(source.path.read_bytes()).hexdigest() for source in opened],
+        "protocol": json.loads(json.dumps(asdict(protocol))),
+    }
+    path = out / "benchmark.json"
+    if path.exists() and (old := json.loads(path.read_text(encoding="utf-8"))) != about:
+        differing = [name for name in about if old.get(name) != about[name]]
+        raise ConfigError(
+            f"evaluate: {out} holds the benchmark of other {' and '.join(differing)}; choose another --out"
+        )
+    _write(path, about)
+
+
+def _write(path: Path, content: Any) -> None:
+    """Whole or not at all: a kill may come at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1 if "report" in path.name else None) + "\n", encoding="utf-8")
+    partial.replace(path)

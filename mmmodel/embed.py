@@ -1,0 +1,168 @@
+"""Vectors of samples from a trained run: one per modality, comparable across modalities, and one of the whole sample.
+
+P width of the space in which modalities are compared, E model width, T tokens, N segments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops.packing.api import segment_mean
+from mmmodel import features as feature_store
+from mmmodel import pretraining, settings
+from mmmodel.batches import Batch, collate
+from mmmodel.data.loader import ShardDataset
+from mmmodel.features import Features, Item
+from mmmodel.finetuning import weights
+from mmmodel.finetuning.learner import encoded, sample_mean
+from mmmodel.model import Model
+
+BATCH = 64
+JOINT = "joint"
+Read = Callable[[Batch], Tensor]
+
+
+class Embedder:
+    """The model of a run, pretrained or fine-tuned, in eval mode.  Reading unpickles nothing.
+
+    A modality's vector is its point in the contrastive space, [P] of unit length; where the run has none, the mean of
+    its last hidden states, [E].  Raises CheckpointError for a run that does not read or does not fit.
+    """
+
+    def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
+        opened = weights.open_run(run)
+        self.config = opened.config
+        learner = pretraining.Pretraining(opened.config, opened.tokenizer)
+        weights.load_into(learner.model, opened.tensors, where=str(opened.path), prefix="model.")
+        self.model: Model = learner.model.to(device).eval()
+        self.contrastive: nn.Module | None = None
+        prefix = "objectives.contrastive."
+        if "contrastive" in learner.objectives and any(name.startswith(prefix) for name in opened.tensors):
+            self.contrastive = learner.objectives["contrastive"].to(device).eval()
+            weights.load_into(self.contrastive, opened.tensors, where=str(opened.path), prefix=prefix)
+
+    def prepare(self, dataset: ShardDataset) -> tuple[list[Item], Features]:
+        """Items and features of a data set, from the cache where they are there."""
+        threads = max(2, self.config.threads)
+        return feature_store.prepare(dataset, self.model.front_ends, settings.current().cache, threads=threads)
+
+    def vectors(self, items: Sequence[Item], features: Features) -> dict[str, np.ndarray]:
+        """Per modality float32 [len(items), P]; a row of NaN where an item lacks the modality."""
+        return segment_vectors(self.model, items, features, self._read)
+
+    def joint(self, items: Sequence[Item], features: Features) -> np.ndarray:
+        """Mean hidden state of each whole sample, its modalities seeing each other, float32 [len(items), E]."""
+        return sample_vectors(
+            self.model, items, features, lambda batch: sample_mean(encoded(self.model, batch, None), batch.layout)
+        )
+
+    def _read(self, batch: Batch) -> Tensor:
+        packed = encoded(self.model, batch, self.model.isolated())
+        if self.contrastive is None:
+            return segment_mean(packed, batch.layout)
+        return self.contrastive.points(packed, batch.layout, batch.modality)
+
+
+@torch.no_grad()
+def segment_vectors(model: Model, items: Sequence[Item], features: Features, read: Read) -> dict[str, np.ndarray]:
+    """Per modality the vectors [len(items), width] that read(batch) [N, width] gives, each segment by itself.
+
+    Rows of NaN where an item lacks the modality.  Features that several items share, a picture captioned in many
+    languages, are computed once.
+    """
+    names = list(model.front_ends)
+    first: dict[tuple[str, int], int] = {}  # (modality, feature row) -> the item that computes it
+    own = []
+    for i, item in enumerate(items):
+        rows = {name: row for name, row in item.rows.items() if first.setdefault((name, row), i) == i}
+        if rows:
+            own.append((i, replace(item, rows=rows)))
+    vectors: dict[str, np.ndarray] = {}
+    for start in range(0, len(own), BATCH):
+        numbers, part = zip(*own[start : start + BATCH], strict=True)
+        batch = make_batch(model, part, features)
+        found = read(batch).float().cpu().numpy()
+        for name in names if not vectors else ():
+            vectors[name] = np.full((len(items), found.shape[1]), np.nan, np.float32)
+        for vector, (sample, modality, _, _) in zip(found, batch.layout.segments.tolist(), strict=True):
+            vectors[names[modality]][numbers[sample]] = vector
+    for i, item in enumerate(items):
+        for name, row in item.rows.items():
+            vectors[name][i] = vectors[name][first[name, row]]
+    return vectors
+
+
+@torch.no_grad()
+def sample_vectors(model: Model, items: Sequence[Item], features: Features, read: Read) -> np.ndarray:
+    """The vectors [len(items), width] that read(batch) [B, width] gives, batch by batch."""
+    found = [
+        read(make_batch(model, items[start : start + BATCH], features)).float().cpu().numpy()
+        for start in range(0, len(items), BATCH)
+    ]
+    return np.concatenate(found)
+
+
+def make_batch(
+    model: Model, items: Sequence[Item], features: Features, rng: np.random.Generator | None = None
+) -> Batch:
+    """Packed items on the model's device; augmented where rng is given."""
+    return collate(items, features, model.front_ends, model.special_tokens, rng).to(model.token_table.device)
+
+
+def write(
+    path: Path,
+    run: Path | str,
+    data: str = "",
+    *,
+    split: str | None = None,
+    languages: Sequence[str] = (),
+    joint: bool = True,
+    device: str = "cpu",
+) -> int:
+    """Write a parquet file with columns key, modality and vector, a row for each modality of each sample, and with
+    `joint` one for the sample; returns the number of rows.
+
+    data: as in `pretraining.find_data`; empty: what the run was trained on.  The file appears whole or not at all.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    embedder = Embedder(run, device=device)
+    torch.set_num_threads(embedder.config.threads)
+    languages = tuple(languages) or (embedder.config.languages if not data else ())
+    dataset = ShardDataset(pretraining.find_data(data or embedder.config.data), split, languages or None)
+    items, features = embedder.prepare(dataset)
+    schema = pyarrow.schema(
+        {"key": pyarrow.string(), "modality": pyarrow.string(), "vector": pyarrow.list_(pyarrow.float32())},
+        metadata={"run": str(run), "data": str(dataset.path)},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    count = 0
+    try:
+        with parquet.ParquetWriter(partial, schema) as writer:
+            for keys, modalities, vectors in _columns(embedder, items, features, joint):
+                writer.write_table(pyarrow.table([keys, modalities, vectors], schema=schema))
+                count += len(keys)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _columns(
+    embedder: Embedder, items: list[Item], features: Features, joint: bool
+) -> Iterator[tuple[list[str], list[str], list[np.ndarray]]]:
+    """One modality after the other."""
+    for name, vectors in embedder.vectors(items, features).items():
+        rows = [i for i, item in enumerate(items) if name in item.rows]
+        yield [items[i].key for i in rows], [name] * len(rows), [vectors[i] for i in rows]
+    if joint:
+        yield [item.key for item in items], [JOINT] * len(items), list(embedder.joint(items, features))

@@ -1,0 +1,189 @@
+"""Fine-tuning loop: epochs over labelled samples, validation after each, early stop, the best weights kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmmodel.batches import Batch
+from mmmodel.embed import make_batch, sample_vectors, segment_vectors
+from mmmodel.features import Features, Item
+from mmmodel.finetuning import scores
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.labels import Labels
+from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples of the splits that learn and choose, with their labels."""
+
+    features: Features
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]  # may be empty; never seen before the end
+    values: dict[str, Any]  # key -> label, as labels.read gives it
+    labels: Labels
+
+    def of(self, items: Sequence[Item]) -> list[Any]:
+        return [self.values[item.key] for item in items]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training went.  The learner holds the best epoch's weights."""
+
+    history: list[dict[str, float]]  # per epoch: step, epoch, loss, lr, and the validation scores
+    best_epoch: int
+    validation: dict[str, float]
+
+
+def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
+    """Train the learner in place.  Raises RuntimeError when the loss is no longer finite, saying in which epoch."""
+    learner.model.requires_grad_(config.freeze != "encoder")
+    groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    feed, validate = (
+        _retrieval(learner, data, config) if isinstance(learner, Aligned) else _outputs(learner, data, config)
+    )
+    steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    history: list[dict[str, float]] = []
+    best: tuple[float, int, dict[str, Tensor]] | None = None
+    main = scores.MAIN[config.task]
+    for epoch in range(config.epochs):
+        learner.train()
+        started, losses = time.perf_counter(), []
+        for i, loss in enumerate(feed(epoch)):
+            factor = _schedule(epoch * steps_per_epoch + i, steps, config.warmup_share)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], config.clip_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+        mean_loss = float(torch.stack(losses).mean())
+        if not math.isfinite(mean_loss):
+            raise RuntimeError(
+                f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}"
+            )
+        found = validate()
+        line = {"step": (epoch + 1) * steps_per_epoch, "epoch": epoch + 1, "loss": mean_loss, "lr": config.lr * factor}
+        history.append({**line, **found, "seconds": time.perf_counter() - started})
+        if best is None or found[main] > best[0]:
+            best = found[main], epoch, _trained(learner)
+        logger.info(
+            "epoch %d/%d  loss %.4f  %s %.4f (best %.4f)",
+            epoch + 1,
+            config.epochs,
+            mean_loss,
+            main,
+            found[main],
+            best[0],
+        )
+        if config.patience and epoch - best[1] >= config.patience:
+            logger.info("no better for %d epochs: stopping", config.patience)
+            break
+    learner.load_state_dict(best[2], strict=False)
+    kept = {name: history[best[1]][name] for name in found}
+    return Outcome(history, best[1] + 1, kept)
+
+
+def evaluate_on(learner: FineTuned | Aligned, data: Labelled, items: Sequence[Item]) -> dict[str, float]:
+    """Scores of the task on items that have labels."""
+    learner.eval()
+    if isinstance(learner, Aligned):
+        vectors = segment_vectors(learner.model, items, data.features, learner.points)
+        return scores.score_retrieval(vectors, relabelled(items, data.values))
+    return scores.score(data.labels, predict(learner, data.features, items), data.of(items))
+
+
+def predict(learner: FineTuned, features: Features, items: Sequence[Item]) -> Tensor:
+    """Outputs of the items, float32 [len(items), C]: logits, or the number in units of the training deviation."""
+    learner.eval()
+    return torch.from_numpy(sample_vectors(learner.model, items, features, learner))
+
+
+def relabelled(items: Sequence[Item], values: dict[str, Any]) -> list[Item]:
+    """Items whose concept is their label: what retrieval counts as the same thing."""
+    return [replace(item, concept=values[item.key]) for item in items]
+
+
+def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
+    """Losses of an epoch, and validation.  A frozen encoder reads each sample once, not augmented."""
+    loss = make_loss(data.labels, data.of(data.train), balance=config.balance)
+    device = next(learner.parameters()).device
+    targets = data.labels.encode(data.of(data.train)).to(device)
+    expected = data.of(data.validation)
+    if config.freeze == "encoder":
+        learner.eval()
+        train, validation = (
+            torch.from_numpy(sample_vectors(learner.model, items, data.features, learner.pooled)).to(device)
+            for items in (data.train, data.validation)
+        )
+
+        def feed(epoch: int) -> Iterator[Tensor]:
+            for rows in _order(len(train), config, epoch):
+                yield loss(learner.outputs(train[rows]), targets[rows])
+
+        @torch.no_grad()
+        def validate() -> dict[str, float]:
+            learner.eval()
+            return scores.score(data.labels, learner.outputs(validation).cpu(), expected)
+
+        return feed, validate
+
+    def feed_batches(epoch: int) -> Iterator[Tensor]:
+        for rows, batch in _batches(learner, data.train, data.features, config, epoch):
+            yield loss(learner(batch), targets[rows])
+
+    return feed_batches, lambda: evaluate_on(learner, data, data.validation)
+
+
+def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig):
+    """As `_outputs`, for points."""
+    items = relabelled(data.train, data.values)
+
+    def feed(epoch: int) -> Iterator[Tensor]:
+        for _, batch in _batches(learner, items, data.features, config, epoch):
+            yield learner(batch)
+
+    return feed, lambda: evaluate_on(learner, data, data.validation)
+
+
+def _batches(
+    learner: nn.Module, items: Sequence[Item], features: Features, config: FinetuneConfig, epoch: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    for number, rows in enumerate(_order(len(items), config, epoch)):
+        rng = np.random.default_rng([config.seed, epoch, number, 4]) if config.augment else None
+        yield rows, make_batch(learner.model, [items[i] for i in rows], features, rng)
+
+
+def _order(count: int, config: FinetuneConfig, epoch: int) -> list[np.ndarray]:
+    """Rows of each batch of an epoch: a shuffle that (seed, epoch) decides; the last may be smaller."""
+    order = np.random.default_rng([config.seed, epoch, 5]).permutation(count)
+    return [order[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
+
+
+def _schedule(step: int, steps: int, warmup_share: float) -> float:
+    """Linear warm-up, then cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1.0, warmup_share * steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _trained(learner: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters that learn."""
+    return {name: p.detach().clone() for name, p in learner.named_parameters() if p.requires_grad}

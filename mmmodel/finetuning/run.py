@@ -1,0 +1,239 @@
+"""`mmmodel finetune`: from a pretrained run and labelled shards to a fine-tuned model and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mmmodel import configs, export, pretraining, settings
+from mmmodel import features as feature_store
+from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data.loader import ShardDataset
+from mmmodel.export import CheckpointError
+from mmmodel.features import Features, Item
+from mmmodel.finetuning import labels as label_rules
+from mmmodel.finetuning import weights
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.labels import Labels
+from mmmodel.finetuning.learner import Aligned, FineTuned
+from mmmodel.finetuning.loop import Labelled, evaluate_on, train
+from mmmodel.finetuning.scores import MAIN
+from mmmodel.finetuning.weights import Loaded, Run
+from mmmodel.metrics import MetricsFile
+
+logger = logging.getLogger(__name__)
+
+CONTRASTIVE = "objectives.contrastive."  # the name of the retrieval head in files, pretrained or fine-tuned
+HELD_OUT = 0.1  # share of the training groups that validate where the data has no validation split
+
+
+def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, Any]:
+    """Fine-tune the model of `run`; writes model.safetensors, metrics.jsonl, finetune.json and report.json to `out`.
+
+    Returns the report.  Raises ConfigError for labels or a folder that do not fit, CheckpointError for weights.
+    """
+    started = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    source = weights.open_run(run)
+    _claim(out, config, source)
+    base = fresh(source.config, source.tokenizer, config.seed)
+    data, counts = read_labelled(source.config, base.model, config)
+    learner, loaded = build(base, source, data.labels, config)
+    logger.info("%s", "from scratch: no tensor loaded" if loaded is None else loaded.summary())
+    logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    learner.to(config.device)
+    outcome = train(learner, data, config)
+    with torch.no_grad():
+        test = evaluate_on(learner, data, data.test) if data.test else None
+    save(out / export.FILE, learner, source.config, config, data.labels)
+    log = MetricsFile(out / "metrics.jsonl", from_step=0)
+    for line in outcome.history:
+        log.write(line)
+    log.close()
+    report = {
+        "task": config.task,
+        "label": config.label,
+        "score": MAIN[config.task],
+        "validation": outcome.validation,
+        "test": test,
+        "best_epoch": outcome.best_epoch,
+        "epochs": len(outcome.history),
+        "counts": counts,
+        "classes": list(data.labels.classes),
+        "loaded": None if loaded is None else loaded.to_dict(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def fresh(config: PretrainConfig, tokenizer, seed: int) -> pretraining.Pretraining:
+    """A model of the configuration with the initial weights of a seed."""
+    return pretraining.Pretraining(replace(config, seed=seed), tokenizer)
+
+
+def build(
+    base: pretraining.Pretraining, source: Run, labels: Labels, config: FinetuneConfig
+) -> tuple[FineTuned | Aligned, Loaded | None]:
+    """The learner, and what was loaded into it: None from scratch.  Heads of pretraining that it has no use for go."""
+    loaded = None
+    where = str(source.path)
+    if not config.from_scratch:
+        loaded = weights.load_into(base.model, source.tensors, where=where, prefix="model.", partial=config.partial)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.task != "retrieval":
+            return (
+                FineTuned(base.model, labels.outputs, visibility=config.visibility, dropout=config.dropout),
+                loaded,
+            )
+    if "contrastive" not in base.objectives:
+        raise ConfigError("finetune: retrieval needs the contrastive objective, whose weight is 0 in this run")
+    head = base.objectives["contrastive"]
+    if loaded is not None and any(name.startswith(CONTRASTIVE) for name in source.tensors):
+        more = weights.load_into(head, source.tensors, where=where, prefix=CONTRASTIVE, partial=config.partial)
+        loaded = Loaded(*(a + b for a, b in zip(asdict(loaded).values(), asdict(more).values(), strict=True)))
+    return Aligned(base.model, head), loaded
+
+
+def read_labelled(
+    pretrain: PretrainConfig, model: nn.Module, config: FinetuneConfig
+) -> tuple[Labelled, dict[str, int]]:
+    """The labelled samples of config.data by split, and how many there are.
+
+    Where no sample has the split `validation`, a tenth of the training groups, chosen by name, takes its place.
+    """
+    languages = config.languages or (() if config.data else pretrain.languages)
+    dataset = ShardDataset(pretraining.find_data(config.data or pretrain.data), languages=languages or None)
+    threads = max(2, config.threads)
+    items, features = feature_store.prepare(dataset, model.front_ends, settings.current().cache, threads=threads)
+    metas = dict(zip(dataset.keys, dataset.metas, strict=True))
+    if config.task == "qa" and config.question:
+        items, features = with_questions(items, features, metas, model, config.question)
+    if config.modalities:
+        if unknown := set(config.modalities) - set(model.front_ends):
+            raise ConfigError(f"finetune: the model reads {', '.join(model.front_ends)}, not {', '.join(unknown)}")
+        items = label_rules.limited_to(items, config.modalities)
+    if config.one_per_group:
+        items = label_rules.first_of_groups(items)
+    values = label_rules.read(items, metas, config.task, config.label)
+    splits = _by_split([item for item in items if item.key in values])
+    if config.labels_per_class:
+        splits["train"] = label_rules.few(splits["train"], values, config.labels_per_class, config.seed)
+    labels = label_rules.fit([values[item.key] for item in splits["train"]], config.task)
+    counts = {name: len(splits[name]) for name in ("train", "validation", "test")}
+    counts["without_label"] = len(items) - len(values)
+    return Labelled(features, splits["train"], splits["validation"], splits["test"], values, labels), counts
+
+
+def with_questions(
+    items: Sequence[Item], features: Features, metas: Mapping[str, Mapping[str, Any]], model: nn.Module, field: str
+) -> tuple[list[Item], Features]:
+    """Items whose text is the question in a field of KEY.json; those without one are left out."""
+    if "text" not in model.front_ends:
+        raise ConfigError("finetune: a question is text, which the model does not read")
+    kept = [item for item in items if isinstance(metas[item.key].get(field), str)]
+    if not kept:
+        raise ConfigError(f"finetune: no sample has a question {field!r}")
+    texts = [model.front_ends["text"].prepare(metas[item.key][field]) for item in kept]
+    stored = Features.of({"text": texts})
+    merged = Features({**features.flat, **stored.flat}, {**features.shapes, **stored.shapes})
+    return [replace(item, rows={**item.rows, "text": i}) for i, item in enumerate(kept)], merged
+
+
+def save(
+    path: Path, learner: FineTuned | Aligned, pretrain: PretrainConfig, config: FinetuneConfig, labels: Labels
+) -> None:
+    """As a pretrained run's file, with what the head means beside it; atomically."""
+    tensors = {_file_name(learner, n): t.detach().cpu().contiguous() for n, t in learner.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "config": json.dumps(configs.to_dict(pretrain)),
+        "tokenizer": learner.model.tokenizer.to_str(),
+        "finetune": json.dumps({"config": asdict(config), "labels": asdict(labels)}),
+        "crc32": str(export.checksum(tensors)),
+    }
+    partial = path.with_name(f".{path.name}")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
+
+
+def load(path: Path | str) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
+    """What `save` wrote, in eval mode.  Raises CheckpointError for a file that is damaged or not fine-tuned."""
+    source = weights.open_run(path)
+    with safe_open(source.path, "pt") as file:
+        about = file.metadata().get("finetune")
+    if about is None:
+        raise CheckpointError(f"{source.path}: is not fine-tuned; `mmmodel finetune` writes such files")
+    try:
+        read = json.loads(about)
+        config = FinetuneConfig(**_tuples(read["config"]))
+        labels = Labels(**_tuples(read["labels"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{source.path}: its fine-tuning does not read: {error}") from error
+    base = fresh(source.config, source.tokenizer, config.seed)
+    learner, _ = build(base, source, labels, replace(config, from_scratch=True))
+    names = {_file_name(learner, name): name for name in learner.state_dict()}
+    tensors = {names.get(name, name): tensor for name, tensor in source.tensors.items()}
+    weights.load_into(learner, tensors, where=str(source.path))
+    return learner.eval(), labels, config
+
+
+def _file_name(learner: nn.Module, name: str) -> str:
+    if isinstance(learner, Aligned) and name.startswith("head."):
+        return CONTRASTIVE + name.removeprefix("head.")
+    return name
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
+    splits: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    for item in items:
+        splits.setdefault(item.split, []).append(item)
+    if not splits["validation"]:
+        held = {item.group for item in splits["train"] if _draw(item.group) < HELD_OUT}
+        splits["validation"] = [item for item in splits["train"] if item.group in held]
+        splits["train"] = [item for item in splits["train"] if item.group not in held]
+    for name in ("train", "validation"):
+        if not splits[name]:
+            raise ConfigError(f"finetune: no labelled sample is left for {name}; there are {len(items)} in all")
+    return splits
+
+
+def _draw(group: str) -> float:
+    """In [0, 1), from the name."""
+    return int(hashlib.sha256(f"validation {group}".encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _claim(out: Path, config: FinetuneConfig, source: Run) -> None:
+    """`out` is new, or holds a fine-tuning of the same configuration, which is done again."""
+    path = out / "finetune.json"
+    if out.resolve() == source.path.parent.resolve():
+        raise ConfigError(f"finetune: {out} is the run to start from; choose another --out")
+    mine = json.loads(json.dumps(asdict(config)))
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if differing := sorted(name for name in mine if theirs.get(name) != mine[name]):
+            raise ConfigError(
+                f"finetune: {out} holds another fine-tuning ({', '.join(differing)}); choose another --out"
+            )
+    elif (out / "config.json").exists():
+        raise ConfigError(f"finetune: {out} holds a pretraining run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

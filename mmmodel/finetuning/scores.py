@@ -1,0 +1,72 @@
+"""Validation and test scores of each task, by scikit-learn, and the one by which runs are compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn import metrics
+from torch import Tensor
+
+from mmmodel import evaluate, retrieval
+from mmmodel.features import Item
+from mmmodel.finetuning.labels import Labels
+
+# More is better for each.
+MAIN = {
+    "classification": "balanced_accuracy",
+    "qa": "accuracy",
+    "multilabel": "mean_average_precision",
+    "regression": "r2",
+    "retrieval": "r10",
+}
+
+
+def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, float]:
+    """outputs [B, C] for samples whose labels are `values`.  A label that the model has no output for counts as wrong.
+
+    classification, qa: accuracy, balanced_accuracy, macro_f1.  multilabel: mean_average_precision and macro over
+    the labels that a sample has, micro_f1 at probability 0.5.  regression, in the label's unit: mae, rmse, r2.
+    """
+    if labels.task == "multilabel":
+        return _multilabel(labels.encode(values).numpy(), outputs.sigmoid().numpy())
+    if labels.task == "regression":
+        found = outputs[:, 0].double().numpy() * labels.deviation + labels.mean
+        truth = np.asarray(values, np.float64)
+        return {
+            "mae": float(metrics.mean_absolute_error(truth, found)),
+            "rmse": float(metrics.root_mean_squared_error(truth, found)),
+            "r2": float(metrics.r2_score(truth, found)),
+        }
+    truth = np.asarray(values)
+    found = np.asarray(labels.classes)[outputs.argmax(dim=1).numpy()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # as it should be able to
+        return {
+            "accuracy": float(metrics.accuracy_score(truth, found)),
+            "balanced_accuracy": float(metrics.balanced_accuracy_score(truth, found)),
+            "macro_f1": float(metrics.f1_score(truth, found, average="macro", zero_division=0)),
+        }
+
+
+def _multilabel(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    present = truth.any(axis=0)  # no order of samples is right or wrong about a label that none of them has
+    precision = metrics.average_precision_score(truth[:, present], found[:, present]) if present.any() else 0.0
+    return {
+        "mean_average_precision": float(precision),
+        "micro_f1": float(metrics.f1_score(truth, found >= 0.5, average="micro", zero_division=0)),
+    }
+
+
+def score_retrieval(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[str, float]:
+    """Recall at 1, 5 and 10, the mean over every ordered pair of modalities and language that can be asked.
+
+    Raises ValueError if no pair can be: no two samples' modalities share a label.
+    """
+    outcomes = evaluate.ranks(points, items, evaluate.all_pairs(points))
+    if not outcomes:
+        raise ValueError("finetune: no label has samples of two modalities, nothing to retrieve")
+    rates = [retrieval.recall(outcome.before_hit) for outcome in outcomes.values()]
+    return {key: float(np.mean([rate[key] for rate in rates])) for key in rates[0]}
