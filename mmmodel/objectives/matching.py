@@ -141,4 +141,4 @@ def _scores(views: Views) -> np.ndarray | None:
     if views.points is None:
         return None
     points = views.points.detach().float()
-    return (points @ points.t() * views.scale.detach()).cpu().numpy()
+    return (points @ points.t() * views.scale.detach()).float().cpu().numpy()  # bf16 under autocast
