@@ -59,10 +59,11 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Missing:
-    """An implementation that cannot run here, and why."""
+    """An implementation that cannot run here, and why; directions as of an implementation."""
 
     name: str
     reason: str
+    directions: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,20 @@ def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.de
     """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing."""
     implementations = list(problem.implementations())
     for direction in problem.directions:
-        calls = {}
+        calls, timed = {}, {}
         for implementation in implementations:
             call = None
+            if direction not in (implementation.directions or problem.directions):
+                continue
             if isinstance(implementation, Missing):
                 reason = implementation.reason
-            elif direction not in implementation.directions:
-                continue
             else:
                 call, reason = checked_call(problem, implementation, direction)
             if reason is not None:
                 yield _identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
-                calls[implementation.name] = call
+                calls[implementation.name], timed[implementation.name] = call, implementation
         samples = time_calls(calls, seconds, device)
-        timed = {i.name: i for i in implementations if i.name in calls}
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
             yield _row(problem, direction, name, samples, limits, works, implementation.extra)
@@ -130,8 +130,13 @@ def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: floa
     return None
 
 
-def time_calls(calls: dict[str, Callable], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each call, sampled in turns; the order rotates, so that nobody always follows the same one."""
+def time_calls(
+    calls: dict[str, Callable], seconds: float, device: torch.device, *, warm: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, sampled in turns; the order rotates, so that nobody always follows the same one.
+
+    warm: who needs no warm-up, nor to be repeated within a sample.
+    """
     if not calls:
         return {}
     sample = _sample_cuda(device) if device.type == "cuda" else _sample_cpu()
