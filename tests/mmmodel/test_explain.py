@@ -1,0 +1,96 @@
+"""The command from run to page: what it writes, for any subset of modalities, and what it refuses."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from builders import learner, samples
+from PIL import Image
+
+from mmmodel import cli, configs, explain, train
+from mmmodel.data.loader import ShardDataset
+from mmmodel.explaining import page
+from mmmodel.explaining.sample import Sample
+from mmmodel.pretraining import Corpus
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explained")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=1), folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, what they refer to, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.words = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words += data
+
+
+@pytest.mark.parametrize("members", [("png", "txt", "flac"), ("png", "txt"), ("txt",), ("flac",)], ids="-".join)
+def test_writes_a_page_with_everything_inside(run, shards, tmp_path, members):
+    """For samples with all modalities, two, or one; the synthetic set has them all."""
+    entry = next(e for e in ShardDataset(shards).entries if set(e.members) == {*members, "json"})
+    cli.main(["explain", "--from", str(run), "--key", entry.key, "--out", str(tmp_path)])
+    read = Page((tmp_path / "index.html").read_text())
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert read.tags.count("img") == len(drawn)
+    assert all(link.startswith("data:image/png;base64,") for link in read.links)  # self-contained
+    assert "script" not in read.tags
+    assert entry.key in read.words
+    for path in drawn:  # drawn, and not over the whole width of a phone
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert pixels.std() > 5
+        assert pixels.shape[1] == round(3.6 * 220)
+    summary = json.loads((tmp_path / "explanation.json").read_text())
+    assert sum(summary["token_shares"].values()) == pytest.approx(1)
+    for rows in summary["mass"].values():
+        np.testing.assert_allclose(np.sum([rows[name] for name in rows], axis=0), 1, atol=1e-5)
+    assert ("hidden-words.png" in {p.name for p in drawn}) == ("txt" in members)
+    assert ("ranks.png" in {p.name for p in drawn}) == (len(members) > 1)
+
+
+def test_without_a_key_the_first_complete_sample_of_the_split(run, shards, tmp_path):
+    found = explain.explain(run, tmp_path, split="validation")
+    assert found.sample.item.split == "validation"
+    assert found.sample.modalities == ("text", "image", "audio")
+    assert found.sample.caption
+    assert all(search.choices > 1 for search in found.searches)
+
+
+def test_an_unknown_key_is_one_line_with_suggestions(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"has no sample 'synthetic-000000'; near it are synthetic-0\d+"):
+        cli.main(["explain", "--from", str(run), "--key", "synthetic-000000", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no such file; a finished `mmmodel pretrain` writes"):
+        cli.main(["explain", "--from", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+def test_influence_is_relative_to_the_average_part():
+    _, learned = learner()
+    items, features = samples()
+    found = explain.look(learned, Sample(items[0], features), Corpus(items, features))
+    assert set(found.influence) == {"text", "image", "audio"}
+    for per_reader in found.influence.values():
+        for values in per_reader.values():
+            assert values.mean() == pytest.approx(1)
+            assert (values >= 0).all()
+
+
+def test_the_data_cannot_write_into_the_page():
+    """A caption is text, whatever it holds."""
+    text = page.render("<b>k", [("caption", "<script>alert(1)</script>")], [page.Section("a & b", "<i>")], "\"'<")
+    assert not re.search(r"<script|<b>|<i>", text)
+    assert "&lt;script&gt;" in text
