@@ -24,6 +24,12 @@ def learner(seed=0, **fields):
     return config, Pretraining(config, train_tokenizer([" ".join(WORDS)], 280))
 
 
+def objective_learner(*assignments, seed=0):
+    """The learner of `tiny` with fields set from "objectives.masked_image.weight=1" and the like."""
+    config = configs.override(dataclasses.replace(configs.tiny(), seed=seed), assignments)
+    return config, Pretraining(config, train_tokenizer([" ".join(WORDS)], 280))
+
+
 def samples(seed=0, present=PRESENT):
     """Items and their features; concepts repeat, so that some have several positives."""
     rng = np.random.default_rng(seed)

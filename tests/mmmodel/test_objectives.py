@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import batch_of, learner, samples
+from builders import batch_of, learner, objective_learner, samples
 
 from mmmodel.objectives.contrastive import multi_positive
 from mmmodel.objectives.masked_text import mask_text
@@ -78,7 +78,9 @@ def test_masking_hides_the_right_share_and_never_the_first():
     firsts = np.cumsum([0, *lengths[:-1]])
     counts, kinds = [], np.zeros(3)
     for _ in range(200):
-        masked, hidden = mask_text(ids, lengths, rng, probability=0.3, mask_id=3, vocab_size=300)
+        masked, hidden = mask_text(
+            ids, lengths, rng, probability=0.3, span=1, mask_id=3, special=np.arange(4), vocab_size=300
+        )
         assert not np.isin(firsts, hidden).any()
         assert len(np.unique(hidden)) == len(hidden)
         untouched = np.setdiff1d(np.arange(len(ids)), hidden)
@@ -95,15 +97,16 @@ def test_masked_text_reads_the_hidden_rows_of_the_packed_sequence():
     _, learned = learner()
     items, features = samples()
     batch = batch_of(learned, items, features)
-    objective = learned.objectives["masked_text"]
-    inputs = objective.prepare(batch, np.random.default_rng(1))
-    layout = inputs.layout
-    assert (layout.modality_ids[inputs.rows] == 0).all()
-    stream_rows = layout.source_rows[inputs.rows].long()
-    assert torch.equal(batch.inputs["text"][0][stream_rows], inputs.targets)
-    unchanged = torch.ones(len(inputs.ids), dtype=torch.bool)
+    masked = learned.prepare(batch, np.random.default_rng(1)).masked
+    layout, rows, targets = masked.layout, masked.packed_rows["text"], masked.targets["text"]
+    assert (layout.modality_ids[rows] == 0).all()
+    stream_rows = layout.source_rows[rows].long()
+    assert torch.equal(stream_rows, masked.stream_rows["text"])
+    assert torch.equal(batch.inputs["text"][0][stream_rows], targets)
+    ids = masked.inputs["text"][0]
+    unchanged = torch.ones(len(ids), dtype=torch.bool)
     unchanged[stream_rows] = False
-    assert torch.equal(inputs.ids[unchanged], batch.inputs["text"][0][: len(inputs.ids)][unchanged])
+    assert torch.equal(ids[unchanged], batch.inputs["text"][0][: len(ids)][unchanged])
 
 
 def test_masked_text_loss_against_plain_cross_entropy():
@@ -121,14 +124,12 @@ def test_masked_text_loss_against_plain_cross_entropy():
 
 
 def test_a_share_of_the_batch_is_a_prefix():
-    _, learned = learner()
+    _, learned = objective_learner("objectives.masked_share=0.5")
     items, features = samples()
     batch = batch_of(learned, items, features)
-    objective = learned.objectives["masked_text"]
-    objective.share = 0.5
-    inputs = objective.prepare(batch, np.random.default_rng(0))
-    assert inputs.layout.num_samples == 3
-    loss, _ = objective(learned.model, learned.model.streams(batch), batch, inputs)
+    prepared = learned.prepare(batch, np.random.default_rng(0))
+    assert prepared.masked.layout.num_samples == 3
+    loss, _ = learned(batch, prepared)
     assert torch.isfinite(loss)
 
 
