@@ -2,9 +2,11 @@
 
 python -m benchmarks all|attention|modality_embed|packing|planner|data|train_step [--device cpu|cuda]
                      [--shapes quick|full] [--budget-seconds N] [--json PATH]
+python -m benchmarks report FILE ... --out DIR [--docs]
+python -m benchmarks compare BASELINE NEW
 python -m benchmarks attention --host
 python -m benchmarks tune attention [--out PATH] [--dry-run]
-python -m benchmarks gpu --out DIR [--stage NAME ...] [--dry-run]
+python -m benchmarks gpu --out DIR [--stage NAME ...] [--budget-seconds N] [--dry-run]
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import run
+from benchmarks import compare, run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,18 +30,26 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks import tune
 
         return tune.run(options.out, options.budget_seconds, options.head_dim, dry_run=options.dry_run)
+    if options.command == "report":
+        from benchmarks.report import command
+
+        return command.run(options.files, options.out, docs=options.docs)
+    if options.command == "compare":
+        return compare.run(options.baseline, options.new, options.threshold)
+    return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda, but torch sees no GPU (a CPU build, or no driver)", file=sys.stderr)
         return 2
+    save = (lambda document: run.write(document, options.json)) if options.json else (lambda document: None)
     if options.command == "attention" and options.host:
         from benchmarks import attention_host
 
-        document = attention_host.run(device, seed=options.seed)
-        if options.json:
-            run.write(document, options.json)
+        save(attention_host.run(device, seed=options.seed))
         return 0
-    save = (lambda document: run.write(document, options.json)) if options.json else (lambda document: None)
     choice = {"shapes": options.shapes, "seconds": options.budget_seconds, "seed": options.seed}
     try:
         if options.command == "all":
@@ -62,12 +72,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu" if on_host else default)
         command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
         command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
-        command.add_argument(
-            "--budget-seconds", type=float, help="about how long to take; each has its default, all together 240 quick"
-        )
+        command.add_argument("--budget-seconds", type=float, help=f"about how long to take; default {_budgets(op)}")
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
         if op == "attention":
             command.add_argument("--host", action="store_true", help="host time of one call, by part, and nothing else")
+    report = commands.add_parser("report", help="result files to Markdown, plots and one HTML page")
+    report.add_argument("files", type=Path, nargs="+", help="JSON of runs, or of the stages of gpu")
+    report.add_argument("--out", type=Path, required=True, help="folder for report.md, report.html and the plots")
+    report.add_argument("--docs", action="store_true", help="rewrite the generated parts of README and evidence too")
+    compared = commands.add_parser("compare", help="which rows of ours got slower, by ratio to what ran beside them")
+    compared.add_argument("baseline", type=Path, help="JSON of an earlier run, or of pytest benchmarks")
+    compared.add_argument("new", type=Path, help="of the same kind")
+    compared.add_argument(
+        "--threshold", type=float, default=compare.THRESHOLD, help=f"tolerated share; default {compare.THRESHOLD}"
+    )
     tune = commands.add_parser("tune", help="times kernel configurations on this GPU and rewrites the tuning table")
     tune.add_argument("op", choices=["attention"])
     tune.add_argument("--out", type=Path, help="file to write; default: the table that the package reads")
@@ -80,6 +98,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     gpu.add_argument("--budget-seconds", type=float, default=540, help="for all stages together; default 540")
     gpu.add_argument("--dry-run", action="store_true", help="each stage on CPU stand-ins, tiny: shows that it runs")
     return parser.parse_args(argv)
+
+
+def _budgets(op: str) -> str:
+    if op == "all":
+        return f"{run.ALL_SECONDS['quick']} for quick and {run.ALL_SECONDS['full']} for full, shared by all"
+    return "by operator and shapes"
 
 
 if __name__ == "__main__":

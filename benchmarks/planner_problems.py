@@ -43,7 +43,8 @@ class _Problem:
 
 
 def _with_facts(implementation: Implementation, facts: Callable[[Any], dict]) -> Implementation:
-    return dataclasses.replace(implementation, extra=facts(implementation.packed(implementation.forward())))
+    found = facts(implementation.packed(implementation.forward()))
+    return dataclasses.replace(implementation, extra=implementation.extra | found)
 
 
 @dataclass

@@ -40,7 +40,7 @@ def run(
 
     Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.
     """
-    budget = _budget(_module(op), shapes) if seconds is None else seconds
+    budget = _budget(load(op), shapes) if seconds is None else seconds
     measured: dict = {}
     rows = _rows(op, device, shapes, time.perf_counter() + budget, seed, measured, problems, on_rows)
     return _document(device, seed, measured, rows, {"shapes": shapes, "budget_seconds": budget})
@@ -85,6 +85,11 @@ def run_all(
     return document
 
 
+def load(op: str) -> ModuleType:
+    """The module with the operator's problems.  Raises ImportError where a package that it needs is not installed."""
+    return importlib.import_module(f"benchmarks.{op}")
+
+
 def write(document: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -92,7 +97,7 @@ def write(document: dict, path: Path) -> None:
 
 def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> list[dict]:
     """Rows of one operator; adds the limits it needs to `measured`, unless an earlier operator did."""
-    module = _module(op)
+    module = load(op)
     todo = deque(problems if problems is not None else module.problems(shapes, device, seed))
     dtypes = sorted({p.dtype for p in todo} & set(module.DTYPES_USED[device.type]))
     new_limits = limits.measure(device, dtypes, known=measured)
@@ -123,17 +128,13 @@ def _document(device: torch.device, seed: int, measured: dict, rows: list[dict],
     return document
 
 
-def _module(op: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.{op}")
-
-
 def _budget(module: ModuleType, shapes: str) -> float:
     return getattr(module, "SECONDS", SECONDS)[shapes]
 
 
 def _weight(op: str, shapes: str) -> float:
     try:
-        return _budget(_module(op), shapes)
+        return _budget(load(op), shapes)
     except ImportError:
         return 0.01  # it will be skipped at once
 

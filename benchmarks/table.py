@@ -72,6 +72,7 @@ def print_limits(limits: dict) -> None:
 def _cells(row: dict) -> list[str]:
     extra = dict(row.get("extra", {}))
     name = row["impl"] + (" (auto)" if extra.pop("auto", False) else "")  # what impl="auto" takes
+    name += " (yardstick)" if extra.pop("yardstick", False) else ""
     percent = row["percent_of_limit"]
     return [
         row["direction"],

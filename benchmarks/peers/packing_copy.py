@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Implementation
+from benchmarks.harness import YARDSTICK, Implementation
 
 NAME = "copy_"
 
@@ -20,4 +20,4 @@ def build(problem) -> Iterator[Implementation]:
         return
     source = problem.packed.detach().clone()
     target = torch.zeros_like(source)
-    yield Implementation(NAME, lambda: target.copy_(source), directions=("fwd",))
+    yield Implementation(NAME, lambda: target.copy_(source), directions=("fwd",), extra=YARDSTICK)

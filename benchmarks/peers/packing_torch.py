@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Implementation
+from benchmarks.harness import Implementation, Missing
 from benchmarks.peers import row_index
 
 NAME = "torch"
+LARGEST_SLICED = 8 << 30  # bytes that the gradients of all slices may take together
 
 
 def missing(problem) -> str | None:
     return None
 
 
-def build(problem) -> Iterator[Implementation]:
+def build(problem) -> Iterator[Implementation | Missing]:
     """torch.cat of views and index_select for pack; index_select, or segment_reduce, for the others."""
     layout, packed = problem.layout, problem.packed
     places, grad_output = problem.leaves, problem.grad_output
@@ -34,7 +35,7 @@ def build(problem) -> Iterator[Implementation]:
         )
 
 
-def _pack(problem) -> Iterator[Implementation]:
+def _pack(problem) -> Iterator[Implementation | Missing]:
     """Joint: the streams lie in one tensor before the clock starts, which spares a peer the concatenation."""
     views = row_index.segment_views(problem.streams, problem.layout)
     rows = row_index.joint_rows(problem.layout)
@@ -45,7 +46,11 @@ def _pack(problem) -> Iterator[Implementation]:
         yield Implementation("joint index_select(out=)", lambda: torch.index_select(joint, 0, rows, out=out))
         return
     places, grad_output = problem.leaves, problem.grad_output
-    yield Implementation("torch.cat", lambda: torch.cat(views()), places, grad_output)
+    slow = problem.layout.num_segments * joint.nbytes > LARGEST_SLICED
+    directions = ("fwd",) if slow else ("fwd", "bwd")
+    yield Implementation("torch.cat", lambda: torch.cat(views()), places, grad_output, directions=directions)
+    if slow:
+        yield Missing("torch.cat", "backward makes a whole gradient for each slice: a minute for one call", ("bwd",))
     yield Implementation(
         "cat+index_select", lambda: torch.cat(problem.streams).index_select(0, rows), places, grad_output
     )

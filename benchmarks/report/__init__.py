@@ -1,0 +1,1 @@
+"""Reports: result files to Markdown tables, plots and one HTML page."""

@@ -1,0 +1,34 @@
+"""python -m benchmarks report: report.md, report.html and plots in a folder; the generated parts of README and docs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from benchmarks.report import documents, evidence, page, plots, regions, tables
+
+README = ("README.md", "benchmark summary")
+EVIDENCE = ("docs/evidence.md", "gpu evidence")
+
+
+def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
+    """Returns an exit code: 2 where there is nothing to report on."""
+    found, left_out = documents.load(paths)
+    for line in left_out:
+        print(f"report: left out {line}", file=sys.stderr)
+    if not found:
+        print("report: none of the files is a benchmark document", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.png"):  # of an earlier report: its runs may have had other names
+        old.unlink()
+    images = {document.name: plots.draw(document, out) for document in found}
+    (out / "report.md").write_text(tables.markdown(found, left_out, images))
+    (out / "report.html").write_text(page.html(found, left_out, images, out))
+    print(f"report: {len(found)} runs in {out / 'report.md'} and {out / 'report.html'}")
+    if docs:
+        regions.replace(root / README[0], README[1], tables.summary(found))
+        regions.replace(root / EVIDENCE[0], EVIDENCE[1], evidence.render(paths))
+        print(f"report: rewrote the generated parts of {README[0]} and {EVIDENCE[0]}")
+    return 0

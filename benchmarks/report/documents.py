@@ -1,0 +1,127 @@
+"""Reads result files: documents of `benchmarks OP --json`, and the stages of `benchmarks gpu` that hold one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import schema
+from benchmarks.harness import PREFIX
+
+
+@dataclass(frozen=True)
+class Document:
+    """One run.  name: of its file, without the suffix."""
+
+    name: str
+    environment: dict
+    limits: dict
+    rows: list[dict]
+
+    @property
+    def on_gpu(self) -> bool:
+        return "gpu" in self.environment
+
+    @property
+    def grade(self) -> str:
+        return "grade 3, run on a GPU" if self.on_gpu else "grade 1, run on a CPU"
+
+    @property
+    def hardware(self) -> str:
+        facts = self.environment
+        if self.on_gpu:
+            return f"{facts['gpu']['name']}, driver {facts['gpu'].get('driver_version', 'unknown')}"
+        capability = f", {facts['cpu_capability']}" if "cpu_capability" in facts else ""
+        return f"{facts['cpu']}{capability}, {facts['threads']} of {facts['cores']} cores"
+
+    @property
+    def versions(self) -> str:
+        facts = self.environment
+        return f"torch {facts['torch']}, Triton {facts['triton']}, Python {facts['python']}"
+
+    @property
+    def commit(self) -> str:
+        return self.environment["commit"]
+
+    def timed(self, op: str) -> list[dict]:
+        return [row for row in self.rows if row["op"] == op and "skipped" not in row]
+
+    def ops(self) -> list[str]:
+        """Those with a figure, in the order of the rows."""
+        return list(dict.fromkeys(row["op"] for row in self.rows if "skipped" not in row))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of one operator in one direction: our row (what `auto` takes), and the peers' rows, fastest first.
+
+    A yardstick (a plain copy, a sort) is no peer: it does not solve the problem.
+    """
+
+    op: str
+    case: str
+    dtype: str
+    direction: str
+    ours: dict | None
+    others: list[dict]  # our other implementations
+    peers: list[dict]
+    yardsticks: list[dict]
+
+    @property
+    def best(self) -> dict | None:
+        return self.peers[0] if self.peers else None
+
+    def ratio(self, peer: dict) -> float:
+        """How many times as fast as the peer ours is; by rate, as their calls need not hold equal work."""
+        return self.ours["rate"] / peer["rate"]
+
+
+def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
+    """(documents, newest first; a line for each file that was left out, with the reason)."""
+    documents, left_out = [], []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            left_out.append(f"{path.name}: {error}")
+            continue
+        reason = _refusal(content)
+        if reason:
+            left_out.append(f"{path.name}: {reason}")
+            continue
+        content = content.get("result", content)
+        documents.append(Document(path.stem, content["environment"], content["limits"], content["rows"]))
+    return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
+
+
+def cases(rows: list[dict]) -> list[Case]:
+    """In the order of the rows; directions of one case together.  rows: timed ones."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["case"], row["dtype"], row["direction"]), []).append(row)
+    found = []
+    for key, members in groups.items():
+        own = [row for row in members if row["impl"].startswith(PREFIX)]
+        own.sort(key=lambda row: not row.get("extra", {}).get("auto", False))  # stable: the first is the fastest meant
+        rest = [row for row in members if not row["impl"].startswith(PREFIX)]
+        rest.sort(key=lambda row: -row["rate"])
+        is_yardstick = lambda row: row.get("extra", {}).get("yardstick", False)  # noqa: E731
+        peers = [row for row in rest if not is_yardstick(row)]
+        found.append(Case(*key, own[0] if own else None, own[1:], peers, [row for row in rest if is_yardstick(row)]))
+    order = {name: i for i, name in enumerate(dict.fromkeys((c.op, c.case, c.dtype) for c in found))}
+    return sorted(found, key=lambda c: (order[c.op, c.case, c.dtype], schema.DIRECTIONS.index(c.direction)))
+
+
+def _refusal(content) -> str | None:
+    if isinstance(content, dict) and "stage" in content:
+        if content.get("dry_run"):
+            return "a dry run, none of whose figures counts"
+        if not content.get("ok"):
+            return f"stage {content['stage']} is not ok"
+        content = content.get("result", {})
+    if not isinstance(content, dict) or "rows" not in content:
+        return "no benchmark document: it has no rows"
+    wrong = schema.errors(content)
+    return f"malformed: {wrong[0]}" if wrong else None

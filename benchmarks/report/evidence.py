@@ -1,0 +1,83 @@
+"""The GPU part of docs/evidence.md, from the stage files of `python -m benchmarks gpu`: figures, and what is not ok."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.report import documents, tables
+
+NONE = "There is no result of a GPU: none of these kernels has been shown to run on one, and no speed is claimed."
+STAGES = (
+    "probe",
+    "correctness",
+    "sanitizer",
+    "attention",
+    "modality_embed",
+    "packing",
+    "tune",
+    "train_step",
+    "attention_host",
+)
+
+
+def render(paths: Iterable[Path]) -> str:
+    """Markdown.  Dry runs are no evidence and are left out."""
+    records = stage_records(paths)
+    if not records:
+        return NONE
+    lines = ["| stage | result | hardware | commit | date |", "|---|---|---|---|---|"]
+    for record in records:
+        facts = record["environment"]
+        gpu = facts.get("gpu", {}).get("name", "no GPU")
+        cells = (record["stage"], outcome(record), gpu, facts["commit"], facts["date"][:10])
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    lines += ["", *_failures(records)]
+    timed, _ = documents.load([path for path in paths if path.stem in STAGES])
+    shown = [document for document in timed if document.on_gpu]
+    if shown:
+        lines += ["", tables.summary(shown)]
+    return "\n".join(lines)
+
+
+def stage_records(paths: Iterable[Path]) -> list[dict]:
+    """In the order of the stages.  Only of runs on a GPU."""
+    found = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("stage") in STAGES and not record.get("dry_run"):
+            found.append(record)
+    return sorted(found, key=lambda record: STAGES.index(record["stage"]))
+
+
+def outcome(record: dict) -> str:
+    """One line: what a stage showed, or why it showed nothing."""
+    if "error" in record:
+        return f"failed: {record['error'].strip().splitlines()[-1]}"
+    result = record["result"]
+    if "skipped" in result:
+        return f"skipped: {result['skipped']}"
+    if "passed" in result:
+        left = f", {len(result['not_run'])} not run for lack of time" if result["not_run"] else ""
+        return f"{result['passed']} checks passed, {result['failed']} failed{left}"
+    if "rows" in result:
+        timed = sum("skipped" not in row for row in result["rows"])
+        wrong = sum(row.get("skipped", "").startswith("wrong") for row in result["rows"])
+        return f"{timed} rows timed, {len(result['rows']) - timed} skipped, of these {wrong} for a wrong result"
+    if "limits" in result:
+        return ", ".join(f"{name} {x['value']:.3g} {x['unit']}" for name, x in result["limits"].items())
+    if "entries" in result:
+        return f"{len(result['entries'])} configurations faster than the default"
+    return "done" if record["ok"] else "not ok"
+
+
+def _failures(records: list[dict]) -> list[str]:
+    lines = []
+    for record in records:
+        failed = [check for check in record.get("result", {}).get("checks", ()) if not check["ok"]]
+        lines += [f"- FAILED {check['name']}: {check['message']}".replace("\n", " ") for check in failed]
+    return lines
