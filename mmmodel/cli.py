@@ -107,9 +107,13 @@ class Pretrain:
         from mmmodel import configs
 
         config = configs.override(configs.preset(self.preset), self.set)
-        from mmmodel import train
+        from torch import distributed
+
+        from mmmodel import complexity, train
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        if not (self.out / "config.json").exists() and not distributed.is_torchelastic_launched():
+            complexity.show(complexity.complexity(config))
         if not train.pretrain(config, self.out):
             print(f"stopped; the same command continues from {self.out}/checkpoints")
             sys.exit(train.STOPPED)
