@@ -125,7 +125,7 @@ def show(report: Complexity, console: Console | None = None) -> None:
     config, shape = report.config, report.shape
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     table.title = (
-        f"A step on {config.batch_size} samples of {shape.text} word pieces, {shape.image[0]} x {shape.image[1]} image "
+        f"{'At most: a' if shape == SampleShape.longest(config.model) else 'A'} step on {config.batch_size} samples of {shape.text} word pieces, {shape.image[0]} x {shape.image[1]} image "
         f"cells, {shape.audio * HOP / SAMPLE_RATE:g} s of sound"
     )
     table.add_column("part", no_wrap=True)
