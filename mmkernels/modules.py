@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.layout import PackedLayout
+from mmkernels.multihead import MultiheadAttention, replace_attention
 from mmkernels.ops.modality_embed.api import NORMS, modality_embed
+
+__all__ = ["ModalityEmbedding", "MultiheadAttention", "replace_attention"]
 
 INIT_STD = 0.02
 

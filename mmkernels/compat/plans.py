@@ -63,7 +63,7 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
     content = (seen[:3], shape, device, by_head, sizes)
     if seen.mask is None:
         return _plans.get(content, lambda: _host_plan(seen, None, lengths, key_lengths, shape, device, by_head))
-    return _of_mask(seen.mask, content, lambda: _masked_plan(seen, lengths, key_lengths, shape, device, by_head))
+    return once(seen.mask, content, lambda: _masked_plan(seen, lengths, key_lengths, shape, device, by_head))
 
 
 def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
@@ -116,7 +116,7 @@ def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         # With what it was made of: the ids above are of living tensors.
         return plan_device_bounds(lo, hi, samples, shape.keys, by_head), given
 
-    return _of_mask(owner, content, build)[0]
+    return once(owner, content, build)[0]
 
 
 def _on_host(name: str, values, batch: int, most: int) -> Tensor | None:
@@ -157,7 +157,7 @@ _plans = _Plans()
 _by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor: (version, {(its view, what else counts): result})
 
 
-def _of_mask(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
+def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
     """build(), once per tensor, version of its data and content.  Views of one tensor share its entry."""
     if tensor.is_inference():  # has no version: read every time
         return build()

@@ -1,0 +1,70 @@
+"""torch.nn.attention.varlen.varlen_attn's face, also on the CPU and with masks.   N samples, Tq, Tk tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mmkernels.compat.packed import attend_packed, seqused_mask
+from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask
+
+NAME = "varlen_attn"
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor | PackedLayout,
+    cu_seq_k: Tensor | PackedLayout | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux=None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    mask: AttentionMask | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T scale) v over each sample's keys, as torch's varlen_attn; query [Tq, H, D], key, value [Tk, G, D].
+
+    The arguments up to num_splits are those of torch 2.11 to 2.13.  window_size (left, right) has the last query at the
+    last key: (-1, 0) is causal.  seqused_k [N]: keys of each sample that count, from its first.  return_aux with
+    lse=True: also the natural logarithm of the softmax denominators, fp32 [H, Tq], -inf where a query sees nothing.
+
+    cu_seq_q, cu_seq_k  int32 [N + 1], or a PackedLayout, which may have modalities; the same object is self-attention
+    mask, dropout_p, deterministic, impl   of mmkernels.attention; the window is the mask's where that has one
+
+    Raises NotImplementedError naming block_table (paged keys), num_splits other than 1, and cu_seq_k=None; ValueError
+    for shapes that do not fit.
+    """
+    if block_table is not None:
+        raise NotImplementedError(f"{NAME}: block_table, paged keys are not taken")
+    if cu_seq_k is None:
+        raise NotImplementedError(f"{NAME}: cu_seq_k is None, which only paged keys allow")
+    if num_splits not in (None, 1):
+        raise NotImplementedError(f"{NAME}: num_splits is {num_splits}, taken are None and 1: keys are never split")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if not enable_gqa and heads != kv_heads:
+        raise ValueError(f"{NAME}: key has {kv_heads} heads, expected query's {heads}, or enable_gqa=True")
+    window = tuple(window_size)
+    if mask is None:
+        mask = AttentionMask(window=window)
+    elif window != (-1, -1):
+        if mask.window != (-1, -1):
+            raise ValueError(f"{NAME}: window_size is {window} and mask has {mask.window}, expected one of them")
+        mask = replace(mask, window=window)
+    if seqused_k is not None:
+        mask = seqused_mask(NAME, mask, cu_seq_q, cu_seq_k, query, key, seqused_k)
+    return attend_packed(
+        NAME, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, mask=mask, scale=scale, dropout_p=dropout_p,
+        deterministic=deterministic, return_lse=return_aux is not None and return_aux.lse, impl=impl,
+    )  # fmt: skip
