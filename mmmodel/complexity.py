@@ -124,9 +124,10 @@ def show(report: Complexity, console: Console | None = None) -> None:
     """Print the report as a table that fits 80 columns, and what it leaves out."""
     config, shape = report.config, report.shape
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
+    bound = "At most: a" if shape == SampleShape.longest(config.model) else "A"
     table.title = (
-        f"{'At most: a' if shape == SampleShape.longest(config.model) else 'A'} step on {config.batch_size} samples of {shape.text} word pieces, {shape.image[0]} x {shape.image[1]} image "
-        f"cells, {shape.audio * HOP / SAMPLE_RATE:g} s of sound"
+        f"{bound} step on {config.batch_size} samples of {shape.text} word pieces, {shape.image[0]} x {shape.image[1]} "
+        f"image cells, {shape.audio * HOP / SAMPLE_RATE:g} s of sound"
     )
     table.add_column("part", no_wrap=True)
     for heading in ("parameters", "forward\nGFLOP", "step\nGFLOP", "kept for\nbackward, MB"):
