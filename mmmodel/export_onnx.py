@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmmodel.configs import ConfigError
 from mmmodel.frontends.audio import AudioFrontEnd
-from mmmodel.frontends.image import CELL, ImageFrontEnd
+from mmmodel.frontends.image import CELL, DEVIATION, MEAN, ImageFrontEnd
 from mmmodel.frontends.text import TextFrontEnd
 from mmmodel.pretraining import Pretraining
 
@@ -119,7 +119,7 @@ def _text(front_end: TextFrontEnd, ids: Tensor) -> tuple[None, list[Tensor]]:
 
 
 def _image(front_end: ImageFrontEnd, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    x = (pixels.to(torch.float32) - 127.5) / 64.0
+    x = (pixels.to(torch.float32) - MEAN) / DEVIATION
     for stage in front_end.stages:
         x = stage(x)
     cells = torch.ones_like(x[0, 0], dtype=torch.int64)  # [rows, cols]; counted, as the exporter knows no div or mod
