@@ -22,11 +22,11 @@ WORDS_SHOWN, WORDS_ON_IMAGE = 24, 6
 def mass(path: Path, reader: str, values: np.ndarray, names: Sequence[str], shares: Sequence[float]) -> None:
     """One map per modality that is read.  values [L, H, modalities]; shares: what looking evenly would give."""
     layers, heads = values.shape[:2]
-    figure = _figure(0.85 + min(3.2, 0.24 * layers + 0.35))
+    figure = _figure(1.0 + min(3.2, 0.24 * layers + 0.35))
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for i, (axis, name) in enumerate(zip(axes, names, strict=True)):
         image = axis.imshow(values[:, :, i], vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(f"at {name}\n({100 * shares[i]:.0f} % of tokens)", fontsize=8)
+        axis.set_title(f"at {name}\n({100 * shares[i]:.0f} %)", fontsize=8)
         axis.set_xlabel("head")
         axis.set_xticks(_some(heads), [str(h + 1) for h in _some(heads)])
         axis.set_yticks(_some(layers), [str(n + 1) for n in _some(layers)] if i == 0 else [])
@@ -35,7 +35,7 @@ def mass(path: Path, reader: str, values: np.ndarray, names: Sequence[str], shar
                 colour = "white" if value < 0.6 else "black"
                 axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
     axes[0].set_ylabel("layer")
-    figure.suptitle(f"Where {reader} tokens look", fontsize=9)
+    figure.suptitle(f"Where {reader} tokens look\n(in brackets: if they looked evenly)", fontsize=8)
     bar = figure.colorbar(image, ax=axes, format=ticker.PercentFormatter(1.0), fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     _save(figure, path)
@@ -43,13 +43,13 @@ def mass(path: Path, reader: str, values: np.ndarray, names: Sequence[str], shar
 
 def on_image(path: Path, pixels: np.ndarray, maps: Mapping[str, np.ndarray], title: str) -> None:
     """The picture, then one heat map over its cells per reader.  pixels uint8 [h, w, 3]; maps [rows, cols], mean 1."""
-    columns = min(3, 1 + len(maps))
+    columns = 2 if len(maps) == 3 else min(3, 1 + len(maps))
     lines = -(-(1 + len(maps)) // columns)
     ratio = float(np.clip(pixels.shape[0] / pixels.shape[1], 0.3, 2.0))
     figure = _figure(0.3 + lines * (WIDTH / columns * 0.78 * ratio + 0.42))
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     axes[0].imshow(pixels)
-    axes[0].set_title("as the model sees it", fontsize=7)
+    axes[0].set_title("the picture", fontsize=7)
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=False):
         axis.imshow(pixels, alpha=0.35, extent=(0, values.shape[1], values.shape[0], 0))
         heat = axis.imshow(values, cmap="inferno", alpha=0.75, extent=(0, values.shape[1], values.shape[0], 0))
@@ -76,7 +76,7 @@ def on_words(path: Path, words: Sequence[str], readers: Mapping[str, np.ndarray]
                   color=COLOURS[i % len(COLOURS)])  # fmt: skip
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(place, [_short(word, 18) for word in shown])
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.set_xlabel("influence (dotted: average word piece = 1)")
     figure.legend(loc="outside upper center", ncols=len(readers), fontsize=7, title="Words read ...", title_fontsize=8)
     _save(figure, path)
