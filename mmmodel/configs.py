@@ -45,6 +45,9 @@ class ModelConfig:
     heads: int = 3  # H
     mlp_width: int = 256
     embed_width: int = 128  # of the space in which modalities are compared
+    norm: str = "pre"  # or post: BERT's order, which a pretrained language model needs
+    norm_eps: float = 1e-5
+    activation: str = "gelu_tanh"  # or gelu
     impl: str = "auto"  # implementation of every operator; see mmkernels.explain()
     text: TextConfig = field(default_factory=TextConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -89,6 +92,10 @@ class PretrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str = "stamps"  # stamps, synthetic, or a folder of shards
+    # Folder of a BERT-like model in Hugging Face format, whose tokenizer and weights the encoder starts from; empty:
+    # none.  `mmmodel pretrain --language-model` sets it, and the shape of the encoder with it.
+    language_model: str = ""
+    load_language_model: bool = True  # False: its shape and tokenizer, but random weights, to compare with
     languages: tuple[str, ...] = ()  # tags of the samples to read; empty: all that the data has
     hold_out_speech: str = ""  # es:0.25 keeps Spanish recordings of a quarter of the training images out; empty: none
     steps: int = 480

@@ -1,4 +1,4 @@
-"""The shared encoder: streams -> packed tokens -> pre-norm blocks.   T tokens, E width, H heads, D = E / H.
+"""The shared encoder: streams -> packed tokens -> blocks.   T tokens, E width, H heads, D = E / H.
 
 Nothing is padded: every operator works on packed [T, E] and a PackedLayout.
 """
@@ -19,6 +19,8 @@ from mmmodel import frontends, recompute
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError, ModelConfig
 
+ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # torch's names of the approximation
+
 
 class Model(nn.Module):
     """Front ends, modality embedding and encoder; heads belong to the objectives."""
@@ -33,11 +35,14 @@ class Model(nn.Module):
             len(config.modalities),
             vocab_size=tokenizer.get_vocab_size(),
             positions=[front_end.positions for front_end in self.front_ends.values()],
+            eps=config.norm_eps,
             impl=config.impl,
         )
-        # The embedding ends in a norm, which the first block reads as its own.
+        if config.norm not in ("pre", "post"):
+            raise ConfigError(f"model: norm is {config.norm!r}, expected pre or post")
+        # The embedding ends in a norm, which the first pre-norm block reads as its own.
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
         self.recompute = recompute.Recompute()  # what backward computes again to save memory; nothing
 
     @property
@@ -63,18 +68,25 @@ class Model(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), both on packed [T, E]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), both on packed [T, E].
+
+    norm "post" is BERT's order, norm(x + attention(x)), then norm(x + mlp(x)), so that its weights can be loaded.
+    """
 
     def __init__(self, config: ModelConfig, *, first: bool) -> None:
         super().__init__()
         width = config.width
         if width % config.heads:
             raise ConfigError(f"model: width is {width}, expected a multiple of heads, {config.heads}")
+        if config.activation not in ACTIVATIONS:
+            raise ConfigError(f"model: activation is {config.activation!r}, expected {' or '.join(ACTIVATIONS)}")
         self.heads, self.impl = config.heads, config.impl
-        self.norm_attention = nn.Identity() if first else nn.LayerNorm(width)
+        self.post, self.approximate = config.norm == "post", ACTIVATIONS[config.activation]
+        identity = first and not self.post
+        self.norm_attention = nn.Identity() if identity else nn.LayerNorm(width, eps=config.norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.norm_mlp = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width, eps=config.norm_eps)
         self.up = nn.Linear(width, config.mlp_width)
         self.down = nn.Linear(config.mlp_width, width)
         # The sum of 2 * layers branches keeps the variance of one.
@@ -94,12 +106,18 @@ class Block(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """q, k and v side by side, [T, 3 E]."""
-        return self.qkv(self.norm_attention(x))
+        return self.qkv(x if self.post else self.norm_attention(x))
 
     def mix(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block, given attention's result [T, E]."""
         x = x + self.out(attended)
-        return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
+        if self.post:
+            x = self.norm_attention(x)
+            return self.norm_mlp(x + self._mlp(x))
+        return x + self._mlp(self.norm_mlp(x))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:

@@ -16,7 +16,7 @@ from mmmodel.configs import PretrainConfig
 from mmmodel.data.held_out import hold_out
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
-from mmmodel.frontends.text import train_tokenizer
+from mmmodel.frontends.text import load_language_model_tokenizer, train_tokenizer
 from mmmodel.model import Model
 from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
 
@@ -61,6 +61,8 @@ class Pretraining(nn.Module):
             total = weight * loss if total is None else total + weight * loss
             metrics[f"{name}/loss"] = loss.detach()
             metrics |= {f"{name}/{figure}": value.detach() for figure, value in figures.items()}
+        if total is None:  # no objective's schedule has this step
+            total = 0 * self.model.token_table.sum()
         return total, metrics
 
 
@@ -106,7 +108,9 @@ def open_data(config: PretrainConfig) -> ShardDataset:
 
 
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
-    """Trained on the training captions alone: the test set's words must stay unseen."""
+    """The language model's, or one trained on the training captions alone: the test set's words must stay unseen."""
+    if config.language_model:
+        return load_language_model_tokenizer(Path(config.language_model) / "tokenizer.json")
     return train_tokenizer(features.read_captions(dataset, "train"), config.model.text.vocab_size)
 
 

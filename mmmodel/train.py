@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, configs, distributed, pretraining
+from mmmodel import checkpoint, configs, distributed, language_model, pretraining
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -75,6 +75,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         progress = checkpoint.load(found[-1], learner, optimizer, progress)
         _log("continuing at step %d of %d", progress["step"], config.steps)
     else:
+        if config.language_model and config.load_language_model:
+            _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
     _log("ready after %.1f s", time.perf_counter() - started)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
@@ -39,6 +40,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def load_language_model_tokenizer(path: str | Path) -> Tokenizer:
+    """A Hugging Face tokenizer.json under our names for special tokens, with those it lacks added at the end.
+
+    What it does around a text (truncate, pad, [CLS] and [SEP]) is taken off: the front end does it.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    for theirs, ours in (("<s>", "[CLS]"), ("</s>", "[SEP]"), ("<mask>", "[MASK]")):  # RoBERTa's
+        text = text.replace(json.dumps(theirs), json.dumps(ours))
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None])
+    return tokenizer
+
+
 def special_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Ids of the tokens that stand for no text, sorted: never hidden, never drawn in place of a hidden one."""
     return np.array(sorted(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special), np.int64)
@@ -54,12 +71,14 @@ class TextFrontEnd(nn.Module):
         self.max_tokens = config.text.max_tokens
         self.tokenizer = tokenizer
         self.cls_id = tokenizer.token_to_id("[CLS]")
+        self.sep_id = tokenizer.token_to_id("[SEP]")  # of a pretrained language model; None in a tokenizer of our own
         self.positions = (self.max_tokens,)
 
     def prepare(self, caption: str) -> np.ndarray:
-        """Ids, int32 [n], [CLS] first, at most max_tokens."""
-        ids = self.tokenizer.encode(caption).ids
-        return np.array([self.cls_id, *ids][: self.max_tokens], np.int32)
+        """Ids, int32 [n], [CLS] first and [SEP], if there is one, last; at most max_tokens."""
+        end = [] if self.sep_id is None else [self.sep_id]
+        ids = [self.cls_id, *self.tokenizer.encode(caption).ids]
+        return np.array([*ids[: self.max_tokens - len(end)], *end], np.int32)
 
     def shape(self, features: np.ndarray) -> int:
         return len(features)
