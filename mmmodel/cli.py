@@ -1,4 +1,4 @@
-"""The command line: `mmmodel data | pretrain | finetune | evaluate | embed | plot | demo`.
+"""The command line: `mmmodel data | pretrain | finetune | evaluate | embed | plot | ablate | demo`.
 
 A command is a frozen dataclass whose fields are its flags and whose `run` does the work. Modules that import torch or
 decoders are imported in `run`, so that --help answers at once.
@@ -102,11 +102,18 @@ class Pretrain:
     """Folder of the run: config, metrics, curves, checkpoints, weights."""
     set: tuple[str, ...] = ()
     """Fields that differ from the preset: --set steps=100 model.width=64 languages=fr,es"""
+    language_model: Path | None = None
+    """Folder of a BERT-like model in Hugging Face format to start the encoder from; its shape replaces the preset's."""
 
     def run(self) -> None:
         from mmmodel import configs
 
-        config = configs.override(configs.preset(self.preset), self.set)
+        config = configs.preset(self.preset)
+        if self.language_model is not None:
+            from mmmodel import language_model
+
+            config = language_model.shaped(config, self.language_model)
+        config = configs.override(config, self.set)
         from torch import distributed
 
         from mmmodel import complexity, train
@@ -313,6 +320,28 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Ablate:
+    """Pretrain and score variants of the demo that differ in one thing each: what is retrieval owed to?"""
+
+    study: Annotated[Literal["objectives", "language-model"], tyro.conf.Positional]
+    """Which variants; mmmodel/ablation.py lists them."""
+    out: Path = Path("runs/ablation")
+    """Folder of the runs and of STUDY.json; finished variants are not run again."""
+    only: tuple[str, ...] = ()
+    """Variants to run now; by default all."""
+    set: tuple[str, ...] = ()
+    """Fields that every variant shares: --set steps=160"""
+    language_model: Path | None = None
+    """Folder of the language model, for the study of that name."""
+
+    def run(self) -> None:
+        from mmmodel import ablation
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        ablation.run(self.study, self.out, only=self.only, shared=self.set, folder=self.language_model)
+
+
+@dataclass(frozen=True)
 class Demo:
     """The main job: prepare the stamps, pretrain, and score on unseen concepts; non-zero exit below the bars."""
 
@@ -339,6 +368,7 @@ Command = (
     | Annotated[Explain, tyro.conf.subcommand("explain")]
     | Annotated[Complexity, tyro.conf.subcommand("complexity")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Ablate, tyro.conf.subcommand("ablate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
 

@@ -96,6 +96,8 @@ def ranks(
     concepts = np.array([item.concept for item in items])
     languages = np.array([item.language for item in items])
     for task, (source, target) in tasks.items():
+        if source not in points or target not in points:  # a modality that the model does not read
+            continue
         for language in dict.fromkeys(languages.tolist()):
             queries = (languages == language) & np.isfinite(points[source][:, 0])
             gallery = (languages == language) & np.isfinite(points[target][:, 0])
