@@ -16,7 +16,8 @@ class Protocol:
 
     label: str = "category"
     language: str = "fr"  # of the captions and recordings beside the pictures, in classification
-    labels_per_class: tuple[int, ...] = (5, 20, 0)  # training samples of each class; 0: all
+    labels_per_class: tuple[int, ...] = (5, 20, 0)  # of a probe: training samples of each class; 0: all
+    finetune_labels: tuple[int, ...] = (20,)  # of a full fine-tuning, likewise
     seeds: int = 5  # of fine-tuning: which labels, which order, and the weights that start at random
     strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)  # a probe's inverse regularisation, tried on validation
     # lr and layer_decay are each arm's own: a baseline with the other's would be a straw man.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ def run(
     """Compute the parts that `out` does not hold yet, and write out/report.json and report.md from all that it holds.
 
     runs: pretrained runs that differ in their seed.  No part is begun after budget_minutes; report["left"] names those
-    that were not.  Raises ConfigError if `out` holds parts of other runs or another protocol, CheckpointError for a run
-    that does not read.
+    that were not.  Several processes may share `out`.  Raises ConfigError if it holds parts of other runs or another
+    protocol, CheckpointError for a run that does not read.
     """
     started = time.monotonic()
     protocol = protocol or Protocol()
@@ -43,7 +45,7 @@ def run(
             subjects[number] = parts.open_subject(opened[number], number)
         return subjects[number]
 
-    left = []
+    left, skipped = [], []
     for name, compute in _plan(len(runs), protocol, subject):
         path = out / "parts" / f"{name}.json"
         if path.exists():
@@ -51,11 +53,16 @@ def run(
         if left or (budget_minutes is not None and time.monotonic() - started > 60 * budget_minutes):
             left.append(name)
             continue
-        begun = time.monotonic()
-        outcome = compute()
-        seconds = round(time.monotonic() - begun, 1)
-        logger.info("%s: %.1f s", name, seconds)
-        _write(path, {"seconds": seconds, "outcome": outcome})
+        with _claimed(path) as mine:
+            if not mine:  # another process is at it
+                skipped.append(name)
+                continue
+            begun = time.monotonic()
+            outcome = compute()
+            seconds = round(time.monotonic() - begun, 1)
+            logger.info("%s: %.1f s", name, seconds)
+            _write(path, {"seconds": seconds, "outcome": outcome})
+    left += [name for name in skipped if not (out / "parts" / f"{name}.json").exists()]
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "parts").glob("*.json"))}
     made = report.make(found, parts.labelled(subject(0), protocol), protocol, opened, left)
     _write(out / "report.json", made)
@@ -73,7 +80,7 @@ def _plan(
         plan.append((f"probe-{number}", lambda n=number: parts.probe(subject(n), protocol)))
     for seed in range(protocol.seeds):
         for number in range(runs):
-            for count in protocol.labels_per_class:
+            for count in protocol.finetune_labels:
                 for arm in ARMS:
                     plan.append(
                         (
@@ -109,6 +116,19 @@ def _claim(out: Path, opened: list, protocol: Protocol) -> None:
             f"evaluate: {out} holds the benchmark of other {' and '.join(differing)}; choose another --out"
         )
     _write(path, about)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether the part is this process's to compute: several may share a folder.  A claim ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.stem}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not path.exists()
 
 
 def _write(path: Path, content: Any) -> None:
