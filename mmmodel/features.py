@@ -1,6 +1,8 @@
-"""Features in memory: what each front end prepared from raw samples, once, kept in the cache folder.
+"""Features of a data set: what each front end prepared from raw samples, once, kept in the cache folder.
 
-The samples of one image in many languages share its features.
+The samples of one image in many languages share its features.  Images and sound are written to their file as they are
+made and read through a memory map: a data set larger than memory is paged in by the batches that ask for it, in any
+order, and the system forgets what it needs room for.
 """
 
 from __future__ import annotations
@@ -8,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file
 
+from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset
 
 logger = logging.getLogger(__name__)
@@ -68,7 +72,7 @@ def read_captions(dataset: ShardDataset, split: str) -> list[str]:
 
 
 def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> tuple[list[Item], Features]:
-    """Every sample of the dataset as features.  Images and audio are read from, or written to, a file in `cache`.
+    """Every sample of the dataset as features.  Images and audio are mapped from files in `cache`, made if missing.
 
     A member that does not decode is logged and its sample goes without that modality.
     """
@@ -76,17 +80,22 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
     arrays, missing = {}, {}
     for name, front_end in front_ends.items():
         table = tables[name]
-        path = cache / "features" / f"{name}-{_fingerprint(dataset, front_end, table)}.safetensors"
-        if name in CACHED and path.exists():
-            stored = load_file(path)
-            arrays[name], missing[name] = (stored["flat"], stored["shapes"]), set(stored["missing"].tolist())
+        if name not in CACHED or not table.sources:
+            missing[name] = set()
+            made = list(_prepare_all(table, front_end, threads, missing[name]))
+            part = Features.of({name: _filled(made)})
+            arrays[name] = (part.flat.get(name), part.shapes.get(name))
             continue
-        made, missing[name] = _prepare_all(table, front_end, threads)
-        part = Features.of({name: made})
-        arrays[name] = (part.flat.get(name), part.shapes.get(name))
-        if name in CACHED and made:
-            lost = np.array(sorted(missing[name]), np.int64)
-            _save(path, {"flat": part.flat[name], "shapes": part.shapes[name], "missing": lost})
+        path = cache / "features" / f"{name}-{_fingerprint(dataset, front_end, table)}.safetensors"
+        if not path.exists():
+            lost: set[int] = set()
+            with ArrayWriter(path) as writer:
+                for feature in _prepare_all(table, front_end, threads, lost):
+                    writer.add(feature)
+                writer.finish({"missing": np.array(sorted(lost), np.int64)})
+        stored = {key: tensor.numpy() for key, tensor in load_file(path).items()}  # a memory map
+        missing[name] = set(stored["missing"].tolist())
+        arrays[name] = (stored["flat"], stored["shapes"])
     features = Features(
         {name: flat for name, (flat, _) in arrays.items() if flat is not None},
         {name: shapes for name, (_, shapes) in arrays.items() if shapes is not None},
@@ -119,8 +128,8 @@ def _group(entry) -> str:
     return entry.meta.get("image", entry.key)
 
 
-def _prepare_all(table: _Table, front_end, threads: int) -> tuple[list[np.ndarray], set[int]]:
-    """Feature arrays in row order, and the rows that did not decode (they hold an empty array of the right rank)."""
+def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:
+    """Features in row order; None for what does not decode, whose row is added to `missing`."""
 
     def one(row: int) -> np.ndarray | BrokenSampleError:
         try:
@@ -131,26 +140,41 @@ def _prepare_all(table: _Table, front_end, threads: int) -> tuple[list[np.ndarra
             key = table.dataset.entries[table.sources[row]].key
             return BrokenSampleError(f"{key}: {table.name}: {type(error).__name__}: {error}")
 
+    rows = range(len(table.sources))
+    in_a_row = 0
     with ThreadPoolExecutor(threads) as pool:  # decoders and transforms release the GIL
-        rows = range(len(table.sources))
-        results = list(
-            track(pool.map(one, rows), total=len(rows), description=f"features: {table.name}", disable=len(rows) < 500)
-        )
-    missing, in_a_row = set(), 0
-    for row, result in enumerate(results):
-        in_a_row = in_a_row + 1 if isinstance(result, BrokenSampleError) else 0
-        if in_a_row:
-            logger.warning("left out: %s", result)
-            missing.add(row)
-        if in_a_row > MAX_BROKEN_IN_A_ROW:
-            raise RuntimeError(
-                f"features: more than {MAX_BROKEN_IN_A_ROW} samples in a row do not decode; the last: {result}"
-            )
-    good = next((result for row, result in enumerate(results) if row not in missing), None)
+        results = _in_order(pool, one, rows, ahead=8 * threads)
+        shown = track(results, total=len(rows), description=f"features: {table.name}", disable=len(rows) < 500)
+        for row, result in enumerate(shown):
+            broken = isinstance(result, BrokenSampleError)
+            in_a_row = in_a_row + 1 if broken else 0
+            if broken:
+                logger.warning("left out: %s", result)
+                missing.add(row)
+            if in_a_row > MAX_BROKEN_IN_A_ROW:
+                raise RuntimeError(
+                    f"features: more than {MAX_BROKEN_IN_A_ROW} samples in a row do not decode; the last: {result}"
+                )
+            yield None if broken else result
+
+
+def _filled(made: list[np.ndarray | None]) -> list[np.ndarray]:
+    """With an empty array of the right rank in place of each None; [] where there is nothing else."""
+    good = next((feature for feature in made if feature is not None), None)
     if good is None:
-        return [], missing
-    empty = np.zeros((0,) * good.ndim, good.dtype)
-    return [empty if row in missing else result for row, result in enumerate(results)], missing
+        return []
+    return [np.zeros((0,) * good.ndim, good.dtype) if feature is None else feature for feature in made]
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable, rows: Iterable[int], *, ahead: int) -> Iterator[Any]:
+    """function(row) for each row, at most `ahead` of them done or under way before they are asked for."""
+    waiting: deque[Future] = deque()
+    for row in rows:
+        waiting.append(pool.submit(function, row))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _items(dataset: ShardDataset, tables: dict[str, _Table], missing: dict[str, set[int]]) -> list[Item]:
@@ -177,11 +201,3 @@ def _fingerprint(dataset: ShardDataset, front_end, table: _Table) -> str:
         "written": max(path.stat().st_mtime_ns for path in dataset.path.glob("*.tar")),
     }
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Atomically: another run may be looking for the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(arrays, partial)
-    partial.replace(path)
