@@ -27,9 +27,8 @@ class PackedModel(Model):
     def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
         x = self.embedding(streams, layout)
         for block in self.blocks:
-            q, k, v = block.qkv(block.norm_attention(x)).view(len(x), 3, block.heads, -1).unbind(1)
-            x = x + block.out(self.attend(q, k, v, layout, mask).flatten(1))
-            x = x + block.down(F.gelu(block.up(block.norm_mlp(x)), approximate="tanh"))
+            q, k, v = block.project(x).view(len(x), 3, block.heads, -1).unbind(1)
+            x = block.mix(x, self.attend(q, k, v, layout, mask).flatten(1))
         return self.norm(x)
 
 

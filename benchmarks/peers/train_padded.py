@@ -157,11 +157,9 @@ def _slots(layout, segments, m, samples, length, tables, rows, start, total, rea
 def padded_block(block: Block, x: Tensor, bias: Tensor) -> Tensor:
     """The block on [B, L, E], attention by SDPA."""
     batch, length, _ = x.shape
-    qkv = block.qkv(block.norm_attention(x)).view(batch, length, 3, block.heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = block.project(x).view(batch, length, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    x = x + block.out(y.transpose(1, 2).flatten(2))
-    return x + block.down(F.gelu(block.up(block.norm_mlp(x)), approximate="tanh"))
+    return block.mix(x, y.transpose(1, 2).flatten(2))
 
 
 class Scatter(torch.autograd.Function):
