@@ -191,7 +191,8 @@ def _rollout_section(found: Explanation, out: Path) -> page.Section:
         maps = {f"by {reader}": per["image"].reshape(grid) for reader, per in found.influence.items() if "image" in per}
         pictures.on_image(path := out / "rollout-image.png", pixels, maps, "Picture read by each modality")
         drawn.append((path, "influence of each image cell on each modality"))
-        words = sorted(found.word_influence, key=lambda word: (-len(word), word))[: pictures.WORDS_ON_IMAGE]
+        words = [word for word in found.word_influence if any(letter.isalnum() for letter in word)]
+        words = sorted(words, key=lambda word: (-len(word), word))[: pictures.WORDS_ON_IMAGE]
         if words:
             maps = {word: found.word_influence[word].reshape(grid) for word in found.word_influence if word in words}
             pictures.on_image(path := out / "rollout-word-cells.png", pixels, maps, "Picture read by the longest words")

@@ -20,10 +20,11 @@ figure { margin: 0; padding: .5rem; background: white; border: 1px solid #ddd; b
          max-width: 100%; }
 figure img { display: block; width: 100%; height: auto; }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-.fact { text-align: left; white-space: normal; }
+table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; overflow-wrap: normal; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid #ddd; }
+td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 5rem; }
+td.fact { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 footer { margin-top: 2rem; font-size: .85rem; color: #555; }
 """
 
