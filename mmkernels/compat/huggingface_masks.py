@@ -1,0 +1,272 @@
+"""Hugging Face's mask functions as intervals, without a dense mask.   B samples, Lq queries, Lk keys.
+
+transformers describes a mask by functions (batch, head, query, key) -> bool, composed by `and_masks` and `or_masks`,
+and a 2-D padding mask beside them.  The functions it composes are known here by name; each lets a query see an interval
+of keys around the query itself, or nothing, so unions and intersections are intervals again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.compat.mask_reading import Bounds
+from mmkernels.compat.padded import PaddedPlan, plan_bounds
+from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask, KeyIntervals
+
+_HOME = "transformers.masking_utils"
+_END = 2**31 - 1  # beyond any key
+_OWN_CODE = (
+    "mmkernels: this model computes with its attention mask, which is intervals here and not a tensor: its code does "
+    "not use transformers' attention interface; set attn_implementation='eager' for it"
+)
+
+
+class UnknownMask(Exception):
+    """A mask function that intervals are not known for."""
+
+
+class PaddedMask:
+    """What stands for the attention mask in a model with attn_implementation="mmkernels": one per forward pass.
+
+    lo, hi    int64 [1 or B, Lq] on the host: the keys that each query sees, before padding is taken away
+    padding   bool [B, Lk], True where a key is real, or None.  On a GPU it is never read
+    offset    of the first query among the keys
+    causal    so queries and keys are the same tokens
+    packable  cu_seq_lens may take the mask's place: nothing but causal, window and sequences one after another
+    """
+
+    ndim = 4  # to transformers, a mask that has been prepared
+
+    def __init__(
+        self, lo: Tensor, hi: Tensor, keys: int, padding: Tensor | None, *, batch: int, offset: int, parts: set[str]
+    ) -> None:
+        self.batch, self.queries, self.keys = batch, lo.shape[1], keys
+        self.shape = (batch, 1, self.queries, keys)
+        self.lo, self.hi, self.offset = lo, hi, offset
+        # [B], [B] and [B, Lk]: the first real key, the end of the last, padding between them (None: none is there).
+        self.first = self.stop = self.hidden = None
+        if padding is not None:
+            self._read(padding)
+        self.causal = "causal_mask_function" in parts
+        self.packable = not self.is_padded and not parts & {"blockwise_overlay", "chunked_overlay"}
+        self._plans: dict[tuple, PaddedPlan] = {}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{_OWN_CODE} ({getattr(function, '__name__', function)} of attention_mask)")
+
+    def __getitem__(self, item):
+        raise NotImplementedError(f"{_OWN_CODE} (part of attention_mask)")
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"{_OWN_CODE} (attention_mask.{name})")
+
+    @property
+    def is_padded(self) -> bool:
+        return self.first is not None
+
+    def plan(self, queries: int, device: torch.device, *, skip: bool, by_head: int) -> PaddedPlan:
+        """The plan for `queries` rows, or as many where the mask has one row for all.
+
+        skip     padding rows of the queries see nothing: they are the keys' padding
+        by_head  0, or the number of heads, each of which is taken for a sample (padded.goes_by_head)
+        """
+        skip = skip and self.is_padded
+        key = (queries, device, skip, by_head)
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = self._build(queries, device, skip, by_head)
+        return found
+
+    def _read(self, padding: Tensor) -> None:
+        if padding.device.type == "cpu" and bool(padding.all()):
+            return
+        place = torch.arange(self.keys, device=padding.device)
+        self.stop = torch.where(padding, place + 1, 0).amax(1)
+        self.first = torch.minimum(torch.where(padding, place, self.keys).amin(1), self.stop)
+        inside = (place >= self.first.unsqueeze(1)) & (place < self.stop.unsqueeze(1))
+        hidden = inside & ~padding
+        if padding.device.type != "cpu" or bool(hidden.any()):
+            self.hidden = hidden
+
+    def _build(self, queries: int, device: torch.device, skip: bool, by_head: int) -> PaddedPlan:
+        samples = self.batch * max(by_head, 1)
+        lo, hi = (t if t.shape[1] == queries else t.expand(-1, queries) for t in (self.lo, self.hi))
+        if not self.is_padded:
+            if lo.shape[0] == 1:
+                rows = np.stack([lo[0].numpy(), hi[0].numpy()])
+                return _same_for_all(samples, queries, self.keys, device, bool(by_head), rows.tobytes())
+            bounds = Bounds(lo.numpy(), hi.numpy())
+            return plan_bounds(bounds, samples, queries, self.keys, device, bool(by_head))
+        home = self.first.device
+        first, stop = self.first.unsqueeze(1), self.stop.unsqueeze(1)
+        lo, hi = (torch.minimum(torch.maximum(t.to(home), first), stop) for t in (lo, hi))
+        if skip:
+            place = torch.arange(queries, device=home) + self.offset
+            before, after = place < first, place >= stop
+            lo, hi = (torch.where(before, first, torch.where(after, stop, t)) for t in (lo, hi))
+        if home.type != "cpu":
+            return plan_on_device(lo, hi, self.hidden, samples, by_head)
+        hidden = None if self.hidden is None else self.hidden.numpy()
+        return plan_bounds(Bounds(lo.numpy(), hi.numpy(), hidden), samples, queries, self.keys, device, bool(by_head))
+
+
+@lru_cache(maxsize=32)
+def _same_for_all(samples: int, queries: int, keys: int, device: torch.device, by_head: bool, rows: bytes):
+    lo, hi = np.frombuffer(rows, np.int64).reshape(2, 1, queries)
+    return plan_bounds(Bounds(lo, hi), samples, queries, keys, device, by_head)
+
+
+def plan_on_device(lo: Tensor, hi: Tensor, hidden: Tensor, samples: int, by_head: int) -> PaddedPlan:
+    """The plan of bounds [B, Lq] and hidden keys [B, Lk] that must not be read: modality 1 is hidden."""
+    (batch, queries), keys, device = lo.shape, hidden.shape[1], lo.device
+    repeats = samples // batch
+    lo, hi = (t.repeat_interleave(repeats, 0).reshape(-1) for t in (lo, hi))
+    k_layout = _device_layout(hidden.repeat_interleave(repeats, 0).to(torch.uint8))
+    visible = ((True, False), (True, False))
+    mask = AttentionMask(intervals=KeyIntervals(lo, hi), visible=visible)
+    if queries == keys:
+        return PaddedPlan(k_layout, None, mask, bool(by_head), None)
+    layout = _device_layout(torch.zeros(samples, queries, dtype=torch.uint8, device=device))
+    return PaddedPlan(layout, k_layout, mask, bool(by_head), None)
+
+
+def _device_layout(modalities: Tensor) -> PackedLayout:
+    samples, length = modalities.shape
+    cu_seqlens = torch.arange(samples + 1, dtype=torch.int32, device=modalities.device) * length
+    return PackedLayout._from_device_bounds(cu_seqlens, modalities.numel(), length, modalities.reshape(-1), 2)
+
+
+def intervals(function: Callable, queries: Tensor) -> tuple[Tensor, Tensor, set[str]]:
+    """lo and hi of the keys that `function` lets queries [1 or B, Lq] see, and the names of what it is made of.
+
+    Raises UnknownMask for a function that is not transformers' own, or bounds that are no intervals.
+    """
+    name, free = _known(function)
+    if name in ("and_masks", "or_masks"):
+        parts = free["mask_functions"]
+        packed = _packed(parts) if name == "and_masks" else None
+        found = packed(queries) if packed else [intervals(part, queries) for part in parts]
+        los, his, names = zip(*found, strict=True)
+        most, least = (torch.minimum, torch.maximum) if name == "or_masks" else (torch.maximum, torch.minimum)
+        return _fold(most, los), _fold(least, his), set().union(*names)
+    leaf = _LEAVES.get(name)
+    if leaf is None:
+        raise UnknownMask(name)
+    lo, hi = leaf(queries, **{k: v for k, v in free.items() if k in leaf.__code__.co_varnames})
+    return lo, hi, {name}
+
+
+def _known(function: Callable) -> tuple[str, dict]:
+    """The name of transformers' function, and what its closure holds."""
+    name = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+    if getattr(function, "__module__", None) != _HOME:
+        raise UnknownMask(f"{getattr(function, '__module__', '?')}.{name}")
+    names = function.__code__.co_freevars
+    return name, dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+
+
+def _fold(function: Callable, tensors) -> Tensor:
+    total = tensors[0]
+    for t in tensors[1:]:
+        total = function(total, t)
+    return total
+
+
+def _packed(parts) -> Callable | None:
+    """transformers' pair for sequences packed in one row: own sequence only, and the rest by positions in it."""
+    if len(parts) != 2:
+        return None
+    (own, _), (remap, inner) = _known(parts[0]), _known(parts[1])
+    if (own, remap) != ("packed_sequence_mask_function", "remap_positions_for_packed_sequence"):
+        return None
+
+    def both(queries: Tensor):
+        lo, hi, names = intervals(parts[0], queries)
+        position = inner["position_ids"].cpu()[:, queries[0]]
+        in_sequence = intervals(inner["mask_function"], position)
+        if in_sequence[2] & {"blockwise_overlay", "packed_sequence_mask_function"}:
+            raise UnknownMask("blocks or packs by position")
+        shift = queries - position  # positions count one by one within a sequence
+        return [(lo, hi, names), (in_sequence[0] + shift, in_sequence[1] + shift, in_sequence[2])]
+
+    return both
+
+
+# Each sees an interval that holds the query itself, or nothing ([q, q)): so the union of any two is an interval.
+
+
+def _causal(q: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(q), q + 1
+
+
+def _everything(q: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(q), torch.full_like(q, _END)
+
+
+def _window(q: Tensor, sliding_window: int) -> tuple[Tensor, Tensor]:
+    _holds_itself(sliding_window > 0)
+    return q - sliding_window + 1, torch.full_like(q, _END)
+
+
+def _window_both_sides(q: Tensor, sliding_window: int) -> tuple[Tensor, Tensor]:
+    _holds_itself(sliding_window >= 0)
+    return q - sliding_window, q + sliding_window + 1
+
+
+def _chunks(q: Tensor, chunk_size: int, left_padding: Tensor) -> tuple[Tensor, Tensor]:
+    left = left_padding.cpu().long().unsqueeze(1)
+    lo = (q - left).div(chunk_size, rounding_mode="floor") * chunk_size + left
+    return lo, lo + chunk_size
+
+
+def _sequences(q: Tensor, packed_sequence_mask: Tensor) -> tuple[Tensor, Tensor]:
+    ids = packed_sequence_mask.cpu().long()
+    if bool((ids.diff(dim=1) < 0).any()):
+        raise UnknownMask("sequences that are not one after another")
+    start, stop = _runs(ids)
+    return start[:, q[0]], stop[:, q[0]]
+
+
+def _blocks(q: Tensor, block_sequence_ids: Tensor) -> tuple[Tensor, Tensor]:
+    ids = block_sequence_ids.cpu().long()
+    before = torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1]
+    if bool(((ids >= 0) & (ids != before) & (ids <= before.cummax(1).values)).any()):
+        raise UnknownMask("blocks in several pieces")
+    start, stop = _runs(ids)
+    in_block = (ids >= 0)[:, q[0]]
+    return torch.where(in_block, start[:, q[0]], q), torch.where(in_block, stop[:, q[0]], q)
+
+
+def _holds_itself(holds: bool) -> None:
+    if not holds:
+        raise UnknownMask("a window that leaves its own query out")
+
+
+def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First index and end of the stretch of equal ids that each one is in.  ids [B, L]"""
+    index = torch.arange(ids.shape[1]).expand_as(ids)
+    opens = torch.ones_like(ids, dtype=torch.bool)
+    opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    closes = torch.ones_like(opens)
+    closes[:, :-1] = opens[:, 1:]
+    start = torch.where(opens, index, 0).cummax(1).values
+    stop = torch.where(closes, index + 1, ids.shape[1]).flip(1).cummin(1).values.flip(1)
+    return start, stop
+
+
+_LEAVES = {
+    "causal_mask_function": _causal,
+    "bidirectional_mask_function": _everything,
+    "sliding_window_overlay": _window,
+    "sliding_window_bidirectional_overlay": _window_both_sides,
+    "chunked_overlay": _chunks,
+    "packed_sequence_mask_function": _sequences,
+    "blockwise_overlay": _blocks,
+}

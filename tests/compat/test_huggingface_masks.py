@@ -1,0 +1,226 @@
+"""Hugging Face's masks as intervals, against the dense masks that transformers builds for sdpa, pair by pair.
+
+The functions are put together as transformers puts them together; padding stands right, left, within, everywhere.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import masking_utils as mu  # noqa: E402
+
+from mmkernels.compat import huggingface, huggingface_masks  # noqa: E402
+from mmkernels.compat.huggingface_masks import PaddedMask  # noqa: E402
+from mmkernels.masks import MaskPlan  # noqa: E402
+
+B, L = 4, 12
+IMAGES = torch.full((B, L), -1)
+IMAGES[:, 2:5], IMAGES[:, 5:7], IMAGES[1, 9:] = 0, 1, 2  # two blocks side by side
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]]).expand(B, L)  # sequences of 5, 3, 1 and 3
+
+
+def packed(function):
+    ids = mu.find_packed_sequence_indices(POSITIONS)
+    return mu.packed_sequence_compatibility_function(function, POSITIONS, ids)
+
+
+FUNCTIONS = {
+    "encoder": mu.bidirectional_mask_function,
+    "causal": mu.causal_mask_function,
+    "window": mu.sliding_window_causal_mask_function(4),
+    "window of one": mu.sliding_window_causal_mask_function(1),
+    "window on both sides": mu.sliding_window_bidirectional_mask_function(3),
+    "chunks": mu.chunked_causal_mask_function(5, torch.tensor([0, 0, 4, 0])),
+    "images": mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES)),
+    "images beyond the window": mu.or_masks(mu.sliding_window_causal_mask_function(3), mu.blockwise_overlay(IMAGES)),
+    "images within the window": mu.and_masks(
+        mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES)), mu.sliding_window_overlay(3)
+    ),
+    "packed": packed(mu.causal_mask_function),
+    "packed, window": packed(mu.sliding_window_causal_mask_function(3)),
+    "packed, images": mu.or_masks(packed(mu.causal_mask_function), mu.blockwise_overlay(IMAGES)),
+}
+
+
+def padding(kind: str) -> torch.Tensor | None:
+    mask = torch.ones(B, L, dtype=torch.bool)
+    if kind == "right":
+        mask[1, 7:], mask[2, 1:] = False, False
+    elif kind == "left":
+        mask[1, :3], mask[2, :11] = False, False
+    elif kind == "anywhere":
+        mask[0, 4], mask[1, :2], mask[1, 5:8], mask[2] = False, False, False, False
+    return None if kind == "none" else mask
+
+
+def pairs(mask: PaddedMask, *, skip: bool, queries: int = L) -> torch.Tensor:
+    """bool [B, Lq, Lk] of what the plan lets through."""
+    plan = mask.plan(queries, torch.device("cpu"), skip=skip, by_head=0)
+    return pairs_of(plan, queries, mask.keys)
+
+
+def pairs_of(plan, queries: int, keys: int) -> torch.Tensor:
+    lowered = MaskPlan.lower(plan.layout, plan.mask, plan.k_layout)
+    place = torch.arange(lowered.k_table.shape[1])
+    seen = (place >= lowered.kv_lo.unsqueeze(1)) & (place < lowered.kv_hi.unsqueeze(1))
+    if lowered.has_visible:
+        seen &= (lowered.q_bits.unsqueeze(1) & lowered.k_bits) != 0
+    samples = seen.view(-1, queries, seen.shape[1] // keys, keys)
+    own = torch.arange(samples.shape[0])
+    assert int(seen.sum()) == int(samples[own, :, own].sum())  # nobody sees another sample
+    return samples[own, :, own]
+
+
+@pytest.mark.parametrize("pads", ["none", "right", "left", "anywhere"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_visible_pairs_equal_the_dense_mask(name, pads):
+    function, pad = FUNCTIONS[name], padding(pads)
+    dense = mu.sdpa_mask(B, L, L, 0, 0, function, pad, allow_is_causal_skip=False)[:, 0]
+    mask = huggingface.attention_mask(B, L, L, 0, 0, function, pad, allow_is_bidirectional_skip=True)
+    assert isinstance(mask, PaddedMask)
+    assert torch.equal(pairs(mask, skip=False), dense)
+    seen = pairs(mask, skip=True)
+    real = torch.ones(B, L, dtype=torch.bool) if pad is None else pad
+    assert torch.equal(seen[real], dense[real])
+    first, last = real.int().argmax(1), L - real.flip(1).int().argmax(1)
+    place = torch.arange(L)
+    outside = (place < first.unsqueeze(1)) | (place >= last.unsqueeze(1)) | ~real.any(1, keepdim=True)
+    assert not seen[outside].any()  # rows of padding at the ends cost nothing
+
+
+@pytest.mark.parametrize("pads", ["right", "left", "anywhere"])
+def test_bounds_on_a_device_give_the_same_pairs(pads):
+    """What runs where padding is on a GPU: tensors that are never read, lowered there.  Here they lie on the CPU."""
+    pad = padding(pads)
+    for name in ("encoder", "window", "images beyond the window"):
+        mask = huggingface.attention_mask(B, L, L, 0, 0, FUNCTIONS[name], pad, allow_is_bidirectional_skip=True)
+        lo, hi = (torch.minimum(torch.maximum(t, mask.first[:, None]), mask.stop[:, None]) for t in (mask.lo, mask.hi))
+        place = torch.arange(L)
+        hidden = ~pad & (place >= mask.first[:, None]) & (place < mask.stop[:, None])
+        plan = huggingface_masks.plan_on_device(lo, hi, hidden, B, by_head=0)
+        assert plan.layout.host is None
+        assert torch.equal(pairs_of(plan, L, L), pairs(mask, skip=False)), name
+
+
+def test_queries_that_continue_a_cache():
+    """Five more queries after seven tokens, the first two of which were padding."""
+    pad = torch.ones(B, L, dtype=torch.bool)
+    pad[0, :2] = False
+    for name in ("causal", "window"):
+        dense = mu.sdpa_mask(B, 5, L, 7, 0, FUNCTIONS[name], pad, allow_is_causal_skip=False)[:, 0]
+        mask = huggingface.attention_mask(B, 5, L, torch.tensor(7), 0, FUNCTIONS[name], pad)
+        assert torch.equal(pairs(mask, skip=True, queries=5), dense)
+    # A cache that slid away: keys from 4 on.
+    dense = mu.sdpa_mask(B, 5, 8, 7, 4, FUNCTIONS["window"], pad, allow_is_causal_skip=False)[:, 0]
+    mask = huggingface.attention_mask(B, 5, 8, 7, 4, FUNCTIONS["window"], pad)
+    assert torch.equal(pairs(mask, skip=True, queries=5), dense)
+
+
+def test_unknown_functions_become_dense_masks():
+    """A user's own function is evaluated as for sdpa; what is no interval is refused when attention reads it back."""
+    mask = huggingface.attention_mask(B, L, L, mask_function=lambda b, h, q, kv: kv <= q + 2)
+    assert mask.shape == (B, 1, L, L)
+    q = torch.randn(B, 2, L, 16)
+    out, _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, mask)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q, mask).transpose(1, 2))
+    every_second = huggingface.attention_mask(B, L, L, mask_function=lambda b, h, q, kv: (q + kv) % 2 == 0)
+    with pytest.raises(NotImplementedError, match="attn_mask"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, every_second)
+    pieces = torch.tensor([[0, 0, -1, 0, 0, -1, -1, 1, 1, 1, -1, -1]]).expand(B, L)
+    function = mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(pieces))
+    assert isinstance(huggingface.attention_mask(B, L, L, mask_function=function), torch.Tensor)
+
+
+def test_masks_that_a_model_wants_as_tensors_stay_tensors():
+    """allow_*_skip=False on a plain mask means that the model goes on to compute with it."""
+    for function in (mu.causal_mask_function, mu.bidirectional_mask_function):
+        mask = huggingface.attention_mask(B, L, L, mask_function=function, allow_is_causal_skip=False)
+        assert mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    "argument", ["softcap", "s_aux", "position_bias", "indices", "cache", "head_mask", "output_attentions"]
+)
+def test_what_is_not_computed_is_refused_by_name(argument):
+    q = torch.randn(1, 2, 4, 16)
+    with pytest.raises(NotImplementedError, match=argument):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: torch.ones(1)})
+    huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: None})
+
+
+def test_calls_without_a_mask():
+    q, k = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 9, 16)
+    out, weights = huggingface.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False, scaling=0.3)
+    assert weights is None
+    expected = F.scaled_dot_product_attention(q, k, k, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
+    out, _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, None)  # as for sdpa: causal unless a module says
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2))
+    for name, kwargs in (("is_causal", {"is_causal": True}), ("sliding_window", {"is_causal": False})):
+        with pytest.raises(NotImplementedError, match=name):
+            huggingface.attention_forward(torch.nn.Module(), q, k, k, None, sliding_window=3, **kwargs)
+    with pytest.raises(NotImplementedError, match="value has width 8"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q[..., :8], None, is_causal=False)
+    other = huggingface.attention_mask(2, 5, 5, mask_function=mu.causal_mask_function)
+    with pytest.raises(ValueError, match="attention_mask is for"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, other)
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that run, and the largest tensor that any of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.append(function.overloadpacket.__name__)
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.numel())
+        return out
+
+
+def test_no_dense_mask_and_no_copies():
+    """A decoder's padded batch: with sdpa a tensor of B L L is made, with intervals none; q, k, v stay views."""
+    length = 128
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    huggingface.register()
+    model = transformers.LlamaModel._from_config(config, attn_implementation="mmkernels").eval()
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, 40:] = 0
+    ids = torch.zeros(2, length, dtype=torch.long)
+    largest = {}
+    for name in ("mmkernels", "sdpa"):
+        model.set_attn_implementation(name)
+        with Recorder() as seen, torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        largest[name] = seen.largest
+    assert largest["sdpa"] >= 2 * length * length > largest["mmkernels"]
+
+    q, k, v = (torch.randn(2, length, 2, 16).transpose(1, 2) for _ in range(3))
+    padded = huggingface.attention_mask(
+        2, length, length, mask_function=mu.causal_mask_function, attention_mask=mask > 0
+    )
+    huggingface.attention_forward(torch.nn.Module(), q, k, v, padded)
+    with Recorder() as seen:
+        huggingface.attention_forward(torch.nn.Module(), q, k, v, padded)
+    assert not {"clone", "copy_", "_to_copy", "index_select", "index"} & set(seen.names), seen.names
+
+
+def test_importing_mmkernels_imports_neither_transformers_nor_timm():
+    code = (
+        "import sys, mmkernels, mmkernels.modules, mmkernels.compat.huggingface, mmkernels.compat.timm;"
+        "bad = {'transformers', 'timm', 'torchvision'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,162 @@
+"""What users do with a Hugging Face model: pack sequences, continue a cache, generate, compile, checkpoint, autocast."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from mmkernels.compat import huggingface  # noqa: E402
+
+LENGTHS = (5, 1, 7)
+TINY = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    huggingface.register()
+
+
+def decoder(kind=transformers.LlamaModel, attention="mmkernels", **more):
+    torch.manual_seed(0)
+    config = kind.config_class(num_key_value_heads=1, head_dim=16, pad_token_id=0, **TINY, **more)
+    model = kind._from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 if parameter.ndim == 1 else 8.0)
+    return model
+
+
+def sequences() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(1, 99, (1, n)) for n in LENGTHS]
+
+
+def alone(model) -> torch.Tensor:
+    """Each sequence in a call of its own, by eager attention."""
+    model.set_attn_implementation("eager")
+    found = torch.cat([model(input_ids=ids, use_cache=False).last_hidden_state for ids in sequences()], 1)
+    model.set_attn_implementation("mmkernels")
+    return found.detach()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_equal_each_alone(window):
+    """By position_ids, which begin again; and by cu_seq_lens, which then decide alone."""
+    model = decoder() if window is None else decoder(transformers.MistralModel, sliding_window=window)
+    expected = alone(model)
+    ids = torch.cat(sequences(), 1)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
+    by_positions = model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    torch.testing.assert_close(by_positions, expected, rtol=1e-4, atol=1e-4)
+    bounds = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+    longest = torch.tensor(7)
+    for cu_k in (bounds, bounds.clone()):  # collators give one tensor, or two
+        packed = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=cu_k, max_length_q=longest, max_length_k=7)
+        by_bounds = model(input_ids=ids, position_ids=positions, use_cache=False, **packed).last_hidden_state
+        torch.testing.assert_close(by_bounds, expected, rtol=1e-4, atol=1e-4)
+    padding = torch.ones(1, 13)
+    padding[0, 12] = 0
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q with a padding"):
+        model(input_ids=ids, position_ids=positions, attention_mask=padding, use_cache=False, **packed)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_forward_that_continues_a_cache_equals_one_pass(cache):
+    model = decoder()
+    torch.manual_seed(2)
+    ids, padding = torch.randint(1, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    padding[1, :3] = 0
+    model.set_attn_implementation("eager")
+    whole = model(input_ids=ids, attention_mask=padding, use_cache=False).last_hidden_state
+    model.set_attn_implementation("mmkernels")
+    store = (
+        transformers.DynamicCache() if cache == "dynamic" else transformers.StaticCache(model.config, max_cache_len=16)
+    )
+    model(input_ids=ids[:, :4], attention_mask=padding[:, :4], past_key_values=store)
+    rest = model(input_ids=ids[:, 4:], attention_mask=padding, past_key_values=store).last_hidden_state
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_generation_equals_eager():
+    """Not what it is for (each step plans again), but not wrong."""
+    model = decoder(transformers.LlamaForCausalLM)
+    ids, padding = torch.randint(1, 99, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    padding[0, :2] = 0
+    found = []
+    for name in ("eager", "mmkernels"):
+        model.set_attn_implementation(name)
+        found.append(model.generate(ids, attention_mask=padding, max_new_tokens=6, do_sample=False))
+    assert torch.equal(*found)
+
+
+def batch(length: int) -> dict:
+    torch.manual_seed(3)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, length:] = 0
+    return dict(input_ids=torch.randint(1, 99, (2, 12)), attention_mask=mask, use_cache=False)
+
+
+def test_compiled_model_breaks_its_graph_and_is_not_compiled_again_for_other_lengths():
+    """Masks are read by host code, so fullgraph is not to be had; what is between the breaks is compiled once."""
+    model = decoder(transformers.LlamaModel)
+    compiled = torch.compile(model, backend="eager")
+    for length in (9, 4, 7):
+        inputs = batch(length)
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(
+            compiled(**inputs).last_hidden_state[real], model(**inputs).last_hidden_state[real], rtol=1e-4, atol=1e-5
+        )
+        frames = dict(torch._dynamo.utils.counters["frames"])
+        if length == 9:
+            first = frames
+    assert frames == first
+    torch._dynamo.reset()
+
+
+def test_gradient_checkpointing_and_autocast():
+    model = decoder().train()
+    inputs = batch(7)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(**inputs).last_hidden_state[inputs["attention_mask"].bool()].square().sum().backward()
+        return model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    plain = gradient()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-5)
+    found = []
+    for name in ("sdpa", "mmkernels"):
+        model.set_attn_implementation(name)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found.append(model(**inputs).last_hidden_state[inputs["attention_mask"].bool()].float())
+    assert (found[0] - found[1]).abs().max() < 0.06 * found[0].abs().max()
+
+
+def test_models_with_more_than_masked_softmax_are_refused_by_name():
+    """T5 adds a bias for each pair of positions, Gemma 2 caps its scores, GPT-OSS has sinks."""
+    ids = torch.randint(1, 99, (1, 6))
+    t5 = transformers.T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    gemma2 = transformers.Gemma2Config(num_key_value_heads=1, head_dim=16, **TINY)
+    oss = transformers.GptOssConfig(num_key_value_heads=1, head_dim=16, num_local_experts=2, **TINY)
+    for kind, config, argument in (
+        (transformers.T5EncoderModel, t5, "position_bias"),
+        (transformers.Gemma2Model, gemma2, "softcap"),
+        (transformers.GptOssModel, oss, "s_aux"),
+    ):
+        model = kind._from_config(config, attn_implementation="mmkernels").eval()
+        with pytest.raises(NotImplementedError, match=argument):
+            model(input_ids=ids)
+
+
+def test_dense_masks_of_a_user_are_read_back():
+    model = decoder()
+    ids = torch.randint(1, 99, (2, 6))
+    seen = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+    seen[1, :, :, 0] = False
+    seen[1, :, 0, 0] = True
+    found = []
+    for name in ("sdpa", "mmkernels"):
+        model.set_attn_implementation(name)
+        found.append(model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
