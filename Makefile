@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-extended lint format filemap pictures clean sanitize test-cuda-build
+.PHONY: setup demo test test-extended lint format filemap pictures report clean sanitize test-cuda-build
 
 setup: $(SETUP) $(NATIVE)
 
@@ -90,6 +90,10 @@ filemap: setup
 pictures: setup
 	$(PY) -m docs.mask_pictures
 	$(PY) -m docs.pack_pictures
+
+# The report of the results in benchmarks/results, and the generated parts of README and docs/evidence.md.
+report: setup
+	$(PY) -m benchmarks report $(wildcard benchmarks/results/*.json benchmarks/results/gpu/*.json) --out docs/report --docs
 
 clean:
 	rm -rf build *.egg-info mmkernels/*.so $(NATIVE)

@@ -320,7 +320,7 @@ def check_graph(device: torch.device, dtype: str, width: int, impl: str) -> None
 
     cu_seqlens.copy_(layouts[0][0])
     modality_ids.copy_(layouts[0][1])
-    replay = _captured(lambda: step(cu_seqlens, modality_ids, impl), device)
+    replay = captured(lambda: step(cu_seqlens, modality_ids, impl), device)
     for bounds, modalities in layouts:
         cu_seqlens.copy_(bounds)
         modality_ids.copy_(modalities)
@@ -355,7 +355,7 @@ def sync_is_error(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _captured(step: Callable[[], list[Tensor]], device: torch.device) -> Callable[[], list[Tensor]]:
+def captured(step: Callable[[], list[Tensor]], device: torch.device) -> Callable[[], list[Tensor]]:
     """step as a CUDA graph, replayed at each call; on a CPU step itself."""
     if device.type != "cuda":
         return step

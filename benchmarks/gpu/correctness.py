@@ -5,21 +5,26 @@ Every check raises AssertionError where it fails.  The oracle is the float64 ref
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import itertools
+import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks import modality_embed
-from benchmarks.gpu import attention_checks
-from benchmarks.harness import PREFIX, Implementation
+from benchmarks import modality_embed, packing
+from benchmarks.gpu import attention_checks, parallel
+from benchmarks.harness import PREFIX, Implementation, checked_call
 from benchmarks.peers import modality_embed_eager
 from mmkernels import dispatch, testing
 
 REPEATS = 20
+OPS = ("attention", "modality_embed", "packing")
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,58 @@ class Scope:
 DRY = Scope(("fp32", "bf16"), (32,), (24,), 24, 3)
 
 
-def run(device: torch.device, seconds: float, *, dry_run: bool = False) -> dict:
-    """{"green", "complete", "passed", "failed", "not_run", "checks": [{"name", "ok", "message", "seconds"}]}.
+def run(
+    device: torch.device,
+    seconds: float,
+    *,
+    dry_run: bool = False,
+    passed: Iterable[dict] = (),
+    workers: int | None = None,
+) -> dict:
+    """{"green", "green_ops", "passed", "failed", "not_run", "checks": [{"name", "ok", "message", "seconds"}]}.
 
-    Green means that all passed and none was left out.
+    Green means that all passed and none was left out; green_ops says it by operator.  passed: of an earlier run, which
+    are not run again.  workers: processes that share the work (None: by the machine), since most of the time goes into
+    compiling kernels, one thread each.
     """
-    deadline = time.perf_counter() + seconds
-    checks, not_run = [], []
-    for name, check in all_checks(device, DRY if dry_run else Scope()):
-        if time.perf_counter() > deadline:
-            not_run.append(name)
+    scope = DRY if dry_run else Scope()
+    known = {check["name"]: check for check in passed}
+    names = [name for name, _ in all_checks(device, scope)]
+    wanted = [name for name in names if name not in known]
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 2) // 2) if device.type == "cuda" else 1
+    deadline = time.time() + seconds
+    if workers > 1:
+        checks = parallel.run(functools.partial(run_some, device, scope, deadline), _groups(wanted), workers)
+    else:
+        checks = run_some(device, scope, deadline, wanted)
+    done = known | {check["name"]: check for check in checks}
+    checks = [done[name] for name in names if name in done]
+    not_run = [name for name in names if name not in done]
+    failed = [check["name"] for check in checks if not check["ok"]]
+    right = len(checks) - len(failed)
+    print(f"  {right} passed, {len(failed)} failed, {len(not_run)} not run for lack of time", flush=True)
+    green = {op: not any(name.startswith(op) for name in (*failed, *not_run)) for op in OPS}
+    return {
+        "green": all(green.values()),
+        "green_ops": green,
+        "passed": right,
+        "failed": len(failed),
+        "not_run": not_run,
+        "checks": checks,
+    }
+
+
+def run_some(device: torch.device, scope: Scope, deadline: float, wanted: list[str]) -> list[dict]:
+    """Runs the checks of these names until the deadline (of time.time), or until one breaks the device for the rest."""
+    if parallel.broken(device):
+        return []
+    left, checks = set(wanted), []
+    for name, check in all_checks(device, scope):
+        if name not in left:
             continue
+        if time.time() > deadline:
+            break
         start, message = time.perf_counter(), ""
         try:
             check()
@@ -54,16 +100,14 @@ def run(device: torch.device, seconds: float, *, dry_run: bool = False) -> dict:
             message = f"{type(error).__name__}: {error}"[:500]
             print(f"  FAILED {name}: {message}", flush=True)
         checks.append({"name": name, "ok": not message, "message": message, "seconds": time.perf_counter() - start})
-    failed = sum(1 for c in checks if not c["ok"])
-    print(f"  {len(checks) - failed} passed, {failed} failed, {len(not_run)} not run for lack of time", flush=True)
-    return {
-        "green": bool(checks) and not failed and not not_run,
-        "complete": not not_run,
-        "passed": len(checks) - failed,
-        "failed": failed,
-        "not_run": not_run,
-        "checks": checks,
-    }
+        if parallel.broken(device):
+            break
+    return checks
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    """Checks of one call stand together: they share compiled kernels."""
+    return [list(group) for _, group in itertools.groupby(names, lambda name: name.split(": ")[0])]
 
 
 def all_checks(device: torch.device, scope: Scope) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -71,11 +115,48 @@ def all_checks(device: torch.device, scope: Scope) -> Iterator[tuple[str, Callab
     impl = "triton" if device.type == "cuda" else "auto"
     yield from attention_checks.all_checks(device, scope.dtypes, scope.head_dims, scope.longest, scope.repeats, impl)
     for width, dtype, form in itertools.product(scope.widths, scope.dtypes, ("full", "plain")):
-        problem = modality_embed.build(form, "stamps", 6, width, dtype, device, seed=width)
+        build = functools.cache(functools.partial(_embed, form, width, dtype, device))  # when its turn comes, once
         name = f"modality_embed {dtype} E{width} {form}"
-        yield f"{name}: error rule", lambda p=problem: check_error_rule(p)
-        yield f"{name}: repeats", lambda p=problem: check_repeats(p, scope.repeats)
-        yield f"{name}: no sync", lambda p=problem: check_no_sync(p)
+        yield f"{name}: error rule", lambda b=build: check_error_rule(b())
+        yield f"{name}: repeats", lambda b=build: check_repeats(b(), scope.repeats)
+        yield f"{name}: no sync", lambda b=build: check_no_sync(b())
+        yield f"{name}: graph", lambda b=build: check_graph(b())
+    for function, dtype in itertools.product(packing.FUNCTIONS, scope.dtypes):
+        build = functools.cache(functools.partial(_packing, function, scope.widths[0], dtype, device))
+        yield f"packing {dtype} {function}: error rule", lambda b=build: check_moves(b())
+        yield f"packing {dtype} {function}: no sync", lambda b=build: check_moves_no_sync(b())
+
+
+def _embed(form, width, dtype, device):
+    return modality_embed.build(form, "stamps", 6, width, dtype, device, seed=width)
+
+
+def _packing(function, width, dtype, device):
+    return packing.build(function, "stamps", 6, width, dtype, device, seed=0)
+
+
+def check_moves(problem) -> None:
+    """Values and gradients of each implementation that can run: bit for bit where rows only move."""
+    able = [i for i in problem.implementations() if i.name.startswith(PREFIX) and isinstance(i, Implementation)]
+    assert able, f"no implementation of packing can run on {problem.packed.device}"
+    for implementation in able:
+        for direction in problem.directions:
+            with testing.poisoned_empty():
+                _, wrong = checked_call(problem, implementation, direction)
+            assert wrong is None, f"{implementation.name} {direction}: {wrong}"
+
+
+def check_graph(problem) -> None:
+    """A captured graph of forward and backward gives, replayed, what the same call gives eagerly."""
+    implementation = kernel(problem)
+    eager = [x.clone() for x in _flat(solve(implementation))]
+    replay = attention_checks.captured(lambda: _flat(solve(implementation)), problem.grad_output.device)
+    for index, (a, b) in enumerate(zip(replay(), eager, strict=True)):
+        assert torch.equal(a, b), f"result {index} of a replay differs from the eager call"
+
+
+def _flat(solved: tuple[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
+    return [solved[0], *solved[1]]
 
 
 def check_error_rule(problem) -> None:
@@ -109,6 +190,21 @@ def check_no_sync(problem) -> None:
     fresh = kernel(problem.with_new_layout())
     with attention_checks.sync_is_error(problem.grad_output.device):
         solve(fresh)
+
+
+def check_moves_no_sync(problem) -> None:
+    """The same for packing, whose forward alone is all there is of some functions."""
+    batch, device = problem.batch, problem.packed.device
+    impl = dispatch.resolve("packing", "auto", device=device, dtype=problem.packed.dtype)
+    fresh = replace(batch, layout=copy.copy(batch.layout.host).to(device))
+    forward_only = problem.function in packing.FORWARD_ONLY
+    for call, quiet in ((problem.call(impl), False), (problem.call(impl, fresh), True)):
+        with attention_checks.sync_is_error(device) if quiet else contextlib.nullcontext():
+            if forward_only:
+                with torch.no_grad():
+                    call()
+            else:
+                torch.autograd.grad(call(), problem.leaves, problem.grad_output)
 
 
 def kernel(problem) -> Implementation:

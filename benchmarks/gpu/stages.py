@@ -1,7 +1,8 @@
 """Runs the GPU stages one after another and writes OUT/<stage>.json after each, so that a cut-off run loses nothing.
 
 A stage's file: {"stage", "ok", "dry_run", "seconds", "environment", "result"}, or "error" in place of "result".
-Speed is not measured while correctness is red: the timing stages read OUT/correctness.json first.
+Speed is not measured while correctness is red: the timing stages read OUT/correctness.json first.  A second run into
+the same folder goes on where the first stopped; a stage that is named is run again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment, limits, run
-from benchmarks.gpu import correctness
+from benchmarks.gpu import correctness, dry_problems, profile, subprocesses
 from benchmarks.harness import PREFIX
 from mmkernels import dispatch
 
@@ -49,28 +50,46 @@ def probe(context: Context) -> tuple[bool, dict]:
 
 
 def check(context: Context) -> tuple[bool, dict]:
-    """Every operator's kernels against the float64 reference."""
-    result = correctness.run(context.device, context.seconds, dry_run=context.dry_run)
+    """Every operator's kernels against the float64 reference.  What an earlier run into OUT showed is not repeated."""
+    earlier = _earlier(context, "correctness")
+    passed = [c for c in (earlier or {}).get("result", {}).get("checks", ()) if c["ok"]]
+    result = correctness.run(context.device, context.seconds, dry_run=context.dry_run, passed=passed)
     return result["green"], result
 
 
-def attention(context: Context) -> tuple[bool, dict]:
-    """Attention against its peers."""
-    _require_green(context)
-    problems = None
-    if context.dry_run:
-        from benchmarks import attention as op
+def sanitizer(context: Context) -> tuple[bool, dict]:
+    """Small cases of every kernel under compute-sanitizer; a dry run has the cases without the sanitizer."""
+    return subprocesses.sanitized(context.device, context.seconds, dry_run=context.dry_run)
 
-        # One of each mask that the table on the GPU has: ragged, and uniform as in the published ones.
-        cases = [op.Case("stamps", 3, mask, 2, 2, 32) for mask in ("isolated", "prefix", "bidirectional", "visible")]
-        cases += [op.Case("uniform", 2, mask, 2, 2, 32, length=16) for mask in ("full", "causal")]
-        problems = [op.from_case(case, context.device, SEED) for case in cases]
-    shapes = "quick" if context.dry_run else "full"
-    document = run.run(
-        "attention", context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems
-    )
-    ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX)]
-    return bool(ours) and all("checked" in row for row in ours), document
+
+def attention(context: Context) -> tuple[bool, dict]:
+    return _timed(context, "attention")
+
+
+def modality_embed(context: Context) -> tuple[bool, dict]:
+    return _timed(context, "modality_embed")
+
+
+def packing(context: Context) -> tuple[bool, dict]:
+    return _timed(context, "packing")
+
+
+def tune(context: Context) -> tuple[bool, dict]:
+    """Configurations of the attention kernels; OUT/tuned.json is for mmkernels/ops/attention."""
+    _require_green(context, "attention")
+    return subprocesses.tuned(context.out / "tuned.json", context.seconds, dry_run=context.dry_run)
+
+
+def train_step(context: Context) -> tuple[bool, dict]:
+    """A pretraining step in each layout, and where the time of ours goes."""
+    if "train_step" not in run.OPS:
+        return True, {"skipped": "benchmarks/train_step.py is not there"}
+    for op in ("attention", "modality_embed", "packing"):
+        _require_green(context, op)
+    ok, document = _timed(context, "train_step", green=False)
+    problem = next(iter(dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")))
+    call = next(i.forward for i in problem.implementations() if i.name.startswith(PREFIX))
+    return ok, document | {"profile": {"case": problem.case, "top": profile.hot_spots(call, context.device)}}
 
 
 def attention_host(context: Context) -> tuple[bool, dict]:
@@ -83,15 +102,30 @@ def attention_host(context: Context) -> tuple[bool, dict]:
 STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
     "probe": probe,
     "correctness": check,
+    "sanitizer": sanitizer,
     "attention": attention,
+    "modality_embed": modality_embed,
+    "packing": packing,
+    "tune": tune,
+    "train_step": train_step,
     "attention_host": attention_host,
 }
-# Of the time left: correctness must not starve the stages after it, nor be cut short by them.
-SHARE = {"probe": 0.2, "correctness": 0.7, "attention": 0.95, "attention_host": 1.0}
+# Of the time that is left: no stage may starve those after it.
+SHARE = {
+    "probe": 0.2,
+    "correctness": 0.5,
+    "sanitizer": 0.15,
+    "attention": 0.4,
+    "modality_embed": 0.25,
+    "packing": 0.25,
+    "tune": 0.4,
+    "train_step": 0.85,
+    "attention_host": 1.0,
+}
 
 
 def run_all(out: Path, names: list[str] | None, seconds: float, *, dry_run: bool = False) -> int:
-    """Runs the named stages (default all); returns an exit code: 0 when all are ok."""
+    """Runs the named stages, or those that are not yet ok in OUT; returns an exit code: 0 when all are ok."""
     unknown = set(names or ()) - set(STAGES)
     if unknown:
         print(f"gpu: unknown stage {', '.join(sorted(unknown))}, expected {', '.join(STAGES)}", file=sys.stderr)
@@ -105,7 +139,11 @@ def run_all(out: Path, names: list[str] | None, seconds: float, *, dry_run: bool
     failed = []
     for name in [n for n in STAGES if not names or n in names]:
         left = max(deadline - time.perf_counter(), 1.0)
-        record = _run_stage(name, Context(device, out, left * SHARE[name], dry_run))
+        context = Context(device, out, left * SHARE[name], dry_run)
+        if not names and (_earlier(context, name) or {}).get("ok"):
+            print(f"gpu: {name}: ok in {out} already, for this commit", flush=True)
+            continue
+        record = _run_stage(name, context)
         run.write(record, out / f"{name}.json")
         print(f"gpu: {name}: {'ok' if record['ok'] else 'NOT OK'} in {record['seconds']:.0f} s", flush=True)
         failed += [] if record["ok"] else [name]
@@ -128,12 +166,38 @@ def _run_stage(name: str, context: Context) -> dict:
     return facts | {"seconds": time.perf_counter() - start}
 
 
-def _require_green(context: Context) -> None:
+def _timed(context: Context, op: str, *, green: bool = True) -> tuple[bool, dict]:
+    """An operator against its peers.  Ok where ours was timed and never found wrong."""
+    if green:
+        _require_green(context, op)
+    problems = dry_problems.of(op) if context.dry_run else None
+    shapes = "quick" if context.dry_run else "full"
+    document = run.run(op, context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems)
+    ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX)]
+    wrong = [row for row in ours if row.get("skipped", "").startswith(("wrong", "failed"))]
+    return any("checked" in row for row in ours) and not wrong, document
+
+
+def _problems(context: Context, op: str):
+    return run.load(op).problems("quick", context.device, SEED)
+
+
+def _earlier(context: Context, name: str) -> dict | None:
+    """The stage's record in OUT, where it is of these sources, this kind of run and this device."""
+    path = context.out / f"{name}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    same = record["dry_run"] == context.dry_run and record["environment"]["commit"] == environment.commit()
+    return record if same else None
+
+
+def _require_green(context: Context, op: str) -> None:
     path = context.out / "correctness.json"
     if not path.exists():
         raise Refused(f"no {path.name} in the output folder: run the stage correctness first")
     record = json.loads(path.read_text())
-    if not record["ok"] or record["dry_run"] != context.dry_run:
-        raise Refused("correctness is red (or was a dry run): speed is not measured")
+    if record["dry_run"] != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
+        raise Refused(f"correctness of {op} is red (or was a dry run): speed is not measured")
     if record["environment"]["commit"] != environment.commit():
         raise Refused(f"correctness was shown for commit {record['environment']['commit']}, the sources are another")

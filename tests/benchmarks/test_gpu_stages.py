@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 
 import pytest
 import torch
 
 from benchmarks import attention_host, environment, limits, run, schema
-from benchmarks.gpu import attention_checks, correctness, stages
+from benchmarks.gpu import attention_checks, correctness, parallel, stages
+from benchmarks.report import evidence
 
 CPU = torch.device("cpu")
 
@@ -22,7 +25,7 @@ def _small_limits(monkeypatch):
     monkeypatch.setattr(environment, "commit", lambda: "the same")  # whoever commits meanwhile
 
 
-def test_dry_run_of_every_stage(tmp_path):
+def test_dry_run_of_every_stage(tmp_path, capsys):
     assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in stages.STAGES}
     for name, record in records.items():
@@ -30,27 +33,82 @@ def test_dry_run_of_every_stage(tmp_path):
         assert record["stage"] == name
         assert record["dry_run"]
         assert set(schema.ENVIRONMENT) <= set(record["environment"])
-    assert schema.errors(records["attention"]["result"]) == []
+    for name in ("attention", "modality_embed", "packing"):
+        assert schema.errors(records[name]["result"]) == []
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
     assert kinds == {"error rule", "isolation", "isolation, NaN", "repeats", "no sync", "graph", "memory"}
     for feature in attention_checks.FEATURES:
         assert any(f"D32 {feature}, " in check["name"] for check in checks), feature
+    assert {check["name"].split()[0].rstrip(":") for check in checks} == set(correctness.OPS)
     timed = {row["case"] for row in records["attention"]["result"]["rows"] if "checked" in row}
     assert len(timed) == 6
+    # each kernel once under the sanitizer, and the walk of the tuner in the interpreter
+    small = records["sanitizer"]["result"]["tail"]
+    for name in ("attention bf16 D64 everything,", "attention bf16 D64 everything cross,", "modality_embed", "packing"):
+        assert f"passed {name}" in small, small
+    assert "fwd: " in records["tune"]["result"]["tail"]
+    hot = records["train_step"]["result"]["profile"]["top"]
+    assert hot[0]["ms"] >= hot[-1]["ms"] > 0
+    # dry runs are no evidence; a second run has nothing left to do
+    assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
+    capsys.readouterr()
+    assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
+    assert capsys.readouterr().out.count("already, for this commit") == len(stages.STAGES)
 
 
 def test_no_speed_while_correctness_is_red(tmp_path):
     attention_alone = ["attention"]
     assert stages.run_all(tmp_path, attention_alone, 600, dry_run=True) == 1
     assert "correctness" in json.loads((tmp_path / "attention.json").read_text())["error"]
-    for changes, message in (({"ok": False}, "red"), ({"dry_run": False}, "red"), ({"commit": "0"}, "another")):
-        record = {"ok": True, "dry_run": True, "environment": {"commit": changes.get("commit", environment.commit())}}
-        (tmp_path / "correctness.json").write_text(json.dumps(record | changes))
-        assert stages.run_all(tmp_path, attention_alone, 600, dry_run=True) == 1
-        record = json.loads((tmp_path / "attention.json").read_text())
+    green = {"attention": True, "modality_embed": False}
+    for changes, stage, message in (
+        ({"result": {"green_ops": {"attention": False}}}, "attention", "red"),
+        ({"dry_run": False}, "attention", "red"),
+        ({"error": "it broke", "result": {}}, "attention", "red"),
+        ({"environment": {"commit": "0"}}, "attention", "another"),
+        ({}, "modality_embed", "modality_embed is red"),
+        ({}, "train_step", "modality_embed is red"),
+    ):
+        record = {"ok": True, "dry_run": True, "environment": {"commit": environment.commit()}}
+        (tmp_path / "correctness.json").write_text(json.dumps(record | {"result": {"green_ops": green}} | changes))
+        assert stages.run_all(tmp_path, [stage], 600, dry_run=True) == 1
+        record = json.loads((tmp_path / f"{stage}.json").read_text())
         assert message in record["error"]
         assert "result" not in record
+
+
+def test_correctness_goes_on_where_it_stopped(monkeypatch):
+    """What passed is not run again, what failed is."""
+    run_now = []
+
+    def checks(device, scope):
+        for op in correctness.OPS:
+            yield f"{op} a: x", lambda op=op: run_now.append(op)
+
+    monkeypatch.setattr(correctness, "all_checks", checks)
+    first = correctness.run(CPU, 0.0, dry_run=True)
+    assert not first["green"]
+    assert len(first["not_run"]) == 3
+    passed = [{"name": "attention a: x", "ok": True, "message": "", "seconds": 1.0}]
+    second = correctness.run(CPU, 600, dry_run=True, passed=passed)
+    assert second["green"]
+    assert second["passed"] == 3
+    assert run_now == ["modality_embed", "packing"]
+
+
+def test_processes_share_the_checks(tmp_path):
+    """Two processes; what one leaves undone when it is killed, a fresh one does."""
+    groups = [["a", "b"], ["dies once", "c"], ["d"]]
+    records = parallel.run(functools.partial(_work, tmp_path / "died"), groups, 2)
+    assert {record["name"] for record in records} == {"a", "b", "dies once", "c", "d"}
+
+
+def _work(died, names):
+    if "dies once" in names and not died.exists():
+        died.touch()
+        os._exit(1)
+    return [{"name": name, "ok": True} for name in names]
 
 
 def test_a_wrong_kernel_turns_correctness_red(monkeypatch):
@@ -74,7 +132,6 @@ def test_out_of_time_is_not_green():
     result = correctness.run(CPU, 0.0, dry_run=True)
     assert not result["green"]
     assert result["not_run"]
-    assert not result["complete"]
 
 
 def test_a_leak_between_samples_is_seen():

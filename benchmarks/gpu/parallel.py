@@ -1,0 +1,48 @@
+"""Checks in several processes: compiling is what takes the time, and one broken CUDA context must not end them all."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+ROUNDS = 8  # of pools: what broken processes left undone goes to fresh ones
+
+
+def run(work: Callable[[list[str]], list[dict]], groups: list[list[str]], workers: int) -> list[dict]:
+    """Records of all groups, by work(names); what a broken process did not get to is tried in a new one."""
+    records: dict[str, dict] = {}
+    for _ in range(ROUNDS):
+        done = _round(work, groups, workers)
+        records |= {record["name"]: record for record in done}
+        groups = [rest for group in groups if (rest := [name for name in group if name not in records])]
+        if not groups or not done:  # nothing left, or no time
+            break
+    return list(records.values())
+
+
+def broken(device: torch.device) -> bool:
+    """Whether this process can still use the device: after an illegal access nothing on it works any more."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _round(work, groups: list[list[str]], workers: int) -> list[dict]:
+    """One pool's records.  A process whose context is broken returns nothing more, and takes its groups with it."""
+    records: list[dict] = []
+    context = multiprocessing.get_context("spawn")  # a fork would share a CUDA context
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(work, group) for group in groups]):
+            try:
+                records += future.result()
+            except BrokenProcessPool:  # a process was killed: a crash in a driver, or no memory
+                break
+    return records

@@ -1,0 +1,51 @@
+"""Stages that need a process of their own: small cases under compute-sanitizer, and the tuner's dry run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import ROOT
+from mmkernels.ops.attention import tuned as table
+
+TOOL = "compute-sanitizer"
+FOUND = 86  # its exit code for an error of memory, told from ours
+CASES = (sys.executable, "-m", "benchmarks.gpu.small_cases")
+
+
+def sanitized(device: torch.device, seconds: float, *, dry_run: bool) -> tuple[bool, dict]:
+    """{"tool", "rc", "tail"}; "skipped" where there is a GPU and no sanitizer."""
+    if dry_run:
+        return _ran([*CASES, "--device", device.type], seconds, tool="none: a dry run")
+    if shutil.which(TOOL) is None:
+        return True, {"skipped": f"{TOOL} is not installed (it comes with the CUDA toolkit)"}
+    # Without torch's caching allocator every tensor has bounds of its own, so that a byte beyond them is seen.
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", TOOL, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+    return _ran([*command, *CASES, "--device", device.type], seconds, tool=f"{TOOL} memcheck")
+
+
+def tuned(path: Path, seconds: float, *, dry_run: bool) -> tuple[bool, dict]:
+    """{"entries", "rc", "tail"}: what was found to be faster than the defaults.  A dry run is in the interpreter."""
+    command = [sys.executable, "-m", "benchmarks", "tune", "attention", "--out", str(path.resolve())]
+    command += ["--budget-seconds", str(round(seconds))]
+    if dry_run:
+        command = ["env", "TRITON_INTERPRET=1", *command, "--dry-run"]
+    ok, result = _ran(command, seconds + 60, tool="the interpreter" if dry_run else "the GPU")
+    return ok, result | {"entries": table.read(path) if path.exists() else []}
+
+
+def _ran(command: list[str], seconds: float, *, tool: str) -> tuple[bool, dict]:
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(seconds, 20)
+        )
+        rc, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as expired:
+        rc, output = None, (expired.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"
+    tail = output[-4000:]
+    print(tail[-600:], flush=True)
+    return rc == 0, {"tool": tool, "rc": rc, "tail": tail}

@@ -1,0 +1,170 @@
+"""The report of made-up runs: every figure is in it, nothing from outside, no GPU claim without a GPU's file."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from benchmarks import schema
+from benchmarks.report import command, documents, evidence, plots, regions, tables
+
+FACTS = dict.fromkeys(schema.ENVIRONMENT, "x") | {"date": "2026-11-24T00:00:00+00:00", "device": "cpu", "cores": 2}
+FACTS |= {"threads": 2, "cpu": "A Processor", "commit": "0123456789ab", "seed": 0}
+GPU = FACTS | {"device": "cuda", "gpu": {"name": "NVIDIA Example", "driver_version": "999.9"}}
+
+
+def row(op, case, impl, ms, direction="fwd", **extra):
+    return {
+        "op": op, "case": case, "direction": direction, "dtype": "fp32", "impl": impl, "median_ms": ms, "spread": 0.1,
+        "rate": 10 / ms, "rate_unit": "TFLOP/s", "percent_of_limit": 50 / ms, "speedup_over": {}, "checked": True,
+        "samples_ms": [ms, ms * 1.1], **({"extra": extra} if extra else {}),
+    }  # fmt: skip
+
+
+def rows():
+    found = []
+    for direction in ("fwd", "fwd+bwd"):
+        for length, batch in ((64, 16), (256, 4), (1024, 1)):
+            case = f"uniform {batch}x{length} full T1024 H2 D64"
+            found += [
+                row("attention", case, "mm.torch", 3.0, direction),
+                row("attention", case, "sdpa", 4.0, direction),
+            ]
+            found.append(row("attention", case, "mm.cpp", 2.0, direction, auto=True, pairs_computed_over_visible=1.25))
+    found += [row("packing", "pack <mixed> 1", impl, ms) for impl, ms in (("mm.cpp", 1.0), ("torch.cat", 3.0))]
+    found.append(row("packing", "pack <mixed> 1", "copy_", 0.5, yardstick=True))
+    skipped = {key: found[0][key] for key in schema.IDENTITY} | {"impl": "fa3", "skipped": "runs on CUDA devices only"}
+    return [*found, skipped]
+
+
+def document(**changes):
+    return {"environment": FACTS, "limits": {"gemm_fp32": {"value": 0.1, "unit": "TFLOP/s"}}, "rows": rows()} | changes
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A run, an older one, and what is none."""
+    older = FACTS | {"date": "2026-01-01T00:00:00+00:00", "commit": "old"}
+    contents = {
+        "run": document(),
+        "older": document(environment=older, rows=[row("attention", "stamps 3 full T9 H1 D8", "mm.cpp", 7.0)]),
+        "other": {"tasks": []},
+        "malformed": document(rows=[{"op": "attention"}]),
+        "dry": {"stage": "attention", "ok": True, "dry_run": True, "environment": FACTS, "result": document()},
+        "red": {"stage": "attention", "ok": False, "dry_run": False, "environment": FACTS, "error": "no"},
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_load(files):
+    found, left_out = documents.load(sorted(files.glob("*.json")))
+    assert [d.name for d in found] == ["run", "older"]
+    text = "\n".join(left_out)
+    for reason in ("other.json: no benchmark", "malformed.json: malformed", "dry.json: a dry run", "red.json: stage"):
+        assert reason in text
+
+
+def test_ours_is_what_auto_takes_and_a_yardstick_is_no_peer():
+    found = documents.cases(documents.Document("x", FACTS, {}, rows()).timed("packing"))
+    assert [peer["impl"] for peer in found[0].peers] == ["torch.cat"]
+    assert [each["impl"] for each in found[0].yardsticks] == ["copy_"]
+    attention = documents.cases(documents.Document("x", FACTS, {}, rows()).timed("attention"))[0]
+    assert attention.ours["impl"] == "mm.cpp"
+    assert attention.ratio(attention.best) == 2.0
+
+
+def test_report(files, capsys):
+    out = files / "report"
+    (files / "README.md").write_text("before\n" + _marks(command.README[1]) + "\nafter\n")
+    (files / "docs").mkdir()
+    (files / "docs/evidence.md").write_text("by hand\n" + _marks(command.EVIDENCE[1]))
+    paths = sorted(files.glob("*.json"))
+    assert command.run(paths, out, docs=True, root=files) == 0
+    assert "left out dry.json" in capsys.readouterr().err
+
+    page = (out / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width' in page
+    assert not re.search(r"https?://|<script|<link", page)  # one file, nothing from outside
+    sources = re.findall(r'src="(.{22})', page)
+    assert sources
+    assert set(sources) == {"data:image/png;base64,"}
+    assert tables.NO_GPU in page
+    assert "pack &lt;mixed&gt; 1" in page
+    assert "copy_ takes 0.5 ms" in page
+
+    markdown = (out / "report.md").read_text()
+    assert "| uniform 16x64 full T1024 H2 D64 | fwd | fp32 | mm.cpp | 2 |" in markdown
+    assert "2.00 sdpa, 1.50 mm.torch" in markdown
+    assert "pairs 1.25" in markdown
+    assert "attention: fa3 (1 rows): runs on CUDA devices only" in markdown
+    images = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    for kind in ("attention-length-fwd", "attention-limit-fwd-bwd", "attention-ratio-fwd", "packing-ratio-fwd"):
+        assert f"run-{kind}.png" in images
+    for name in images:
+        assert Image.open(out / name).width == round(plots.WIDTH * plots.DPI)
+
+    readme = (files / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("\nafter\n")
+    assert "A Processor" in readme
+    assert "| attention | fwd | 3 | 2.00 (2.00 to 2.00) | 25 (25 to 25) |" in readme
+    assert "| packing | fwd | 1 | 3.00 | 50 |" in readme
+    assert tables.NO_GPU in readme
+    assert evidence.NONE in (files / "docs/evidence.md").read_text()
+    before = readme, (out / "report.html").read_bytes()
+    assert command.run(paths, out, docs=True, root=files) == 0
+    assert ((files / "README.md").read_text(), (out / "report.html").read_bytes()) == before  # drawn again, the same
+
+
+def test_rate_over_length():
+    """By length, of every implementation, one series per shape; ragged cases have no length."""
+    found = documents.cases(documents.Document("x", FACTS, {}, rows()).timed("attention"))
+    series = plots.over_length([case for case in found if case.direction == "fwd"])
+    assert list(series) == ["full, H2 D64, fp32"]
+    assert series["full, H2 D64, fp32"]["mm.cpp"] == [(64, 5.0), (256, 5.0), (1024, 5.0)]
+    assert plots.over_length(documents.cases([row("attention", "stamps 32 full T9 H4 D64", "mm.cpp", 1.0)])) == {}
+
+
+def test_gpu_evidence(tmp_path):
+    """Stages that ran on a GPU: what they showed, what failed; and only then a claim of speed, with the hardware."""
+    checks = [{"name": "attention a: x", "ok": False, "message": "off | by\none", "seconds": 1.0}]
+    results = {
+        "correctness": {"passed": 3, "failed": 1, "not_run": ["b"], "checks": checks},
+        "attention": document(environment=GPU),
+        "sanitizer": {"skipped": "not installed"},
+    }
+    for stage, result in results.items():
+        record = {"stage": stage, "ok": stage != "correctness", "dry_run": False, "environment": GPU, "result": result}
+        (tmp_path / f"{stage}.json").write_text(json.dumps(record))
+    text = evidence.render(sorted(tmp_path.glob("*.json")))
+    assert (
+        "| correctness | 3 checks passed, 1 failed, 1 not run for lack of time | NVIDIA Example | 0123456789ab |"
+        in text
+    )
+    assert "- FAILED attention a: x: off | by one" in text
+    assert "| sanitizer | skipped: not installed |" in text
+    assert "Grade 3, run on a GPU; NVIDIA Example, driver 999.9" in text
+    assert tables.NO_GPU not in text
+    assert "failed: boom" in evidence.outcome({"stage": "tune", "ok": False, "error": "Traceback\nboom"})
+
+
+def test_regions_refuse_a_page_without_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(_marks("x") + _marks("x"))
+    with pytest.raises(ValueError, match="must hold, once"):
+        regions.replace(page, "x", "text")
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("no JSON")
+    assert command.run([tmp_path / "a.json"], tmp_path / "out", docs=False) == 2
+    assert "none of the files" in capsys.readouterr().err
+
+
+def _marks(name):
+    return f"<!-- {name}: python -m benchmarks report -->\n\nold\n\n<!-- end of {name} -->\n"
