@@ -69,7 +69,8 @@ test-cuda-build: setup $(CUDA_VENV)/bin/python
 
 $(CUDA_VENV)/bin/python:
 	$(PYTHON) -m venv $(CUDA_VENV).new
-	$(CUDA_VENV).new/bin/python -m pip install -q "torch==2.11.0" "numpy<2.4" "setuptools>=77" "pybind11>=2.13" pytest hypothesis
+	$(CUDA_VENV).new/bin/python -m pip install -q "torch==2.11.0" "numpy<2.4" "setuptools>=77" "pybind11>=2.13" pytest hypothesis \
+	  timm "torchvision==0.26.*"
 	rm -rf $(CUDA_VENV) && mv $(CUDA_VENV).new $(CUDA_VENV)
 
 lint: setup

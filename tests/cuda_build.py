@@ -4,7 +4,8 @@
 
 `make test-cuda-build` does this with torch 2.11 in an environment of its own.  Everything happens in a copy of the
 checkout: its own modules stay as they are.  Both environments need torch, numpy, pytest and hypothesis, the first also
-setuptools 77 and pybind11.
+setuptools 77 and pybind11, and timm with torchvision, whose tests run here because torchvision loads only beside a CUDA
+build of torch.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
             run(tree, python, "-c", IMPORTS)
         for python in pythons:
             run(tree, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/packing", "-k", "not cuda")
+        run(tree, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/compat/test_timm.py")
 
 
 def run(tree: Path, python: str | Path, *command: str) -> None:

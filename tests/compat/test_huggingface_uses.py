@@ -1,4 +1,4 @@
-"""What users do with a Hugging Face model: pack sequences, continue a cache, generate, compile, checkpoint, autocast."""
+"""What users do with a Hugging Face model: pack, continue a cache, generate, compile, checkpoint, autocast."""
 
 import pytest
 import torch
