@@ -23,8 +23,8 @@ class Protocol:
     # lr and layer_decay are each arm's own: a baseline with the other's would be a straw man.
     finetune: dict[str, FinetuneConfig] = field(
         default_factory=lambda: {
-            "baseline": FinetuneConfig(lr=1e-3, layer_decay=1.0),
-            "pretrained": FinetuneConfig(lr=1e-3, layer_decay=0.8),
+            "baseline": FinetuneConfig(lr=3e-3, layer_decay=1.0, epochs=25, patience=6),
+            "pretrained": FinetuneConfig(lr=1e-3, layer_decay=0.8, epochs=25, patience=6),
         }
     )
     finetune_inputs: str = "all"
