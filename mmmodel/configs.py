@@ -17,6 +17,8 @@ class TextConfig:
 
     vocab_size: int = 384
     max_tokens: int = 96  # longer captions are cut
+    encoder: str = ""  # folder of a BERT-like Hugging Face model whose states are the stream; empty: word embeddings
+    freeze: bool = False  # of a Hugging Face encoder: only the map to the width E learns
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ImageConfig:
     max_tokens: int = 36  # cells of 16 x 16 pixels after resizing
     enlarge: bool = True  # small images grow to max_tokens; False leaves them at their own size
     channels: tuple[int, int] = (48, 96)  # of the first two stages; the third has E
+    encoder: str = ""  # folder or hub name of a Hugging Face ViT or ResNet; empty: a CNN of our own
+    freeze: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class AudioConfig:
     mels: int = 40
     max_seconds: float = 5.0  # longer clips are cut
     channels: int = 96
+    encoder: str = ""  # folder or hub name of a Hugging Face Whisper or wav2vec2; empty: convolutions of our own
+    freeze: bool = False
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Frames through an image front end; sizes of a frame are ImageConfig's but for max_tokens."""
+
+    max_frames: int = 8  # evenly spaced over the clip
+    max_tokens: int = 16  # cells of a frame
+    time_positions: bool = True  # False: a bag of frames
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ def demo() -> PretrainConfig:
     objectives = ObjectivesConfig(
         masked_text=MaskedConfig(weight=0.3, every=2),
         # From a quarter of the run on: before, the scores that choose its negatives know nothing.
-        matching=MatchingConfig(weight=0.2, begin=0.25, every=2, share=0.1),
+        matching=MatchingConfig(weight=0.2, begin=0.25, every=2, share=0.08),
     )
     return PretrainConfig(languages=("fr", "es", "ru"), objectives=objectives)
 

@@ -23,12 +23,11 @@ from safetensors.torch import load_file
 
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset
+from mmmodel.frontends import FRONT_ENDS
 
 logger = logging.getLogger(__name__)
 
-READERS = {"text": "read_text", "image": "read_image", "audio": "read_waveform"}
-MEMBERS = {"text": ("txt",), "image": ("png", "jpg", "jpeg", "webp"), "audio": ("flac", "ogg", "wav")}
-CACHED = ("image", "audio")  # text is cheaper to tokenise than to look up
+MEMBERS = {name: front_end.members for name, front_end in FRONT_ENDS.items()}
 MAX_BROKEN_IN_A_ROW = 10
 
 
@@ -76,11 +75,11 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
 
     A member that does not decode is logged and its sample goes without that modality.
     """
-    tables = {name: _Table(dataset, name) for name in front_ends}
+    tables = {name: _Table(dataset, name, front_end) for name, front_end in front_ends.items()}
     arrays, missing = {}, {}
     for name, front_end in front_ends.items():
         table = tables[name]
-        if name not in CACHED or not table.sources:
+        if not hasattr(front_end, "recipe") or not table.sources:  # text is cheaper to tokenise than to look up
             missing[name] = set()
             made = list(_prepare_all(table, front_end, threads, missing[name]))
             part = Features.of({name: _filled(made)})
@@ -106,13 +105,14 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
 class _Table:
     """The distinct members of one modality: which sample each is read from, and which row each sample has."""
 
-    def __init__(self, dataset: ShardDataset, name: str) -> None:
+    def __init__(self, dataset: ShardDataset, name: str, front_end) -> None:
         self.dataset, self.name = dataset, name
+        self.members, self.decode = front_end.members, front_end.decode
         self.sources: list[int] = []
         self.row_of: dict[int, int] = {}
         seen: dict[str, int] = {}
         for i, entry in enumerate(dataset.entries):
-            if entry.member(MEMBERS[name]) is None:
+            if entry.member(self.members) is None:
                 continue
             key = _group(entry) if name == "image" else entry.key
             if key not in seen:
@@ -121,7 +121,7 @@ class _Table:
             self.row_of[i] = seen[key]
 
     def read(self, row: int):
-        return getattr(self.dataset, READERS[self.name])(self.sources[row])
+        return self.dataset.read(self.sources[row], self.members, self.decode)
 
 
 def _group(entry) -> str:
@@ -194,7 +194,7 @@ def _fingerprint(dataset: ShardDataset, front_end, table: _Table) -> str:
     about = {
         "recipe": getattr(front_end, "recipe", ""),
         "members": [
-            (dataset.entries[i].key, dataset.entries[i].shard, *dataset.entries[i].member(MEMBERS[table.name]))
+            (dataset.entries[i].key, dataset.entries[i].shard, *dataset.entries[i].member(table.members))
             for i in table.sources
         ],
         "folder": str(dataset.path.resolve()),

@@ -16,6 +16,7 @@ from mmmodel.configs import PretrainConfig
 from mmmodel.data.held_out import hold_out
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
+from mmmodel.frontends import special_names
 from mmmodel.frontends.text import load_language_model_tokenizer, train_tokenizer
 from mmmodel.model import Model
 from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
@@ -109,9 +110,10 @@ def open_data(config: PretrainConfig) -> ShardDataset:
 
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
     """The language model's, or one trained on the training captions alone: the test set's words must stay unseen."""
-    if config.language_model:
-        return load_language_model_tokenizer(Path(config.language_model) / "tokenizer.json")
-    return train_tokenizer(features.read_captions(dataset, "train"), config.model.text.vocab_size)
+    special = special_names(config.model.modalities)
+    if folder := config.language_model or config.model.text.encoder:
+        return load_language_model_tokenizer(Path(folder) / "tokenizer.json", special)
+    return train_tokenizer(features.read_captions(dataset, "train"), config.model.text.vocab_size, special)
 
 
 def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:

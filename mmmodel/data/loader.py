@@ -72,15 +72,16 @@ class ShardDataset(Dataset):
         return Sample(self.entries[index].key, text, image, waveform, self.entries[index].meta)
 
     def read_text(self, index: int) -> str | None:
-        return self._read(index, TEXT, lambda data: data.decode("utf-8").strip())
+        return self.read(index, TEXT, lambda data: data.decode("utf-8").strip())
 
     def read_image(self, index: int) -> np.ndarray | None:
-        return self._read(index, IMAGE, media.decode_image)
+        return self.read(index, IMAGE, media.decode_image)
 
     def read_waveform(self, index: int) -> np.ndarray | None:
-        return self._read(index, AUDIO, media.decode_speech)
+        return self.read(index, AUDIO, media.decode_speech)
 
-    def _read(self, index: int, extensions: tuple[str, ...], decode: Callable[[bytes], Any]) -> Any:
+    def read(self, index: int, extensions: tuple[str, ...], decode: Callable[[bytes], Any]) -> Any:
+        """What `decode` makes of the sample's member with one of the extensions; None if it has none."""
         entry = self.entries[index]
         where = entry.member(extensions)
         if where is None:

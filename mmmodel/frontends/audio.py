@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
+from mmmodel.data import media
 
 SAMPLE_RATE = 16_000
 HOP, WINDOW, FFT = 160, 400, 512
@@ -26,7 +27,9 @@ class AudioFrontEnd(nn.Module):
     each clip gets exactly what it would get alone with zeros around it, and nothing is padded to the longest.
     """
 
+    members = ("flac", "ogg", "wav")
     special = "[AUD]"
+    decode = staticmethod(media.decode_speech)
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()

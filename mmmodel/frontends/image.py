@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
+from mmmodel.data import media
 
 CELL = 16
 KERNELS = ((7, 4), (3, 2), (3, 2))  # (width, stride) of each convolution
@@ -25,41 +26,51 @@ class ImageFrontEnd(nn.Module):
     shapes for the convolution library to keep its compiled kernels.
     """
 
+    members = ("png", "jpg", "jpeg", "webp")
     special = "[IMG]"
-    cell_width = 3 * PATCHES**2
+    decode = staticmethod(media.decode_image)
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()
+        self.width = config.width
+        self.cell = self.build(config)
         self.max_tokens, self.enlarge = config.image.max_tokens, config.image.enlarge
-        self.recipe = f"image 1: {CELL} {self.max_tokens} {self.enlarge}"  # what `prepare` gives; names the cache
+        self.recipe = f"image 1: {self.cell} {self.max_tokens} {self.enlarge}"  # what `prepare` gives; names the cache
         side = self.max_tokens + 1  # + 1: the special token sits at position 0
         self.positions = (side, side)
+        self.patches = next(side for side in (PATCHES, 2, 1) if self.cell % side == 0)
+        self.cell_width = 3 * self.patches**2
+
+    def build(self, config: ModelConfig) -> int:
+        """Make the parts that learn; returns the side of a cell in pixels."""
         widths = (3, *config.image.channels, config.width)
         self.stages = nn.ModuleList(
             _Stage(a, b, *shape) for a, b, shape in zip(widths[:-1], widths[1:], KERNELS, strict=True)
         )
+        return CELL
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] -> uint8 [3, 16 rows, 16 cols] with rows * cols <= max_tokens."""
-        rows, cols = fit_grid(image.shape[0], image.shape[1], self.max_tokens, self.enlarge)
-        resized = Image.fromarray(image).resize((cols * CELL, rows * CELL), Image.Resampling.BICUBIC)
+        rows, cols = fit_grid(image.shape[0], image.shape[1], self.max_tokens, self.enlarge, self.cell)
+        resized = Image.fromarray(image).resize((cols * self.cell, rows * self.cell), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def shape(self, features: np.ndarray) -> tuple[int, int]:
-        return features.shape[1] // CELL, features.shape[2] // CELL
+        return features.shape[1] // self.cell, features.shape[2] // self.cell
 
     def cells(self, features: np.ndarray) -> np.ndarray:
-        """Content of each token's cell: means of 4 x 4 pixels, float32 [rows cols, 48], in units of the input."""
+        """Content of each token's cell: means of 4 x 4 patches, float32 [rows cols, 48], in units of the input."""
         rows, cols = self.shape(features)
-        pixels = features.reshape(3, rows, PATCHES, CELL // PATCHES, cols, PATCHES, CELL // PATCHES)
-        means = pixels.mean(axis=(3, 6), dtype=np.float32)  # [3, rows, PATCHES, cols, PATCHES]
+        inner = self.cell // self.patches
+        pixels = features.reshape(3, rows, self.patches, inner, cols, self.patches, inner)
+        means = pixels.mean(axis=(3, 6), dtype=np.float32)  # [3, rows, patches, cols, patches]
         return ((means - MEAN) / DEVIATION).transpose(1, 3, 0, 2, 4).reshape(rows * cols, self.cell_width)
 
     def hide(self, features: np.ndarray, places: np.ndarray) -> np.ndarray:
         """A copy with the cells at `places` grey."""
         rows, cols = self.shape(features)
         hidden = features.copy()
-        grid = hidden.reshape(3, rows, CELL, cols, CELL)
+        grid = hidden.reshape(3, rows, self.cell, cols, self.cell)
         grid[:, places // cols, :, places % cols] = round(MEAN)
         return hidden
 
@@ -67,7 +78,7 @@ class ImageFrontEnd(nn.Module):
         """Mirror, shift by up to half a cell (edges repeat), and change contrast and brightness a little."""
         if rng.random() < 0.5:
             features = features[:, :, ::-1]
-        down, right = rng.integers(-CELL // 2, CELL // 2 + 1, size=2)
+        down, right = rng.integers(-self.cell // 2, self.cell // 2 + 1, size=2)
         h, w = features.shape[1:]
         y = np.clip(np.arange(h) + down, 0, h - 1)
         x = np.clip(np.arange(w) + right, 0, w - 1)
@@ -82,7 +93,7 @@ class ImageFrontEnd(nn.Module):
             groups.setdefault(image.shape[1:], []).append(i)
         chunks, starts, start = [], [0] * len(features), 0
         for (h, w), members in sorted(groups.items()):
-            tokens = (h // CELL) * (w // CELL)
+            tokens = (h // self.cell) * (w // self.cell)
             for chunk in _powers_of_two(members):
                 chunks.append(torch.from_numpy(np.stack([features[i] for i in chunk])))
                 for i in chunk:
@@ -99,11 +110,11 @@ class ImageFrontEnd(nn.Module):
     def forward(self, order: Tensor, *chunks: Tensor) -> Tensor:
         """[N_m, E], images in sample order, cells row by row."""
         if not chunks:
-            return self.stages[-1].norm.weight.new_zeros(0, self.stages[-1].norm.weight.numel())
-        cells = [self._convolve(chunk).flatten(0, 2) for chunk in chunks]
+            return next(self.parameters()).new_zeros(0, self.width)
+        cells = [self.encode(chunk).flatten(0, 2) for chunk in chunks]
         return torch.cat(cells).index_select(0, order)
 
-    def _convolve(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> [n, rows, cols, E]."""
         x = images.to(self.stages[0].conv.weight.dtype).sub_(MEAN).div_(DEVIATION)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -126,10 +137,10 @@ class _Stage(nn.Module):
         return nn.functional.gelu(self.norm(x), approximate="tanh").permute(0, 3, 1, 2)
 
 
-def fit_grid(h: int, w: int, max_tokens: int, enlarge: bool) -> tuple[int, int]:
+def fit_grid(h: int, w: int, max_tokens: int, enlarge: bool, cell: int = CELL) -> tuple[int, int]:
     """Cells (rows, cols) that keep the aspect ratio best among the largest with rows * cols <= max_tokens."""
     aspect = min(max(w / h, 1 / MAX_ASPECT), MAX_ASPECT)
-    own = (h / CELL) * (w / CELL)
+    own = (h / cell) * (w / cell)
     tokens = max_tokens if enlarge else min(max_tokens, max(own, 1.0))
     rows, cols = math.sqrt(tokens / aspect), math.sqrt(tokens * aspect)
     candidates = [

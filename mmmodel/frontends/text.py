@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from mmmodel.configs import ModelConfig
+from mmmodel.configs import ConfigError, ModelConfig
 
 SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> Tokenizer:
     """Byte-level BPE: all 256 bytes are in the vocabulary, so any text in any script can be written.
 
     Captions are NFC and lower case first: "A flower." and "a flower." should share their pieces.
@@ -27,7 +29,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -40,11 +42,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def load_language_model_tokenizer(path: str | Path) -> Tokenizer:
+def load_language_model_tokenizer(path: str | Path, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """A Hugging Face tokenizer.json under our names for special tokens, with those it lacks added at the end.
 
     What it does around a text (truncate, pad, [CLS] and [SEP]) is taken off: the front end does it.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"text: no tokenizer at {path}, expected a tokenizer.json in Hugging Face format")
     text = Path(path).read_text(encoding="utf-8")
     for theirs, ours in (("<s>", "[CLS]"), ("</s>", "[SEP]"), ("<mask>", "[MASK]")):  # RoBERTa's
         text = text.replace(json.dumps(theirs), json.dumps(ours))
@@ -52,7 +56,7 @@ def load_language_model_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
-    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None])
+    tokenizer.add_special_tokens([token for token in special_tokens if tokenizer.token_to_id(token) is None])
     return tokenizer
 
 
@@ -64,6 +68,7 @@ def special_ids(tokenizer: Tokenizer) -> np.ndarray:
 class TextFrontEnd(nn.Module):
     """The stream is ids; the model's embedding operator reads their rows from the token table."""
 
+    members = ("txt",)
     special = None  # [CLS] is an ordinary first id: the stream has it already
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -73,6 +78,10 @@ class TextFrontEnd(nn.Module):
         self.cls_id = tokenizer.token_to_id("[CLS]")
         self.sep_id = tokenizer.token_to_id("[SEP]")  # of a pretrained language model; None in a tokenizer of our own
         self.positions = (self.max_tokens,)
+
+    @staticmethod
+    def decode(data: bytes) -> str:
+        return data.decode("utf-8").strip()
 
     def prepare(self, caption: str) -> np.ndarray:
         """Ids, int32 [n], [CLS] first and [SEP], if there is one, last; at most max_tokens."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import gather_rows
-from mmmodel.configs import MaskedConfig, PretrainConfig
+from mmmodel.configs import ConfigError, MaskedConfig, PretrainConfig
 from mmmodel.objectives.hiding import draw_hidden
 from mmmodel.objectives.views import Hidden, Views
 
@@ -29,6 +29,8 @@ class MaskedFeatures(nn.Module):
         super().__init__()
         self.config: MaskedConfig = getattr(config.objectives, f"masked_{name}")
         self.hides = name
+        if not hasattr(model.front_ends[name], "cells"):
+            raise ConfigError(f"objectives: masked_{name} needs a front end that can hide cells; this encoder has none")
         width = config.model.width
         self.cover = nn.Parameter(torch.randn(width) * width**-0.5)
         self.head = nn.Linear(width, model.front_ends[name].cell_width)
