@@ -128,7 +128,7 @@ def features(learner: Pretraining, items: Sequence[Item], corpus: Corpus) -> np.
     return np.nan_to_num(np.concatenate(present, axis=1))
 
 
-def finetuned(subject: Subject, protocol: Protocol, per_class: int, seed: int, arm: str) -> Outcome:
+def finetuned(subject: Subject, protocol: Protocol, inputs: str, per_class: int, seed: int, arm: str) -> Outcome:
     """One full fine-tuning: {correct of each test sample, validation score, epochs}.
 
     From scratch every (run, seed) starts from other weights; both arms of a seed see the same labels in the same order.
@@ -142,7 +142,7 @@ def finetuned(subject: Subject, protocol: Protocol, per_class: int, seed: int, a
     )
     data = labelled(subject, protocol)
     kept = labels.few(data.train, data.values, per_class, seed) if per_class else data.train
-    modalities = INPUTS[protocol.finetune_inputs]
+    modalities = INPUTS[inputs]
     data = replace(
         data,
         train=labels.limited_to(kept, modalities),
@@ -156,7 +156,7 @@ def finetuned(subject: Subject, protocol: Protocol, per_class: int, seed: int, a
     found = np.asarray(data.labels.classes)[outputs.argmax(dim=1).numpy()]
     return {
         "arm": arm,
-        "inputs": protocol.finetune_inputs,
+        "inputs": inputs,
         "labels": budget_name(per_class),
         "seed": seed,
         "correct": (found == np.asarray(data.of(data.test))).astype(int).tolist(),

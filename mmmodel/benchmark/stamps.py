@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,13 @@ def _plan(
     for number in range(runs):
         plan.append((f"retrieval-{number}", lambda n=number: parts.retrieval(subject(n), protocol)))
         plan.append((f"probe-{number}", lambda n=number: parts.probe(subject(n), protocol)))
-    for seed in range(protocol.seeds):
-        for number in range(runs):
-            for count in protocol.finetune_labels:
-                for arm in ARMS:
-                    plan.append(
-                        (
-                            f"finetune-{number}-{budget_name(count)}-{seed}-{arm}",
-                            lambda n=number, c=count, s=seed, a=arm: parts.finetuned(subject(n), protocol, c, s, a),
-                        )
-                    )
+    numbers = range(runs)
+    for inputs, seed, number, count, arm in product(
+        protocol.finetune_inputs, range(protocol.seeds), numbers, protocol.finetune_labels, ARMS
+    ):
+        name = f"finetune-{number}-{inputs}-{budget_name(count)}-{seed}-{arm}"
+        settings = (protocol, inputs, count, seed, arm)
+        plan.append((name, lambda n=number, s=settings: parts.finetuned(subject(n), *s)))
     return plan
 
 
