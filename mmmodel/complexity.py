@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmmodel.configs import ConfigError, ModelConfig, PretrainConfig
+from mmmodel.frontends import special_names
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE, STRIDE
 from mmmodel.frontends.image import CELL
-from mmmodel.frontends.text import SPECIAL_TOKENS
 from mmmodel.pretraining import Pretraining
 
 FLOAT = 4  # bytes; under bf16 autocast activations take between half of this and all of it
@@ -108,7 +108,7 @@ def complexity(config: PretrainConfig, shape: SampleShape | None = None) -> Comp
     shape = shape or SampleShape.longest(config.model)
     _check(config.model, shape)
     with torch.device("meta"):
-        learner = Pretraining(config, _vocabulary(config.model.text.vocab_size))
+        learner = Pretraining(config, _vocabulary(config.model.text.vocab_size, special_names(config.model.modalities)))
     report = Complexity(config, shape)
     counts, shares = _passes(config, shape)
     for name, front_end in learner.model.front_ends.items():
@@ -161,11 +161,11 @@ def _check(config: ModelConfig, shape: SampleShape) -> None:
             raise ConfigError(f"complexity: {name} has {found} tokens or frames, expected 0 to {limit}")
 
 
-def _vocabulary(size: int) -> Tokenizer:
+def _vocabulary(size: int, special: tuple[str, ...]) -> Tokenizer:
     """A tokenizer with the special tokens and as many ids as asked for."""
-    names = [*SPECIAL_TOKENS, *(f"piece{i}" for i in range(size - len(SPECIAL_TOKENS)))]
+    names = [*special, *(f"piece{i}" for i in range(size - len(special)))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
 
 
@@ -197,9 +197,10 @@ def _anchors(config: PretrainConfig) -> int:
 
 def _front_end(name: str, front_end: nn.Module, shape: SampleShape, reads: float, batch: int) -> Cost:
     cost = Cost(f"front end: {name}", _size(front_end))
-    if name == "text":  # ids; the table belongs to the embedding
+    foreign = hasattr(front_end, "project")  # a Hugging Face encoder, which may do anything
+    if name == "text" and not foreign:  # ids; the table belongs to the embedding
         return cost
-    if name not in _FEATURES:
+    if name not in _FEATURES or foreign:
         cost.forward = cost.backward = cost.saved = None
         return cost
     if not shape.tokens(name):

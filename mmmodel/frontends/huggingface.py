@@ -31,7 +31,10 @@ def load(name: str, families: dict[str, str], freeze: bool) -> nn.Module:
             raise ConfigError(f"encoder {name!r} is a {config.model_type!r}, expected one of {', '.join(families)}")
         if hasattr(config, "apply_spec_augment"):
             config.apply_spec_augment = False
-        model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+        if torch.get_default_device().type == "meta":  # only its shape is asked for
+            model = transformers.AutoModel.from_config(config)
+        else:
+            model = transformers.AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
     except OSError as error:
         raise ConfigError(f"encoder {name!r}: no Hugging Face model there: {str(error).splitlines()[0]}") from error
     kind = config.model_type
