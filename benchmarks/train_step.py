@@ -43,7 +43,7 @@ POOLS = (8, 50)  # batches that are sorted by length together
 # (tests/benchmarks/test_train_step.py), and the mildest of the wrong ones there misses them ten times over.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 GRADIENT_TOLERANCE = {"fp32": 3e-5, "bf16": 1e-1}
-SMALL = 5  # samples in the batch whose gradients are checked, a long one among them
+SMALL = 4  # samples in the batch whose gradients are checked, a long one among them
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Step:
 
     learner: Pretraining
     batches: list[tuple[Batch, Any]]
+    expected: list[float]  # losses of the packed model
     config: PretrainConfig
     lowers: bool  # whether masks are lowered in each step, as ours are, or came with the batch
     extra: dict[str, Any]
@@ -71,23 +72,25 @@ class Step:
         self.optimizer = train.make_optimizer(self.learner, dataclasses.replace(self.config, lr=0.0))
 
     def __call__(self) -> Step:
-        if not self.losses:  # the first call is the one that is checked, and not timed
-            device = next(self.learner.parameters()).device
-            self.extra["peak_memory_mb"] = round(peak_memory(self._steps, device) / 1e6)
-        else:
-            self._steps()
+        measured = max(self.batches, key=lambda pair: pair[0].layout.total_tokens)
+        first = not self.losses  # the first call is the one that is checked, and not timed
+        self.losses = []
+        for pair in self.batches:
+            if first and pair is measured:
+                memory = peak_memory(functools.partial(self._step, *pair), next(self.learner.parameters()).device)
+                self.extra["peak_memory_mb"] = round(memory / 1e6)
+            else:
+                self._step(*pair)
         return self
 
-    def _steps(self) -> None:
-        self.losses = []
-        for batch, prepared in self.batches:
-            if self.lowers:
-                for layout in layouts_of(batch, prepared):
-                    layout.cache.clear()
-            figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
-            if not made:
-                raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
-            self.losses.append(figures["loss"])
+    def _step(self, batch: Batch, prepared: Any) -> None:
+        if self.lowers:
+            for layout in layouts_of(batch, prepared):
+                layout.cache.clear()
+        figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
+        if not made:
+            raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
+        self.losses.append(figures["loss"])
 
     def gradients(self, batch: Batch, prepared: Any) -> tuple[float, list[Tensor]]:
         """Loss and gradients on a batch."""
@@ -128,8 +131,7 @@ class StepProblem:
 
     def check(self, direction: str, results: list[Step]) -> str | None:
         step = results[0]
-        expected = [gradients(self.exact, *pair, nullcontext(), backward=False)[0] for pair in step.batches]
-        for index, (loss, reference) in enumerate(zip(step.losses, expected, strict=True)):
+        for index, (loss, reference) in enumerate(zip(step.losses, step.expected, strict=True)):
             if not abs(loss - reference) <= LOSS_TOLERANCE[self.dtype] * abs(reference):  # also catches NaN
                 return f"wrong: the loss of batch {index} is {loss:.7f}, the packed model's {reference:.7f}"
         loss, found = step.gradients(*self.small)
@@ -159,7 +161,7 @@ class StepProblem:
 
     @property
     def _small(self) -> np.ndarray:
-        long = int(np.argsort(self.samples.lengths)[int(0.9 * len(self.samples.lengths))])
+        long = int(np.argsort(self.samples.lengths)[int(0.75 * len(self.samples.lengths))])
         return np.array([long, *(i for i in range(SMALL) if i != long)][:SMALL])
 
     @functools.cached_property
@@ -192,10 +194,14 @@ class StepProblem:
         learner.model = make_model(self.config.model, self.learner.model.tokenizer)
         learner.to(self.device).load_state_dict(self.learner.state_dict())
         batches = [self._made(chosen, self.device) for chosen in timed]
-        flops = sum(step_flops(self.exact, *pair) for pair in batches)
+        flops, expected = 0.0, []
+        for pair in batches:
+            with StepFlops(self.exact) as count:
+                expected.append(float(self.exact(*pair)[0].detach()))
+            flops += count.total
         tokens = sum(batch.layout.total_tokens for batch, _ in batches)
         extra: dict[str, Any] = {"slots_per_token": round(self._slots(everything) if padded else 1.0, 3)}
-        step = Step(learner, batches, self.config, lowers, extra)
+        step = Step(learner, batches, expected, self.config, lowers, extra)
         work = Work(tokens, "tokens/s", 0, f"gemm_{self.dtype}", limit_amount=flops / 1e12)
         return Implementation(name, step, extra=extra, directions=("step",), work=work)
 
@@ -229,14 +235,12 @@ def build(case: Case, device: torch.device, seed: int, config: PretrainConfig | 
 
 
 def gradients(
-    learner, batch, prepared, autocast: AbstractContextManager, *, backward: bool = True
+    learner: Pretraining, batch: Batch, prepared: Any, autocast: AbstractContextManager
 ) -> tuple[float, list[Tensor]]:
-    """Loss, and gradients of the parameters that have one (float64, on the host)."""
+    """Loss, and gradients of all parameters (float64, on the host), zero where there is none."""
     learner.train()
-    with autocast, torch.set_grad_enabled(backward):
+    with autocast:
         loss, _ = learner(batch, prepared)
-    if not backward:
-        return float(loss), []
     found = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)
     zeros = (torch.zeros_like(parameter) for parameter in learner.parameters())
     found = [zero if gradient is None else gradient for gradient, zero in zip(found, zeros, strict=True)]
@@ -247,13 +251,6 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """RMS of the difference over RMS of what is wanted, all parameters together."""
     difference = sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
     return math.sqrt(difference / sum(float(b.square().sum()) for b in wanted))
-
-
-def step_flops(learner: Pretraining, batch: Batch, prepared: Any) -> float:
-    """Of forward and backward on real tokens, attention on visible pairs."""
-    with StepFlops(learner) as count:
-        learner(batch, prepared)
-    return count.total
 
 
 def layouts_of(batch: Batch, prepared: Any) -> list:
@@ -267,7 +264,7 @@ def _cases(shapes: str, device: str) -> list[Case]:
         # Small batches favour padding: the ViLT layout of `native` wastes less at 16 samples than at the preset's 64.
         if shapes == "quick":
             return [
-                Case("demo", "stamps", 64, buckets=(4, 2), every_peer=False),
+                Case("demo", "stamps", 64, buckets=(2, 2), every_peer=False),
                 Case("native", "stamps", 16, buckets=(8, 2), every_peer=False),
                 Case("native", "longtail", 8, buckets=(4, 2), every_peer=False),
                 Case("demo", "longtail", 64, buckets=(4, 2), every_peer=False),

@@ -34,8 +34,8 @@ def stamps(rng: np.random.Generator) -> Raw:
     Their percentiles 5, 50 and 95: 5, 12, 44 tokens; 9, 99, 800 cells of 16 x 16 pixels (mean 216, at most 1,024);
     68, 116, 360 frames; the logarithm of the aspect ratio has deviation 0.48; 4 % have no speech.
     """
-    speech = _lognormal(rng, 118, 0.55, 32, 1600) if rng.random() < 0.96 else 0
-    return Raw(_lognormal(rng, 12, 0.75, 3, 96), _pixels(rng, _lognormal(rng, 105, 1.4, 2, 1024)), speech)
+    speech = 50 + _lognormal(rng, 66, 0.95, 0, 1550) if rng.random() < 0.96 else 0
+    return Raw(3 + _lognormal(rng, 9, 0.95, 0, 93), _pixels(rng, _lognormal(rng, 100, 1.3, 2, 1024)), speech)
 
 
 def longtail(rng: np.random.Generator) -> Raw:

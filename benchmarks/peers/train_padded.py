@@ -3,9 +3,9 @@
 Every modality is padded to its longest in the batch and the padded modalities stand one after another, [B, L, E]; SDPA
 gets the key padding as a mask.  Where modalities may not see one another each goes by itself, [B_m, L_m, E], only the
 samples that have it: less work than a mask over all.  Pictures go through the CNN padded to the tallest and widest of
-the batch, sound padded to the longest, as a user of ViLT would; what is padding is set to zero before each convolution,
-or it would leak into what is real.  Same parameters and losses as ours; heads and losses see real tokens only, which
-favours this peer, and so does that a batch is padded and its masks are made before the clock starts.
+the batch, sound padded to the longest, as a user of ViLT would; the padding of sound is set to zero before each
+convolution, or it would leak into what is real.  Same parameters and losses as ours; heads and losses see real tokens
+only, which favours this peer, and so does that a batch is padded and its masks are made before the clock starts.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Gather(torch.autograd.Function):
 @dataclass(frozen=True)
 class PaddedInputs:
     values: Tensor  # uint8 [B, 3, 16 rows, 16 cols] or float [B, mels, F]
-    real: list[Tensor]  # bool, what is no padding: of the input of each convolution
+    real: list[Tensor]  # bool, what is no padding: of the input of each convolution that would see it
     rows: Tensor  # int64 [N_m], the stream's rows in the flat output
 
 
@@ -211,21 +211,21 @@ def pad_images(order: Tensor, *chunks: Tensor) -> PaddedInputs:
         place += in_order[-1].shape[1] * in_order[-1].shape[2] // CELL**2
     high, wide = max(p.shape[1] for p in in_order), max(p.shape[2] for p in in_order)
     values = torch.zeros(len(in_order), 3, high, wide, dtype=torch.uint8)
-    real = [torch.zeros(len(in_order), 1, high // n, wide // n, dtype=torch.bool) for n in (1, 4, 8, CELL)]
+    real = torch.zeros(len(in_order), high // CELL, wide // CELL, dtype=torch.bool)
     for i, picture in enumerate(in_order):
         h, w = picture.shape[1:]
         values[i, :, :h, :w] = picture
-        for mask, n in zip(real, (1, 4, 8, CELL), strict=True):
-            mask[i, :, : h // n, : w // n] = True
-    rows = real.pop().flatten().nonzero().squeeze(1)
-    values = values.contiguous(memory_format=torch.channels_last)
-    return PaddedInputs(values.to(device), [mask.to(device) for mask in real], rows.to(device))
+        real[i, : h // CELL, : w // CELL] = True
+    rows = real.flatten().nonzero().squeeze(1)
+    return PaddedInputs(values.contiguous(memory_format=torch.channels_last).to(device), [], rows.to(device))
 
 
 def images(front_end: nn.Module, padded: PaddedInputs) -> Tensor:
+    # Nothing need be set to zero: a convolution of width 2 p + 1 and stride > p, on a size that the stride divides,
+    # reads p places to the left and above, but none past the last on the right and below, where the padding is.
     x = padded.values.to(front_end.stages[0].conv.weight.dtype).sub_(MEAN).div_(DEVIATION)
-    for stage, real in zip(front_end.stages, padded.real, strict=True):
-        x = stage(x * real)
+    for stage in front_end.stages:
+        x = stage(x)
     return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, padded.rows)
 
 

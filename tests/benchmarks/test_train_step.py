@@ -74,18 +74,18 @@ def _sees_padding(block, x, bias):
 def _leaks(front_end, padded):
     """Padding is not set to zero again between the convolutions."""
     everything = [torch.ones_like(real) for real in padded.real]
-    return RIGHT_IMAGES(front_end, dataclasses.replace(padded, real=[padded.real[0], *everything[1:]]))
+    return RIGHT_CLIPS(front_end, dataclasses.replace(padded, real=[padded.real[0], *everything[1:]]))
 
 
 def _loses_a_gradient(block, x, bias):
     return RIGHT_BLOCK(block, x, bias) + (block.down.bias.detach() - block.down.bias)
 
 
-RIGHT_BLOCK, RIGHT_IMAGES = train_padded.padded_block, train_padded.images
+RIGHT_BLOCK, RIGHT_CLIPS = train_padded.padded_block, train_padded.clips
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("padded_block", _sees_padding), ("images", _leaks), ("padded_block", _loses_a_gradient)]
+    ("name", "wrong"), [("padded_block", _sees_padding), ("clips", _leaks), ("padded_block", _loses_a_gradient)]
 )
 def test_wrong_ones_are_caught(monkeypatch, name, wrong):
     monkeypatch.setattr(train_padded, name, wrong)
@@ -177,7 +177,8 @@ def test_drawn_lengths_are_what_the_docstring_says():
     for part, wanted in ((0, (5, 12, 44)), (1, (9, 99, 800)), (2, (17, 29, 90))):
         lengths = native.parts[:, part]
         found = np.percentile(lengths[lengths > 0], (5, 50, 95))
-        assert np.allclose(found, wanted, rtol=0.35), (part, found)
+        assert np.allclose(found[1:], wanted[1:], rtol=0.15), (part, found)
+        assert 0.5 < found[0] / wanted[0] < 2, (part, found)  # few tokens, whatever their number
     longtail = Samples.draw("longtail", configs.native().model, 20_000, 0).parts
     assert np.allclose((longtail == 0).mean(axis=0), (0.05, 0.4, 0.5), atol=0.08)  # a little less: never all three
 
