@@ -25,6 +25,7 @@ th { background: #f4f4f4; white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; min-width: 9em; max-width: 40vw; }
 th:first-child { background: #f4f4f4; }
+.fit th { white-space: normal; } .fit th, .fit td { padding: 4px 5px; } .fit :first-child { min-width: 0; }
 td:nth-child(9) { min-width: 16em; } td:nth-child(10) { min-width: 10em; }
 .warning { border-left: 4px solid #d55e00; padding: 4px 12px; background: #fff6f0; }
 details { margin: 12px 0; } summary { cursor: pointer; }
@@ -63,7 +64,8 @@ def _table(header: tuple[str, ...], body: list[list[str]]) -> str:
     numbers = NUMBERS if header == tables.HEADER else ()
     rows = ["".join(_cell(i in numbers, cell) for i, cell in enumerate(row)) for row in body]
     lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+    style = "wide" if header == tables.HEADER else "wide fit"
+    return f'<div class="{style}"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
 def _cell(is_number: bool, text: str) -> str:

@@ -103,7 +103,7 @@ def skipped(document: Document) -> list[str]:
     return [f"{op}: {impl} ({count} rows): {reason}" for (op, impl, reason), count in found.items()]
 
 
-SUMMARY_HEADER = ("", "direction", "cases", "times as fast as the fastest peer of each case", "% of limit")
+SUMMARY_HEADER = ("", "times as fast as the fastest peer of each case", "% of limit")
 
 
 def summary(documents: list[Document]) -> str:
@@ -148,7 +148,8 @@ def _summary_rows(op: str, found: list[Case]) -> list[list[str]]:
         ratios = [case.ratio(case.best) for case in those if case.best]
         percents = [case.ours["percent_of_limit"] for case in those if case.ours["percent_of_limit"] is not None]
         if those:
-            lines.append([op, direction, str(len(those)), _spread(ratios, 2, "no peer"), _spread(percents, 0, "")])
+            name = f"{op}, {direction}, {len(those)} case{'s' if len(those) > 1 else ''}"
+            lines.append([name, _spread(ratios, 2, "no peer"), _spread(percents, 0, "")])
     return lines
 
 
