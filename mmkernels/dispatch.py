@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 
@@ -93,6 +94,19 @@ def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str 
 def load(op: str, impl: str) -> ModuleType:
     """The module that computes `op` by the concrete implementation `impl`."""
     return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
+
+
+def below_autograd(compute: Callable, operator: Callable, inputs: tuple, example: torch.Tensor):
+    """operator(*inputs) without its autograd.  Where nobody looks on (tensor subclasses, fake tensors, tracing, FLOP
+    counters), straight to what it computes: the dispatcher would turn 20 arguments into its own kind and back."""
+    plain = type(example) in PLAIN_TENSORS
+    if plain and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
+        return compute(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def cpp_missing() -> str | None:

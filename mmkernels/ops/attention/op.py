@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _below_autograd(_fwd, _fwd_op, inputs, inputs[0])
+        output = dispatch.below_autograd(_fwd, _fwd_op, inputs, inputs[0])
         _setup_context(ctx, inputs, output)
         return output
 
@@ -98,17 +98,7 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
         return _Attention.apply(q, k, v, pair_bias, rng, *rest)
-    return _below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
-
-
-def _below_autograd(compute, operator, inputs: tuple, example: Tensor):
-    """operator(*inputs) without its autograd.  Where nobody looks on (tensor subclasses, fake tensors, tracing, FLOP
-    counters), straight to what it computes: the dispatcher would turn 20 arguments into its own kind and back."""
-    plain = type(example) in (Tensor, torch.nn.Parameter)
-    if plain and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
-        return compute(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+    return dispatch.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
 
 
 def _setup_context(ctx, inputs, output):
@@ -129,7 +119,7 @@ def _backward(ctx, do, dlse, _):
     if torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
-        dq, dk, dv, dbias = _below_autograd(_bwd, _bwd_op, inputs, do)
+        dq, dk, dv, dbias = dispatch.below_autograd(_bwd, _bwd_op, inputs, do)
     return dq, dk, dv, None if pair_bias is None else dbias, None, *(None,) * len(ctx.rest)
 
 

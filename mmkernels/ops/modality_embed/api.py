@@ -65,29 +65,35 @@ def modality_embed(
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
     out_dtype = _check_tensors(streams, layout, modality_weight, token_weight, tables, norm_weight, norm_bias)
-    if not torch.compiler.is_compiling():
-        _check_rows(streams, layout, token_weight, tables, table_counts)
     device = modality_weight.device
     chosen = dispatch.resolve("modality_embed", impl, device=device, dtype=out_dtype)
+    if not torch.compiler.is_compiling():
+        _check_rows(streams, layout)
+        if chosen != "cpp":  # which looks at every index anyway; what it refuses is named below
+            _check_indices(streams, layout, token_weight, tables, table_counts)
     rng = torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None
-    out, _, _ = op.modality_embed_fwd(
-        streams,
-        modality_weight,
-        token_weight,
-        tables,
-        table_counts,
-        norm_weight,
-        norm_bias,
-        layout.modality_ids,
-        layout.source_rows,
-        layout.positions,
-        rng,
-        norm or "none",
-        eps,
-        dropout_p,
-        out_dtype,
-        chosen,
-    )
+    try:
+        out, _, _ = op.modality_embed_fwd(
+            streams,
+            modality_weight,
+            token_weight,
+            tables,
+            table_counts,
+            norm_weight,
+            norm_bias,
+            layout.modality_ids,
+            layout.source_rows,
+            layout.positions,
+            rng,
+            norm or "none",
+            eps,
+            dropout_p,
+            out_dtype,
+            chosen,
+        )
+    except RuntimeError:
+        _check_indices(streams, layout, token_weight, tables, table_counts)
+        raise
     return out
 
 
@@ -216,8 +222,8 @@ def _check_streams(streams: list[Tensor], width: int, device: torch.device, has_
     return found
 
 
-def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor], table_counts: list[int]) -> None:
-    """Rows, ids and positions against the tables they index.  Reads host data only: never syncs."""
+def _check_rows(streams: list[Tensor], layout: PackedLayout) -> None:
+    """Rows of the streams against those that the layout takes."""
     if layout.segments is None:
         # Device-side bounds: one stream of T rows in order is all that such a layout describes.
         rows = sum(s.shape[0] for s in streams)
@@ -230,6 +236,10 @@ def _check_rows(streams, layout: PackedLayout, token_weight, tables: list[Tensor
         for m, (stream, length) in enumerate(zip(streams, layout.stream_lengths, strict=True)):
             if stream.shape[0] != length:
                 raise ValueError(f"modality_embed: stream {m} has {stream.shape[0]} rows, the layout takes {length}")
+
+
+def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Tensor], table_counts: list[int]) -> None:
+    """Ids and positions against the tables they index.  Reads host data only: never syncs."""
     rows = 0 if token_weight is None else token_weight.shape[0]
     for m, special in _present_special_tokens(layout):
         if token_weight is None:

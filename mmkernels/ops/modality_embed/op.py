@@ -88,7 +88,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, M, P, table_counts, options, out_dtype, impl, *tensors):
         streams, tables, rest = list(tensors[:M]), list(tensors[M : M + P]), tensors[M + P :]
         modality_weight, token_weight, *others = rest
-        out, mean, rstd = _below_autograd(
+        out, mean, rstd = dispatch.below_autograd(
             _forward,
             torch.ops.mm.modality_embed_fwd,
             (streams, modality_weight, token_weight, tables, table_counts, *others, *options, out_dtype, impl),
@@ -138,21 +138,11 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses what follows
             grads = torch.ops.mm.modality_embed_bwd(*args)
         else:
-            grads = _below_autograd(_backward, torch.ops.mm.modality_embed_bwd, args, grad_out)
+            grads = dispatch.below_autograd(_backward, torch.ops.mm.modality_embed_bwd, args, grad_out)
         d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = grads
         found = (*d_streams, *d_tables, d_modality, d_token, d_norm_weight, d_norm_bias)
         found = (d if n else None for d, n in zip(found, wanted, strict=False))
         return (None,) * 6 + (*found,) + (None,) * (len(wanted) - M - P - 4)
-
-
-def _below_autograd(implementation, operator, args: tuple, example: Tensor):
-    """operator(*args) below the Autograd key: by the dispatcher where a mode is to see it (fake tensors, tracing), else
-    straight to the implementation, which saves 20 us of conversions."""
-    plain = type(example) in (Tensor, torch.nn.Parameter)
-    if plain and not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
-        return implementation(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
 
 
 def _forward_autograd(*args):
@@ -174,7 +164,7 @@ def _forward_autograd(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         M, P = len(inputs.streams), len(inputs.tables)
         return _Differentiable.apply(M, P, inputs.table_counts, options, out_dtype, impl, *tensors)
-    return _below_autograd(_forward, torch.ops.mm.modality_embed_fwd, args, inputs.modality_weight)
+    return dispatch.below_autograd(_forward, torch.ops.mm.modality_embed_fwd, args, inputs.modality_weight)
 
 
 def _refuse_second_order(ctx, *grads):
@@ -186,5 +176,7 @@ torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
 
 
 def modality_embed_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the registered operator; arguments as in its schema."""
-    return torch.ops.mm.modality_embed_fwd(*args)
+    """torch.ops.mm.modality_embed_fwd; eager callers reach its autograd without the dispatcher's conversions."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.ops.mm.modality_embed_fwd(*args)
+    return _forward_autograd(*args)

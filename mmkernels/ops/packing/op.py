@@ -107,13 +107,10 @@ def _direct(tensors: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     recording = torch.is_grad_enabled()
-    for tensor in tensors:  # noqa: SIM110  all() over a generator costs a microsecond
-        if type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
+    for tensor in tensors:  # not all(): a generator costs a microsecond
+        if type(tensor) not in dispatch.PLAIN_TENSORS or (recording and tensor.requires_grad):
             return False
     return True
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
