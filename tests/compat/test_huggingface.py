@@ -257,3 +257,13 @@ def test_vilt_computes_its_own_attention():
         model(**inputs)
     eager = transformers.ViltModel._from_config(config, attn_implementation="eager").eval()
     assert eager(**inputs).last_hidden_state.isfinite().all()
+
+
+# Their attention is code of their own; the page on drop-in lists them by why.
+MASK_ADDED_TO_OWN_SCORES = ["Vilt", "LayoutLMv3", "Longformer", "BigBird", "MPNet", "Flava", "VisualBert"]
+MASK_OF_THEIR_OWN = ["DebertaV2", "Reformer", "Funnel", "Blip", "Lxmert"]
+
+
+@pytest.mark.parametrize("name", [*MASK_ADDED_TO_OWN_SCORES, *MASK_OF_THEIR_OWN])
+def test_models_that_never_ask_the_interface(name):
+    assert not getattr(transformers, f"{name}Model")._can_set_attn_implementation()
