@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmodel import features, objectives, settings
+from mmmodel import distributed, features, objectives, settings
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import PretrainConfig
 from mmmodel.data.held_out import hold_out
@@ -126,8 +126,9 @@ def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> 
 def make_batch(
     config: PretrainConfig, corpus: Corpus, items: list[Item], pretraining: Pretraining, step: int
 ) -> tuple[Batch, Prepared]:
-    """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step)."""
-    rng = np.random.default_rng([config.seed, step, 2])
+    """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step, rank)."""
+    rank = distributed.rank()
+    rng = np.random.default_rng([config.seed, step, 2, *([rank] if rank else [])])
     model = pretraining.model
     batch = collate(items, corpus.features, model.front_ends, model.special_tokens, rng if config.augment else None)
     return batch, pretraining.prepare(batch, rng, step)
