@@ -156,6 +156,7 @@ def native() -> PretrainConfig:
 
 def quick() -> PretrainConfig:
     """The synthetic set in about a minute on two CPU cores."""
+    objectives = ObjectivesConfig(matching=MatchingConfig(weight=0.2, begin=0.25, every=2, share=0.15))
     model = ModelConfig(
         width=64,
         layers=2,
@@ -165,7 +166,8 @@ def quick() -> PretrainConfig:
         image=ImageConfig(max_tokens=16, channels=(24, 48)),
         audio=AudioConfig(channels=48),
     )
-    return PretrainConfig(model=model, data="synthetic", steps=150, batch_size=32, checkpoint_every=100)
+    run = PretrainConfig(model=model, data="synthetic", steps=150, batch_size=32, checkpoint_every=100)
+    return dataclasses.replace(run, objectives=objectives)
 
 
 def base() -> PretrainConfig:
@@ -181,7 +183,8 @@ def base() -> PretrainConfig:
         audio=AudioConfig(mels=80, max_seconds=20.0, channels=256),
     )
     run = PretrainConfig(model=model, steps=20_000, batch_size=256, lr=5e-4, warmup_steps=1000)
-    return dataclasses.replace(run, device="cuda", precision="bf16")
+    matching = MatchingConfig(weight=0.2, begin=0.1)
+    return dataclasses.replace(run, objectives=ObjectivesConfig(matching=matching), device="cuda", precision="bf16")
 
 
 def tiny() -> PretrainConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +57,8 @@ class Model(nn.Module):
     def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
         """Packed hidden states [T, E].  Without a mask each token sees its whole sample."""
         x = self.embedding(streams, layout)
+        if mask == self.isolated() and (apart := segments_apart(layout)) is not None:
+            layout, mask = apart, None
         return self.norm(recompute.run(self.blocks, x, layout, mask, self.recompute))
 
     def computed_rows(self, batch: Batch) -> dict[str, int]:
@@ -118,6 +121,22 @@ class Block(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+def segments_apart(layout: PackedLayout) -> PackedLayout | None:
+    """The same tokens with every segment a sample of its own; None where a sample has two segments of one modality.
+
+    For attention that is the isolated mask said otherwise: there is nothing left to mask, and a segment's tiles begin
+    where it begins, so that each modality gets bit by bit what it gets alone.
+    """
+    if "segments_apart" not in layout.cache:
+        segments = layout.segments
+        # Unknown where only bounds on a device are; segments of one modality in one sample see each other.
+        apart = segments is not None and len(np.unique(segments[:, :2], axis=0)) == len(segments)
+        rows = [[(modality, length)] for _, modality, length, _ in segments.tolist()] if apart else None
+        made = apart and PackedLayout.from_segments(rows, num_modalities=layout.num_modalities)
+        layout.cache["segments_apart"] = made.to(layout.device, non_blocking=True) if apart else None
+    return layout.cache["segments_apart"]
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:

@@ -9,9 +9,12 @@ import torch
 from builders import PRESENT, batch_of, learner, samples
 from torch.profiler import profile
 
+from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.testing import assert_error_rule
-from mmmodel.features import Features
+from mmmodel import configs
+from mmmodel.features import Features, Item
+from mmmodel.model import segments_apart
 
 
 def encode(model, batch, mask):
@@ -62,6 +65,54 @@ def test_within_the_error_rule_when_the_batch_changes(view):
         learned_alone.append(encode(learned.model, alone, mask))
     # All samples under one rule: of a few dozen tokens the largest error is chance.
     assert_error_rule("samples", torch.cat(packed), torch.cat(exact_alone), torch.cat(learned_alone))
+
+
+def long_samples():
+    """Segments of 1 to 150 tokens, so that they begin anywhere within a tile and end beyond several."""
+    rng = np.random.default_rng(0)
+    arrays = {"text": [rng.integers(4, 260, size=n).astype(np.int32) for n in (150, 3, 65, 64)]}
+    arrays["image"] = [rng.integers(0, 256, (3, 16 * r, 16 * c), dtype=np.uint8) for r, c in ((9, 11), (1, 1), (7, 13))]
+    arrays["audio"] = [rng.normal(size=(frames, 8)).astype(np.float16) for frames in (600, 5, 257, 256)]
+    rows = [{"text": 0, "image": 0, "audio": 0}, {"image": 1, "audio": 1}, {"text": 1, "image": 2, "audio": 2}]
+    rows += [{"text": 2}, {"text": 3, "audio": 3}]
+    items = [Item(f"k{i}", f"g{i}", "", f"c{i}", "train", row) for i, row in enumerate(rows)]
+    return items, Features.of(arrays)
+
+
+@pytest.mark.skipif("not __import__('mmkernels').dispatch.cpp_missing() is None", reason="needs mmkernels._C")
+def test_isolated_view_is_bit_equal_to_each_modality_alone():
+    """All samples with one modality taken out and run with no mask at all: the same bits as in the isolated pass."""
+    model = configs.tiny().model
+    sizes = {
+        "text": dataclasses.replace(model.text, max_tokens=160),
+        "image": dataclasses.replace(model.image, max_tokens=128),
+        "audio": dataclasses.replace(model.audio, max_seconds=8.0),
+    }
+    _, learned = learner(width=48, heads=3, **sizes)
+    items, features = long_samples()
+    batch = batch_of(learned, items, features)
+    isolated = encode(learned.model, batch, learned.model.isolated())
+    for m, name in enumerate(learned.model.front_ends):
+        own = [dataclasses.replace(item, rows={name: item.rows[name]}) for item in items if name in item.rows]
+        alone = encode(learned.model, batch_of(learned, own, features), None)
+        assert torch.equal(isolated[batch.layout.modality_ids == m], alone), name
+
+
+def test_two_segments_of_a_modality_still_see_each_other():
+    """Isolation is between modalities, not segments: text before and after a picture is one text."""
+    _, learned = learner()
+    segments = [[(0, 3), (1, (1, 2)), (0, 2)], [(0, 4), (1, (2, 1))]]
+    layout = PackedLayout.from_segments(segments, num_modalities=3, special_tokens=learned.model.special_tokens)
+    assert segments_apart(layout) is None
+    torch.manual_seed(0)
+    streams = [torch.randint(4, 260, (9,)), torch.randn(4, 16), torch.randn(0, 16)]
+    with torch.no_grad():
+        before = learned.model.encode(streams, layout, learned.model.isolated())
+        streams[0][4] += 1  # of the second segment of text
+        after = learned.model.encode(streams, layout, learned.model.isolated())
+    changed = (before != after).any(dim=1)
+    text = (layout.modality_ids == 0) & (torch.arange(layout.total_tokens) < layout.cu_seqlens[1])
+    assert torch.equal(changed, text)
 
 
 def test_isolated_view_equals_each_modality_fed_alone():
