@@ -1,0 +1,128 @@
+"""The faces under torch.compile(fullgraph=True): one graph for all lengths, masks read when the graph runs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmkernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
+from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
+from mmkernels.modules import MultiheadAttention
+
+B, H, L, D = 3, 2, 12, 16
+
+
+def same(function, *arguments):
+    """Eager and compiled, forward and backward."""
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        out = run(*arguments)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
+def qkv():
+    return torch.randn(B, L, 3, H, D, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_lengths_as_tensors_are_one_graph():
+    def layer(x, lengths):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, lengths=lengths) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ([12, 3, 7], [1, 2, 3], [12, 12, 12], [0, 5, 12]):
+        x, n = qkv(), torch.tensor(lengths)
+        results = [(out := f(x, n), *torch.autograd.grad(out.square().sum(), [x])) for f in (layer, compiled)]
+        for eager, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_masks_on_the_cpu():
+    def layer(x, mask):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, mask, scale=0.3)
+
+    same(layer, qkv(), torch.ones(L, L, dtype=torch.bool).tril(2))
+
+
+def test_what_is_left_to_torch_and_what_is_refused():
+    def plain(x):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, is_causal=True)
+
+    def handed_over(x, mask):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, mask, fallback="torch")
+
+    same(plain, qkv())
+    same(handed_over, qkv(), torch.randn(L, L))
+    bad = torch.compile(
+        lambda x, m: ours(*(t.transpose(1, 2) for t in x.unbind(2)), m), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(NotImplementedError, match="attn_mask has values other than 0"):
+        bad(qkv(), torch.randn(L, L))
+
+
+def test_dropout_repeats_in_backward():
+    def layer(x, n):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, lengths=n, dropout_p=0.5)
+
+    x, n = qkv(), torch.tensor([12, 3, 7])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        torch.manual_seed(5)
+        out = run(x, n)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x])))
+    for eager, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attn():
+    same(lambda x: flash_attn_func(*x.unbind(2), causal=True, window_size=(4, 0)), qkv())
+
+    def packed(x, bounds):
+        return flash_attn_varlen_func(*x.unbind(1), bounds, bounds, 6, 6)
+
+    with pytest.raises(Exception, match=r"inside torch\.compile bounds cannot be planned"):
+        torch.compile(packed, fullgraph=True, backend="aot_eager")(
+            torch.randn(9, 3, H, D), torch.tensor([0, 3, 9], dtype=torch.int32)
+        )
+
+
+@pytest.mark.parametrize("masks", ["padding", "causal", "both"])
+def test_multihead_attention(masks):
+    module = MultiheadAttention(32, 2, batch_first=True)
+    padding = torch.arange(L) >= torch.tensor([12, 3, 7])[:, None] if masks != "causal" else None
+    attn = torch.ones(L, L, dtype=torch.bool).triu(1) if masks != "padding" else None
+
+    def layer(x, padding, attn):
+        return module(x, x, x, key_padding_mask=padding, attn_mask=attn, need_weights=False)[0]
+
+    same(layer, torch.randn(B, L, 32, requires_grad=True), padding, attn)
+
+
+def test_opcheck():
+    """The operator itself: schema, fakes, autograd, tracing."""
+    q, k, v = (torch.randn(B * L, H, D, requires_grad=True) for _ in range(3))
+    rest = (None, B, True, -1, -1, False, torch.tensor([12, 3, 7]), None, None, 0.25, 0.0, True, False, "auto")
+    torch.library.opcheck(torch.ops.mm.padded_attention_fwd, (q, k, v, *rest))
+
+
+def test_inductor_runs_it():
+    def layer(x, n):
+        q, k, v = (t.transpose(1, 2) for t in (x * 2).unbind(2))
+        return F.gelu(ours(q, k, v, lengths=n))
+
+    x, n = qkv().detach(), torch.tensor([12, 3, 7])
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, n), layer(x, n), rtol=1e-4, atol=1e-4)

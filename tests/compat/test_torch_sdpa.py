@@ -1,0 +1,308 @@
+"""scaled_dot_product_attention against torch's: masks that stretches can hold, layouts of memory, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import attention as dense
+from dense import check
+
+from mmkernels import dispatch
+from mmkernels.compat import padded
+from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
+
+B, H, L, D = 3, 4, 37, 16
+LENGTHS = torch.tensor([37, 5, 20])  # whole, short, and not a multiple of anything
+REAL = torch.arange(L) < LENGTHS[:, None]  # [B, L]
+CAUSAL = torch.ones(L, L, dtype=torch.bool).tril()
+KEYS = REAL[:, None, None]
+
+
+def heads(memory, batch=B, count=H, length=L, dtype=torch.float32):
+    """q, k, v [B, H, L, D] in the memory of one projection, of three, or contiguous."""
+    if memory == "projection":
+        return [t.transpose(1, 2) for t in torch.randn(batch, length, 3, count, D).to(dtype).unbind(2)]
+    tensors = [torch.randn(batch, length, count, D).to(dtype).transpose(1, 2) for _ in range(3)]
+    return [t.contiguous() for t in tensors] if memory == "contiguous" else tensors
+
+
+def packed_documents():
+    """Block-diagonal: three documents in each row."""
+    document = torch.bucketize(torch.arange(L), torch.tensor([9, 23]))
+    return document[:, None] == document
+
+
+MASKS = {
+    "padding": KEYS,
+    "left padding": KEYS.flip(-1),
+    "padding, expanded": KEYS.expand(B, H, L, L),
+    "padding of queries too": KEYS & REAL[:, None, :, None],
+    "a hole": KEYS & (torch.arange(L) != 3),
+    "causal and padding": KEYS & CAUSAL,
+    "causal and left padding": KEYS.flip(-1) & CAUSAL,  # rows that see nothing come first
+    "causal with a hole": (torch.arange(L) != 3) & CAUSAL,
+    "window": CAUSAL & ~CAUSAL.tril(-6),
+    "anticausal": CAUSAL.T,
+    "prefix": CAUSAL | (torch.arange(L) < 11),
+    "documents": packed_documents(),
+    "blind amid others": (torch.arange(L) % 5 != 2)[:, None].expand(L, L),
+    "sees nothing": torch.zeros(B, 1, 1, L, dtype=torch.bool),
+    "one query row": (torch.arange(L) < 9)[None],
+    "per head": torch.stack([KEYS[:, 0], KEYS[:, 0].flip(-1)] * 2, 1),
+    "all": torch.ones(L, L, dtype=torch.bool),
+    "causal": CAUSAL,
+}
+
+
+@pytest.mark.parametrize("memory", ["projection", "contiguous"])
+@pytest.mark.parametrize("name", MASKS)
+def test_boolean_and_float_masks(name, memory):
+    mask = MASKS[name]
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    inputs = heads(memory)
+    exact = lambda q, k, v: dense(q, k, v, mask.expand(B, H, L, L))[0]  # noqa: E731
+    for given in (mask, added):
+        check(
+            lambda *t, m=given: ours(*t, m),
+            lambda *t, m=given: F.scaled_dot_product_attention(*t, m),
+            exact,
+            inputs,
+            f"{name} {given.dtype}",
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    mask = KEYS & CAUSAL
+    check(
+        lambda *t: ours(*t, mask),
+        lambda *t: F.scaled_dot_product_attention(*t, mask),
+        lambda *t: dense(*t, mask)[0],
+        heads("projection", dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [37, 21, 50])  # as many, fewer, more than queries
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_shapes_of_cross_and_grouped_heads(kv_heads, keys, causal):
+    q = torch.randn(B, L, H, D).transpose(1, 2)
+    k, v = (torch.randn(B, keys, kv_heads, D).transpose(1, 2) for _ in range(2))
+    mask = (torch.arange(keys) < torch.tensor([keys, 5, 20])[:, None])[:, None, None]
+    seen = mask & torch.ones(L, keys, dtype=torch.bool).tril() if causal else mask
+    for scale in (None, 0.4):
+        check(
+            lambda *t, s=scale: ours(*t, mask, is_causal=causal, scale=s, enable_gqa=True),
+            lambda *t, s=scale: F.scaled_dot_product_attention(*t, seen, scale=s, enable_gqa=True),
+            lambda *t, s=scale: dense(*t, seen, s)[0],
+            (q, k, v),
+        )
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 4), (2, 3, 4)])
+def test_any_batch_dimensions(lead):
+    q, k, v = (torch.randn(*lead, n, D) for n in (7, 9, 9))
+    mask = torch.arange(9) < 6
+    masks = [mask.expand(7, 9)]
+    if lead:
+        masks.append(mask.expand(*lead, 7, 9))
+    for m in masks:
+        expected = F.scaled_dot_product_attention(q, k, v, m)
+        torch.testing.assert_close(ours(q, k, v, m), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_broadcasts_in_torch_does_here():
+    q, k, v = torch.randn(B, H, L, D), torch.randn(1, 1, L, D), torch.randn(B, 1, L, D)
+    expected = F.scaled_dot_product_attention(q, k, v, KEYS)
+    torch.testing.assert_close(ours(q, k, v, KEYS), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [LENGTHS, LENGTHS.tolist(), LENGTHS.numpy()])
+def test_lengths_are_padding_of_queries_and_keys(given):
+    seen = KEYS & REAL[:, None, :, None]
+    check(
+        lambda *t: ours(*t, lengths=given),
+        lambda *t: F.scaled_dot_product_attention(*t, seen),
+        lambda *t: dense(*t, seen)[0],
+        heads("projection"),
+    )
+    out = ours(*heads("projection"), lengths=given)
+    assert not out.transpose(1, 2)[~REAL].any()
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("window", [(-1, -1), (4, 0), (3, 2), (0, -1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_window_and_place(causal, window, align):
+    """Key lengths of their own; the last real query at the last real key, or the first at the first."""
+    q, (_, k, v) = heads("projection")[0], heads("projection", length=50)
+    key_lengths = torch.tensor([50, 3, 31])
+    i, j = torch.arange(L)[:, None], torch.arange(50)
+    place = i + (key_lengths - LENGTHS)[:, None, None] if align == "bottom_right" else i.expand(B, L, 1)
+    seen = (j < key_lengths[:, None, None]) & (i < LENGTHS[:, None, None])
+    seen &= (place - j <= window[0]) | (window[0] < 0)
+    seen &= (j - place <= window[1]) | (window[1] < 0)
+    seen = (seen & (j <= place) if causal else seen)[:, None]
+    options = {"lengths": LENGTHS, "key_lengths": key_lengths, "window": window, "align": align, "is_causal": causal}
+    check(
+        lambda *t: ours(*t, **options),
+        lambda *t: F.scaled_dot_product_attention(*t, seen),
+        lambda *t: dense(*t, seen)[0],
+        (q, k, v),
+    )
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    q, k, v = (torch.randn(8, H, 64, D) for _ in range(3))
+    mask = torch.arange(64) < 50
+    mask = mask.expand(64, 64)
+    kept = torch.stack([ours(q, k, v, mask, dropout_p=0.3) for _ in range(60)])
+    assert not torch.equal(kept[0], kept[1])
+    assert (kept.mean(0) - ours(q, k, v, mask)).abs().mean() < 0.25 * kept.std(0).mean()
+
+
+REFUSED = {
+    "attn_mask has values": {"attn_mask": torch.randn(L, L)},
+    "attn_mask lets query 34 of mask 0 see keys that are not": {"attn_mask": torch.eye(L).roll(3, 1).bool() | CAUSAL.T},
+    "attn_mask lets query 1 of mask 0 see earlier": {"attn_mask": torch.eye(L).flip(0).bool()},
+    "attn_mask has a row of lowest": {"attn_mask": torch.full((L, L), torch.finfo(torch.float32).min)},
+    "attn_mask requires a gradient": {"attn_mask": torch.zeros(L, L, requires_grad=True)},
+    "scale is -1": {"attn_mask": KEYS, "scale": -1.0},
+    "query is torch.float64": {"attn_mask": KEYS, "dtype": torch.float64},
+    "query has width 4": {"attn_mask": KEYS, "width": 4},
+    "value has width 6": {"attn_mask": KEYS, "value_width": 6},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused_by_name_or_handed_to_torch(reason):
+    options = dict(REFUSED[reason])
+    dtype, width, value_width = (
+        options.pop("dtype", torch.float32),
+        options.pop("width", D),
+        options.pop("value_width", 0),
+    )
+    q, k, v = (torch.randn(B, H, L, w, dtype=dtype) for w in (width, width, value_width or width))
+    with pytest.raises(NotImplementedError, match=reason):
+        ours(q, k, v, **options)
+    assert torch.equal(ours(q, k, v, **options, fallback="torch"), F.scaled_dot_product_attention(q, k, v, **options))
+    assert f"scaled_dot_product_attention -> torch: {reason}" in dispatch.explain()
+
+
+def test_fallback_keeps_our_own_keywords():
+    q, k, v = (torch.randn(B, H, L, D, dtype=torch.float64) for _ in range(3))
+    out = ours(q, k, v, lengths=LENGTHS, window=(2, 1), is_causal=True, fallback="torch")
+    seen = KEYS & REAL[:, None, :, None] & CAUSAL & ~CAUSAL.tril(-3)
+    torch.testing.assert_close(out, dense(q, k, v, seen)[0])
+
+
+def test_grouped_heads_with_masks_per_head_are_refused():
+    q, k = torch.randn(B, H, L, D), torch.randn(B, 2, L, D)
+    with pytest.raises(NotImplementedError, match="attn_mask differs between heads"):
+        ours(q, k, k, MASKS["per head"], enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": [1, 2]}, "lengths: .* expected 3 whole numbers"),
+        ({"lengths": [1, 2, 38]}, "lengths: from 1 to 38, expected 0 to 37"),
+        ({"lengths": [1.0, 2.0, 3.0]}, "lengths: torch.float32"),
+        ({"attn_mask": torch.ones(L, L, dtype=torch.int32)}, "attn_mask is torch.int32"),
+        ({"attn_mask": torch.ones(2, 1, L, L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
+        ({"attn_mask": torch.ones(L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
+        ({"attn_mask": CAUSAL, "align": "middle"}, "align is 'middle'"),
+        ({"attn_mask": CAUSAL, "fallback": "flash"}, "fallback is 'flash'"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ours(*heads("projection"), **options)
+
+
+def test_where_nothing_is_hidden_torch_runs(monkeypatch):
+    """No mask, is_causal, full lengths and masks that say no more: torch's own kernel, unless impl is asked for."""
+    q, k, v = heads("projection")
+    monkeypatch.setattr(padded, "attention", None)
+    for options in ({}, {"is_causal": True}, {"lengths": [L] * B}, {"attn_mask": MASKS["all"]}):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=options.get("is_causal", False))
+        assert torch.equal(ours(q, k, v, **options), expected)
+    assert torch.equal(ours(q, k, v, CAUSAL), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with pytest.raises(TypeError):
+        ours(q, k, v, impl="cpp")
+
+
+@pytest.mark.parametrize("memory", ["projection", "separate", "contiguous"])
+def test_tensors_reach_the_operator_as_they_lie(monkeypatch, memory):
+    """No copy in, and none out: the operator gets the caller's memory, and its output is what is returned."""
+    q, k, v = heads(memory)
+    seen = []
+
+    def spy(*tensors, **options):
+        seen.append([t.data_ptr() for t in tensors])
+        out = real(*tensors, **options)
+        seen.append(out.data_ptr())
+        return out
+
+    real = padded.attention
+    monkeypatch.setattr(padded, "attention", spy)
+    for options in ({"lengths": LENGTHS}, {"attn_mask": KEYS}, {"attn_mask": KEYS & CAUSAL}):
+        seen.clear()
+        out = ours(q, k, v, **options)
+        assert seen == [[t.data_ptr() for t in (q, k, v)], out.data_ptr()]
+        assert out.stride() == F.scaled_dot_product_attention(q, k, v).stride()
+
+
+def test_a_mask_is_read_once_per_version(monkeypatch):
+    from mmkernels.compat import mask_reading
+
+    reads = []
+    real = mask_reading.read
+    monkeypatch.setattr(mask_reading, "read", lambda *a: reads.append(1) or real(*a))
+    q, k, v = heads("projection")
+    mask = KEYS.clone()
+    for _ in range(3):  # layers; the second way is how models cut their masks to the keys at hand
+        ours(q, k, v, mask)
+        ours(q, k, v, mask[:, :, :, :L])
+    assert len(reads) == 1
+    mask[1, :, :, 5] = True
+    out = ours(q, k, v, mask)
+    assert len(reads) == 2
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_kept_plans_do_not_keep_masks_alive_nor_grow():
+    from mmkernels.compat import plans
+
+    q, k, v = heads("projection")
+    before = len(plans._by_tensor)
+    for n in range(3 * plans.MAX_PLANS):
+        ours(q, k, v, lengths=[L, n % L, (7 * n) % L])
+        ours(q, k, v, torch.arange(L).expand(L, L) < 1 + n % 30)
+    assert len(plans._plans._kept) <= plans.MAX_PLANS
+    assert len(plans._by_tensor) <= before + 1
+
+
+def test_inference_mode_and_no_grad():
+    q, k, v = heads("projection")
+    expected = F.scaled_dot_product_attention(q, k, v, KEYS)
+    with torch.inference_mode():
+        mask = KEYS & True  # an inference tensor has no version
+        torch.testing.assert_close(ours(q, k, v, mask), expected, rtol=1e-5, atol=1e-6)
+        mask[1] = False
+        assert not ours(q, k, v, mask)[1].any()
+
+
+def test_autocast_casts_as_torch_does():
+    q, k, v = heads("projection")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(q, k, v, KEYS)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v, KEYS).dtype == torch.bfloat16
+
+
+def test_no_gradient_where_none_is_wanted():
+    q, k, v = heads("projection")
+    k.requires_grad_()
+    out = ours(q, k, v, KEYS)
+    (dk,) = torch.autograd.grad(out.sum(), [k])
+    assert not dk.transpose(1, 2)[~REAL].any()
+    assert not ours(q, k.detach(), v, KEYS).requires_grad

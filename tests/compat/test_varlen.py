@@ -1,0 +1,244 @@
+"""varlen_attn and flash_attn's functions against dense attention per sample, their arguments against the originals'."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.attention.varlen as original
+import torch.nn.functional as F
+from dense import attention as dense
+from dense import check
+
+from mmkernels import AttentionMask, PackedLayout
+from mmkernels.compat import flash_attn, packed
+from mmkernels.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    pad_input,
+    unpad_input,
+)
+from mmkernels.compat.torch_varlen import varlen_attn
+
+D = 16
+Q_LENGTHS, K_LENGTHS = [9, 0, 4, 17], [9, 5, 12, 3]  # equal, no queries, more keys, fewer (queries that see nothing)
+WINDOWS = [(-1, -1), (-1, 0), (3, 0), (2, 1), (0, -1)]
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def seen(queries, keys, causal, window):
+    """flash-attention's rule: the last query stands at the last key."""
+    place = torch.arange(queries)[:, None] + keys - queries
+    key = torch.arange(keys)
+    inside = (window[0] < 0) | (key >= place - window[0])
+    inside = inside & ((window[1] < 0) | (key <= place + window[1])) & torch.ones(queries, 1, dtype=torch.bool)
+    return inside & (key <= place) if causal else inside
+
+
+def by_sample(q, k, v, causal, window, attend, used=None):
+    """Dense attention sample by sample, packed again."""
+    outs = []
+    q_parts, k_parts, v_parts = q.split(Q_LENGTHS), k.split(K_LENGTHS), v.split(K_LENGTHS)
+    for index, parts in enumerate(zip(q_parts, k_parts, v_parts, strict=True)):
+        n = len(parts[1]) if used is None else used[index]
+        qi, ki, vi = (t.transpose(0, 1).unsqueeze(0) for t in (parts[0], parts[1][:n], parts[2][:n]))
+        mask = seen(qi.shape[2], n, causal, window)
+        outs.append(attend(qi, ki, vi, mask)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def torch_dense(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def exact(q, k, v, mask):
+    return dense(q, k, v, mask)[0]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_varlen(causal, window, kv_heads):
+    inputs = torch.randn(30, 4, D), torch.randn(29, kv_heads, D), torch.randn(29, kv_heads, D)
+    cu_q, cu_k = bounds(Q_LENGTHS), bounds(K_LENGTHS)
+    both = (
+        lambda q, k, v: by_sample(q, k, v, causal, window, torch_dense),
+        lambda q, k, v: by_sample(q, k, v, causal, window, exact),
+        inputs,
+    )
+    check(lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, 17, 12, 0.0, None, causal, window), *both)
+    check(
+        lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, cu_q, cu_k, 17, 12, causal=causal, window_size=window),
+        lambda q, kv: both[0](q, *kv.unbind(1)),
+        lambda q, kv: both[1](q, *kv.unbind(1)),
+        (inputs[0], torch.stack(inputs[1:], 1)),
+    )
+    if not causal:
+        check(lambda q, k, v: varlen_attn(q, k, v, cu_q, cu_k, 17, 12, window_size=window, enable_gqa=True), *both)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_seqused_k(window):
+    q, k, v = torch.randn(30, 4, D), torch.randn(29, 4, D), torch.randn(29, 4, D)
+    used = torch.tensor([4, 5, 7, 0])
+    out = varlen_attn(q, k, v, bounds(Q_LENGTHS), bounds(K_LENGTHS), 17, 12, window_size=window, seqused_k=used)
+    expected = by_sample(q, k, v, False, window, exact, used.tolist())
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_lse_of_varlen_is_that_of_the_rows():
+    q = torch.randn(30, 4, D)
+    _, lse = varlen_attn(q, q, q, bounds([13, 17]), bounds([13, 17]), 17, 17, return_aux=original.AuxRequest(lse=True))
+    for rows in (slice(0, 13), slice(13, 30)):
+        part = q[rows].transpose(0, 1)[None]
+        torch.testing.assert_close(lse[:, rows], dense(part, part, part, torch.ones(1, 1, dtype=torch.bool))[1][0])
+
+
+def test_masks_on_top_of_varlen():
+    """What the original does not have: modalities, prefixes, dropout."""
+    layout = PackedLayout.from_counts([[5, 4], [3, 6]])
+    x = torch.randn(18, 3, 4, D)
+    mask = AttentionMask.isolated(2)
+    out = varlen_attn(*x.unbind(1), layout, layout, 9, 9, mask=mask)
+    q, k, v = (t.transpose(0, 1)[None] for t in x.unbind(1))
+    sample, modality = torch.arange(18) // 9, layout.modality_ids
+    same = (sample[:, None] == sample) & (modality[:, None] == modality)
+    torch.testing.assert_close(out, dense(q, k, v, same)[0][0].transpose(0, 1), rtol=1e-5, atol=1e-6)
+    assert varlen_attn(*x.unbind(1), layout, layout, 9, 9, mask=mask, dropout_p=0.5).shape == out.shape
+    with pytest.raises(ValueError, match="expected one of them"):
+        varlen_attn(*x.unbind(1), layout, layout, 9, 9, mask=AttentionMask(window=(1, 1)), window_size=(2, 0))
+
+
+@pytest.mark.parametrize("lengths", [(11, 11), (6, 13), (13, 6)])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded(causal, window, lengths):
+    queries, keys = lengths
+    mask = seen(queries, keys, causal, window)
+    inputs = torch.randn(3, queries, 4, D), torch.randn(3, keys, 2, D), torch.randn(3, keys, 2, D)
+
+    def by(attend):
+        return lambda q, k, v: attend(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2)
+
+    check(
+        lambda q, k, v: flash_attn_func(q, k, v, causal=causal, window_size=window), by(torch_dense), by(exact), inputs
+    )
+    check(
+        lambda q, kv: flash_attn_kvpacked_func(q, kv, causal=causal, window_size=window),
+        lambda q, kv: by(torch_dense)(q, *kv.unbind(2)),
+        lambda q, kv: by(exact)(q, *kv.unbind(2)),
+        (inputs[0], torch.stack(inputs[1:], 2)),
+    )
+    out, lse, probabilities = flash_attn_func(*inputs, causal=causal, window_size=window, return_attn_probs=True)
+    expected = dense(*(t.double().transpose(1, 2) for t in inputs), mask)[1]
+    torch.testing.assert_close(lse, expected.float(), rtol=1e-5, atol=1e-5)
+    assert out.shape == inputs[0].shape
+    assert probabilities is None
+
+
+def test_qkvpacked_forms_and_scale():
+    x = torch.randn(2, 9, 3, 4, D)
+    expected = flash_attn_func(*x.unbind(2), softmax_scale=0.3, causal=True)
+    assert torch.equal(flash_attn_qkvpacked_func(x, softmax_scale=0.3, causal=True), expected)
+    packed_x, cu = x.flatten(0, 1), bounds([9, 9])
+    out = flash_attn_varlen_qkvpacked_func(packed_x, cu, 9, softmax_scale=0.3, causal=True)
+    assert torch.equal(out, expected.flatten(0, 1))
+
+
+def test_dropout_and_determinism():
+    x = torch.randn(2, 40, 3, 4, D, requires_grad=True)
+    torch.manual_seed(1)
+    first = flash_attn_qkvpacked_func(x, dropout_p=0.4, deterministic=True)
+    torch.manual_seed(1)
+    assert torch.equal(flash_attn_qkvpacked_func(x, dropout_p=0.4, deterministic=True), first)
+    assert not torch.equal(flash_attn_qkvpacked_func(x, dropout_p=0.4), first)
+    gradients = [torch.autograd.grad(flash_attn_qkvpacked_func(x, deterministic=True).sum(), x)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+
+
+def test_unpad_attend_pad():
+    """The usual round trip of a padded model, which equals attention with a key padding mask on the real rows."""
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
+    x = torch.randn(3, 5, 3, 2, D, requires_grad=True)
+    rows, indices, cu, longest, used = unpad_input(x, mask)
+    assert (cu.tolist(), longest, used.tolist(), cu.dtype) == ([0, 3, 8, 10], 5, [3, 5, 2], torch.int32)
+    out = pad_input(flash_attn_varlen_qkvpacked_func(rows, cu, longest), indices, 3, 5)
+    q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+    expected = dense(q, k, v, mask.bool()[:, None, None])[0].transpose(1, 2) * mask[..., None, None]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    g = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(o, x, g)[0] for o in (out, expected)), rtol=1e-5, atol=1e-5)
+    kept, _, cu, *_ = unpad_input(x, mask, unused_mask=1 - mask)
+    assert kept.shape[0] == 15
+    assert cu.tolist() == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("softcap", 30.0), ("alibi_slopes", torch.ones(2)), ("block_table", torch.zeros(1, 1))]
+)
+def test_flash_arguments_that_are_not_taken(name, argument, value):
+    if argument == "block_table" and name == "flash_attn_func":
+        return
+    x = torch.randn(1, 6, 2, D) if name == "flash_attn_func" else torch.randn(6, 2, D)
+    cu = () if name == "flash_attn_func" else (bounds([6]), bounds([6]), 6, 6)
+    with pytest.raises(NotImplementedError, match=argument):
+        getattr(flash_attn, name)(x, x, x, *cu, **{argument: value})
+
+
+def test_dropped_probabilities_are_not_returned():
+    x = torch.randn(1, 6, 2, D)
+    with pytest.raises(NotImplementedError, match="return_attn_probs with dropout_p"):
+        flash_attn_func(x, x, x, dropout_p=0.1, return_attn_probs=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("block_table", torch.zeros(1, 1), NotImplementedError),
+        ("num_splits", 4, NotImplementedError),
+        ("cu_seq_k", None, NotImplementedError),
+        ("seqused_k", torch.tensor([1, 2]), ValueError),
+        ("enable_gqa", False, ValueError),
+    ],
+)
+def test_varlen_arguments_that_are_not_taken(argument, value, error):
+    q, k = torch.randn(6, 4, D), torch.randn(6, 2, D)
+    call = {"cu_seq_q": bounds([6]), "cu_seq_k": bounds([6]), "max_q": 6, "max_k": 6, "enable_gqa": True}
+    with pytest.raises(error, match=argument):
+        varlen_attn(q, k, k, **(call | {argument: value}))
+
+
+def test_signature_of_varlen_attn_is_torchs():
+    """Of whichever torch runs this, 2.11 to 2.13: each of its arguments, in order, and with its default."""
+    originals = inspect.signature(original.varlen_attn).parameters
+    mine = inspect.signature(varlen_attn).parameters
+    for name, parameter in originals.items():
+        assert (mine[name].kind, mine[name].default) == (parameter.kind, parameter.default), name
+    positional = [n for n, p in originals.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    assert list(mine)[: len(positional)] == positional
+
+
+def test_packed_views_are_not_copied(monkeypatch):
+    seen_pointers = []
+    real = packed.attention
+    monkeypatch.setattr(
+        packed, "attention", lambda *t, **o: seen_pointers.extend(x.data_ptr() for x in t) or real(*t, **o)
+    )
+    x = torch.randn(18, 3, 4, D)
+    flash_attn_varlen_qkvpacked_func(x, bounds([9, 9]), 9)
+    assert seen_pointers == [t.data_ptr() for t in x.unbind(1)]
+
+
+def test_bounds_make_one_layout_per_version():
+    x, cu = torch.randn(18, 2, D), bounds([9, 9])
+    first, _ = packed.layouts("test", x, x, cu, cu, 9, 9)
+    assert packed.layouts("test", x, x, cu, cu, 9, 9)[0] is first
+    cu[1] = 4
+    assert packed.layouts("test", x, x, cu, cu, 14, 14)[0].cu_seqlens.tolist() == [0, 4, 18]
