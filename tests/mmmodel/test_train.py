@@ -31,7 +31,7 @@ def assert_same_run(one, two):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     for left, right in zip(metrics.read(one / "metrics.jsonl"), metrics.read(two / "metrics.jsonl"), strict=True):
-        timed = {name for name in left if name.endswith("_ms") or "per_s" in name}
+        timed = {name for name in left if name.endswith("_ms") or "per_s" in name or name == "mfu_percent"}
         assert {k: v for k, v in left.items() if k not in timed} == {k: v for k, v in right.items() if k not in timed}
 
 
@@ -49,7 +49,8 @@ def test_a_run_leaves_what_the_readme_promises(unbroken):
     lines = metrics.read(unbroken / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     needed = {"loss", "contrastive/loss", "masked_text/loss", "lr", "grad_norm", "tokens_per_s/audio", "fill_percent"}
-    assert needed | {"data_wait_ms", "step_ms", "skipped"} <= lines[-1].keys()
+    assert needed | {"data_wait_ms", "step_ms", "skipped", "mfu_percent", "tflop"} <= lines[-1].keys()
+    assert 0 < lines[-1]["mfu_percent"] < 100
     # keep_checkpoints = 2 of those after steps 3, 6 and 8
     assert [path.name for path in checkpoint.saved(unbroken / "checkpoints")] == ["step-00000006", "step-00000008"]
     assert configs.from_dict(json.loads((unbroken / "config.json").read_text())).steps == 8

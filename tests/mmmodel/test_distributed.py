@@ -1,0 +1,141 @@
+"""Two processes on one batch (gloo): their gradients are those of one process, and a stopped run goes on to the bit."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from builders import learner, samples
+from safetensors.torch import load_file
+
+from mmmodel import checkpoint, distributed, metrics, train
+from mmmodel.batches import collate
+from mmmodel.configs import MaskedConfig, ObjectiveConfig, ObjectivesConfig
+
+ROOT = Path(__file__).parents[2]
+CONTRASTIVE = ObjectivesConfig(contrastive=ObjectiveConfig(weight=1.0), masked_text=MaskedConfig(weight=0.0))
+MASKED = ObjectivesConfig(
+    contrastive=ObjectiveConfig(weight=0.0), masked_text=MaskedConfig(weight=1.0), masked_share=1.0
+)
+SHARES = (slice(0, 2), slice(2, 6))  # uneven: 2 and 4 samples, with 6 and 7 segments
+
+
+def build(objectives):
+    config, _ = learner()
+    from mmmodel.pretraining import Pretraining
+
+    config = dataclasses.replace(config, objectives=objectives)
+    return config, Pretraining(config, learner()[1].model.tokenizer)
+
+
+def batch_of(learned, which):
+    items, features = samples()
+    batch = collate(items[which], features, learned.model.front_ends, learned.model.special_tokens)
+    return batch, learned.prepare(batch, np.random.default_rng(which.start or 0))
+
+
+def gradients_of(learned):
+    return {name: p.grad.clone() for name, p in learned.named_parameters() if p.grad is not None}
+
+
+def ranks_step(rank, store, results, objectives):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    config, learned = build(objectives)
+    optimizer = train.make_optimizer(learned, config)
+    batch, prepared = batch_of(learned, SHARES[rank])
+    module = distributed.wrapped(learned)
+    config = dataclasses.replace(config, clip_norm=0.0)
+    figures, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+    lines = distributed.everyone(figures)
+    torch.save((metrics.merged(lines), gradients_of(learned), made), f"{results}.{rank}")
+    # one rank's infinity must stop both, and leave both with the same weights
+    if rank == 1:
+        with torch.no_grad():
+            batch.inputs["audio"][0].fill_(torch.inf)
+    before = [p.clone() for p in learned.parameters()]
+    _, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+    assert not made
+    assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters(), strict=True))
+    dist.destroy_process_group()
+
+
+def two_ranks(tmp_path, objectives):
+    results = tmp_path / "result"
+    multiprocessing.spawn(ranks_step, (tmp_path / "store", results, objectives), nprocs=2)
+    return [torch.load(f"{results}.{rank}") for rank in range(2)]
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_contrastive_gradients_are_one_processs(tmp_path):
+    """Negatives come from both ranks: the loss does not split into the ranks' own."""
+    _, learned = build(CONTRASTIVE)
+    batch, prepared = batch_of(learned, slice(None))
+    loss, _ = learned(batch, prepared)
+    loss.backward()
+    for figures, gradients, made in two_ranks(tmp_path, CONTRASTIVE):
+        assert made
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_close(gradients, gradients_of(learned))
+
+
+def test_masked_gradients_are_the_mean_over_all_hidden_tokens(tmp_path):
+    """Ranks hide different numbers of tokens; each token counts the same."""
+    _, learned = build(MASKED)
+    parts = [batch_of(learned, share) for share in SHARES]
+    hidden = [len(prepared.masked.targets["text"]) for _, prepared in parts]
+    assert hidden[0] != hidden[1]
+    loss = sum(learned(*part)[0] * count for part, count in zip(parts, hidden, strict=True)) / sum(hidden)
+    loss.backward()
+    for figures, gradients, _ in two_ranks(tmp_path, MASKED):
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_close(gradients, gradients_of(learned))
+
+
+def command(out, shards):
+    fields = ["data=" + str(shards), "steps=8", "checkpoint_every=3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "mmmodel"]
+    return [*launch, "pretrain", "--preset", "tiny", "--out", str(out), "--set", *fields]
+
+
+def run(out, shards):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(out, shards), cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=200
+    )
+
+
+def test_torchrun_trains_and_resumes_to_the_same_bits(shards, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(whole, shards)
+    with subprocess.Popen(command(broken, shards), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+        while not (broken / "checkpoints" / "step-00000003").exists():
+            assert p.poll() is None
+            time.sleep(0.01)
+        p.send_signal(signal.SIGTERM)  # torchrun hands it to both
+    assert checkpoint.saved(broken / "checkpoints")
+    run(broken, shards)
+    one, two = (load_file(path / "model.safetensors") for path in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    lines = metrics.read(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    alone = {name for line in lines for name in line if not name.endswith("_ms") and "per_s" not in name}
+    alone -= {"mfu_percent"}
+    for left, right in zip(lines, metrics.read(broken / "metrics.jsonl"), strict=True):
+        assert {k: left.get(k) for k in alone} == {k: right.get(k) for k in alone}
+    assert json.loads((whole / "config.json").read_text())["batch_size"] == 4
