@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import attention_pairs, workloads
 from benchmarks.attention_cases import MASKS, Case, cases
-from benchmarks.harness import Implementation, Missing, Work, close
+from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import auto_mark, our_impls
 from benchmarks.peers import (
@@ -143,15 +143,15 @@ class AttentionProblem:
         return {} if pairs is None else {"pairs_computed_over_visible": pairs / max(self.plan.visible_pairs, 1)}
 
 
-def problems(shapes: str, device: torch.device, seed: int) -> Iterator[AttentionProblem]:
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:
     for case in cases(shapes, device.type):
-        yield from_case(case, device, seed)
+        build = functools.partial(from_case, case, device, seed)
+        yield Deferred("attention", _name(case, _layout(case, seed)), case.dtype, AttentionProblem.directions, build)
 
 
 def from_case(case: Case, device: torch.device, seed: int) -> AttentionProblem:
     """Random q, k and v for a case, in memory of their own."""
-    options = {} if case.length is None else {"length": case.length}
-    layout = workloads.BY_NAME[case.workload](case.samples, seed, **options).to(device)
+    layout = _layout(case, seed).to(device)
     generator = torch.Generator().manual_seed(seed)
     total = layout.total_tokens
 
@@ -159,12 +159,21 @@ def from_case(case: Case, device: torch.device, seed: int) -> AttentionProblem:
         return torch.randn(total, count, case.width, generator=generator).to(device, DTYPES[case.dtype])
 
     q, k, v, grad_output = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
-    grouped = "" if case.heads == case.kv_heads else f" G{case.kv_heads}"
-    of_length = "" if case.length is None else f"x{case.length}"
-    name = f"{case.workload} {case.samples}{of_length} {case.mask} T{total} H{case.heads}{grouped} D{case.width}"
     for leaf in (q, k, v):
         leaf.requires_grad_()
-    return AttentionProblem(name, case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output)
+    return AttentionProblem(_name(case, layout), case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output)
+
+
+def _layout(case: Case, seed: int) -> PackedLayout:
+    options = {} if case.length is None else {"length": case.length}
+    return workloads.BY_NAME[case.workload](case.samples, seed, **options)
+
+
+def _name(case: Case, layout: PackedLayout) -> str:
+    grouped = "" if case.heads == case.kv_heads else f" G{case.kv_heads}"
+    of_length = "" if case.length is None else f"x{case.length}"
+    batch = f"{case.workload} {case.samples}{of_length} {case.mask} T{layout.total_tokens}"
+    return f"{batch} H{case.heads}{grouped} D{case.width}"
 
 
 def build(workload, samples, mask, heads, kv_heads, width, dtype, device, seed) -> AttentionProblem:

@@ -93,6 +93,21 @@ class Problem(Protocol):
     def work(self, direction: str) -> Work: ...
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A problem that is built when its turn comes, where drawing the inputs of all would take memory and time."""
+
+    op: str
+    case: str
+    dtype: str
+    directions: tuple[str, ...]
+    build: Callable[[], Problem]
+
+
+def built(problem: Problem | Deferred) -> Problem:
+    return problem.build() if isinstance(problem, Deferred) else problem
+
+
 def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.device) -> Iterator[dict]:
     """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing."""
     implementations = list(problem.implementations())

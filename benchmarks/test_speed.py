@@ -31,6 +31,7 @@ class Feed:
             self.key, self.index, self.rest = key, -1, iter(run.load(op).problems(shapes, device, 0))
         while self.index < index:
             self.problem, self.index = next(self.rest), self.index + 1
+        self.problem = harness.built(self.problem)
         return self.problem
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, limits, run
+from benchmarks import environment, harness, limits, run
 from benchmarks.gpu import correctness, dry_problems, profile, subprocesses
 from benchmarks.harness import PREFIX
 from mmkernels import dispatch
@@ -88,7 +88,7 @@ def train_step(context: Context) -> tuple[bool, dict]:
         _require_green(context, op)
     ok, document = _timed(context, "train_step", green=False)
     problem = next(iter(dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")))
-    call = next(i.forward for i in problem.implementations() if i.name.startswith(PREFIX))
+    call = next(i.forward for i in harness.built(problem).implementations() if i.name.startswith(PREFIX))
     return ok, document | {"profile": {"case": problem.case, "top": profile.hot_spots(call, context.device)}}
 
 

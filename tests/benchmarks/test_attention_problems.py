@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import attention, attention_pairs, table
 from benchmarks.attention_cases import MASKS, Case, cases
-from benchmarks.harness import Implementation, close
+from benchmarks.harness import Implementation, built, close
 from benchmarks.peers import attention_flex, packed
 from mmkernels import dispatch
 from mmkernels.masks import MaskPlan
@@ -57,6 +57,14 @@ def test_cases():
             assert case.samples * case.length == 16384
     assert all({128, 1024, 16384} <= found for found in lengths.values())
     assert len(lengths) == 4
+
+
+def test_deferred_problems_are_what_they_say():
+    """Case, dtype and directions are known before the inputs are drawn, and stay."""
+    for deferred in attention.problems("quick", CPU, 0):
+        problem = built(deferred)
+        assert (problem.case, problem.dtype, problem.directions) == (deferred.case, deferred.dtype, deferred.directions)
+        assert built(problem) is problem
 
 
 @pytest.mark.parametrize("mask", MASKS)
