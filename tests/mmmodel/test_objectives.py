@@ -16,29 +16,35 @@ def plain_info_nce(points_a, points_b, concepts_a, concepts_b, scale):
     """Mean over queries with a positive of -mean over positives of log softmax; one loop per query."""
     losses = []
     for point, concept in zip(points_a, concepts_a, strict=True):
-        scores = [math.exp(scale * float(point @ other)) for other in points_b]
+        scores = [torch.exp(scale * (point @ other)) for other in points_b]
         positives = [s for s, c in zip(scores, concepts_b, strict=True) if c == concept]
         if positives:
-            losses.append(-sum(math.log(s / sum(scores)) for s in positives) / len(positives))
+            losses.append(-sum(torch.log(s / sum(scores)) for s in positives) / len(positives))
     return sum(losses) / len(losses)
 
 
-def test_contrastive_loss_against_the_plain_definition():
+def test_contrastive_loss_and_gradients_against_the_plain_definition():
     """Several positives per query, queries without any, and modalities of different counts."""
     torch.manual_seed(0)
     _, learned = learner()
     objective = learned.objectives["contrastive"].double()
     modality = torch.tensor([0, 1, 2, 0, 2, 1, 0, 1])
     concept = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3])
-    points = torch.nn.functional.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
+    points = torch.nn.functional.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1).requires_grad_()
+    scale = objective.log_scale.exp()
     expected = []
     for a, b in itertools.combinations(range(3), 2):
         part = {m: (points[modality == m], concept[modality == m].tolist()) for m in (a, b)}
-        one = plain_info_nce(part[a][0], part[b][0], part[a][1], part[b][1], 1 / 0.07)
-        two = plain_info_nce(part[b][0], part[a][0], part[b][1], part[a][1], 1 / 0.07)
+        one = plain_info_nce(part[a][0], part[b][0], part[a][1], part[b][1], scale)
+        two = plain_info_nce(part[b][0], part[a][0], part[b][1], part[a][1], scale)
         expected.append((one + two) / 2)
     loss, metrics = objective.loss(points, modality, concept)
-    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-6)
+    plain = sum(expected) / 3
+    torch.testing.assert_close(loss, plain)
+    leaves = [points, objective.log_scale]
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
     assert {"loss/text-image", "loss/text-audio", "loss/image-audio"} < set(metrics)
 
 
@@ -109,11 +115,11 @@ def test_masked_text_reads_the_hidden_rows_of_the_packed_sequence():
     assert torch.equal(ids[unchanged], batch.inputs["text"][0][: len(ids)][unchanged])
 
 
-def test_masked_text_loss_against_plain_cross_entropy():
+def test_masked_text_loss_and_gradients_against_plain_cross_entropy():
     torch.manual_seed(0)
     _, learned = learner()
-    objective = learned.objectives["masked_text"]
-    hidden, table = torch.randn(7, 16), torch.randn(280, 16)
+    objective = learned.objectives["masked_text"].double()
+    hidden, table = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (7, 280))
     targets = torch.randint(0, 280, (7,))
     loss, _ = objective.loss(hidden, targets, table)
     x = torch.nn.functional.gelu(hidden @ objective.dense.weight.t() + objective.dense.bias, approximate="tanh")
@@ -121,6 +127,9 @@ def test_masked_text_loss_against_plain_cross_entropy():
     logits = x @ table.t() + objective.bias
     expected = -(logits - logits.logsumexp(1, keepdim=True))[torch.arange(7), targets].mean()
     torch.testing.assert_close(loss, expected)
+    leaves = [hidden, table, objective.dense.weight, objective.dense.bias, objective.bias]
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_share_of_the_batch_is_a_prefix():
