@@ -17,7 +17,7 @@ from benchmarks import environment, harness, limits, schema, table
 
 # In the order of `all`.  A module benchmarks/NAME.py has problems(shapes, device, seed), DTYPES_USED (whose products
 # are a limit to it, by device) and, where the default budget does not fit, SECONDS.
-KNOWN = ("attention", "modality_embed", "packing", "planner", "data", "train_step")
+KNOWN = ("attention", "compat", "modality_embed", "packing", "planner", "data", "train_step")
 OPS = tuple(op for op in KNOWN if importlib.util.find_spec(f"benchmarks.{op}"))
 HOST_OPS = ("planner", "data")  # their work is done on the host, whatever device the others run on
 SECONDS = {"quick": 60, "full": 600}  # default budget of one operator; its module may hold its own

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, data, limits, modality_embed, packing, run, schema
+from benchmarks import attention, compat, data, limits, modality_embed, packing, run, schema
 from benchmarks.__main__ import main
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
@@ -39,6 +39,7 @@ TINY = {
         RanksProblem("tiny ranks of three", LENGTHS * 1.0, 4),
         LayoutProblem("tiny layout", LENGTHS[:5]),
     ],
+    "compat": lambda: [compat.padded(share, 3, 20, 2, 16, CPU, 0) for share in (0.0, 0.4)],
     "data": lambda: data.build(2 * data.BATCH, 0),
 }
 
