@@ -1,6 +1,6 @@
 """python -m benchmarks: times every kernel against its peers on this machine.
 
-python -m benchmarks all|attention|modality_embed|packing|planner|data|train_step [--device cpu|cuda]
+python -m benchmarks all|attention|compat|modality_embed|packing|planner|data|train_step [--device cpu|cuda]
                      [--shapes quick|full] [--budget-seconds N] [--json PATH]
 python -m benchmarks report FILE ... --out DIR [--docs]
 python -m benchmarks compare BASELINE NEW
