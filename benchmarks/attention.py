@@ -18,6 +18,7 @@ from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import auto_mark, our_impls
 from benchmarks.peers import (
+    attention_fa2,
     attention_fa3,
     attention_fa4,
     attention_flex,
@@ -51,6 +52,7 @@ PEERS: tuple[Peer, ...] = (
     attention_varlen,
     attention_flex.FLEX,
     attention_flex.FLEX_WITH_MASK,
+    attention_fa2,
     attention_fa3,
     attention_fa4,
     attention_xformers,

@@ -16,12 +16,12 @@ from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import auto_mark, our_impls
-from benchmarks.peers import modality_embed_compiled, modality_embed_eager
+from benchmarks.peers import modality_embed_compiled, modality_embed_eager, modality_embed_liger
 from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
-PEERS: tuple[ModuleType, ...] = (modality_embed_eager, modality_embed_compiled)
+PEERS: tuple[ModuleType, ...] = (modality_embed_eager, modality_embed_compiled, modality_embed_liger)
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 
 VOCABULARY = 4096

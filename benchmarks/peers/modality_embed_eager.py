@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ def chain(
     norm: bool,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    layer_norm: Callable = F.layer_norm,
 ) -> Tensor:
     """tables, positions: per modality.  A function of its tensors alone: torch.compile can keep what it made."""
     parts = []
@@ -43,7 +45,7 @@ def chain(
         parts.append(rows)
     packed = torch.cat(parts).index_select(0, joint)
     packed = packed + F.embedding(modality, modality_weight)
-    return F.layer_norm(packed, packed.shape[-1:], norm_weight, norm_bias) if norm else packed
+    return layer_norm(packed, packed.shape[-1:], norm_weight, norm_bias) if norm else packed
 
 
 def arguments(problem) -> tuple:
