@@ -74,10 +74,10 @@ class PaddedMask:
     def plan(self, queries: int, device: torch.device, *, skip: bool, by_head: int) -> PaddedPlan:
         """The plan for `queries` rows, or as many where the mask has one row for all.
 
-        skip     padding rows of the queries see nothing: they are the keys' padding
+        skip     queries and keys are the same tokens, so the padding among them sees nothing
         by_head  0, or the number of heads, each of which is taken for a sample (padded.goes_by_head)
         """
-        skip = skip and self.is_padded
+        skip = skip and self.is_padded and self.offset + queries == self.keys
         key = (queries, device, skip, by_head)
         found = self._plans.get(key)
         if found is None:
