@@ -81,6 +81,8 @@ def load(model, folder: str | Path) -> Report:
     are.  Raises ConfigError naming tensors that are missing, of another shape, or unknown; nothing is changed then.
     """
     folder = Path(folder)
+    if model.config.norm != "post":
+        raise ConfigError("language model: the encoder has pre-norm blocks, expected model.norm=post")
     theirs = _read_tensors(folder)
     text = model.config.modalities.index("text")
     plan, resized, wrong = [], [], []
@@ -118,8 +120,6 @@ def load(model, folder: str | Path) -> Report:
                 take(f"blocks.{i}.{ours}.{kind}", getattr(getattr(block, ours), kind), sources)
     unused = [name for name in theirs if name not in used]
     wrong += [f"extra {name}" for name in unused if not _may_be_left_out(name, len(model.blocks))]
-    if model.config.norm != "post":
-        wrong.append("the encoder has pre-norm blocks, expected model.norm=post")
     if wrong:
         raise ConfigError(f"language model: {folder} does not fit: {_listed(wrong)}")
     for _, ours, value in plan:

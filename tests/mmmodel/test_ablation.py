@@ -1,0 +1,53 @@
+"""Studies: every variant is a configuration that exists, and a study goes on where it stopped."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mmmodel import ablation, configs, objectives, train
+from mmmodel.configs import ConfigError
+
+
+@pytest.fixture
+def small(monkeypatch, tiny):
+    monkeypatch.setattr(configs, "demo", lambda: dataclasses.replace(tiny, steps=2))
+
+
+def test_a_study_runs_its_variants_once_and_writes_what_it_found(small, tmp_path, monkeypatch, capsys):
+    names = ("alignment alone", "masked text and matching, no alignment")
+    ablation.run("objectives", tmp_path, only=names, shared=("lr=0.001",), folder=None)
+    written = json.loads((tmp_path / "objectives.json").read_text())
+    assert [row["name"] for row in written["variants"]] == list(names)
+    for row in written["variants"]:
+        assert row["steps"] == 2
+        assert "lr=0.001" in row["set"]
+        assert {task["name"] for task in row["tasks"]} == {"speech_to_text", "image_to_text", "speech_to_image"}
+        assert all(0 <= task["pretrained"]["r10"] <= 1 for task in row["tasks"])
+    assert "alignment alone" in capsys.readouterr().out
+    # Done variants train no further step, and stay in the table when others are asked for.
+    monkeypatch.setattr(train, "train_step", None)
+    ablation.run("objectives", tmp_path, only=names[:1], shared=("lr=0.001",), folder=None)
+    assert len(json.loads((tmp_path / "objectives.json").read_text())["variants"]) == 2
+
+
+@pytest.mark.parametrize("name", ablation.OBJECTIVES)
+def test_variants_train_what_they_say(name):
+    config = configs.override(configs.demo(), ablation.OBJECTIVES[name])
+    middle = config.steps // 2  # even: all that runs every second step runs there
+    running = {
+        objective
+        for objective in objectives.OBJECTIVES
+        if objectives.weight_at(getattr(config.objectives, objective), middle, config.steps)
+    }
+    assert ("contrastive" in running) == ("no alignment" not in name)
+    assert ("masked_text" in running) == ("masked text" in name)
+    assert ("matching" in running) == ("matching" in name)
+    assert ("masked_image" in running) == ("masked image" in name)
+
+
+def test_unknown_variants_and_a_missing_language_model_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no variant \['all'\], expected some of alignment alone"):
+        ablation.run("objectives", tmp_path, only=("all",), shared=(), folder=None)
+    with pytest.raises(ConfigError, match="needs --language-model"):
+        ablation.run("language-model", tmp_path, only=(), shared=(), folder=None)
