@@ -20,6 +20,7 @@ PREFIX = "mm."  # rows of mm.triton, mm.cpp ... are ours, beside the peers' own 
 MIN_ROUNDS = 5  # a median and quartiles need some
 SLOW_SECONDS = 1.0  # a call may take that long by itself, also where the budget is short
 MIN_SLOW_ROUNDS = 2  # beyond it
+MIN_STEP_ROUNDS = 3  # of whole training steps: their ratios are what is claimed, and one sample may be an outlier
 MAX_ROUNDS = 200
 SETTLED = 0.01  # a median known to 1 % (95 %) needs no further rounds: the time goes to later cases
 SETTLED_EVERY = 8  # rounds between two looks
@@ -125,7 +126,10 @@ def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.de
                 yield _identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
                 calls[implementation.name], timed[implementation.name] = call, implementation
-        samples = time_calls(calls, seconds, device)
+        # Checking a step took it whole: on a CPU nothing is left to warm up.
+        warm = tuple(calls) if direction == "step" and device.type == "cpu" else ()
+        least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
+        samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least)
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
             yield _row(problem, direction, name, samples, limits, works, implementation.extra)
@@ -146,11 +150,16 @@ def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: floa
 
 
 def time_calls(
-    calls: dict[str, Callable], seconds: float, device: torch.device, *, warm: Sequence[str] = ()
+    calls: dict[str, Callable],
+    seconds: float,
+    device: torch.device,
+    *,
+    warm: Sequence[str] = (),
+    slow_rounds: int = MIN_SLOW_ROUNDS,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, sampled in turns; the order rotates, so that nobody always follows the same one.
 
-    warm: who needs no warm-up, nor to be repeated within a sample.
+    warm: who needs no warm-up, nor to be repeated within a sample.  slow_rounds: samples of who takes all the time.
     """
     if not calls:
         return {}
@@ -165,7 +174,7 @@ def time_calls(
         if round_index and round_index % SETTLED_EVERY == 0 and all(notch(s) < SETTLED for s in samples.values()):
             break
         # A call that has used up all the time by itself sits out the rest, lest one slow peer starve later cases.
-        names = [n for n, s in samples.items() if len(s) < MIN_SLOW_ROUNDS or sum(s) * repeats[n] < allowance]
+        names = [n for n, s in samples.items() if len(s) < slow_rounds or sum(s) * repeats[n] < allowance]
         turn = round_index % max(len(names), 1)
         for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in names[turn:] + names[:turn]]):
             samples[name].append(milliseconds)

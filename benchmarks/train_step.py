@@ -265,7 +265,7 @@ def _cases(shapes: str, device: str) -> list[Case]:
         if shapes == "quick":
             return [
                 Case("demo", "stamps", 64, buckets=(2, 2), every_peer=False),
-                Case("native", "stamps", 16, buckets=(8, 2), every_peer=False),
+                Case("native", "stamps", 16, buckets=(4, 2), every_peer=False),
                 Case("native", "longtail", 8, buckets=(4, 2), every_peer=False),
                 Case("demo", "longtail", 64, buckets=(4, 2), every_peer=False),
                 Case("base", "stamps", 2, batches=1, buckets=(1, 1), every_peer=False),

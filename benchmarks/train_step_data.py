@@ -123,9 +123,15 @@ def bucketed(lengths: np.ndarray, batch_size: int, pool: int) -> list[np.ndarray
 
 
 def spread(batches: list[np.ndarray], number: int) -> list[np.ndarray]:
-    """`number` of the batches of one pool, evenly over it from both ends: short and long ones in their shares."""
-    number = min(number, len(batches))
-    return [batches[round(i)] for i in np.linspace(0.5, number - 0.5, number) * len(batches) / number - 0.5]
+    """`number` of the batches of a sorted pool, the middle ones of as many equal parts: short and long in their shares.
+
+    Attention is a little less than over the whole pool, whose longest batch is not among them: that favours bucketing.
+    """
+    if number >= len(batches):
+        return batches
+    middles = [(part + 0.5) * len(batches) / number - 0.5 for part in range(number)]
+    # between two batches, in turns the later and the earlier, so that the sum of places is right
+    return [batches[math.floor(m) if part % 2 else math.ceil(m)] for part, m in enumerate(middles)]
 
 
 def _lognormal(rng: np.random.Generator, median: float, sigma: float, least: int, most: int) -> int:

@@ -166,7 +166,8 @@ def test_buckets_hold_every_sample_once_and_are_sorted_within_a_pool():
 
 
 @pytest.mark.parametrize(
-    ("of", "number", "places"), [(8, 8, range(8)), (8, 2, (2, 6)), (50, 4, (6, 18, 31, 43)), (1, 4, (0,))]
+    ("of", "number", "places"),
+    [(8, 8, range(8)), (8, 4, (1, 2, 5, 6)), (8, 2, (2, 5)), (50, 4, (6, 18, 31, 43)), (1, 4, (0,))],
 )
 def test_spread_takes_short_and_long_in_their_shares(of, number, places):
     assert [int(b[0]) for b in spread([np.array([i]) for i in range(of)], number)] == list(places)
