@@ -87,6 +87,7 @@ class Step:
         if self.lowers:
             for layout in layouts_of(batch, prepared):
                 layout.cache.clear()
+                layout.host.cache.clear()
         figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
         if not made:
             raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
@@ -211,7 +212,9 @@ class StepProblem:
         every = [objective.config.every for objective in self.learner.objectives.values()]
         last = (self.config.steps - 1) // math.lcm(*every) * math.lcm(*every)  # a step at which all objectives count
         rng = np.random.default_rng([self.samples.seed, len(chosen), int(chosen[0])])
-        return batch.to(device), self.learner.prepare(batch, rng, last)
+        prepared = self.learner.prepare(batch, rng, last)
+        masked = prepared.masked and prepared.masked.to(device)  # a run does it in the step; the same for all
+        return batch.to(device), dataclasses.replace(prepared, masked=masked)
 
     def _slots(self, batches: list[np.ndarray]) -> float:
         """Token slots of the padded encoder per real token, over the batches read in full."""
