@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mmkernels.compat import mask_reading
 from mmkernels.compat.mask_reading import Bounds
@@ -57,19 +57,32 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
         key_lengths = lengths
     if seen.mask is None and any(isinstance(n, Tensor) and n.device.type != "cpu" for n in (lengths, key_lengths)):
         return _device_plan(seen, lengths, key_lengths, shape, device, by_head)
-    lengths = _on_host("lengths", lengths, shape.batch, shape.queries)
-    key_lengths = _on_host("key_lengths", key_lengths, shape.batch, shape.keys)
-    sizes = tuple(None if n is None else n.numpy().tobytes() for n in (lengths, key_lengths))
-    content = (seen[:3], shape, device, by_head, sizes)
-    if seen.mask is None:
-        return _plans.get(content, lambda: _host_plan(seen, None, lengths, key_lengths, shape, device, by_head))
-    return once(seen.mask, content, lambda: _masked_plan(seen, lengths, key_lengths, shape, device, by_head))
+    content = (seen[:3], shape, device, by_head, _content(lengths), _content(key_lengths))
+
+    def build() -> PaddedPlan | Refused:
+        given = (
+            _on_host("lengths", lengths, shape.batch, shape.queries),
+            _on_host("key_lengths", key_lengths, shape.batch, shape.keys),
+        )
+        if seen.mask is None:
+            return _host_plan(seen, None, *given, shape, device, by_head)
+        return _masked_plan(seen, *given, shape, device, by_head)
+
+    if seen.mask is not None:
+        return once(seen.mask, content, build)
+    if content not in _plans and _captures(device):
+        return Refused("lengths on the host cannot be planned while a graph is captured; give them on the device")
+    return _plans.get(content, build)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
     if seen.mask.requires_grad:
         return Refused("attn_mask requires a gradient, which a mask has not")
-    if seen.mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _captures(device):
         return Refused("attn_mask cannot be read while a graph is captured; give lengths, or call once before")
     read = mask_reading.read(seen.mask.expand(*seen.mask.shape[:3], shape.keys), shape.batch, shape.heads)
     if isinstance(read, str):
@@ -78,7 +91,7 @@ def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         if shape.heads != shape.kv_heads:
             return Refused("attn_mask differs between heads, of which several share keys")
         by_head = True
-    content = (seen[:3], shape, device, by_head, lengths, key_lengths, read.key())
+    content = (seen[:3], shape, device, by_head, _content(lengths), _content(key_lengths), read.key())
     return _plans.get(content, lambda: _host_plan(seen, read, lengths, key_lengths, shape, device, by_head))
 
 
@@ -119,6 +132,16 @@ def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
     return once(owner, content, build)[0]
 
 
+def _content(lengths) -> Hashable:
+    """What a plan depends on.  With the type, as 3 == 3.0 and floats must reach the check."""
+    if lengths is None:
+        return None
+    if np.ndim(lengths) != 1:
+        raise ValueError(f"lengths: {np.ndim(lengths)} dimensions, expected whole numbers [B], one per sample")
+    values = tuple(lengths if isinstance(lengths, list | tuple) else lengths.tolist())
+    return (*values, type(values[0])) if values else values
+
+
 def _on_host(name: str, values, batch: int, most: int) -> Tensor | None:
     """int64 [B] on the CPU, checked."""
     if values is None:
@@ -140,6 +163,9 @@ class _Plans:
         self._tokens = 0
         self._lock = threading.RLock()  # DataParallel calls from threads
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable, build: Callable[[], PaddedPlan]) -> PaddedPlan:
         with self._lock:
             found = self._kept.get(key)
@@ -154,20 +180,28 @@ class _Plans:
 
 
 _plans = _Plans()
-_by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor: (version, {(its view, what else counts): result})
+_by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {(view of it, what else counts): result})
 
 
 def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
     """build(), once per tensor, version of its data and content.  Views of one tensor share its entry."""
     if tensor.is_inference():  # has no version: read every time
         return build()
-    owner = tensor if tensor._base is None else tensor._base
-    version, results = _by_tensor.get(owner, (None, None))
-    if version != tensor._version:
-        results = {}
-        _by_tensor[owner] = (tensor._version, results)
+    owner, version = tensor if tensor._base is None else tensor._base, tensor._version
+    entry = _by_tensor.get(id(owner))
+    if entry is None or entry[0]() is not owner or entry[1] != version:
+        entry = _by_tensor[id(owner)] = (weakref.ref(owner, _forget(id(owner))), version, {})
     key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, content)
-    found = results.get(key)
+    found = entry[2].get(key)
     if found is None:
-        found = results[key] = build()
+        found = entry[2][key] = build()
     return found
+
+
+def _forget(number: int) -> Callable[[weakref.ref], None]:
+    def forget(reference: weakref.ref) -> None:
+        entry = _by_tensor.get(number)
+        if entry is not None and entry[0] is reference:  # not that of a later tensor with the same id
+            del _by_tensor[number]
+
+    return forget

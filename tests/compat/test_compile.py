@@ -119,6 +119,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.mm.padded_attention_fwd, (q, k, v, *rest))
 
 
+@pytest.mark.extended  # compiles C++ for half a minute
 def test_inductor_runs_it():
     def layer(x, n):
         q, k, v = (t.transpose(1, 2) for t in (x * 2).unbind(2))

@@ -205,6 +205,7 @@ def test_grouped_heads_with_masks_per_head_are_refused():
     ("options", "message"),
     [
         ({"lengths": [1, 2]}, "lengths: .* expected 3 whole numbers"),
+        ({"lengths": [[1, 2, 3]]}, "lengths: 2 dimensions"),
         ({"lengths": [1, 2, 38]}, "lengths: from 1 to 38, expected 0 to 37"),
         ({"lengths": [1.0, 2.0, 3.0]}, "lengths: torch.float32"),
         ({"attn_mask": torch.ones(L, L, dtype=torch.int32)}, "attn_mask is torch.int32"),
@@ -268,6 +269,23 @@ def test_a_mask_is_read_once_per_version(monkeypatch):
     out = ours(q, k, v, mask)
     assert len(reads) == 2
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_capture_and_compiled_regions_on_a_gpu_refuse_by_name(monkeypatch):
+    """Without one: what is asked before anything is read."""
+    from mmkernels.compat import plans, torch_sdpa
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    shape, gpu = plans.Shape(B, H, H, L, L), torch.device("cuda")
+    for lengths, mask, reason in (
+        (None, KEYS.clone(), "attn_mask cannot be read"),
+        ([1, 2, 3], None, "lengths on the"),
+    ):
+        refused = plans.plan(plans.Seen(False, (-1, -1), False, lengths, None, mask), shape, gpu)
+        assert refused.reason.startswith(reason)
+    q = torch.empty(B, H, L, D, device="meta")
+    assert torch_sdpa._refused(q, q, q, KEYS, 0.0, None, True, None).startswith("attn_mask cannot be read inside")
+    assert torch_sdpa._refused(q, q, q, None, 0.0, None, True, None) is None
 
 
 def test_kept_plans_do_not_keep_masks_alive_nor_grow():
