@@ -88,7 +88,7 @@ def known_ranks(learner: Pretraining, corpus: Corpus, recordings: Sequence[Item]
 
 
 def probe(subject: Subject, protocol: Protocol) -> list[Outcome]:
-    """Linear probes of frozen features: {arm, inputs, labels, seed, correct of each test sample, C, validation}.
+    """Linear probes of frozen features: {arm, inputs, labels, seed, tried: {C: {validation, correct of each sample}}}.
 
     Features are the mean hidden state of each modality read alone, beside one another; multinomial logistic regression
     in which classes weigh the same.  Features are extracted once; all seeds and budgets share them.
@@ -110,7 +110,7 @@ def probe(subject: Subject, protocol: Protocol) -> list[Outcome]:
                             "inputs": inputs,
                             "labels": budget_name(per_class),
                             "seed": seed,
-                            **_best_probe(x, data, per_class, seed, protocol),
+                            "tried": _tried(x, data, per_class, seed, protocol),
                         }
                     )
     return rows
@@ -179,19 +179,21 @@ def labelled(subject: Subject, protocol: Protocol) -> Labelled:
     return Labelled(subject.corpus.features, split["train"], split["validation"], split["test"], values, rule)
 
 
-def _best_probe(x: dict[str, np.ndarray], data: Labelled, per_class: int, seed: int, protocol: Protocol) -> Outcome:
-    """The strength with the best balanced accuracy on validation; of equals, the most regularised."""
+def _tried(
+    x: dict[str, np.ndarray], data: Labelled, per_class: int, seed: int, protocol: Protocol
+) -> dict[str, Outcome]:
+    """Per strength the balanced accuracy on validation, and which test samples are right."""
     number = {item.key: i for i, item in enumerate(data.train)}
     kept = labels.few(data.train, data.values, per_class, seed) if per_class else data.train
     own = x["train"][[number[item.key] for item in kept]]
-    truth = np.asarray(data.of(data.validation))
-    best = None
+    validation, test = np.asarray(data.of(data.validation)), np.asarray(data.of(data.test))
+    found = {}
     for strength in protocol.strengths:
         model = make_pipeline(
             StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
         ).fit(own, data.of(kept))
-        score = balanced_accuracy(model.predict(x["validation"]) == truth, truth)
-        if best is None or score > best[0]:
-            best = score, strength, model.predict(x["test"])
-    correct = best[2] == np.asarray(data.of(data.test))
-    return {"correct": correct.astype(int).tolist(), "C": best[1], "validation": float(best[0])}
+        found[str(strength)] = {
+            "validation": balanced_accuracy(model.predict(x["validation"]) == validation, validation),
+            "correct": (model.predict(x["test"]) == test).astype(int).tolist(),
+        }
+    return found

@@ -19,7 +19,7 @@ class Protocol:
     labels_per_class: tuple[int, ...] = (5, 20, 0)  # of a probe: training samples of each class; 0: all
     finetune_labels: tuple[int, ...] = (20,)  # of a full fine-tuning, likewise
     seeds: int = 5  # of fine-tuning: which labels, which order, and the weights that start at random
-    strengths: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 0.01, 0.1, 1.0)  # a probe's inverse regularisation, tried in turn
+    strengths: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 0.01, 0.1, 1.0)  # inverse regularisation of probes, tried in turn
     # lr and layer_decay are each arm's own: a baseline with the other's would be a straw man.
     finetune: dict[str, FinetuneConfig] = field(
         default_factory=lambda: {
@@ -27,7 +27,7 @@ class Protocol:
             "pretrained": FinetuneConfig(lr=1e-3, layer_decay=0.8, epochs=25, patience=6),
         }
     )
-    finetune_inputs: tuple[str, ...] = ("image", "all")
+    finetune_inputs: tuple[str, ...] = ("image",)
     resamples: int = 2000  # of the bootstrap over concepts
 
 

@@ -98,6 +98,13 @@ def _classification(found: Parts, data: Labelled, protocol: Protocol) -> list[di
         both = sorted(set(arms["baseline"]) & set(arms["pretrained"]))  # a cut-off benchmark has one arm of some
         if not both:
             continue
+        strengths = {}
+        if way == "probe":
+            strengths = {arm: best_strength(list(arms[arm].values())) for arm in ARMS}
+            arms = {
+                arm: {key: row["tried"][strengths[arm]] for key, row in rows_of.items()}
+                for arm, rows_of in arms.items()
+            }
         correct = {arm: np.array([arms[arm][key]["correct"] for key in both], float) for arm in ARMS}
         mean = {arm: correct[arm].mean(axis=0) for arm in ARMS}
         scores = {arm: [balanced_accuracy(row, classes) for row in correct[arm]] for arm in ARMS}
@@ -121,9 +128,19 @@ def _classification(found: Parts, data: Labelled, protocol: Protocol) -> list[di
                     arm: [float(np.mean(np.array(scores[arm])[runs == run])) for run in np.unique(runs)] for arm in ARMS
                 },
                 "accuracy": {arm: float(correct[arm].mean()) for arm in ARMS},
+                "C": {arm: float(strength) for arm, strength in strengths.items()},
             }
         )
     return rows
+
+
+def best_strength(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The strength with the best mean validation score over runs and seeds; of equals, the most regularised.
+
+    One for all of them: the 90 validation pictures by themselves cannot tell one probe's strengths apart.
+    """
+    tried = sorted(rows[0]["tried"], key=float)
+    return max(tried, key=lambda strength: np.mean([row["tried"][strength]["validation"] for row in rows]))
 
 
 def _order(entry: tuple) -> tuple:
