@@ -49,7 +49,9 @@ def stage_records(paths: Iterable[Path]) -> list[dict]:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict) and record.get("stage") in STAGES and not record.get("dry_run"):
+        if not isinstance(record, dict) or record.get("stage") not in STAGES:
+            continue
+        if "gpu" in record["environment"] and not record["dry_run"]:
             found.append(record)
     return sorted(found, key=lambda record: STAGES.index(record["stage"]))
 
