@@ -168,8 +168,9 @@ def finetuned(subject: Subject, protocol: Protocol, inputs: str, per_class: int,
 
 def labelled(subject: Subject, protocol: Protocol) -> Labelled:
     """Each picture once, with what is said of it in one language, and its category."""
-    items = [item for item in subject.corpus.items if item.language == protocol.language and item.split != RECORDINGS]
-    items = labels.first_of_groups(items)
+    items = labels.first_of_groups(
+        [item for item in subject.corpus.items if item.language == protocol.language and "image" in item.rows]
+    )
     values = labels.read(items, subject.metas, "classification", protocol.label)
     split = {
         name: [item for item in items if item.split == name and item.key in values]

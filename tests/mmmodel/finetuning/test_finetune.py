@@ -1,0 +1,206 @@
+"""From a run and labelled shards to a fine-tuned model: every task learns, and what is saved is what was scored."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders import batch_of, learner, samples
+
+from mmmodel import cli, configs, train
+from mmmodel.configs import ConfigError
+from mmmodel.data.shards import write_index, write_shard
+from mmmodel.finetuning import run as finetuning
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.labels import Labels
+from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
+from mmmodel.finetuning.loop import evaluate_on
+from mmmodel.finetuning.weights import open_run
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Captions from which each task's label can be read; 96 samples without pictures, so that epochs take no time."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(96):
+        colour, count = str(rng.choice(["red", "blue", "pink"])), int(rng.integers(1, 4))
+        meta = {
+            "split": "train" if i < 64 else "validation" if i < 80 else "test",
+            "colour": colour,
+            "names": [colour, f"n{count}"],
+            "size": float(count),
+            "about": f"which colour? {colour}",
+            "concept": f"{count} {colour}",
+        }
+        made.append({"__key__": f"s{i:03d}", "txt": " ".join([colour] * count), "json": meta})
+    write_index(folder, write_shard(folder / "labelled-00000.tar", made))
+    return folder
+
+
+QUICK = FinetuneConfig(epochs=12, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05)
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "bar"),
+    [
+        ("classification", "colour", 0.95),  # a third by chance
+        ("multilabel", "names", 0.7),
+        ("regression", "size", 0.3),  # 0 for the mean
+        ("qa", "colour", 0.95),
+    ],
+)
+def test_each_task_learns_and_what_is_saved_is_what_was_scored(run, labelled, tmp_path, task, label, bar):
+    config = dataclasses.replace(QUICK, task=task, label=label, data=str(labelled))
+    if task == "qa":
+        config = dataclasses.replace(config, question="about")
+    report = finetuning.finetune(run, config, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert report["counts"] == {"train": 64, "validation": 16, "test": 16, "without_label": 0}
+    assert report["validation"][report["score"]] >= bar
+    assert report["loaded"]["missing"] == report["loaded"]["misshapen"] == []
+    assert len(report["loaded"]["matched"]) == len(open_run(run).tensors) - sum(
+        name.startswith("objectives.") for name in open_run(run).tensors
+    )
+    again, labels, read_config = finetuning.load(tmp_path)
+    assert read_config == config
+    assert list(labels.classes) == report["classes"]
+    data, _ = finetuning.read_labelled(open_run(run).config, again.model, config)
+    with torch.no_grad():
+        assert evaluate_on(again, data, data.test) == pytest.approx(report["test"])
+        assert evaluate_on(again, data, data.validation) == pytest.approx(report["validation"])
+
+
+def test_retrieval_starts_from_the_runs_own_head_and_saves_it_where_a_run_has_it(run, shards, tmp_path):
+    config = dataclasses.replace(QUICK, task="retrieval", label="concept", data=str(shards), epochs=2, lr=1e-3)
+    report = finetuning.finetune(run, config, tmp_path)
+    assert report["validation"].keys() == {"r1", "r5", "r10"}
+    assert "objectives.contrastive.heads" in report["loaded"]["matched"]
+    assert "objectives.contrastive.heads" in open_run(tmp_path).tensors
+    again, _, _ = finetuning.load(tmp_path)
+    data, _ = finetuning.read_labelled(open_run(run).config, again.model, config)
+    assert evaluate_on(again, data, data.test) == pytest.approx(report["test"])
+
+
+def test_a_frozen_encoder_stays_as_it_was_and_the_head_learns(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=3)
+    finetuning.finetune(run, config, tmp_path)
+    before, after = open_run(run).tensors, open_run(tmp_path).tensors
+    for name, tensor in before.items():
+        if name.startswith("model."):
+            assert torch.equal(after[name], tensor), name
+    assert after["head.weight"].abs().sum() > 0
+
+
+def test_the_best_epoch_is_kept_and_patience_stops(run, labelled, tmp_path):
+    """A rate this high spoils what the first epochs learnt: the weights kept are those of the best."""
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), lr=0.3, epochs=40, patience=3)
+    report = finetuning.finetune(run, config, tmp_path)
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["balanced_accuracy"] for line in history]
+    assert report["best_epoch"] == int(np.argmax(scores)) + 1
+    assert report["validation"]["balanced_accuracy"] == pytest.approx(max(scores), rel=1e-5)
+    assert report["epochs"] == len(history) == min(40, report["best_epoch"] + 3)
+
+
+def test_from_scratch_loads_nothing(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), from_scratch=True, epochs=1, seed=7)
+    report = finetuning.finetune(run, config, tmp_path)
+    assert report["loaded"] is None
+
+
+def test_data_without_a_validation_split_gets_one(run, labelled, tmp_path):
+    made = [
+        {"__key__": f"k{i}", "txt": "red" if i % 2 else "blue", "json": {"colour": "red" if i % 2 else "blue"}}
+        for i in range(100)
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
+    config = dataclasses.replace(QUICK, label="colour", data=str(tmp_path))
+    data, counts = finetuning.read_labelled(open_run(run).config, learner()[1].model, config)
+    assert 3 <= counts["validation"] <= 20
+    assert counts["train"] == 100 - counts["validation"]
+    assert not {item.group for item in data.train} & {item.group for item in data.validation}
+
+
+def test_layers_further_from_the_head_learn_slower():
+    """Two blocks: front ends at 0.5 ** 3 of the rate, block 0 at 0.25, block 1 and the last norm at 0.5, head at 1."""
+    _, made = learner()
+    tuned = FineTuned(made.model, 3, visibility="full", dropout=0.0)
+    rate = {}
+    for group in parameter_groups(tuned, lr=1.0, layer_decay=0.5, weight_decay=0.1):
+        for parameter in group["params"]:
+            rate[id(parameter)] = group["lr"], group["weight_decay"]
+    found = {name: rate[id(parameter)] for name, parameter in tuned.named_parameters()}
+    assert len(rate) == len(found)
+    assert found["head.weight"] == (1.0, 0.1)
+    assert found["head.bias"] == (1.0, 0.0)
+    assert found["model.norm.weight"] == (0.5, 0.0)
+    assert found["model.blocks.1.qkv.weight"] == (0.5, 0.1)
+    assert found["model.blocks.0.qkv.bias"] == (0.25, 0.0)
+    assert found["model.embedding.token_weight"] == (0.125, 0.0)
+    assert found["model.front_ends.audio.convs.0.weight"] == (0.125, 0.1)
+
+
+def test_a_samples_output_does_not_depend_on_its_batch():
+    _, made = learner()
+    tuned = FineTuned(made.model, 3, visibility="full", dropout=0.0).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    items, features = samples()
+    with torch.no_grad():
+        together = tuned(batch_of(made, items, features))
+        alone = torch.cat([tuned(batch_of(made, [item], features)) for item in items])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_balanced_loss_by_hand():
+    """Three of one class, one of the other, all equally likely: each class brings half, log 2 in all."""
+    labels = Labels("classification", classes=("a", "b"))
+    loss = make_loss(labels, ["a", "a", "a", "b"], balance=True)
+    outputs = torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 2.0]])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(1 + np.exp(-2))
+    assert float(loss(outputs, torch.tensor([0, 0, 0, 1]))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label": "colours"}, "no sample has a label 'colours'; their fields are about, colour"),
+        ({"modalities": ("smell",)}, "the model reads text, image, audio, not smell"),
+        ({"task": "qa", "question": "none"}, "no sample has a question 'none'"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, message):
+    config = dataclasses.replace(QUICK, **{"label": "colour", "data": str(labelled), **fields})
+    with pytest.raises(ConfigError, match=message):
+        finetuning.finetune(run, config, tmp_path)
+
+
+def test_another_fine_tuning_or_a_run_is_not_written_over(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=1)
+    finetuning.finetune(run, config, tmp_path)
+    with pytest.raises(ConfigError, match=r"holds another fine-tuning \(lr\)"):
+        finetuning.finetune(run, dataclasses.replace(config, lr=0.1), tmp_path)
+    with pytest.raises(ConfigError, match="is the run to start from"):
+        finetuning.finetune(run, config, run)
+
+
+def test_the_commands(run, labelled, tmp_path, capsys):
+    arguments = ["finetune", "--from", str(run), "--data", str(labelled), "--out", str(tmp_path / "out")]
+    cli.main([*arguments, "--task", "classification", "--label", "colour", "--freeze", "encoder", "--epochs", "1"])
+    assert "test: accuracy" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no sample has a label"):
+        cli.main([*arguments[:-1], str(tmp_path / "other"), "--label", "none"])
+    with pytest.raises(SystemExit, match="none: no such file"):
+        cli.main(["finetune", "--from", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
+    with pytest.raises(ConfigError, match="layer_decay is 2"):
+        FinetuneConfig(layer_decay=2)

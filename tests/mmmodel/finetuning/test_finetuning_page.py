@@ -1,0 +1,36 @@
+"""docs/finetuning.md is true: its commands and its Python run as they stand, on a smaller set and a smaller model."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+from mmmodel import cli
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_runs(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    searched = False
+    for line in blocks("sh")[0].splitlines():
+        line = line.replace("--preset quick --set steps=60", f"--preset tiny --set steps=2 data={shards}")
+        program, *arguments = shlex.split(line)
+        assert program == "python"
+        if arguments[:2] == ["-m", "mmmodel"]:
+            cli.main(arguments[2:])
+        else:
+            monkeypatch.setattr(sys, "argv", arguments)
+            capsys.readouterr()
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+            searched = len(capsys.readouterr().out.splitlines()) == 5
+    assert searched
+    capsys.readouterr()
+    exec(blocks("python")[0], {})
+    assert capsys.readouterr().out.startswith("['")

@@ -1,0 +1,78 @@
+"""Labels as users write them in KEY.json: what is understood, what is refused, and by whose name."""
+
+import pytest
+import torch
+
+from mmmodel.configs import ConfigError
+from mmmodel.features import Item
+from mmmodel.finetuning import labels
+
+
+def items(count):
+    return [Item(f"k{i}", f"g{i // 2}", "xx", "c", "train", {"text": i, "image": i}) for i in range(count)]
+
+
+def read(values, task, field="label"):
+    return labels.read(
+        items(len(values)), {f"k{i}": {field: v, "lang": "xx"} for i, v in enumerate(values)}, task, "label"
+    )
+
+
+def test_each_task_reads_its_kind():
+    assert read(["cat", 3, True, None], "classification") == {"k0": "cat", "k1": "3", "k2": "True"}
+    assert read([["a", 2], [], ["b"]], "multilabel") == {"k0": ("a", "2"), "k1": (), "k2": ("b",)}
+    assert read([1, 2.5], "regression") == {"k0": 1.0, "k1": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "expected"),
+    [
+        ("classification", 0.5, "a name or a whole number"),
+        ("classification", ["a"], "a name or a whole number"),
+        ("multilabel", "a b", "a list of names"),  # a string is a list of letters otherwise
+        ("regression", "12", "a number"),
+        ("regression", True, "a number"),
+        ("regression", float("nan"), "a number"),
+    ],
+)
+def test_a_label_of_another_kind_is_named(task, value, expected):
+    with pytest.raises(ConfigError, match=f"label 'label' of k0 is .*, expected {expected}"):
+        read([value], task)
+
+
+def test_a_field_that_no_sample_has_names_those_there_are():
+    with pytest.raises(ConfigError, match="no sample has a label 'label'; their fields are lang, other"):
+        read([1, 2], "classification", field="other")
+
+
+def test_targets():
+    rule = labels.fit(["b", "a", "b"], "classification")
+    assert rule.classes == ("a", "b")
+    assert rule.encode(["b", "a", "new"]).tolist() == [1, 0, labels.UNSEEN]
+    many = labels.fit([("a", "b"), ("c",)], "multilabel")
+    assert many.encode([("c", "a"), (), ("new",)]).tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    number = labels.fit([1.0, 3.0], "regression")
+    torch.testing.assert_close(number.encode([1.0, 3.0, 2.0]), torch.tensor([[-1.0], [1.0], [0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "task"), [(["a", "a"], "classification"), ([2.0, 2.0], "regression"), ([()], "multilabel")]
+)
+def test_labels_with_nothing_to_learn_are_refused(values, task):
+    with pytest.raises(ConfigError, match=r"nothing to learn|expected at least 2"):
+        labels.fit(values, task)
+
+
+def test_few_keeps_as_many_of_each_class_and_follows_the_seed():
+    members = items(30)
+    values = {item.key: "abc"[i % 3] if i < 28 else "rare" for i, item in enumerate(members)}
+    kept = labels.few(members, values, 4, seed=0)
+    assert sorted(values[item.key] for item in kept) == ["a"] * 4 + ["b"] * 4 + ["c"] * 4 + ["rare"] * 2
+    assert kept == labels.few(members, values, 4, seed=0)
+    assert kept != labels.few(members, values, 4, seed=1)
+
+
+def test_one_of_a_group_and_some_modalities():
+    assert [item.key for item in labels.first_of_groups(items(4))] == ["k0", "k2"]
+    limited = labels.limited_to([*items(1), Item("t", "t", "", "", "train", {"text": 0})], ["image"])
+    assert [(item.key, item.rows) for item in limited] == [("k0", {"image": 0})]

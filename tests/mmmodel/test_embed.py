@@ -1,0 +1,84 @@
+"""`mmmodel embed`: the file has a row for each modality and each sample, and its vectors are the model's."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from builders import learner, samples
+from pyarrow import parquet
+
+from mmmodel import cli, configs, embed, evaluate, export, train
+from mmmodel.data.loader import ShardDataset
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.run import finetune
+from mmmodel.pretraining import Corpus
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
+    return folder
+
+
+def rows(path):
+    table = parquet.read_table(path).to_pydict()
+    assert list(table) == ["key", "modality", "vector"]
+    return {(key, modality): np.array(v) for key, modality, v in zip(*table.values(), strict=True)}
+
+
+def test_a_row_for_each_modality_of_each_sample_and_one_for_the_sample(run, shards, tmp_path):
+    cli.main(["embed", "--from", str(run), "--data", str(shards), "--out", str(tmp_path / "v.parquet")])
+    found = rows(tmp_path / "v.parquet")
+    kinds = {"txt": "text", "png": "image", "flac": "audio"}
+    expected = {
+        (entry.key, modality)
+        for entry in ShardDataset(shards).entries
+        for modality in ("joint", *(kinds[extension] for extension in entry.members if extension in kinds))
+    }
+    assert found.keys() == expected
+    for (_, modality), vector in found.items():
+        assert np.isfinite(vector).all()
+        if modality != "joint":
+            assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.parquet"]
+
+
+def test_vectors_are_what_evaluate_compares(run, shards, tmp_path):
+    embed.write(tmp_path / "v.parquet", run, split="test", joint=False)
+    found = rows(tmp_path / "v.parquet")
+    made = export.from_pretrained(run)
+    items, features = embed.Embedder(run).prepare(ShardDataset(shards, "test"))
+    points = evaluate.embed(made, Corpus(items, features), items)
+    assert {key for key, _ in found} == {item.key for item in items}
+    for i, item in enumerate(items):
+        for modality in item.rows:
+            np.testing.assert_allclose(found[item.key, modality], points[modality][i], atol=1e-5)
+
+
+def test_the_joint_vector_of_one_modality_alone_is_its_mean_state():
+    """With nothing else to see, reading a sample whole and reading its one segment alone are the same."""
+    _, made = learner()
+    items, features = samples()
+    reader = object.__new__(embed.Embedder)
+    reader.model, reader.contrastive = made.model.eval(), None
+    alone = [item for item in items if len(item.rows) == 1]
+    vectors, joint = reader.vectors(alone, features), reader.joint(alone, features)
+    for i, item in enumerate(alone):
+        np.testing.assert_allclose(joint[i], vectors[next(iter(item.rows))][i], atol=1e-5)
+
+
+def test_a_classifier_without_the_common_space_gives_mean_states(run, shards, tmp_path):
+    finetune(run, FinetuneConfig(label="category", epochs=1), tmp_path / "tuned")
+    embed.write(tmp_path / "v.parquet", tmp_path / "tuned", split="test")
+    width = configs.tiny().model.width
+    assert {len(vector) for vector in rows(tmp_path / "v.parquet").values()} == {width}
+
+
+def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
+    with pytest.raises(SystemExit, match="no such file"):
+        cli.main(["embed", "--from", str(tmp_path), "--out", str(tmp_path / "v.parquet")])
+    with pytest.raises(ValueError, match="has split 'none'"):
+        embed.write(tmp_path / "v.parquet", run, split="none")
+    assert list(tmp_path.iterdir()) == []
