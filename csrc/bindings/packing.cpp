@@ -27,26 +27,6 @@ Store store_for(int64_t bytes, Output output) {
   return output == Output::kNew ? Store::kCached : mm::cpu::store_for(bytes);
 }
 
-// The rows of [T, E], or of one sample of [B, L, E].
-Rows rows_of(const Tensor& t) {
-  return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
-}
-
-DType sum_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "packing: sums take fp32, bf16, fp16 and fp64");
-  }
-}
-
 // One parallel region over `count` items of `item_bytes` each.
 template <typename Body>
 void split(int64_t count, int64_t item_bytes, const Body& body) {
@@ -70,7 +50,7 @@ struct OwnedRuns {
     return {.bounds = bounds.data(),
             .elsewhere = elsewhere.data(),
             .count = static_cast<int64_t>(elsewhere.size()),
-            .packed = rows_of(packed),
+            .packed = rows_as<Rows>(packed),
             .row_bytes = row_bytes,
             .store = store_for(rows_written * row_bytes, output)};
   }
@@ -85,7 +65,7 @@ OwnedRuns runs_of_segments(const Tensor& segments, const Tensors& streams, const
   std::vector<int64_t> lengths;
   for (const Tensor& stream : streams) {
     check_alike(stream, packed);
-    rows.push_back(rows_of(stream));
+    rows.push_back(rows_as<Rows>(stream));
     lengths.push_back(stream.size(0));
   }
   std::vector<int64_t> left = lengths;
@@ -147,7 +127,7 @@ OwnedRuns runs_of_samples(const Tensor& bounds, const Tensor& padded, const Tens
   const int32_t* at = bounds_of(bounds, packed.size(0));
   STD_TORCH_CHECK(padded.dim() == 3 && padded.size(0) == bounds.size(0) - 1, "packing: padded must be [B, L, E]");
   check_alike(padded, packed);
-  const Rows rows = rows_of(padded);
+  const Rows rows = rows_as<Rows>(padded);
   const int64_t sample_bytes = padded.stride(0) * static_cast<int64_t>(padded.element_size()), L = padded.size(1);
   OwnedRuns runs;
   for (int64_t b = 0; b < padded.size(0); ++b) {
@@ -192,7 +172,7 @@ void with_index(const Tensor& given, int64_t total, const Body& body) {
 
 void write_gather_rows(const Tensor& given, const Tensor& rows, const Tensor& out, Output output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
-  const Rows from = rows_of(packed), to = rows_of(out);
+  const Rows from = rows_as<Rows>(packed), to = rows_as<Rows>(out);
   const int64_t count = out.size(0), row_bytes = row_bytes_of(packed);
   const Store store = store_for(count * row_bytes, output);
   with_index(rows, packed.size(0), [&](const auto* index) {
@@ -203,8 +183,8 @@ void write_gather_rows(const Tensor& given, const Tensor& rows, const Tensor& ou
 
 void write_scatter_rows_sum(const Tensor& given, const Tensor& rows, const Tensor& out, Output output) {
   const Tensor grad = mm::bindings::with_whole_rows(given);
-  const Rows from = rows_of(grad), to = rows_of(out);
-  const DType dtype = sum_type(grad);
+  const Rows from = rows_as<Rows>(grad), to = rows_as<Rows>(out);
+  const DType dtype = sum_type_of<DType>(grad);
   const int64_t total = out.size(0), row_bytes = row_bytes_of(out);
   STD_TORCH_CHECK(grad.size(0) == rows.size(0), "packing: grad must have ", rows.size(0), " rows");
   const Store store = store_for(total * row_bytes, output);
@@ -230,8 +210,8 @@ void split_segments(const Tensor& bounds, int64_t total, int64_t row_bytes, cons
 
 void write_segment_mean(const Tensor& given, const Tensor& bounds, const Tensor& out, Output) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
-  const Rows from = rows_of(packed), to = rows_of(out);
-  const DType dtype = sum_type(packed);
+  const Rows from = rows_as<Rows>(packed), to = rows_as<Rows>(out);
+  const DType dtype = sum_type_of<DType>(packed);
   const auto* at = static_cast<const int32_t*>(bounds.data_ptr());
   split_segments(bounds, packed.size(0), row_bytes_of(packed), [&](int64_t begin, int64_t end) {
     mm::cpu::segment_mean(from, at, to, packed.size(1), dtype, begin, end);
@@ -240,8 +220,8 @@ void write_segment_mean(const Tensor& given, const Tensor& bounds, const Tensor&
 
 void write_segment_mean_backward(const Tensor& given, const Tensor& bounds, const Tensor& out, Output output) {
   const Tensor grad = mm::bindings::with_whole_rows(given);
-  const Rows from = rows_of(grad), to = rows_of(out);
-  const DType dtype = sum_type(grad);
+  const Rows from = rows_as<Rows>(grad), to = rows_as<Rows>(out);
+  const DType dtype = sum_type_of<DType>(grad);
   STD_TORCH_CHECK(grad.size(0) == bounds.size(0) - 1, "packing: grad must have a row per segment");
   const auto* at = static_cast<const int32_t*>(bounds.data_ptr());
   const int64_t total = out.size(0), row_bytes = row_bytes_of(out);

@@ -27,25 +27,6 @@ void on_device_of(const Tensor& t, const char* name, const Launch& launch) {
   STD_TORCH_CHECK(error == cudaSuccess, "packing: ", name, " did not launch: ", cudaGetErrorString(error));
 }
 
-Rows rows_of(const Tensor& t) {
-  return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
-}
-
-DType sum_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "packing: sums take fp32, bf16, fp16 and fp64");
-  }
-}
-
 // A contiguous vector of `count` elements (any number where it is -1) on the device of `like`.
 template <class T>
 const T* vector_of(const Tensor& t, ScalarType type, int64_t count, const Tensor& like) {
@@ -66,14 +47,14 @@ mm::cuda::StreamMove stream_move(const Tensor& packed, const Tensors& streams, c
                                  const Tensor& source_rows) {
   STD_TORCH_CHECK(streams.size() <= mm::cuda::kMaxStreams, "packing: at most ", mm::cuda::kMaxStreams, " streams");
   mm::cuda::StreamMove move{};
-  move.packed = rows_of(packed);
+  move.packed = rows_as<Rows>(packed);
   move.num_streams = static_cast<int>(streams.size());
   int64_t rows = 0;
   for (size_t m = 0; m < streams.size(); ++m) {
     check_alike(streams[m], packed);
     STD_TORCH_CHECK(streams[m].is_cuda() && streams[m].get_device_index() == packed.get_device_index(),
                     "packing: tensors must lie on one GPU");
-    move.streams[m] = rows_of(streams[m]);
+    move.streams[m] = rows_as<Rows>(streams[m]);
     rows += streams[m].size(0);
   }
   move.total = packed.size(0);
@@ -99,8 +80,8 @@ void write_unpack(const Tensor& given, const Tensor& modality_ids, const Tensor&
 mm::cuda::PaddedMove padded_move(const Tensor& packed, const Tensor& padded, const Tensor& bounds, bool* mask) {
   STD_TORCH_CHECK(padded.dim() == 3 && packed.dim() == 2, "packing: expected [B, L, E] and [T, E]");
   check_alike(packed, padded);
-  return {.packed = rows_of(packed),
-          .padded = rows_of(padded),
+  return {.packed = rows_as<Rows>(packed),
+          .padded = rows_as<Rows>(padded),
           .sample_stride = padded.stride(0) * static_cast<int64_t>(padded.element_size()),
           .bounds = vector_of<int32_t>(bounds, ScalarType::Int, padded.size(0) + 1, packed),
           .mask = mask,
@@ -132,7 +113,8 @@ void write_gather_rows(const Tensor& given, const Tensor& given_rows, const Tens
   const Tensor packed = mm::bindings::with_whole_rows(given);
   const Tensor rows = given_rows.is_contiguous() ? given_rows : torch::stable::contiguous(given_rows);
   const auto [index, wide] = index_of(rows, out.size(0), packed);
-  const mm::cuda::Gather gather{rows_of(packed), rows_of(out), index, wide, out.size(0), row_bytes_of(packed)};
+  const mm::cuda::Gather gather{rows_as<Rows>(packed), rows_as<Rows>(out),  index, wide,
+                                out.size(0),           row_bytes_of(packed)};
   on_device_of(out, "gather_rows", [&](cudaStream_t stream) { return mm::cuda::gather_rows(gather, stream); });
 }
 
@@ -140,12 +122,12 @@ void write_sum_sorted_rows(const Tensor& given, const Tensor& sorted, const Tens
   const Tensor grad = mm::bindings::with_whole_rows(given);
   const int64_t count = grad.size(0);
   const auto [index, wide] = index_of(sorted, count, grad);
-  const mm::cuda::SortedSum sum{.grad = rows_of(grad),
-                                .out = rows_of(out),
+  const mm::cuda::SortedSum sum{.grad = rows_as<Rows>(grad),
+                                .out = rows_as<Rows>(out),
                                 .sorted = index,
                                 .order = vector_of<int64_t>(order, ScalarType::Long, count, grad),
                                 .wide = wide,
-                                .dtype = sum_type(grad),
+                                .dtype = sum_type_of<DType>(grad),
                                 .count = count,
                                 .total = out.size(0),
                                 .width = grad.size(1)};
@@ -153,10 +135,10 @@ void write_sum_sorted_rows(const Tensor& given, const Tensor& sorted, const Tens
 }
 
 mm::cuda::SegmentMean means_of(const Tensor& packed, const Tensor& means, const Tensor& bounds) {
-  return {.packed = rows_of(packed),
-          .means = rows_of(means),
+  return {.packed = rows_as<Rows>(packed),
+          .means = rows_as<Rows>(means),
           .bounds = vector_of<int32_t>(bounds, ScalarType::Int, means.size(0) + 1, packed),
-          .dtype = sum_type(packed),
+          .dtype = sum_type_of<DType>(packed),
           .segments = means.size(0),
           .total = packed.size(0),
           .width = packed.size(1)};

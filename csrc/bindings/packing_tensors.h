@@ -43,6 +43,29 @@ inline void check_shape(const Tensor& t, int64_t rows, const Tensor& like) {
   check_alike(t, like);
 }
 
+// The dtype of a sum, as either device's kernels name it.
+template <class DType>
+DType sum_type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "packing: sums take fp32, bf16, fp16 and fp64");
+  }
+}
+
+// The rows of [T, E], or of one sample of [B, L, E].
+template <class Rows>
+Rows rows_as(const Tensor& t) {
+  return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
+}
+
 // First byte, and one past the last.
 inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
   const auto* data = static_cast<const char*>(t.data_ptr());

@@ -7,7 +7,7 @@ scores and dp are computed once.  The order of those additions differs between r
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_backward import bias_unit, key_biases, key_step, no_sums, store_bias_partial
+from mmkernels.ops.attention.triton_backward_steps import bias_unit, key_biases, key_step, no_sums, store_bias_partial
 from mmkernels.ops.attention.triton_tiles import load_rows, modalities_of, row_bounds, store_rows
 
 
