@@ -57,12 +57,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         k, v = self._with_extra_keys(k, v)
-        extra = k.shape[1] - key.shape[1 if self.batch_first and batched else 0]
+        sizes = q.shape[0], self.num_heads, q.shape[1], key.shape[1 if self.batch_first and batched else 0]
+        extra = k.shape[1] - sizes[3]
         # Extra keys are seen by all, so the hint would be wrong about them.
         is_causal = is_causal and not extra
         out = scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in (q, k, v)),
-            attn_mask=_mask(key_padding_mask, None if is_causal else attn_mask, q.shape[0], self.num_heads, extra),
+            attn_mask=_mask(key_padding_mask, None if is_causal else attn_mask, *sizes, extra),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
             fallback=self.fallback,
@@ -173,13 +174,25 @@ def _batch_first(query: Tensor, key: Tensor, value: Tensor, batched: bool, batch
     return tuple(moved[id(t)] for t in (query, key, value))
 
 
-def _mask(padding: Tensor | None, attn: Tensor | None, batch: int, heads: int, extra: int) -> Tensor | None:
+def _check_masks(padding: Tensor | None, attn: Tensor | None, batch, heads, queries, keys) -> None:
+    """SDPA would broadcast what nn.MultiheadAttention does not take."""
+    allowed = ((batch, keys),), ((queries, keys), (batch * heads, queries, keys))
+    for name, mask, shapes in zip(("key_padding_mask", "attn_mask"), (padding, attn), allowed, strict=True):
+        if mask is not None and tuple(mask.shape) not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"MultiheadAttention: {name} is {tuple(mask.shape)}, expected {expected}")
+
+
+def _mask(
+    padding: Tensor | None, attn: Tensor | None, batch: int, heads: int, queries: int, keys: int, extra: int
+) -> Tensor | None:
     """SDPA's mask of the module's two, whose True means the opposite; None where there is none.
 
     Made once per pair of masks, so that all layers hand on the same tensor, whose plan is kept.
     """
     if padding is None and attn is None:
         return None
+    _check_masks(padding, attn, batch, heads, queries, keys)
 
     def build() -> tuple[Tensor, Tensor | None]:
         parts = []

@@ -118,8 +118,8 @@ def plan_device_bounds(lo: Tensor, hi: Tensor, samples: int, keys: int, by_head:
 
 
 def _plan(samples: int, queries: int, keys: int, device, intervals, by_head: bool, plain: str | None) -> PaddedPlan:
-    layout, k_layout = (PackedLayout.from_counts(np.full((samples, 1), n)).to(device) for n in (queries, keys))
-    k_layout = None if queries == keys else k_layout
+    layout = PackedLayout.from_counts(np.full((samples, 1), queries)).to(device)
+    k_layout = None if queries == keys else PackedLayout.from_counts(np.full((samples, 1), keys)).to(device)
     return PaddedPlan(layout, k_layout, AttentionMask(intervals=intervals), by_head, plain)
 
 

@@ -16,6 +16,7 @@ from mmkernels.compat import mask_reading
 from mmkernels.compat.mask_reading import Bounds
 from mmkernels.compat.padded import PaddedPlan, plan_bounds, plan_device_bounds
 
+MAX_RESULTS = 8  # kept per tensor
 MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a step, and a few hundred MB at most
 
 
@@ -194,6 +195,8 @@ def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
     key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, content)
     found = entry[2].get(key)
     if found is None:
+        if len(entry[2]) >= MAX_RESULTS:  # a mask kept for good, of which each call takes another part
+            del entry[2][next(iter(entry[2]))]
         found = entry[2][key] = build()
     return found
 

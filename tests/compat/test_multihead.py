@@ -153,6 +153,9 @@ def test_what_masks_cannot_say_is_refused_or_handed_over():
     assert "attn_mask has values" in dispatch.explain()
     with pytest.raises(RuntimeError, match="is_causal is a hint"):
         ours(q, q, q, is_causal=True, need_weights=False)
+    for masks in ({"attn_mask": torch.ones(1, L, dtype=torch.bool)}, {"key_padding_mask": torch.ones(B, 1).bool()}):
+        with pytest.raises(ValueError, match=next(iter(masks))):
+            ours(q, q, q, need_weights=False, **masks)
     with pytest.raises(ValueError, match="query has width 30"):
         ours(q[..., :30], q, q, need_weights=False)
 
