@@ -18,7 +18,7 @@ from mmkernels.ops.attention.api import prepared
 from mmkernels.ops.attention.inputs import Request
 
 _SEEN = (
-    "int batch, bool is_causal, int left, int right, bool bottom_right, "
+    "SymInt batch, bool is_causal, int left, int right, bool bottom_right, "
     "Tensor? lengths, Tensor? key_lengths, Tensor? mask"
 )
 _REST = f"Tensor? rng, {_SEEN}, float scale, float dropout_p, bool needs_backward, bool deterministic, str impl"

@@ -40,10 +40,28 @@ def test_lengths_as_tensors_are_one_graph():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for lengths in ([12, 3, 7], [1, 2, 3], [12, 12, 12], [0, 5, 12]):
         x, n = qkv(), torch.tensor(lengths)
-        results = [(out := f(x, n), *torch.autograd.grad(out.square().sum(), [x])) for f in (layer, compiled)]
-        for eager, found in zip(*results, strict=True):
+        for eager, found in zip(*(_with_gradient(f, x, n) for f in (layer, compiled)), strict=True):
             torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_sizes_that_change_are_one_graph_too():
+    def layer(x, lengths):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ours(q, k, v, lengths=lengths, is_causal=True)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, longest in ((4, 12), (6, 7), (5, 30)):  # not 3: it would be taken for the 3 of q, k, v
+        x = torch.randn(batch, longest, 3, H, D, requires_grad=True)
+        n = torch.randint(1, longest, (batch,))
+        for eager, found in zip(*(_with_gradient(f, x, n) for f in (layer, compiled)), strict=True):
+            torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def _with_gradient(function, x, *rest):
+    out = function(x, *rest)
+    return out, *torch.autograd.grad(out.square().sum(), [x])
 
 
 def test_masks_on_the_cpu():
