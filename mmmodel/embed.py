@@ -18,6 +18,7 @@ from mmkernels.ops.packing.api import segment_mean
 from mmmodel import features as feature_store
 from mmmodel import pretraining, settings
 from mmmodel.batches import Batch, collate
+from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import weights
@@ -130,6 +131,7 @@ def write(
     `joint` one for the sample; returns the number of rows.
 
     data: as in `pretraining.find_data`; empty: what the run was trained on.  The file appears whole or not at all.
+    Raises ConfigError if no sample has the split and a language.
     """
     import pyarrow
     from pyarrow import parquet
@@ -137,7 +139,10 @@ def write(
     embedder = Embedder(run, device=device)
     torch.set_num_threads(embedder.config.threads)
     languages = tuple(languages) or (embedder.config.languages if not data else ())
-    dataset = ShardDataset(pretraining.find_data(data or embedder.config.data), split, languages or None)
+    try:
+        dataset = ShardDataset(pretraining.find_data(data or embedder.config.data), split, languages or None)
+    except ValueError as error:  # nothing has this split or language
+        raise ConfigError(f"embed: {error}") from error
     items, features = embedder.prepare(dataset)
     schema = pyarrow.schema(
         {"key": pyarrow.string(), "modality": pyarrow.string(), "vector": pyarrow.list_(pyarrow.float32())},

@@ -99,7 +99,7 @@ def probe(subject: Subject, protocol: Protocol) -> list[Outcome]:
         learner = subject.learner(arm)
         for inputs, modalities in INPUTS.items():
             x = {
-                split: features(learner, labels.limited_to(items, modalities), subject.corpus)
+                split: features(learner, _showing(items, modalities), subject.corpus)
                 for split, items in (("train", data.train), ("validation", data.validation), ("test", data.test))
             }
             for per_class in protocol.labels_per_class:
@@ -145,9 +145,9 @@ def finetuned(subject: Subject, protocol: Protocol, inputs: str, per_class: int,
     modalities = INPUTS[inputs]
     data = replace(
         data,
-        train=labels.limited_to(kept, modalities),
-        validation=labels.limited_to(data.validation, modalities),
-        test=labels.limited_to(data.test, modalities),
+        train=_showing(kept, modalities),
+        validation=_showing(data.validation, modalities),
+        test=_showing(data.test, modalities),
     )
     base = fresh(subject.run.config, subject.run.tokenizer, 1000 * subject.number + seed)
     learner, _ = build(base, subject.run, data.labels, config)
@@ -178,6 +178,11 @@ def labelled(subject: Subject, protocol: Protocol) -> Labelled:
     }
     rule = labels.fit([values[item.key] for item in split["train"]], "classification")
     return Labelled(subject.corpus.features, split["train"], split["validation"], split["test"], values, rule)
+
+
+def _showing(items: Sequence[Item], modalities: Sequence[str]) -> list[Item]:
+    """Items of these modalities alone.  One that has none of them stays, so that all inputs are scored on the same."""
+    return [replace(item, rows={name: row for name, row in item.rows.items() if name in modalities}) for item in items]
 
 
 def _tried(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mmmodel.finetuning.config import FinetuneConfig
 
-INPUTS = {"image": ("image",), "all": ("text", "image", "audio")}
+INPUTS = {"image": ("image",), "text": ("text",), "speech": ("audio",), "all": ("text", "image", "audio")}
 ARMS = ("baseline", "pretrained")  # the baseline: the same model with its initial weights
 
 
@@ -18,7 +18,8 @@ class Protocol:
     language: str = "fr"  # of the captions and recordings beside the pictures, in classification
     labels_per_class: tuple[int, ...] = (5, 20, 0)  # of a probe: training samples of each class; 0: all
     finetune_labels: tuple[int, ...] = (20,)  # of a full fine-tuning, likewise
-    seeds: int = 5  # of fine-tuning: which labels, which order, and the weights that start at random
+    seeds: int = 5  # of probes: which labels
+    finetune_seeds: int = 5  # which labels, which order, and the weights that start at random
     strengths: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 0.01, 0.1, 1.0)  # inverse regularisation of probes, tried in turn
     # lr and layer_decay are each arm's own: a baseline with the other's would be a straw man.
     finetune: dict[str, FinetuneConfig] = field(

@@ -14,7 +14,7 @@ import numpy as np
 from mmmodel import configs, evaluate, retrieval
 from mmmodel.benchmark.intervals import balanced_accuracy, balanced_gain
 from mmmodel.benchmark.parts import KNOWN_TASKS
-from mmmodel.benchmark.protocol import ARMS, Protocol
+from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol
 from mmmodel.finetuning.loop import Labelled
 from mmmodel.finetuning.weights import Run
 
@@ -145,7 +145,7 @@ def best_strength(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _order(entry: tuple) -> tuple:
     (way, inputs, labels), _ = entry
-    return way != "probe", inputs != "image", int(labels) if labels != "all" else 10**9
+    return way != "probe", list(INPUTS).index(inputs), int(labels) if labels != "all" else 10**9
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def _plan(
         plan.append((f"probe-{number}", lambda n=number: parts.probe(subject(n), protocol)))
     numbers = range(runs)
     for inputs, seed, number, count, arm in product(
-        protocol.finetune_inputs, range(protocol.seeds), numbers, protocol.finetune_labels, ARMS
+        protocol.finetune_inputs, range(protocol.finetune_seeds), numbers, protocol.finetune_labels, ARMS
     ):
         name = f"finetune-{number}-{inputs}-{budget_name(count)}-{seed}-{arm}"
         settings = (protocol, inputs, count, seed, arm)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmodel.batches import Batch
+from mmmodel.configs import ConfigError
 from mmmodel.embed import make_batch, sample_vectors, segment_vectors
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import scores
@@ -49,7 +50,11 @@ class Outcome:
 
 
 def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
-    """Train the learner in place.  Raises RuntimeError when the loss is no longer finite, saying in which epoch."""
+    """Train the learner in place.
+
+    Raises RuntimeError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
+    samples have no score, as R2 of a single number has none.
+    """
     learner.model.requires_grad_(config.freeze != "encoder")
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]
@@ -81,6 +86,11 @@ def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) 
                 f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}"
             )
         found = validate()
+        if not math.isfinite(found[main]):
+            count = len(data.validation)
+            raise ConfigError(
+                f"finetune: {main} of {count} validation samples is {found[main]}: no epoch can be chosen"
+            )
         line = {"step": (epoch + 1) * steps_per_epoch, "epoch": epoch + 1, "loss": mean_loss, "lr": config.lr * factor}
         history.append({**line, **found, "seconds": time.perf_counter() - started})
         if best is None or found[main] > best[0]:

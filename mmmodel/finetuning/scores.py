@@ -11,6 +11,7 @@ from sklearn import metrics
 from torch import Tensor
 
 from mmmodel import evaluate, retrieval
+from mmmodel.configs import ConfigError
 from mmmodel.features import Item
 from mmmodel.finetuning.labels import Labels
 
@@ -63,10 +64,10 @@ def _multilabel(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
 def score_retrieval(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[str, float]:
     """Recall at 1, 5 and 10, the mean over every ordered pair of modalities and language that can be asked.
 
-    Raises ValueError if no pair can be: no two samples' modalities share a label.
+    Raises ConfigError if no pair can be: no label has samples of two modalities.
     """
     outcomes = evaluate.ranks(points, items, evaluate.all_pairs(points))
     if not outcomes:
-        raise ValueError("finetune: no label has samples of two modalities, nothing to retrieve")
+        raise ConfigError("finetune: no label has samples of two modalities, nothing to retrieve")
     rates = [retrieval.recall(outcome.before_hit) for outcome in outcomes.values()]
     return {key: float(np.mean([rate[key] for rate in rates])) for key in rates[0]}

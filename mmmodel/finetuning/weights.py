@@ -55,8 +55,8 @@ class Loaded:
 def open_run(path: Path | str) -> Run:
     """path: a run's folder, or its safetensors file.
 
-    Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a pickle,
-    for what is no safetensors file or a damaged one, and for one without configuration.
+    Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a
+    pickle, for what is no safetensors file or a damaged one, and for one without configuration.
     """
     path = Path(path)
     file = path / export.FILE if path.is_dir() else path

@@ -79,6 +79,6 @@ def test_a_classifier_without_the_common_space_gives_mean_states(run, shards, tm
 def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         cli.main(["embed", "--from", str(tmp_path), "--out", str(tmp_path / "v.parquet")])
-    with pytest.raises(ValueError, match="has split 'none'"):
-        embed.write(tmp_path / "v.parquet", run, split="none")
+    with pytest.raises(SystemExit, match=r"embed: .* has split 'none'"):
+        cli.main(["embed", "--from", str(run), "--split", "none", "--out", str(tmp_path / "v.parquet")])
     assert list(tmp_path.iterdir()) == []

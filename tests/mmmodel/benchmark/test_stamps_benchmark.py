@@ -7,7 +7,7 @@ import pytest
 
 from mmmodel import cli, configs, train
 from mmmodel.benchmark import parts, report, stamps
-from mmmodel.benchmark.protocol import Protocol
+from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
 from mmmodel.data.held_out import RECORDINGS
 from mmmodel.finetuning.config import FinetuneConfig
@@ -19,6 +19,7 @@ TINY = Protocol(
     finetune_labels=(2,),
     finetune_inputs=("image",),
     seeds=2,
+    finetune_seeds=2,
     strengths=(0.1,),
     finetune={arm: FinetuneConfig(epochs=1) for arm in ("baseline", "pretrained")},
     resamples=50,
@@ -54,7 +55,7 @@ def test_the_report_has_issue_2s_form_and_classification(finished):
         assert low - 1e-9 <= task["pretrained"]["r10"] - task["untrained"]["r10"] <= high + 1e-9
         assert len(task["r10_of_runs"]["pretrained"]) == 2
     rows = {row["name"]: row for row in made["classification"]}
-    probes = [f"probe.{inputs}.{labels}" for inputs in ("image", "all") for labels in ("2", "all")]
+    probes = [f"probe.{inputs}.{labels}" for inputs in INPUTS for labels in ("2", "all")]
     assert list(rows) == [*probes, "finetune.image.2"]
     assert rows["finetune.image.2"]["repeats"] == 4  # two runs of two seeds
     assert rows["probe.all.all"]["repeats"] == 2  # with all labels nothing is drawn

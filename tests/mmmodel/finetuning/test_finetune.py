@@ -185,6 +185,18 @@ def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, 
         finetuning.finetune(run, config, tmp_path)
 
 
+def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
+    """R2 of one number is not defined: no epoch could be better than another."""
+    made = [
+        {"__key__": f"k{i}", "txt": "red", "json": {"size": i, "split": "validation" if i == 0 else "train"}}
+        for i in range(9)
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
+    config = dataclasses.replace(QUICK, task="regression", label="size", data=str(tmp_path))
+    with pytest.raises(ConfigError, match="r2 of 1 validation samples is nan"):
+        finetuning.finetune(run, config, tmp_path / "out")
+
+
 def test_another_fine_tuning_or_a_run_is_not_written_over(run, labelled, tmp_path):
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=1)
     finetuning.finetune(run, config, tmp_path)
