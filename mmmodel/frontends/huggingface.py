@@ -133,7 +133,8 @@ class HuggingFaceImage(ImageFrontEnd):
 class HuggingFaceAudio(nn.Module):
     """The states of wav2vec2 on the waveform, or of Whisper's encoder on its log-mel.  It cannot hide cells."""
 
-    members, special, decode = AudioFrontEnd.members, AudioFrontEnd.special, AudioFrontEnd.decode
+    members, special = AudioFrontEnd.members, AudioFrontEnd.special
+    decode = staticmethod(AudioFrontEnd.decode)
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()

@@ -25,8 +25,9 @@ def tiny_config(kind):
         "vit": lambda: transformers.ViTConfig(**small, image_size=32, patch_size=8),
         "resnet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16], depths=[1, 1, 1]),
         "wav2vec2": lambda: transformers.Wav2Vec2Config(
-            **small, conv_dim=[8, 8], conv_kernel=[10, 8], conv_stride=[20, 16], num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, feat_extract_norm="layer"),
+            **small, attention_dropout=0.0, conv_dim=[8, 8], conv_kernel=[10, 8], conv_stride=[20, 16],
+            num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
+            feat_extract_norm="layer"),
         "whisper": lambda: transformers.WhisperConfig(
             **whisper, **tokens, num_mel_bins=16, max_source_positions=50, max_target_positions=8),
     }[kind]()  # fmt: skip
