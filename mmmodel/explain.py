@@ -20,9 +20,9 @@ from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
 from mmmodel.explaining.ablation import Search, WordLoss
-from mmmodel.explaining.sample import Sample, content, tokens_of, words_of
+from mmmodel.explaining.sample import Sample, content, pieces_of, tokens_of, words_of
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE
-from mmmodel.frontends.image import CELL
+from mmmodel.frontends.text import special_ids
 from mmmodel.pretraining import Corpus, Pretraining
 
 GALLERY = 500  # other samples that the sample's own is to be found among
@@ -36,6 +36,7 @@ class Explanation:
     shares: dict[str, float]  # of the sample's tokens
     mass: Tensor  # [L, H, M, M], modalities in the order of `shares`
     influence: dict[str, dict[str, np.ndarray]]  # of each modality's tokens on each reader's mean, average 1
+    grid: tuple[int, int] | None  # rows and columns of the image's cells
     word_influence: dict[str, np.ndarray]  # of the image's cells on each word
     losses: list[WordLoss]
     searches: list[Search]
@@ -105,6 +106,7 @@ def look(learner: Pretraining, sample: Sample, others: Corpus) -> Explanation:
         shares={name: len(own) / total for name, own in tokens.items()},
         mass=mass,
         influence=influence,
+        grid=model.front_ends["image"].shape(sample.feature("image")) if "image" in influence else None,
         word_influence=word_influence,
         losses=ablation.word_losses(learner, sample),
         searches=searches,
@@ -142,8 +144,9 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
     caption = (dataset.read_text(kept.index(at)) or "") if "text" in item.rows else ""
     words = ()
     if caption:
-        length = len(corpus.features.get("text", item.rows["text"]))
-        words = words_of(learner.model.tokenizer, caption, length)
+        tokenizer = learner.model.tokenizer
+        positions = pieces_of(corpus.features.get("text", item.rows["text"]), special_ids(tokenizer))
+        words = words_of(tokenizer, caption, positions)
     return Sample(item, corpus.features, caption, words), corpus
 
 
@@ -187,7 +190,7 @@ def _rollout_section(found: Explanation, out: Path) -> page.Section:
     sample, drawn = found.sample, []
     if "image" in found.influence:
         pixels = sample.feature("image").transpose(1, 2, 0)
-        grid = _grid(sample)
+        grid = found.grid
         maps = {f"by {reader}": per["image"].reshape(grid) for reader, per in found.influence.items() if "image" in per}
         pictures.on_image(path := out / "rollout-image.png", pixels, maps, "Picture read by each modality")
         drawn.append((path, "influence of each image cell on each modality"))
@@ -202,9 +205,10 @@ def _rollout_section(found: Explanation, out: Path) -> page.Section:
         pictures.on_words(path := out / "rollout-words.png", [word for word, _ in sample.words], readers)
         drawn.append((path, "influence of each word on each modality"))
     if "audio" in found.influence:
-        mel = sample.feature("audio")
+        sound = sample.feature("audio")  # log-mel frames, or the samples that another encoder takes
         readers = {reader: per["audio"] for reader, per in found.influence.items() if "audio" in per}
-        pictures.on_sound(path := out / "rollout-sound.png", mel, len(mel) * HOP / SAMPLE_RATE, readers)
+        seconds = len(sound) * (HOP if sound.ndim == 2 else 1) / SAMPLE_RATE
+        pictures.on_sound(path := out / "rollout-sound.png", sound, seconds, readers)
         drawn.append((path, "influence of each moment of the sound on each modality"))
     return page.Section(
         "Attention rollout",
@@ -256,11 +260,6 @@ def _search_section(found: Explanation, out: Path) -> page.Section | None:
         ("search", "rank", "similarity", "change"),
         rows,
     )
-
-
-def _grid(sample: Sample) -> tuple[int, int]:
-    _, height, width = sample.feature("image").shape
-    return height // CELL, width // CELL
 
 
 def _per_word(sample: Sample, values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from mmkernels.ops.packing.api import gather_rows
 from mmmodel.batches import collate
-from mmmodel.explaining.sample import Sample, hide_each_word
+from mmmodel.explaining.sample import Sample, hide_each_word, pieces_of
+from mmmodel.frontends.text import special_ids
 from mmmodel.pretraining import Pretraining
 
 BATCH = 32
@@ -56,20 +57,24 @@ def word_loss(learner: Pretraining, sample: Sample, drop: tuple[str, ...] = ()) 
     None where the model has no masked language modelling or the sample no words.
     """
     sample = sample.without(*drop)
-    if "masked_text" not in learner.objectives or "text" not in sample.modalities or len(sample.feature("text")) < 2:
+    if "masked_text" not in learner.objectives or "text" not in sample.modalities:
         return None
     model, head = learner.model, learner.objectives["masked_text"]
+    ids = torch.from_numpy(sample.feature("text").astype(np.int64)).to(model.token_table.device)
+    positions = pieces_of(sample.feature("text"), special_ids(model.tokenizer))
+    if not len(positions):
+        return None
     text = list(model.front_ends).index("text")
-    items, features, targets = hide_each_word(sample, head.mask_id)
+    items, features = hide_each_word(sample, positions, head.mask_id)
     nats: list[float] = []
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
-        batch = collate(part, features, model.front_ends, model.special_tokens).to(model.token_table.device)
+        batch = collate(part, features, model.front_ends, model.special_tokens).to(ids.device)
         hidden = model.encode(model.streams(batch), batch.layout)
-        first = (batch.layout.modality_ids == text).nonzero().squeeze(1).view(len(part), -1)  # all captions are as long
-        place = 1 + torch.arange(start, start + len(part), device=first.device)
-        rows = gather_rows(hidden, first.gather(1, place.unsqueeze(1)).squeeze(1))
-        for row, target in zip(rows, targets[start : start + len(part)].to(rows.device), strict=True):
+        rows = (batch.layout.modality_ids == text).nonzero().squeeze(1).view(len(part), -1)  # captions are as long
+        place = torch.from_numpy(positions[start : start + len(part)]).to(ids.device)
+        hidden = gather_rows(hidden, rows.gather(1, place.unsqueeze(1)).squeeze(1))
+        for row, target in zip(hidden, ids[place], strict=True):
             loss, _ = head.loss(row.unsqueeze(0), target.unsqueeze(0), model.token_table)
             nats.append(float(loss))
     return WordLoss(tuple(name for name in sample.modalities if name != "text"), tuple(nats))

@@ -82,14 +82,17 @@ def on_words(path: Path, words: Sequence[str], readers: Mapping[str, np.ndarray]
     _save(figure, path)
 
 
-def on_sound(path: Path, mel: np.ndarray, seconds: float, readers: Mapping[str, np.ndarray]) -> None:
-    """The log-mel picture, and under it influence over time.  mel [frames, mels]; readers: values per token."""
+def on_sound(path: Path, sound: np.ndarray, seconds: float, readers: Mapping[str, np.ndarray]) -> None:
+    """The sound, and under it influence over time.  sound: log-mel [frames, mels] or [samples]; readers: per token."""
     figure = _figure(2.9)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.1))
-    top.imshow(
-        mel.astype(np.float32).T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[1])
-    )
-    top.set_ylabel("mel band")
+    if sound.ndim == 2:
+        extent = (0, seconds, 0, sound.shape[1])
+        top.imshow(sound.astype(np.float32).T, origin="lower", aspect="auto", cmap="magma", extent=extent)
+        top.set_ylabel("mel band")
+    else:
+        top.plot(np.linspace(0, seconds, len(sound)), sound, linewidth=0.4, color=COLOURS[-1])
+        top.set_ylabel("pressure")
     top.set_title("Sound read ...", fontsize=8)
     for i, (name, values) in enumerate(readers.items()):
         edges = np.linspace(0, seconds, len(values) + 1)

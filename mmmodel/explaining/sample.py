@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmmodel.batches import Batch, collate
@@ -55,29 +54,33 @@ def content(tokens: Tensor) -> Tensor:
     return tokens[1:]
 
 
-def words_of(tokenizer, caption: str, length: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Words of a caption and the positions of their pieces among the first `length` ids, [CLS] at 0."""
+def pieces_of(ids: np.ndarray, special: np.ndarray) -> np.ndarray:
+    """Positions of a caption's word pieces among its ids: all but special tokens."""
+    return np.flatnonzero(~np.isin(ids, special))
+
+
+def words_of(tokenizer, caption: str, positions: np.ndarray) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Words of a caption and the positions of their pieces; what does not fit into the positions is cut off."""
     encoding = tokenizer.encode(caption, add_special_tokens=False)
     words: dict[int, list[int]] = {}
-    for piece, word in enumerate(encoding.word_ids[: length - 1]):
+    for piece, word in enumerate(encoding.word_ids[: len(positions)]):
         if word is not None:
             words.setdefault(word, []).append(piece)
     named = []
     for pieces in words.values():
         start, end = encoding.offsets[pieces[0]][0], encoding.offsets[pieces[-1]][1]
         if text := caption[start:end].strip():
-            named.append((text, tuple(piece + 1 for piece in pieces)))
+            named.append((text, tuple(int(positions[piece]) for piece in pieces)))
     return tuple(named)
 
 
-def hide_each_word(sample: Sample, mask_id: int) -> tuple[list[Item], Features, Tensor]:
-    """A copy of the sample for each piece of its text, with that piece hidden; and the pieces, int64 [n - 1]."""
+def hide_each_word(sample: Sample, positions: np.ndarray, mask_id: int) -> tuple[list[Item], Features]:
+    """A copy of the sample for each of these positions of its text, with the piece there hidden."""
     ids = sample.feature("text")
     captions = []
-    for position in range(1, len(ids)):
+    for position in positions:
         captions.append(ids.copy())
         captions[-1][position] = mask_id
     others = {name: [sample.feature(name)] for name in sample.modalities if name != "text"}
-    items = [replace(sample.item, rows={**dict.fromkeys(others, 0), "text": i}) for i in range(len(captions))]
-    items = [replace(item, rows={name: item.rows[name] for name in sample.modalities}) for item in items]
-    return items, Features.of({**others, "text": captions}), torch.from_numpy(ids[1:].astype(np.int64))
+    rows = [{name: i if name == "text" else 0 for name in sample.modalities} for i in range(len(captions))]
+    return [replace(sample.item, rows=row) for row in rows], Features.of({**others, "text": captions})

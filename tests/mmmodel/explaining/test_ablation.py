@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from mmmodel.evaluate import embed
 from mmmodel.explaining.ablation import searches, word_loss, word_losses
-from mmmodel.explaining.sample import Sample, hide_each_word, words_of
+from mmmodel.explaining.sample import Sample, hide_each_word, pieces_of, words_of
 from mmmodel.features import Item
-from mmmodel.frontends.text import train_tokenizer
+from mmmodel.frontends.text import special_ids, train_tokenizer
 from mmmodel.pretraining import Corpus
 
 
@@ -45,7 +45,7 @@ def test_word_loss_equals_one_piece_at_a_time():
     whole = sample(4)  # 11 words, all modalities
     model, head = learned.model, learned.objectives["masked_text"]
     ids = whole.feature("text")
-    items, features, _ = hide_each_word(whole, head.mask_id)
+    items, features = hide_each_word(whole, np.arange(1, len(ids)), head.mask_id)
     expected = []
     for position in range(1, len(ids)):
         assert features.get("text", items[position - 1].rows["text"])[position] == head.mask_id
@@ -97,9 +97,12 @@ def test_searches_never_use_what_the_sample_lacks():
 def test_words_cover_their_pieces_in_any_script():
     tokenizer = train_tokenizer([" ".join(WORDS)], 280)
     caption = "Two, Ёлка star"
-    length = len(tokenizer.encode(caption).ids) + 1
-    words = words_of(tokenizer, caption, length)
+    ids = np.array([0, *tokenizer.encode(caption).ids, 2])  # as a front end that closes with a special token gives it
+    positions = pieces_of(ids, special_ids(tokenizer))
+    assert positions.tolist() == list(range(1, len(ids) - 1))
+    words = words_of(tokenizer, caption, positions)
     assert [text for text, _ in words] == ["Two", ",", "Ёлка", "star"]
     places = [place for _, own in words for place in own]
-    assert places == list(range(1, length))
-    assert [text for text, _ in words_of(tokenizer, caption, words[1][1][-1] + 1)] == ["Two", ","]  # cut off there
+    assert places == positions.tolist()
+    fits = positions[: words[1][1][-1]]
+    assert [text for text, _ in words_of(tokenizer, caption, fits)] == ["Two", ","]  # the rest was cut off
