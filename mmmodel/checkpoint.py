@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from mmmodel.export import CheckpointError
+from mmmodel.safe_reading import SafePlanner, SafeReader
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +60,20 @@ def clean(folder: Path) -> None:
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
-    """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields."""
+    """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields.
+
+    Raises CheckpointError for one that is damaged, of another model, or holds more than data.
+    """
     model_state, optimizer_state = get_state_dict(module, optimizer)
     state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed.*")
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        try:
+            dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, CheckpointError):
+                raise cause from error
+            raise CheckpointError(f"{path}: damaged, or of another model: {cause}") from error
     set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"])
     return state["progress"]

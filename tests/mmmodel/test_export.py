@@ -158,8 +158,8 @@ def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path):
 
 
 def test_no_module_of_the_model_unpickles():
-    """torch.load only with weights_only=True."""
-    for path in (p for p in tracked(".py") if p.parts[0] == "mmmodel"):
+    """torch.load only with weights_only=True; safe_reading.py has an unpickler that knows a few classes."""
+    for path in (p for p in tracked(".py") if p.parts[0] == "mmmodel" and p.name != "safe_reading.py"):
         text = (ROOT / path).read_text()
         assert not re.search(r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)|allow_pickle=True", text, re.M), path
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path

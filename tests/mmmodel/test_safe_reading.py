@@ -1,0 +1,96 @@
+"""A checkpoint to resume from that is damaged, or more than data, is a clear error, and nothing in it runs."""
+
+import io
+import os
+import pickle
+
+import pytest
+import torch
+from builders import learner
+
+from mmmodel import checkpoint, train
+from mmmodel.export import CheckpointError
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint, and what it was saved from: weights and averages that are not the initial ones."""
+    config, learned = learner(seed=1)
+    optimizer = train.make_optimizer(learned, config)
+    for parameter in learned.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    folder = checkpoint.save(tmp_path, 7, learned, optimizer, {"step": 7, "skipped": 2}, keep=2)
+    return folder, learned, optimizer
+
+
+def resume(folder):
+    config, fresh = learner(seed=2)
+    optimizer = train.make_optimizer(fresh, config)
+    return checkpoint.load(folder, fresh, optimizer, {"step": 0, "skipped": 0}), fresh, optimizer
+
+
+def test_an_honest_checkpoint_comes_back_bit_by_bit(saved):
+    folder, learned, optimizer = saved
+    progress, fresh, restored = resume(folder)
+    assert progress == {"step": 7, "skipped": 2}
+    for name, value in learned.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+    before, after = optimizer.state_dict(), restored.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for number, state in before["state"].items():
+        assert all(torch.equal(state[name], after["state"][number][name]) for name in state)
+
+
+def test_a_trap_in_the_index_is_refused_and_never_sprung(saved, tmp_path):
+    folder = saved[0]
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(CheckpointError, match=r"names (posix|nt|os)\.mkdir, which no checkpoint needs: not read"):
+        resume(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_trap_in_a_value_is_refused_and_never_sprung(saved, tmp_path):
+    """Values that are no tensors, such as the step, are read by torch.load: here one is replaced in the file."""
+    folder = saved[0]
+    with (folder / ".metadata").open("rb") as file:
+        index = pickle.load(file)  # our own
+    place, where = next((k, v) for k, v in index.storage_data.items() if k.fqn == "progress.step")
+    buffer = io.BytesIO()
+    torch.save(Trap(tmp_path / "sprung"), buffer)
+    data = folder / where.relative_path
+    index.storage_data[place] = type(where)(where.relative_path, data.stat().st_size, len(buffer.getvalue()))
+    data.write_bytes(data.read_bytes() + buffer.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="damaged, or of another model"):
+        resume(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_cut_file_is_a_clear_error(saved, name):
+    folder = saved[0]
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="step-00000007: damaged"):
+        resume(folder)
+
+
+def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
+    folder = saved[0]
+    config, wider = learner(mlp_width=48)
+    with pytest.raises(CheckpointError, match="step-00000007: damaged, or of another model"):
+        checkpoint.load(folder, wider, train.make_optimizer(wider, config), {"step": 0, "skipped": 0})
+    (folder / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no \.metadata"):
+        resume(folder)
