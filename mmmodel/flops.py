@@ -55,9 +55,10 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) ->
     """FLOP/s of a large matrix product, the best of repeated trials: what utilisation is a share of."""
     size = GEMM_SIZE[device.type]
     a, b = (torch.empty(size, size, device=device).uniform_(-1, 1).to(dtype) for _ in range(2))
-    best, deadline = float("inf"), time.perf_counter() + seconds
+    best = float("inf")
     torch.mm(a, b)
-    while time.perf_counter() < deadline:
+    deadline = time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < deadline:  # once at least, on a machine too busy for more
         _wait(device)
         start = time.perf_counter()
         torch.mm(a, b)
