@@ -55,7 +55,7 @@ class SampleShape:
             return self.text
         if name == "image":
             return self.cells + 1 if self.cells else 0
-        return -(-self.audio // STRIDE) + 1 if self.audio else 0
+        return -(-self.audio // STRIDE) + 1 if name == "audio" and self.audio else 0
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Cost:
 
     part: str
     parameters: int = 0
+    frozen: int = 0  # of the parameters, those that do not learn
     forward: float | None = 0.0  # FLOPs
     backward: float | None = 0.0
     saved: float | None = 0.0  # bytes kept from the forward pass for the backward pass
@@ -90,7 +91,7 @@ class Complexity:
 
     @property
     def state_bytes(self) -> int:
-        return STATE * self.parameters
+        return STATE * self.parameters - (STATE - FLOAT) * sum(cost.frozen for cost in self.costs)
 
     @property
     def saved_bytes(self) -> float:
@@ -116,7 +117,7 @@ def complexity(config: PretrainConfig, shape: SampleShape | None = None) -> Comp
     report.costs += _encoder(config, shape, shares, learner.model)
     for name, objective in learner.objectives.items():
         forward, backward, saved = _HEADS[name](config, shape) if name in _HEADS else (None, None, None)
-        report.costs.append(Cost(f"objective: {name}", _size(objective), forward, backward, saved))
+        report.costs.append(Cost(f"objective: {name}", _size(objective), 0, forward, backward, saved))
     return report
 
 
@@ -148,6 +149,8 @@ def show(report: Complexity, console: Console | None = None) -> None:
         console.print("bf16, chunk_tokens and checkpointing of this configuration keep less for backward than that")
     if unknown := [cost.part for cost in report.costs if cost.forward is None]:
         console.print(f"not counted: FLOPs and memory of {', '.join(unknown)}")
+    if absent := [name for name in config.model.modalities if not shape.tokens(name)]:
+        console.print(f"no tokens in this sample: {', '.join(absent)}")
 
 
 def _check(config: ModelConfig, shape: SampleShape) -> None:
@@ -196,7 +199,8 @@ def _anchors(config: PretrainConfig) -> int:
 
 
 def _front_end(name: str, front_end: nn.Module, shape: SampleShape, reads: float, batch: int) -> Cost:
-    cost = Cost(f"front end: {name}", _size(front_end))
+    frozen = sum(parameter.numel() for parameter in front_end.parameters() if not parameter.requires_grad)
+    cost = Cost(f"front end: {name}", _size(front_end), frozen)
     foreign = hasattr(front_end, "project")  # a Hugging Face encoder, which may do anything
     if name == "text" and not foreign:  # ids; the table belongs to the embedding
         return cost
@@ -206,15 +210,16 @@ def _front_end(name: str, front_end: nn.Module, shape: SampleShape, reads: float
     if not shape.tokens(name):
         return cost
     feature = _FEATURES[name](front_end, shape)
-    inputs = tuple(tensor.to("meta") for tensor in front_end.collate([feature] * batch))
+    inputs = tuple(tensor.to("meta") for tensor in front_end.collate([feature]))
     saved = SavedBytes(front_end)
     with saved, FlopCounterMode(display=False) as forward:
         stream = front_end(*inputs)
     with FlopCounterMode(display=False) as backward:
         stream.sum().backward()
-    cost.forward = reads * forward.get_total_flops()
-    cost.backward = reads * backward.get_total_flops()
-    cost.saved = reads * (saved.total + FLOAT * stream.numel())  # the embedding keeps the stream itself
+    times = reads * batch  # nothing is padded: a batch costs what its samples cost
+    cost.forward = times * forward.get_total_flops()
+    cost.backward = times * backward.get_total_flops()
+    cost.saved = times * (saved.total + FLOAT * stream.numel())  # the embedding keeps the stream itself
     return cost
 
 
@@ -239,12 +244,11 @@ def _encoder(config: PretrainConfig, shape: SampleShape, passes: list, model: nn
     # the GELU's input, four norm statistics and a log-sum per head; the first block has no norm before attention.
     block = 8 * width + 2 * hidden + 4 + c.heads
     kept = layers * block - width + 2 * width + 4
+    blocks = _size(model.blocks) + _size(model.norm)
     return [
-        Cost("embedding", _size(model.embedding), 0.0, 0.0, 0.0),
-        Cost(
-            "encoder: linear maps", _size(model.blocks) + _size(model.norm), linear, 2 * linear, FLOAT * tokens * kept
-        ),
-        Cost("encoder: attention", 0, products, 2.5 * products, 0.0),
+        Cost("embedding", _size(model.embedding)),
+        Cost("encoder: linear maps", blocks, 0, linear, 2 * linear, FLOAT * tokens * kept),
+        Cost("encoder: attention", 0, 0, products, 2.5 * products, 0.0),
     ]
 
 

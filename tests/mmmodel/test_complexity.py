@@ -13,6 +13,7 @@ from mmmodel.batches import collate
 from mmmodel.complexity import SampleShape, SavedBytes
 from mmmodel.configs import ConfigError, MaskedConfig, MatchingConfig, ObjectivesConfig
 from mmmodel.features import Features, Item
+from mmmodel.frontends import special_names
 from mmmodel.pretraining import Pretraining
 
 MEMORY_FACTOR = 1.25  # estimate over measured, either way
@@ -40,9 +41,12 @@ def cases():
 @pytest.fixture(scope="module", params=cases())
 def case(request):
     config, shape = cases()[request.param]
-    learner = Pretraining(config, complexity._vocabulary(config.model.text.vocab_size))
+    learner = Pretraining(
+        config, complexity._vocabulary(config.model.text.vocab_size, special_names(config.model.modalities))
+    )
     batch = uniform(learner, shape)
-    return complexity.complexity(config, shape), learner, batch, learner.prepare(batch, np.random.default_rng(0))
+    last = config.steps - 2  # even: every objective runs there
+    return complexity.complexity(config, shape), learner, batch, learner.prepare(batch, np.random.default_rng(0), last)
 
 
 def uniform(learner, shape):
@@ -129,3 +133,18 @@ def test_a_smaller_sample_costs_less_and_a_missing_modality_nothing():
 def test_limits_are_named():
     with pytest.raises(ConfigError, match="complexity: text has 97 tokens or frames, expected 0 to 96"):
         complexity.complexity(configs.demo(), SampleShape(97, (1, 1), 10))
+
+
+def test_what_is_not_known_is_said(capsys):
+    """A modality without a formula is listed, and adds no tokens that it does not have."""
+    config = configs.tiny()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=("text", "image", "video")))
+    config = dataclasses.replace(config, objectives=ObjectivesConfig())
+    report = complexity.complexity(config, SampleShape(9, (1, 2), 37))
+    assert next(c for c in report.costs if c.part == "front end: video").forward is None
+    complexity.show(report)
+    out = capsys.readouterr().out
+    assert "not counted: FLOPs and memory of front end: video" in out
+    assert "no tokens in this sample: video" in out
+    two = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=("text", "image")))
+    assert complexity.complexity(two, SampleShape(9, (1, 2), 0)).saved_bytes <= report.saved_bytes
