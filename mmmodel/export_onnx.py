@@ -107,11 +107,10 @@ def export_onnx(path: Path, learner: Pretraining, modalities: Sequence[str]) -> 
 
 def _block(block: nn.Module, x: Tensor) -> Tensor:
     """The block of the model with softmax(q k^T / sqrt(D)) v written out over the whole sample."""
-    qkv = block.qkv(block.norm_attention(x)).view(x.shape[0], 3, block.heads, -1).permute(1, 2, 0, 3)
+    qkv = block.project(x).view(x.shape[0], 3, block.heads, -1).permute(1, 2, 0, 3)
     q, k, v = qkv[0], qkv[1], qkv[2]  # [H, T, D]
     weights = torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1)
-    x = x + block.out((weights @ v).transpose(0, 1).flatten(1))
-    return x + block.down(F.gelu(block.up(block.norm_mlp(x)), approximate="tanh"))
+    return block.mix(x, (weights @ v).transpose(0, 1).flatten(1))
 
 
 def _text(front_end: TextFrontEnd, ids: Tensor) -> tuple[None, list[Tensor]]:
