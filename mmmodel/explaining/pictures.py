@@ -134,7 +134,7 @@ def ranks(path: Path, found: Sequence[Search]) -> None:
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.invert_yaxis()
-    axis.set_xlabel(f"rank among {most} (1 is best)")
+    axis.set_xlabel(f"rank (1 is best; of up to {most})")
     axis.set_title("Finding the sample's own", fontsize=9)
     _save(figure, path)
 
