@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         text=TextConfig(vocab_size=384, max_tokens=32),
         image=ImageConfig(max_tokens=9, channels=(16, 32)),
     )
-    pretrain(PretrainConfig(model=model, data=str(items), steps=120, batch_size=32, lr=3e-3), folder / "run")
+    pretrain(PretrainConfig(model=model, data=str(items), steps=90, batch_size=32, lr=3e-3), folder / "run")
 
     # The catalogue: items of combinations that pretraining never saw.
     embedder = Embedder(folder / "run")
