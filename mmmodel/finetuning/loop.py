@@ -55,6 +55,12 @@ def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) 
     Raises RuntimeError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
     samples have no score, as R2 of a single number has none.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
+        return _train(learner, data, config)
+
+
+def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
     learner.model.requires_grad_(config.freeze != "encoder")
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]

@@ -185,6 +185,7 @@ def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, 
         finetuning.finetune(run, config, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")
 def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
     """R2 of one number is not defined: no epoch could be better than another."""
     made = [
