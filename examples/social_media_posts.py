@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     )
 
     # Fine-tuning replaces the heads of pretraining by one output per class.
-    config = FinetuneConfig(label="mood_and_topic", epochs=16, lr=5e-3, layer_decay=1.0, patience=0)
+    config = FinetuneConfig(label="mood_and_topic", epochs=11, lr=5e-3, layer_decay=1.0, patience=0)
     report = finetune(folder / "pretrained", config, folder / "classifier")
 
     learner, labels, config = load(folder / "classifier")
