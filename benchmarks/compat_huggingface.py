@@ -24,7 +24,7 @@ from mmkernels.compat import huggingface
 
 PADDING = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
 SAMPLES, LENGTH, HEADS, WIDTH = 8, 256, 12, 64
-ROUNDS = 7
+ROUNDS = 5
 NAMES = ("sdpa", "mmkernels")
 
 
