@@ -178,4 +178,4 @@ def test_refuses_without_a_gpu(tmp_path, capsys):
     assert stages.run_all(tmp_path, None, 10) == 2
     assert "no GPU" in capsys.readouterr().err
     assert stages.run_all(tmp_path, ["nonsense"], 10, dry_run=True) == 2
-    assert "expected probe, correctness, attention" in capsys.readouterr().err
+    assert "expected probe, correctness, sanitizer, attention" in capsys.readouterr().err
