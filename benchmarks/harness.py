@@ -109,8 +109,13 @@ def built(problem: Problem | Deferred) -> Problem:
     return problem.build() if isinstance(problem, Deferred) else problem
 
 
-def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.device) -> Iterator[dict]:
-    """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing."""
+def run_problem(
+    problem: Problem, limits: dict, seconds: float, device: torch.device, deadline: float = math.inf
+) -> Iterator[dict]:
+    """Rows of one problem: skipped ones first, then timed ones.  Spends about `seconds` per direction on timing.
+
+    Who has not been checked by the deadline (of time.perf_counter) is skipped: checks may take longer than timing.
+    """
     implementations = list(problem.implementations())
     for direction in problem.directions:
         calls, timed = {}, {}
@@ -120,6 +125,8 @@ def run_problem(problem: Problem, limits: dict, seconds: float, device: torch.de
                 continue
             if isinstance(implementation, Missing):
                 reason = implementation.reason
+            elif time.perf_counter() > deadline:
+                reason = "the time budget was spent before it was checked"
             else:
                 call, reason = checked_call(problem, implementation, direction)
             if reason is not None:

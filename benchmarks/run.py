@@ -113,7 +113,7 @@ def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> li
         else:
             # Half of the share is for timing; checking takes the rest.
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)
-            new = list(harness.run_problem(harness.built(problem), measured, seconds_each, device))
+            new = list(harness.run_problem(harness.built(problem), measured, seconds_each, device, deadline))
         rows += new
         on_rows(new)
     return rows

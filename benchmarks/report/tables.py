@@ -9,6 +9,7 @@ from benchmarks.table import SHORT, number
 
 TITLES = {
     "attention": "attention",
+    "compat": "compat: the drop-in faces",
     "modality_embed": "modality_embed",
     "packing": "packing: pack, unpack, pad, unpad, gather_rows, segment_mean",
     "planner": "planner: packs, ranks, layouts",
@@ -125,7 +126,8 @@ def summaries(documents: list[Document]) -> list[tuple[str, list[list[str]]]]:
             newest.setdefault((document.on_gpu, op), document)
     found = []
     for on_gpu in (True, False):
-        runs = {op: newest[on_gpu, op] for op in TITLES if (on_gpu, op) in newest}
+        order = {**TITLES, **dict.fromkeys(op for _, op in newest)}  # those without a title last
+        runs = {op: newest[on_gpu, op] for op in order if (on_gpu, op) in newest}
         if not runs:
             continue
         facts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, compat, data, limits, modality_embed, packing, run, schema
+from benchmarks import attention, compat, data, harness, limits, modality_embed, packing, run, schema
 from benchmarks.__main__ import main
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
@@ -161,6 +162,22 @@ def test_spent_budget_skips_with_reason():
     document = run.run("attention", CPU, seconds=0.0, problems=TINY["attention"]())
     assert all("budget" in row["skipped"] for row in document["rows"])
     assert schema.errors(document) == []
+
+
+def test_deadline_within_a_case():
+    """Whoever is checked slowly leaves no time for the next; their rows say so, and nothing is timed late."""
+    problem = TINY["attention"]()[0]
+    deadline = time.perf_counter() + 0.05
+
+    def build(problem):
+        right = attention_sdpa_loop.build(problem)
+        return Implementation("slow", lambda: (time.sleep(0.1), right.forward())[1], right.leaves, right.grad_output)
+
+    problem.peers = (SimpleNamespace(NAME="slow", missing=lambda p: None, build=build), attention_sdpa_loop)
+    rows = list(harness.run_problem(problem, {}, 0.01, CPU, deadline))
+    assert {row["skipped"] for row in rows if row["impl"] == "sdpa_loop"} == {
+        "the time budget was spent before it was checked"
+    }
 
 
 def test_command_line(tmp_path):
