@@ -29,6 +29,10 @@ class Document:
         return "grade 3, run on a GPU" if self.on_gpu else "grade 1, run on a CPU"
 
     @property
+    def device(self) -> str:
+        return self.environment["gpu"]["name"] if self.on_gpu else self.environment["cpu"]
+
+    @property
     def hardware(self) -> str:
         facts = self.environment
         if self.on_gpu:
@@ -68,6 +72,10 @@ class Case:
     others: list[dict]  # our other implementations
     peers: list[dict]
     yardsticks: list[dict]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.op, self.case, self.dtype, self.direction
 
     @property
     def best(self) -> dict | None:

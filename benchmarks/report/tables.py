@@ -119,27 +119,26 @@ def summary(documents: list[Document]) -> str:
 
 
 def summaries(documents: list[Document]) -> list[tuple[str, list[list[str]]]]:
-    """(what on, rows under SUMMARY_HEADER), GPUs first; of each operator the newest run on such a device."""
-    newest: dict[tuple[bool, str], Document] = {}
-    for document in documents:  # newest first
-        for op in document.ops():
-            newest.setdefault((document.on_gpu, op), document)
+    """(what on, rows under SUMMARY_HEADER) of each GPU, then of each CPU; of each case the newest run there."""
+    devices = dict.fromkeys((not document.on_gpu, document.device) for document in documents)
     found = []
-    for on_gpu in (True, False):
-        order = {**TITLES, **dict.fromkeys(op for _, op in newest)}  # those without a title last
-        runs = {op: newest[on_gpu, op] for op in order if (on_gpu, op) in newest}
-        if not runs:
-            continue
-        facts = [
-            (d.grade, d.hardware, d.versions, f"commit {d.commit}", d.environment["date"][:10]) for d in runs.values()
-        ]
+    for on_cpu, device in sorted(devices):
+        newest: dict[tuple, Case] = {}
+        used: list[Document] = []
+        for document in documents:  # newest first
+            if (not document.on_gpu, document.device) != (on_cpu, device):
+                continue
+            every = [case for op in document.ops() for case in cases(document.timed(op))]
+            fresh = {c.key: c for c in every if c.key not in newest}
+            used += [document] * bool(fresh)
+            newest |= fresh
+        facts = [(d.grade, d.hardware, d.versions, f"commit {d.commit}", d.environment["date"][:10]) for d in used]
         about = "; ".join(" / ".join(dict.fromkeys(parts)) for parts in zip(*facts, strict=True))
-        found.append(
-            (
-                f"{about[0].upper()}{about[1:]}. Medians over the cases (least to most).",
-                [row for op, d in runs.items() for row in _summary_rows(op, cases(d.timed(op)))],
-            )
-        )
+        order = {**TITLES, **dict.fromkeys(op for op, *_ in newest)}  # those without a title last
+        by_op = {op: [case for case in newest.values() if case.op == op] for op in order}
+        rows = [row for op, those in by_op.items() for row in _summary_rows(op, those)]
+        if rows:
+            found.append((f"{about[0].upper()}{about[1:]}. Medians over the cases (least to most).", rows))
     return found
 
 
