@@ -13,7 +13,7 @@ from mmmodel import cli, configs
         (["pretrain", "--set", "bogus=3"], "config: no field 'bogus', expected one of model"),
         (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected a whole number"),
         (
-            ["pretrain", "--preset", "tiny", "--set", "schedule=none", "--out", "other"],
+            ["pretrain", "--preset", "tiny", "--set", "schedule=wsd", "--out", "other"],
             "other holds a run with other",
         ),
         (["evaluate", "--run", "missing"], "evaluate: missing holds no model.safetensors"),
