@@ -58,6 +58,13 @@ def test_no_torch_and_no_pybind11(tree):
     assert "mmkernels._C_cuda is left out: no torch here" in built.stdout
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: nothing can be built")
+def test_a_compiler_means_built_modules():
+    """Tests of the C++ parts are skipped where these are not built: without this one a broken build would pass."""
+    for name in ("_planner", "_C"):
+        assert native.path_of(name) is not None, f"mmkernels.{name} is not built: python -m mmkernels.build says why"
+
+
 def test_build_says_where_it_can_run(tree):
     shutil.rmtree(tree / "csrc")
     built = run(tree, "-m", "mmkernels.build")

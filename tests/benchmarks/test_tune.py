@@ -17,9 +17,8 @@ ENTRY = {
 }  # fmt: skip
 
 
-def test_refuses_without_a_gpu(capsys, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_refuses_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = tuned.tuned_path().read_text()
     assert main(["tune", "attention"]) == 2
     assert "inspector's report" in capsys.readouterr().err

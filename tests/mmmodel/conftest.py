@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mmmodel import configs
+from mmmodel import configs, train
 from mmmodel.data import synthetic
 
 
@@ -12,6 +12,14 @@ from mmmodel.data import synthetic
 def shards(tmp_path_factory):
     """80 procedural samples, some without text, image or audio."""
     return synthetic.prepare(tmp_path_factory.mktemp("data") / "synthetic", samples=80, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

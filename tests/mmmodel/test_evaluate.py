@@ -8,17 +8,9 @@ import pytest
 import torch
 from builders import batch_of, learner, samples
 
-from mmmodel import configs, evaluate, retrieval, train
+from mmmodel import evaluate, retrieval
 from mmmodel.features import Item
 from mmmodel.pretraining import Corpus
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import batch_of, learner, samples
 
-from mmmodel import cli, configs, train
+from mmmodel import cli
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
 from mmmodel.finetuning import run as finetuning
@@ -17,14 +17,6 @@ from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
 from mmmodel.finetuning.loop import evaluate_on
 from mmmodel.finetuning.weights import open_run
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
