@@ -60,8 +60,12 @@ def test_collate_leaves_missing_modalities_out():
     assert batch.modality.tolist() == batch.layout.segments[:, 1].tolist()
     streams = learned.model.streams(batch)
     assert tuple(len(stream) for stream in streams) == batch.layout.stream_lengths
-    # concepts c0 to c3, and samples 4 and 5 repeat the first two
-    assert batch.concept.tolist() == [0, 0, 0, 1, 2, 2, 3, 0, 0, 0, 1]
+    # concepts c0 to c3, and samples 4 and 5 repeat the first two; a number stands for one concept, in any batch
+    number = dict(zip((item.concept for item in items), batch.concept[[0, 3, 4, 6, 7, 10]].tolist(), strict=True))
+    assert len(set(number.values())) == len(number) == 4
+    c0, c1, c2, c3 = (number[f"c{i}"] for i in range(4))
+    assert batch.concept.tolist() == [c0, c0, c0, c1, c2, c2, c3, c0, c0, c0, c1]
+    assert batch_of(learned, items[1:2], features).concept.tolist() == [c1]
 
 
 def test_augmentation_follows_its_generator():
