@@ -16,10 +16,10 @@ def run(work: Callable[[list[str]], list[dict]], groups: list[list[str]], worker
     """Records of all groups, by work(names); what a broken process did not get to is tried in a new one."""
     records: dict[str, dict] = {}
     for _ in range(ROUNDS):
-        done = _round(work, groups, workers)
+        done, killed = _round(work, groups, workers)
         records |= {record["name"]: record for record in done}
         groups = [rest for group in groups if (rest := [name for name in group if name not in records])]
-        if not groups or not done:  # nothing left, or no time
+        if not groups or not (done or killed):  # nothing left, or no time
             break
     return list(records.values())
 
@@ -35,14 +35,15 @@ def broken(device: torch.device) -> bool:
     return False
 
 
-def _round(work, groups: list[list[str]], workers: int) -> list[dict]:
-    """One pool's records.  A process whose context is broken returns nothing more, and takes its groups with it."""
+def _round(work, groups: list[list[str]], workers: int) -> tuple[list[dict], bool]:
+    """One pool's records, and whether a process was killed: it takes with it whatever the pool has not finished."""
     records: list[dict] = []
+    killed = False
     context = multiprocessing.get_context("spawn")  # a fork would share a CUDA context
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         for future in as_completed([pool.submit(work, group) for group in groups]):
             try:
                 records += future.result()
             except BrokenProcessPool:  # a process was killed: a crash in a driver, or no memory
-                break
-    return records
+                killed = True
+    return records, killed

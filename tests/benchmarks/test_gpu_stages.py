@@ -104,6 +104,11 @@ def test_processes_share_the_checks(tmp_path):
     assert {record["name"] for record in records} == {"a", "b", "dies once", "c", "d"}
 
 
+def test_a_process_killed_before_any_record_is_no_lack_of_time(tmp_path):
+    records = parallel.run(functools.partial(_work, tmp_path / "died"), [["dies once", "c"]], 1)
+    assert {record["name"] for record in records} == {"dies once", "c"}
+
+
 def _work(died, names):
     if "dies once" in names and not died.exists():
         died.touch()
