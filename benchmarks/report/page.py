@@ -18,7 +18,7 @@ h3 { font-size: 1.1rem; margin-top: 2rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 16px;
          align-items: start; }
 .plots img { width: 100%; height: auto; display: block; }
-.wide { overflow-x: auto; margin: 12px 0; border: 1px solid #ddd; }
+.wide { overflow-x: auto; margin: 12px 0; border: 1px solid #ddd; } .wide.fit { border: 0; }
 table { border-collapse: collapse; font-size: 0.85rem; }
 th, td { padding: 4px 8px; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e5e5; }
 th { background: #f4f4f4; white-space: nowrap; }
@@ -29,6 +29,17 @@ th:first-child { background: #f4f4f4; }
 td:nth-child(9) { min-width: 16em; } td:nth-child(10) { min-width: 10em; }
 .warning { border-left: 4px solid #d55e00; padding: 4px 12px; background: #fff6f0; }
 details { margin: 12px 0; } summary { cursor: pointer; }
+@media (max-width: 640px) { /* a row becomes a card: ten columns do not fit a phone */
+  .rows { border: 0; } .rows thead { display: none; }
+  .rows table, .rows tbody, .rows tr { display: block; }
+  .rows tr { border-top: 1px solid #ddd; padding: 6px 0; }
+  .rows td { display: inline-block; padding: 0 12px 0 0; border: 0; min-width: 0; }
+  .rows td.number { text-align: left; white-space: normal; }
+  .rows td:first-child { display: block; position: static; max-width: none; font-weight: 600; }
+  .rows td:nth-child(n + 9) { display: block; min-width: 0; }
+  .rows td:nth-child(n + 5)::before { content: attr(data-label) " "; color: #666; }
+  .rows td:empty { display: none; }
+}
 """
 NUMBERS = (4, 5, 6, 7)  # columns of tables.HEADER
 
@@ -62,14 +73,15 @@ def html(documents: list[Document], left_out: list[str], images: dict[str, dict[
 def _table(header: tuple[str, ...], body: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     numbers = NUMBERS if header == tables.HEADER else ()
-    rows = ["".join(_cell(i in numbers, cell) for i, cell in enumerate(row)) for row in body]
+    rows = ["".join(_cell(name, i in numbers, row[i]) for i, name in enumerate(header)) for row in body]
     lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    style = "wide" if header == tables.HEADER else "wide fit"
+    style = "wide rows" if header == tables.HEADER else "wide fit"
     return f'<div class="{style}"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
-def _cell(is_number: bool, text: str) -> str:
-    return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
+def _cell(column: str, is_number: bool, text: str) -> str:
+    style = ' class="number"' if is_number else ""
+    return f'<td{style} data-label="{escape(column)}">{escape(text)}</td>'
 
 
 def _image(path: Path, op: str) -> str:
