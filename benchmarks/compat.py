@@ -1,4 +1,4 @@
-"""The SDPA face on padded batches against torch's own call with the same mask.   B samples, L longest, H heads."""
+"""SDPA's and Hugging Face's face on padded batches, each against the original.   B samples, L longest, H heads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from benchmarks import attention
 from benchmarks.attention_cases import Case
-from benchmarks.harness import PREFIX, Implementation, Missing
+from benchmarks.compat_huggingface import LAYERS, BertProblem, HuggingFaceProblem
+from benchmarks.harness import PREFIX, Implementation, Missing, Problem
 from benchmarks.limits import DTYPES
 from benchmarks.peers import dense_masks, packed
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
 from mmkernels.layout import PackedLayout
+from mmkernels.masks import AttentionMask
 
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
-SECONDS = {"quick": 60, "full": 120}
+SECONDS = {"quick": 90, "full": 240}
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a batch that is padding
 # The batches of `benchmarks attention` that padded SDPA can do with no more than a padding mask or is_causal.
 CASES = (Case("stamps", 32), Case("repeats", 32), Case("longtail", 4, "causal"), Case("uniform", 4, length=512))
@@ -62,39 +64,55 @@ class CompatProblem(attention.AttentionProblem):
             yield Implementation(name, call, (q, k, v), in_memory(self.grad_output), unpad, extra)
 
 
-def problems(shapes: str, device: torch.device, seed: int) -> Iterator[CompatProblem]:
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Problem]:
     for case in CASES:
-        yield _compat(attention.from_case(replace(case, dtype=_dtype(device)), device, seed))
-    for share in SHARES:
-        yield padded(share, 16, 256, 4, 64, device, seed)
-    if shapes == "full":
+        problem = attention.from_case(replace(case, dtype=_dtype(device)), device, seed)
+        yield _as(CompatProblem, problem, f"{problem.case}, {_padding(problem.layout):.0%} padding")
+    sizes = [(16, 256, 4, 64), *([(8, 512, 12, 64)] if shapes == "full" else [])]
+    for size in sizes:
         for share in SHARES:
-            yield padded(share, 8, 512, 12, 64, device, seed)
+            yield padded(CompatProblem, "", share, None, *size, device, seed)
+    for size in sizes:
+        for share in SHARES:
+            yield padded(HuggingFaceProblem, f"encoder x{LAYERS} ", share, None, *size, device, seed)
+        for share in SHARES if shapes == "full" else (0.0, 0.3):
+            causal = AttentionMask(causal=True)
+            yield padded(HuggingFaceProblem, f"decoder x{LAYERS} ", share, causal, *size, device, seed)
+    if device.type == "cpu":
+        for share in SHARES if shapes == "full" else (0.0, 0.3):
+            layout = ragged(share, 8, 256)
+            yield BertProblem(f"BERT x{LAYERS} 8x256, {_padding(layout):.0%} padding", layout, seed)
 
 
-def padded(share: float, samples: int, longest: int, heads: int, width: int, device: torch.device, seed: int):
-    """A batch of which `share` is padding, lengths spread evenly about their mean, the longest whole."""
+def padded(kind: type, name: str, share: float, mask, samples: int, longest: int, heads: int, width: int, device, seed):
+    """A problem of one kind on a batch of which `share` is padding."""
+    layout = ragged(share, samples, longest).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    shape = layout.total_tokens, heads, width
+    dtype = _dtype(device)
+    q, k, v, grad_output = (torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(4))
+    seen = "causal" if mask else "full"
+    name += f"{samples}x{longest} {seen} T{layout.total_tokens} H{heads} D{width}, {_padding(layout):.0%} padding"
+    return _as(kind, attention.AttentionProblem(name, dtype, layout, mask, q, k, v, grad_output), name)
+
+
+def ragged(share: float, samples: int, longest: int) -> PackedLayout:
+    """Samples whose lengths spread evenly about their mean, the longest whole, so that `share` is padding."""
     mean = longest * (1 - share)
     spread = min(longest - mean, mean - 1)
     lengths = np.linspace(mean + spread, mean - spread, samples).round().astype(int)
     lengths[0] = longest
-    layout = PackedLayout.from_counts(lengths[:, None]).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    dtype = _dtype(device)
-    tensors = [
-        torch.randn(layout.total_tokens, heads, width, generator=generator).to(device, DTYPES[dtype]) for _ in range(4)
-    ]
-    for leaf in tensors[:3]:
-        leaf.requires_grad_()
-    name = f"{samples}x{longest} full T{layout.total_tokens} H{heads} D{width}"
-    return _compat(attention.AttentionProblem(name, dtype, layout, None, *tensors))
+    return PackedLayout.from_counts(lengths[:, None])
 
 
-def _compat(problem: attention.AttentionProblem) -> CompatProblem:
+def _as(kind: type, problem: attention.AttentionProblem, name: str) -> attention.AttentionProblem:
     values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    empty = problem.layout.host.cu_seqlens.diff()
-    share = 1 - problem.layout.total_tokens / (int((empty > 0).sum()) * problem.layout.max_seqlen)
-    return CompatProblem(**(values | {"op": "compat", "case": f"{problem.case}, {share:.0%} padding"}))
+    return kind(**(values | {"op": "compat", "case": name}))
+
+
+def _padding(layout: PackedLayout) -> float:
+    lengths = layout.host.cu_seqlens.diff()
+    return 1 - layout.total_tokens / (int((lengths > 0).sum()) * layout.max_seqlen)
 
 
 def _dtype(device: torch.device) -> str:

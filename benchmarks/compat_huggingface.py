@@ -1,31 +1,27 @@
 """Hugging Face's face against transformers' own sdpa, on padded batches.   B samples, L padded, H heads, D width.
 
-python -m benchmarks.compat_huggingface [--json PATH] [--layers N]
-
-One pass is what a model does: its mask once, then attention layer after layer (transformers' mask function and
-attention function of each name), forward alone or with backward; then a BERT of BERT-base's width with all that
-surrounds it.  Both run in turns in one process, each checked against the other on real rows first.
+One pass is what a model does: its mask once, then attention layer after layer, by transformers' mask function and
+attention function of each name.  Then a BERT of BERT-base's width, with all that surrounds them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment
+from benchmarks import attention
+from benchmarks.harness import PREFIX, Implementation, Missing, Work, close
+from benchmarks.peers import dense_masks, packed
 from mmkernels.compat import huggingface
+from mmkernels.layout import PackedLayout
 
-PADDING = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
-SAMPLES, LENGTH, HEADS, WIDTH = 8, 256, 12, 64
-ROUNDS = 5
-NAMES = ("sdpa", "mmkernels")
+LAYERS = 2  # of one pass: the fewest that share a mask
+IMPLEMENTATIONS = ((PREFIX + "huggingface", huggingface.NAME), ("huggingface_sdpa", "sdpa"))
 
 
 class SelfAttention(nn.Module):
@@ -41,119 +37,111 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
 
-def lengths_with(padding: float) -> list[int]:
-    """Lengths spread evenly about their mean, the longest LENGTH, so that `padding` of the batch is padding."""
-    spread = min(padding, 0.5)
-    steps = [i / (SAMPLES - 1) for i in range(SAMPLES)]
-    lengths = [LENGTH * (1 - padding + spread * (1 - 2 * s)) for s in steps]
-    return [LENGTH] + [min(LENGTH, max(1, round(n))) for n in lengths[1:]]
+@dataclass
+class HuggingFaceProblem(attention.AttentionProblem):
+    """The mask, and LAYERS layers of attention of one size on q, k, v [B, H, L, D], in the memory of projections."""
+
+    op: str = "compat"
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        if (reason := _missing()) is not None:
+            yield from (Missing(name, reason) for name, _ in IMPLEMENTATIONS)
+            return
+        pad, unpad, slots = dense_masks.padding(self.plan)
+        causal = packed.plain_mask(self) == "causal"
+        real = dense_masks.key_padding(self.plan)[:, 0, 0]
+        leaves = tuple(pad(x).transpose(1, 2).contiguous().requires_grad_() for x in (self.q, self.k, self.v))
+        grad_output = pad(self.grad_output).transpose(1, 2).contiguous()
+        extra = {"padding": 1 - self.layout.total_tokens / slots}
+
+        def in_oracle_form(result: Tensor) -> Tensor:  # the layers are equal, so their sum is LAYERS times one of them
+            return unpad(result.transpose(1, 2)) / LAYERS
+
+        for name, interface in IMPLEMENTATIONS:
+            forward = functools.partial(attention_pass, interface, real, leaves, causal)
+            yield Implementation(name, forward, leaves, grad_output, in_oracle_form, extra)
+
+    def work(self, direction: str) -> Work:
+        one = super().work(direction)
+        return Work(LAYERS * one.amount, one.unit, one.exponent, one.limit)
 
 
-def padding_mask(lengths: list[int]) -> Tensor:
-    return torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)
+@dataclass
+class BertProblem:
+    """A BERT of BERT-base's width and LAYERS layers, forward and backward, on ids [B, L]; the oracle is eager."""
+
+    case: str
+    layout: PackedLayout
+    seed: int
+    op: str = "compat"
+    dtype: str = "fp32"
+    directions: tuple[str, ...] = ("fwd", "fwd+bwd")
+
+    def implementations(self) -> Iterator[Implementation | Missing]:
+        if (reason := _missing()) is not None:
+            yield from (Missing(name, reason, self.directions) for name, _ in IMPLEMENTATIONS)
+            return
+        lengths = self.layout.host.cu_seqlens.diff()
+        samples, length = len(lengths), self.layout.max_seqlen
+        ids = torch.randint(0, 1000, (samples, length), generator=torch.Generator().manual_seed(self.seed))
+        real = torch.arange(length) < lengths.unsqueeze(1)
+        model = self._model
+        # A key's bias shifts a row of scores as a whole: its gradient is 0, what is computed is rounding.
+        left_out = ("pooler", "key.bias")
+        weights = tuple(p for name, p in model.named_parameters() if not any(part in name for part in left_out))
+        grad_output = torch.randn(samples, length, 768, generator=torch.Generator().manual_seed(self.seed))
+        grad_output *= real.unsqueeze(-1)
+
+        def hidden(interface: str) -> Tensor:
+            model.set_attn_implementation(interface)
+            return model(input_ids=ids, attention_mask=real).last_hidden_state
+
+        def rows_that_count(result: Tensor) -> Tensor:
+            return result[real] if result.shape[:2] == real.shape else result
+
+        output = hidden("eager")
+        self._expected = [output.detach()[real], *torch.autograd.grad(output, weights, grad_output)]
+        extra = {"padding": 1 - self.layout.total_tokens / real.numel()}
+        for name, interface in IMPLEMENTATIONS:
+            call = functools.partial(hidden, interface)
+            yield Implementation(name, call, weights, grad_output, rows_that_count, extra, self.directions)
+
+    def check(self, direction: str, results: list[Tensor]) -> str | None:
+        expected = self._expected[:1] if direction == "fwd" else self._expected[1:]
+        return close(results, expected, 1e-4)  # the oracle is fp32 itself
+
+    def work(self, direction: str) -> Work:
+        return Work(self.layout.total_tokens, "tokens/s", 0, None)
+
+    @functools.cached_property
+    def _model(self) -> nn.Module:
+        from transformers import BertConfig, BertModel
+
+        torch.manual_seed(self.seed)
+        config = BertConfig(
+            num_hidden_layers=LAYERS, vocab_size=1000, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0
+        )
+        return BertModel._from_config(config, attn_implementation="eager")
 
 
-def attention_pass(name: str, mask: Tensor, qkv: list[Tensor], layers: int, causal: bool) -> Tensor:
-    """The mask, and `layers` layers of attention of one size: their outputs, summed."""
+def attention_pass(interface: str, real: Tensor, qkv: tuple[Tensor, ...], causal: bool) -> Tensor:
+    """Sum of LAYERS times the same attention [B, L, H, D], its mask made once as a model does.  real bool [B, L]."""
     from transformers import masking_utils
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    kind = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
-    seen = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name](
-        batch_size=SAMPLES, q_length=LENGTH, kv_length=LENGTH, mask_function=kind, attention_mask=mask,
+    samples, length = real.shape
+    mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[interface](
+        batch_size=samples, q_length=length, kv_length=length, attention_mask=real,
+        mask_function=masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function,
         allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal,
     )  # fmt: skip
     module = SelfAttention(causal)
-    return sum(ALL_ATTENTION_FUNCTIONS[name](module, *qkv, seen)[0] for _ in range(layers))
+    heads_first = [x.transpose(1, 2) for x in qkv]
+    return sum(ALL_ATTENTION_FUNCTIONS[interface](module, *heads_first, mask)[0] for _ in range(LAYERS))
 
 
-def attention_rows(layers: int) -> list[dict]:
-    rows = []
-    torch.manual_seed(0)
-    qkv = [torch.randn(SAMPLES, LENGTH, HEADS, WIDTH).requires_grad_() for _ in range(3)]
-    views = [t.transpose(1, 2) for t in qkv]
-    for causal in (False, True):
-        for padding in PADDING:
-            lengths = lengths_with(padding)
-            mask = padding_mask(lengths)
-            weight = torch.randn(SAMPLES, LENGTH, HEADS, WIDTH) * mask[..., None, None]
-
-            def forward(name, mask=mask, causal=causal):
-                with torch.no_grad():
-                    return attention_pass(name, mask, views, layers, causal)
-
-            def both(name, mask=mask, causal=causal, weight=weight):
-                return torch.autograd.grad(attention_pass(name, mask, views, layers, causal), qkv, weight)
-
-            _agree(forward("sdpa")[mask], forward("mmkernels")[mask])
-            for a, b in zip(both("sdpa"), both("mmkernels"), strict=True):
-                _agree(a, b)
-            what = "decoder" if causal else "encoder"
-            rows.append(_row(f"attention, {what}, forward", lengths, forward))
-            rows.append(_row(f"attention, {what}, both", lengths, both))
-    return rows
-
-
-def model_rows(layers: int) -> list[dict]:
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=layers, vocab_size=1000, attention_probs_dropout_prob=0.0)
-    model = BertModel._from_config(config, attn_implementation="sdpa").eval()
-    ids = torch.randint(0, 1000, (SAMPLES, LENGTH))
-    rows = []
-    for padding in PADDING:
-        lengths = lengths_with(padding)
-        mask = padding_mask(lengths)
-
-        def forward(name, mask=mask):
-            model.set_attn_implementation(name)
-            with torch.no_grad():
-                return model(input_ids=ids, attention_mask=mask).last_hidden_state
-
-        _agree(forward("sdpa")[mask], forward("mmkernels")[mask])
-        rows.append(_row(f"BERT of {layers} layers, forward", lengths, forward))
-    return rows
-
-
-def _row(what: str, lengths: list[int], run: Callable[[str], object]) -> dict:
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for _ in range(ROUNDS):
-        for name in NAMES:
-            start = time.perf_counter()
-            run(name)
-            seconds[name].append(time.perf_counter() - start)
-    ms = {name: statistics.median(found) * 1e3 for name, found in seconds.items()}
-    row = {
-        "what": what,
-        "padding": 1 - sum(lengths) / (SAMPLES * LENGTH),
-        **{f"{name}_ms": round(value, 3) for name, value in ms.items()},
-        "ratio": round(ms["sdpa"] / ms["mmkernels"], 3),
-    }
-    print(
-        f"{what:<32} padding {row['padding']:5.0%}   sdpa {ms['sdpa']:8.1f} ms   mmkernels {ms['mmkernels']:8.1f} ms   "
-        f"{row['ratio']:5.2f}x",
-        flush=True,
-    )
-    return row
-
-
-def _agree(expected: Tensor, found: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compat_huggingface", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures there; default: only print them")
-    parser.add_argument("--layers", type=int, default=2, help="layers of one pass; default 2")
-    options = parser.parse_args()
+def _missing() -> str | None:
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
     huggingface.register()
-    print(f"B{SAMPLES} L{LENGTH} H{HEADS} D{WIDTH} fp32, {options.layers} layers, {torch.get_num_threads()} threads")
-    rows = attention_rows(options.layers) + model_rows(options.layers)
-    if options.json:
-        document = {"environment": environment.describe(torch.device("cpu"), 0), "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return None

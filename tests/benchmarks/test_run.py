@@ -15,13 +15,16 @@ import torch
 
 from benchmarks import attention, compat, data, harness, limits, modality_embed, packing, run, schema
 from benchmarks.__main__ import main
+from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
 from benchmarks.planner_problems import LayoutProblem, PacksProblem, RanksProblem
+from mmkernels.masks import AttentionMask
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
+CAUSAL = AttentionMask(causal=True)
 LENGTHS = np.random.default_rng(0).integers(0, 30, (200, 3)).astype(np.int32)
 TINY = {
     "attention": lambda: [
@@ -40,7 +43,11 @@ TINY = {
         RanksProblem("tiny ranks of three", LENGTHS * 1.0, 4),
         LayoutProblem("tiny layout", LENGTHS[:5]),
     ],
-    "compat": lambda: [compat.padded(share, 3, 20, 2, 16, CPU, 0) for share in (0.0, 0.4)],
+    "compat": lambda: [
+        *(compat.padded(compat.CompatProblem, "", share, None, 3, 20, 2, 16, CPU, 0) for share in (0.0, 0.4)),
+        *(compat.padded(HuggingFaceProblem, "", 0.4, mask, 3, 20, 2, 16, CPU, 0) for mask in (None, CAUSAL)),
+        BertProblem("tiny BERT", compat.ragged(0.4, 3, 20), 0),
+    ],
     "data": lambda: data.build(2 * data.BATCH, 0),
 }
 
