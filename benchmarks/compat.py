@@ -80,8 +80,8 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Problem]:
             yield padded(HuggingFaceProblem, f"decoder x{LAYERS} ", share, causal, *size, device, seed)
     if device.type == "cpu":
         for share in SHARES if shapes == "full" else (0.0, 0.3):
-            layout = ragged(share, 8, 256)
-            yield BertProblem(f"BERT x{LAYERS} 8x256, {_padding(layout):.0%} padding", layout, seed)
+            layout = ragged(share, 8, 128)
+            yield BertProblem(f"BERT x{LAYERS} 8x128, {_padding(layout):.0%} padding", layout, seed)
 
 
 def padded(kind: type, name: str, share: float, mask, samples: int, longest: int, heads: int, width: int, device, seed):
