@@ -79,6 +79,7 @@ def _row(name: str, fields: tuple[str, ...], config: PretrainConfig, report: dic
         "data": report["data"],
         "versions": report["versions"],
         "tasks": tasks,
+        "objectives": report["objectives"],
     }
 
 

@@ -96,7 +96,7 @@ class Data:
 class Pretrain:
     """Pretrain on a data set, or continue where the same command was stopped (SIGTERM, Ctrl-C or kill -9)."""
 
-    preset: Literal["demo", "native", "quick", "base", "tiny"] = "demo"
+    preset: Literal["demo", "stamps", "native", "quick", "base", "tiny"] = "demo"
     """Configuration to start from; mmmodel/configs.py lists them."""
     out: Path = Path("runs/demo")
     """Folder of the run: config, metrics, curves, checkpoints, weights."""
@@ -268,7 +268,7 @@ class Explain:
 class Complexity:
     """Print parameters, FLOPs and memory of each part, before anything is trained or loaded."""
 
-    preset: Literal["demo", "native", "quick", "base", "tiny"] = "demo"
+    preset: Literal["demo", "stamps", "native", "quick", "base", "tiny"] = "demo"
     """Configuration to start from."""
     text: int | None = None
     """Word pieces of a sample, [CLS] included; by default the most that the configuration allows, as for the others."""

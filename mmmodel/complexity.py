@@ -281,6 +281,19 @@ def _masked_cells(name: str) -> Callable:
     return cost
 
 
+def _meaning(config: PretrainConfig, shape: SampleShape) -> tuple[float, float, float]:
+    """The map of every concept's vector, and its product with the points of each modality; concepts are as samples."""
+    c, batch, teacher = config.model, config.batch_size, config.objectives.meaning.width
+    kinds = sum(shape.tokens(name) > 0 for name in c.modalities)
+    mapped, products = 2 * batch * teacher * c.embed_width, 2 * kinds * batch * batch * c.embed_width
+    # The concepts' vectors are fixed: backward has the map's gradient alone.
+    return (
+        mapped + products,
+        mapped + 2 * products,
+        FLOAT * (batch * (teacher + 2 * c.embed_width) + kinds * 5 * batch * batch),
+    )
+
+
 def _matching(config: PretrainConfig, shape: SampleShape) -> tuple[float, float, float]:
     """The head on every pair; and, without a gradient, the products of all points, from which negatives are drawn."""
     pairs = 3 * _anchors(config) * len(config.objectives.matching.pairs)
@@ -296,6 +309,7 @@ _HEADS = {
     "masked_text": _masked_text,
     "masked_image": _masked_cells("image"),
     "masked_audio": _masked_cells("audio"),
+    "meaning": _meaning,
     "matching": _matching,
 }
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmmodel import export, pretraining, retrieval
+from mmmodel import export, held_out, pretraining, retrieval
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
@@ -61,6 +61,7 @@ def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> d
     pretrained = ranks(embed(learner, corpus, items), items)
     report = {
         "tasks": [_score(name, untrained, pretrained) for name in task_names(pretrained)],
+        "objectives": held_out.figures(learner, corpus, items),
         "data": {"name": config.data, "split": split, "images": len({item.group for item in items}),
                  "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
         "seconds": {"evaluate": round(time.perf_counter() - started, 1), "pretrain": _trained_seconds(run)},

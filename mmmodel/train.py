@@ -63,6 +63,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
         learner = Pretraining(config, load_tokenizer(tokenizer))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
+    pretraining.teach(learner, config)
     learner.to(device)
     prepare_modules(learner, config)
     optimizer = make_optimizer(learner, config)

@@ -19,13 +19,15 @@ from mmmodel.objectives.contrastive import ContrastiveAlignment
 from mmmodel.objectives.masked_features import MaskedFeatures
 from mmmodel.objectives.masked_text import MaskedText
 from mmmodel.objectives.matching import Matching
+from mmmodel.objectives.meaning import Meaning
 
-# In the order in which a step computes them: matching reads the scores that alignment leaves in the views.
+# In the order in which a step computes them: meaning and matching read what alignment leaves in the views.
 OBJECTIVES = {
     "contrastive": ContrastiveAlignment,
     "masked_text": MaskedText,
     "masked_image": lambda config, model: MaskedFeatures(config, model, "image"),
     "masked_audio": lambda config, model: MaskedFeatures(config, model, "audio"),
+    "meaning": Meaning,
     "matching": Matching,
 }
 
@@ -45,8 +47,10 @@ def build(config: PretrainConfig, model) -> nn.ModuleDict:
     return nn.ModuleDict(made)
 
 
-def weight_at(objective: ObjectiveConfig, step: int, steps: int) -> float:
-    """Weight of an objective's loss at a step of a run of `steps`; 0: it does not run then."""
+def weight_at(objective: ObjectiveConfig, step: int | None, steps: int) -> float:
+    """Weight of an objective's loss at a step of a run of `steps`; 0: it does not run then.  None: at any step."""
+    if step is None:
+        return objective.weight
     since = step - objective.begin * steps
     if since < 0 or step % objective.every:
         return 0.0

@@ -37,9 +37,9 @@ class Matching(nn.Module):
     """loss = mean over pairs of binary cross entropy of w . gelu(A [a; b; a b] + c) + d, a and b the means of the two
     segments read jointly.
 
-    Per true pair (a, b) two negatives, as in ALBEF (arXiv 2107.07651): (a, b') with b' drawn by softmax(scores[a])
-    among the segments of other concepts, and (a', b) alike.  Without contrastive scores any is equally
-    likely.
+    Per true pair (a, b) two negatives, as in ALBEF (arXiv 2107.07651): (a, b') with b' drawn by
+    softmax(hardness scores[a]) among the segments of other concepts, and (a', b) alike.  Without contrastive scores, or
+    at hardness 0, any is equally likely.
     """
 
     def __init__(self, config: PretrainConfig, model) -> None:
@@ -72,7 +72,7 @@ class Matching(nn.Module):
 
     def forward(self, views: Views, inputs: Sequence[Anchors]) -> tuple[Tensor, dict[str, Tensor]]:
         scores = _scores(views)
-        pairs = np.concatenate([draw_pairs(anchors, scores) for anchors in inputs])  # [Q, 3]
+        pairs = np.concatenate([draw_pairs(anchors, scores, self.config.hardness) for anchors in inputs])  # [Q, 3]
         if not len(pairs):  # no sample has both modalities
             return 0 * self.out.bias.sum(), {}
         streams, layout = pair_streams(views.streams, views.batch, pairs[:, :2])
@@ -94,10 +94,11 @@ class Matching(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, labels), {"accuracy": accuracy}
 
 
-def draw_pairs(anchors: Anchors, scores: np.ndarray | None) -> np.ndarray:
+def draw_pairs(anchors: Anchors, scores: np.ndarray | None, hardness: float = 1.0) -> np.ndarray:
     """int64 [Q, 3]: segment of the first modality, segment of the second, 1 for a true pair.
 
-    scores: [N, N] between segments, or None.  Adding Gumbel noise and taking the largest draws by softmax(scores).
+    scores: [N, N] between segments, or None.  Adding Gumbel noise and taking the largest draws by
+    softmax(hardness scores).
     An anchor whose concept is the only one in the batch gets no negative.
     """
     first, second, concept = anchors.first, anchors.second, anchors.concept
@@ -108,7 +109,7 @@ def draw_pairs(anchors: Anchors, scores: np.ndarray | None) -> np.ndarray:
     ):
         if not len(own) or not len(every):
             continue
-        drawn = noise if scores is None else noise + scores[np.ix_(own, every)]
+        drawn = noise if scores is None else noise + hardness * scores[np.ix_(own, every)]
         drawn = np.where(concept[own][:, None] == concept[every][None, :], -np.inf, drawn)
         possible = np.isfinite(drawn).any(axis=1)
         other = every[drawn.argmax(axis=1)]

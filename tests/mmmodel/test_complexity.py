@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmmodel import cli, complexity, configs
 from mmmodel.batches import collate
 from mmmodel.complexity import SampleShape, SavedBytes
-from mmmodel.configs import ConfigError, MaskedConfig, MatchingConfig, ObjectivesConfig
+from mmmodel.configs import ConfigError, MaskedConfig, MatchingConfig, MeaningConfig, ObjectivesConfig
 from mmmodel.features import Features, Item
 from mmmodel.frontends import special_names
 from mmmodel.pretraining import Pretraining
@@ -23,6 +23,7 @@ EVERYTHING = ObjectivesConfig(
     masked_image=MaskedConfig(weight=0.1, probability=0.5),
     masked_audio=MaskedConfig(weight=0.1, probability=0.4, span=4),
     matching=MatchingConfig(weight=0.1, share=0.5),
+    meaning=MeaningConfig(weight=0.1, width=40),
 )
 
 
@@ -45,6 +46,9 @@ def case(request):
         config, complexity._vocabulary(config.model.text.vocab_size, special_names(config.model.modalities))
     )
     batch = uniform(learner, shape)
+    if "meaning" in learner.objectives:
+        concepts = batch.concept.unique()
+        learner.objectives["meaning"].teach(concepts, torch.randn(len(concepts), config.objectives.meaning.width))
     last = config.steps - 2  # even: every objective runs there
     return complexity.complexity(config, shape), learner, batch, learner.prepare(batch, np.random.default_rng(0), last)
 
@@ -110,7 +114,7 @@ def test_peak_of_a_step_is_within_the_factor(case):
     assert 1 / MEMORY_FACTOR < (report.saved_bytes + gradients) / held.max() < MEMORY_FACTOR
 
 
-@pytest.mark.parametrize("name", ["demo", "native", "base"])
+@pytest.mark.parametrize("name", ["demo", "stamps", "native", "base"])
 def test_the_command_prints_every_part_of_a_preset(name, capsys):
     """At once, whatever the size: nothing is allocated."""
     cli.main(["complexity", "--preset", name])

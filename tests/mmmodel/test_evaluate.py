@@ -22,7 +22,7 @@ def report(run):
 
 
 def test_report_has_the_promised_form(report):
-    assert report.keys() == {"tasks", "data", "seconds", "versions"}
+    assert report.keys() == {"tasks", "objectives", "data", "seconds", "versions"}
     assert [task["name"] for task in report["tasks"]] == ["speech_to_text", "image_to_text", "speech_to_image"]
     for task in report["tasks"]:
         assert task.keys() == {"name", "n", "chance", "untrained", "pretrained", "gain_r10_ci95"}

