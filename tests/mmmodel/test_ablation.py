@@ -44,6 +44,7 @@ def test_variants_train_what_they_say(name):
     assert ("masked_text" in running) == ("masked text" in name)
     assert ("matching" in running) == ("matching" in name)
     assert ("masked_image" in running) == ("masked image" in name)
+    assert ("meaning" in running) == ("meaning" in name)
 
 
 def test_unknown_variants_and_a_missing_language_model_are_named(tmp_path):
