@@ -21,7 +21,7 @@ def test_the_tables_are_the_json(published):
 
 
 def test_what_the_page_says_in_words(published):
-    """Outside the interval: retrieval in all directions, fine-tuning, and the cells of the probe that the page names."""
+    """Outside the interval: retrieval in all directions, fine-tuning, and the probes that the page names."""
     assert all(part.startswith("finetune-") for part in published["left"])
     assert len(published["runs"]) == 3
     tasks = {task["name"]: task for task in published["tasks"]}
