@@ -20,6 +20,7 @@ from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, KeyIntervals
 
 _HOME = "transformers.masking_utils"
+_OWN_SEQUENCE = "packed_sequence_mask_function"
 _END = 2**31 - 1  # beyond any key
 _OWN_CODE = (
     "mmkernels: this model computes with its attention mask, which is intervals here and not a tensor: its code does "
@@ -143,19 +144,23 @@ def _device_layout(modalities: Tensor) -> PackedLayout:
     return PackedLayout._from_device_bounds(cu_seqlens, modalities.numel(), length, modalities.reshape(-1), 2)
 
 
-def intervals(function: Callable, queries: Tensor) -> tuple[Tensor, Tensor, set[str]]:
+def intervals(function: Callable, queries: Tensor, in_packs: bool = False) -> tuple[Tensor, Tensor, set[str]]:
     """lo and hi of the keys that `function` lets queries [1 or B, Lq] see, and the names of what it is made of.
 
-    Raises UnknownMask for a function that is not transformers' own, or bounds that are no intervals.
+    in_packs: what comes out is cut to the query's own sequence of several packed in a row.  Raises UnknownMask for a
+    function that is not transformers' own, or bounds that are no intervals.
     """
     name, free = _known(function)
     if name in ("and_masks", "or_masks"):
         parts = free["mask_functions"]
-        packed = _packed(parts) if name == "and_masks" else None
-        found = packed(queries) if packed else [intervals(part, queries) for part in parts]
-        los, his, names = zip(*found, strict=True)
+        in_packs = in_packs or (name == "and_masks" and any(_known(part)[0] == _OWN_SEQUENCE for part in parts))
+        los, his, names = zip(*(intervals(part, queries, in_packs) for part in parts), strict=True)
         most, least = (torch.minimum, torch.maximum) if name == "or_masks" else (torch.maximum, torch.minimum)
         return _fold(most, los), _fold(least, his), set().union(*names)
+    if name == "remap_positions_for_packed_sequence":
+        if not in_packs:
+            raise UnknownMask("positions in a sequence, of keys of all sequences")
+        return _by_position(free["mask_function"], free["position_ids"], queries)
     leaf = _LEAVES.get(name)
     if leaf is None:
         raise UnknownMask(name)
@@ -179,24 +184,14 @@ def _fold(function: Callable, tensors) -> Tensor:
     return total
 
 
-def _packed(parts) -> Callable | None:
-    """transformers' pair for sequences packed in one row: own sequence only, and the rest by positions in it."""
-    if len(parts) != 2:
-        return None
-    (own, _), (remap, inner) = _known(parts[0]), _known(parts[1])
-    if (own, remap) != ("packed_sequence_mask_function", "remap_positions_for_packed_sequence"):
-        return None
-
-    def both(queries: Tensor):
-        lo, hi, names = intervals(parts[0], queries)
-        position = inner["position_ids"].cpu()[:, queries[0]]
-        in_sequence = intervals(inner["mask_function"], position)
-        if in_sequence[2] & {"blockwise_overlay", "packed_sequence_mask_function"}:
-            raise UnknownMask("blocks or packs by position")
-        shift = queries - position  # positions count one by one within a sequence
-        return [(lo, hi, names), (in_sequence[0] + shift, in_sequence[1] + shift, in_sequence[2])]
-
-    return both
+def _by_position(function: Callable, position_ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, set[str]]:
+    """What `function` says of positions, which count one by one within each sequence: right in a query's own."""
+    position = position_ids.cpu()[:, queries[0]]
+    lo, hi, names = intervals(function, position)
+    if names & {"blockwise_overlay", _OWN_SEQUENCE}:
+        raise UnknownMask("blocks or packs by position")
+    shift = queries - position
+    return lo + shift, hi + shift, names
 
 
 # Each sees an interval that holds the query itself, or nothing ([q, q)): so the union of any two is an interval.
@@ -267,6 +262,6 @@ _LEAVES = {
     "sliding_window_overlay": _window,
     "sliding_window_bidirectional_overlay": _window_both_sides,
     "chunked_overlay": _chunks,
-    "packed_sequence_mask_function": _sequences,
+    _OWN_SEQUENCE: _sequences,
     "blockwise_overlay": _blocks,
 }

@@ -260,7 +260,7 @@ def test_vilt_computes_its_own_attention():
 
 
 # Their attention is code of their own; the page on drop-in lists them by why.
-MASK_ADDED_TO_OWN_SCORES = ["Vilt", "LayoutLMv3", "Longformer", "BigBird", "MPNet", "Flava", "VisualBert"]
+MASK_ADDED_TO_OWN_SCORES = ["Vilt", "Longformer", "BigBird", "MPNet", "Flava", "VisualBert"]
 MASK_OF_THEIR_OWN = ["DebertaV2", "Reformer", "Funnel", "Blip", "Lxmert"]
 
 

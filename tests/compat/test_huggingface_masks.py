@@ -25,9 +25,13 @@ IMAGES[:, 2:5], IMAGES[:, 5:7], IMAGES[1, 9:] = 0, 1, 2  # two blocks side by si
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]]).expand(B, L)  # sequences of 5, 3, 1 and 3
 
 
-def packed(function):
-    ids = mu.find_packed_sequence_indices(POSITIONS)
-    return mu.packed_sequence_compatibility_function(function, POSITIONS, ids)
+def packed(function, blocks=None):
+    """As transformers put it together before 5.24 where there are no blocks, and from then on where there are."""
+    own = mu.packed_sequence_mask_function(mu.find_packed_sequence_indices(POSITIONS))
+    by_position = mu.remap_positions_for_packed_sequence(function, POSITIONS)
+    if blocks is None:
+        return mu.and_masks(own, by_position)
+    return mu.and_masks(mu.or_masks(by_position, mu.blockwise_overlay(blocks)), own)
 
 
 FUNCTIONS = {
@@ -45,6 +49,8 @@ FUNCTIONS = {
     "packed": packed(mu.causal_mask_function),
     "packed, window": packed(mu.sliding_window_causal_mask_function(3)),
     "packed, images": mu.or_masks(packed(mu.causal_mask_function), mu.blockwise_overlay(IMAGES)),
+    "packed, images cut": packed(mu.causal_mask_function, IMAGES),
+    "packed, encoder": packed(mu.bidirectional_mask_function),
 }
 
 
