@@ -103,7 +103,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             shape = (k.shape[0], 1, self.num_heads, self.head_dim)
             extra.append([b.view(1, 1, *shape[2:]).expand(shape) for b in (self.bias_k, self.bias_v)])
         if self.add_zero_attn:
-            extra.append([torch.zeros_like(t[:, :1]) for t in (k, v)])
+            extra.append([t.new_zeros(t.shape[0], 1, *t.shape[2:]) for t in (k, v)])
         for more in extra:
             k, v = (torch.cat([own, t], 1) for own, t in zip(more, (k, v), strict=True))
         return k, v
@@ -194,12 +194,15 @@ def _mask(
         return None
     _check_masks(padding, attn, batch, heads, queries, keys)
 
-    def build() -> tuple[Tensor, Tensor | None]:
-        parts = []
-        if padding is not None:
-            parts.append(padding.view(batch, 1, 1, -1))
-        if attn is not None:
-            parts.append(attn.view(1, 1, *attn.shape) if attn.ndim == 2 else attn.view(batch, heads, *attn.shape[1:]))
+    parts = []
+    if padding is not None:
+        parts.append(padding.view(batch, 1, 1, -1))
+    if attn is not None:
+        parts.append(attn.view(1, 1, *attn.shape) if attn.ndim == 2 else attn.view(batch, heads, *attn.shape[1:]))
+    if len(parts) == 1 and parts[0].dtype != torch.bool and not extra:
+        return parts[0]  # a view, whose plan is kept with its base
+
+    def build() -> Tensor:
         if all(part.dtype == torch.bool for part in parts):
             mask, neutral = ~parts[0] if len(parts) == 1 else ~(parts[0] | parts[1]), True
         else:
@@ -208,10 +211,12 @@ def _mask(
                 for p in parts
             ]
             mask, neutral = added[0] if len(added) == 1 else added[0] + added[1], 0.0
-        return (F.pad(mask, (extra, 0), value=neutral) if extra else mask), attn
+        return F.pad(mask, (extra, 0), value=neutral) if extra else mask
 
     if torch.compiler.is_compiling():
-        return build()[0]
-    owner = attn if padding is None else padding
+        return build()
+    if padding is None:
+        return plans.once(attn, ("multihead", batch, heads, extra), build)
     version = None if attn is None or attn.is_inference() else attn._version
-    return plans.once(owner, ("multihead", id(attn), version, batch, heads, extra), build)[0]
+    # With attn beside the result no other tensor takes its id while that is kept.
+    return plans.once(padding, ("multihead", id(attn), version, batch, heads, extra), lambda: (build(), attn))[0]

@@ -116,21 +116,27 @@ def _per_sample(bounds: Bounds, like: Bounds) -> Bounds:
 
 def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan:
     """Lengths of which one is on the device at least are not read, so nothing waits for them."""
-    given = []
     for name, value in (("lengths", lengths), ("key_lengths", key_lengths)):
         if value is not None and len(value) != shape.batch:
             raise ValueError(f"{name} has {len(value)} entries, expected {shape.batch}, one per sample")
-        given.append(None if value is None else torch.as_tensor(value, device=device))
-    owner = given[1] if given[0] is None else given[0]
-    content = (seen[:3], shape, device, by_head, id(given[1]))
+    tensors = [n for n in (lengths, key_lengths) if isinstance(n, Tensor)]
+    owner = next((n for n in tensors if n.device.type != "cpu"), tensors[0])
+    other = key_lengths if owner is lengths else lengths
+    # A second tensor counts by identity and version, and is kept beside the plan, so that no other takes its id.
+    apart = isinstance(other, Tensor) and other is not owner
+    unversioned = apart and other.is_inference()
+    known = (
+        (id(other), None if unversioned else other._version) if apart else None if other is owner else _content(other)
+    )
+    content = (seen[:3], shape, device, by_head, owner is lengths, owner is key_lengths, known)
 
-    def build() -> PaddedPlan:
+    def build() -> tuple[PaddedPlan, Tensor | None]:
+        given = (None if n is None else torch.as_tensor(n, device=device) for n in (lengths, key_lengths))
         lo, hi = mask_reading.of_lengths(shape.queries, shape.keys, *given, *seen[:3])
         samples = shape.batch * shape.heads if by_head else shape.batch
-        # With what it was made of: the ids above are of living tensors.
-        return plan_device_bounds(lo, hi, samples, shape.keys, by_head), given
+        return plan_device_bounds(lo, hi, samples, shape.keys, by_head), other if apart else None
 
-    return once(owner, content, build)[0]
+    return (build() if unversioned else once(owner, content, build))[0]
 
 
 def _content(lengths) -> Hashable:
@@ -185,7 +191,10 @@ _by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {
 
 
 def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
-    """build(), once per tensor, version of its data and content.  Views of one tensor share its entry."""
+    """build(), once per tensor, version of its data and content.  Views of one tensor share its entry.
+
+    The result must not hold the tensor, or neither would ever be freed.
+    """
     if tensor.is_inference():  # has no version: read every time
         return build()
     owner, version = tensor if tensor._base is None else tensor._base, tensor._version
@@ -202,9 +211,10 @@ def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
 
 
 def _forget(number: int) -> Callable[[weakref.ref], None]:
-    def forget(reference: weakref.ref) -> None:
-        entry = _by_tensor.get(number)
+    # kept: at exit, when the last masks go, the module's own name for it is gone.
+    def forget(reference: weakref.ref, kept: dict[int, tuple] = _by_tensor) -> None:
+        entry = kept.get(number)
         if entry is not None and entry[0] is reference:  # not that of a later tensor with the same id
-            del _by_tensor[number]
+            del kept[number]
 
     return forget

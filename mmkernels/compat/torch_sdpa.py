@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,24 +69,28 @@ def scaled_dot_product_attention(
     plain = attn_mask is None and lengths is None and key_lengths is None and tuple(window) == (-1, -1)
     if plain and impl == "auto" and not (is_causal and bottom_right):
         return call.run("nothing to skip")
-    q, k, v, mask = _checked(call)
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise NotImplementedError(f"{NAME}: query, key or value is a nested tensor, taken with no other argument")
+    q, k, v, mask, lead = _checked(call)
+    if not q.shape[1]:
+        return call.run("there are no heads")
     seen = Seen(is_causal, tuple(window), bottom_right, lengths, key_lengths, mask)
     compiling = torch.compiler.is_compiling()
     refused = _refused(q, k, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}
     if refused is None and compiling:
-        return _like(padded_op.attend(q, k, v, seen, **options), query)
+        return _lead(padded_op.attend(q, k, v, seen, **options), lead)
     if refused is None:
         shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         planned = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
         if not isinstance(planned, Refused):
             if planned.plain is not None and impl == "auto":
                 return call._replace(attn_mask=None, is_causal=planned.plain == "causal").run("nothing to skip")
-            return _like(attend(q, k, v, planned, **options), query)
+            return _lead(attend(q, k, v, planned, **options), lead)
         refused = planned.reason
     if fallback is None:
         raise NotImplementedError(f"{NAME}: {refused}; fallback='torch' hands such calls to torch")
-    return _like(_dense_call(call, q, k, v, seen).run(refused), query)
+    return _lead(_dense_call(call, q, k, v, seen).run(refused), lead)
 
 
 class _TorchCall(NamedTuple):
@@ -106,65 +111,83 @@ class _TorchCall(NamedTuple):
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q [B, H, Lq, D], k, v [B, G, Lk, D] and the mask in four dimensions, in the dtype that autocast asks for."""
+def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """q [B, H, Lq, D], k, v [B, G, Lk, D] and the mask in four dimensions, in the dtype that autocast asks for; and the
+    dimensions of the output before its last two."""
     q, k, v, mask = call[:4]
-    ndim = q.ndim
-    if ndim < 2 or k.ndim != ndim or v.ndim != ndim:
-        raise ValueError(
-            f"{NAME}: query, key and value have {q.ndim}, {k.ndim} and {v.ndim} dimensions, expected as many, 2 or more"
-        )
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.dtype in DTYPES else t for t in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{NAME}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+    ndim = max(q.ndim, k.ndim, v.ndim)
+    if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ValueError(
             f"{NAME}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected "
             "[..., Lq, D], [..., Lk, D] and [..., Lk, Dv]"
         )
     if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise ValueError(f"{NAME}: attn_mask is {mask.dtype}, expected bool or floating point")
-    if ndim == 4 and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]:
-        lead, heads, kv_heads = q.shape[:1], q.shape[1], k.shape[1]
+    grouped = call.enable_gqa and ndim > 2 and not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]
+    samples = ndim == 3 and not grouped  # [N, L, D]: N samples of one head, but [H, L, D] where heads share keys
+    alike = q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
+    if alike and q.shape[1] >= k.shape[1]:
+        lead = q.shape[:1]
     else:
-        q, k, v = (t.unsqueeze(0) if ndim == 2 else t for t in (q, k, v))
-        q, k, v = (t.unsqueeze(1) if ndim == 3 else t for t in (q, k, v))  # [N, L, D]: N samples of one head
-        try:
-            lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
-            heads, kv_heads = q.shape[-3], torch.broadcast_shapes(k.shape[-3:-2], v.shape[-3:-2])[0]
-        except RuntimeError:
-            raise ValueError(
-                f"{NAME}: query {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)} do not broadcast"
-            ) from None
-        if heads == 1 and kv_heads > 1:
-            heads = kv_heads
-        q = q.expand(*lead, heads, -1, -1).reshape(-1, heads, *q.shape[-2:])
-        k, v = (t.expand(*lead, kv_heads, -1, -1).reshape(-1, kv_heads, *t.shape[-2:]) for t in (k, v))
+        q, k, v = _spread(q, k, v, samples, grouped)
+        lead = q.shape[:-3]
+        q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
+    heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads if call.enable_gqa else kv_heads != 1):
         expected = f"a divisor of query's {heads}" if call.enable_gqa else f"query's {heads}, or enable_gqa=True"
         raise ValueError(f"{NAME}: key has {kv_heads} heads, expected {expected}")
-    return q, k, v, None if mask is None else _four_dims(mask, lead, ndim, (q.shape[0], heads, q.shape[2], k.shape[2]))
+    if mask is not None:
+        mask = _four_dims(mask, lead, samples, (q.shape[0], heads, q.shape[2], k.shape[2]))
+    outer = lead if samples else (*lead, heads)
+    return q, k, v, mask, outer[len(outer) - (ndim - 2) :]
 
 
-def _four_dims(mask: Tensor, lead: torch.Size, ndim: int, full: tuple[int, ...]) -> Tensor:
-    """The mask as [B or 1, H or 1, Lq or 1, Lk or 1]."""
-    given = mask
-    if mask.ndim >= 3 and ndim == 3:
+def _spread(q: Tensor, k: Tensor, v: Tensor, samples: bool, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., heads, L, D] each, in four dimensions or more, their batch dimensions alike."""
+    given = tuple(map(tuple, (q.shape, k.shape, v.shape)))
+    ndim = max(4 - samples, q.ndim, k.ndim, v.ndim)
+    q, k, v = (t[(None,) * (ndim - t.ndim)] for t in (q, k, v))
+    if samples:
+        q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    heads, kv_heads = q.shape[-3], [t.shape[-3] for t in (k, v)]
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+        if grouped and all(kv_heads):  # torch repeats keys and values each by a factor of its own
+            both = math.lcm(*kv_heads)
+            k, v = (
+                t.repeat_interleave(both // n, -3) if n < both else t for t, n in zip((k, v), kv_heads, strict=True)
+            )
+        else:
+            both = torch.broadcast_shapes(*((n,) for n in kv_heads))[0]
+            heads = torch.broadcast_shapes((heads,), (both,))[0]
+    except RuntimeError:
+        raise ValueError(f"{NAME}: query {given[0]}, key {given[1]} and value {given[2]} do not broadcast") from None
+    return tuple(t.expand(*lead, n, -1, -1) for t, n in zip((q, k, v), (heads, both, both), strict=True))
+
+
+def _four_dims(mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, ...]) -> Tensor:
+    """The mask as [B or 1, H or 1, Lq or 1, Lk or 1].  samples: its third last dimension is that of samples."""
+    given, most = mask, len(lead) + (2 if samples else 3)
+    mask = mask[(None,) * (most - mask.ndim)]
+    if samples:
         mask = mask.unsqueeze(-3)
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0)
-    if mask.ndim > 4:
-        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-    elif len(lead) > 1 and mask.shape[0] > 1:  # of the last batch dimension
-        mask = mask.expand(*lead, *mask.shape[1:]).reshape(-1, *mask.shape[1:])
-    if given.ndim < 2 or mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
+    fits = mask.ndim == len(lead) + 3
+    fits = fits and all(m in (1, n) for m, n in zip(mask.shape, (*lead, *full[1:]), strict=True))
+    if not fits:
         raise ValueError(
             f"{NAME}: attn_mask is {tuple(given.shape)}, which does not broadcast to {full}, [B, H, Lq, Lk]"
         )
-    return mask
+    if len(lead) == 1:
+        return mask
+    if all(n == 1 for n in mask.shape[: len(lead)]):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).reshape(full[0], *mask.shape[-3:])
 
 
 def _refused(q: Tensor, k: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: bool, fallback) -> str | None:
@@ -185,24 +208,25 @@ def _refused(q: Tensor, k: Tensor, v: Tensor, mask, dropout_p: float, scale, com
 
 
 def _dense_call(call: _TorchCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> _TorchCall:
-    """What our own keywords say, as a mask that torch takes."""
+    """What our own keywords say, as a mask that torch takes; without such keywords the call as it came."""
     mask, is_causal = seen.mask, seen.is_causal
-    if seen.lengths is not None or seen.key_lengths is not None or seen.window != (-1, -1) or seen.bottom_right:
-        lengths, key_lengths = (
-            None if n is None else torch.as_tensor(n, device=q.device) for n in (seen.lengths, seen.key_lengths)
-        )
-        key_lengths = lengths if key_lengths is None else key_lengths
-        lo, hi = mask_reading.of_lengths(q.shape[2], k.shape[2], lengths, key_lengths, *seen[:3])
-        keys = torch.arange(k.shape[2], device=q.device)
-        inside = ((keys >= lo.to(q.device).unsqueeze(2)) & (keys < hi.to(q.device).unsqueeze(2))).unsqueeze(1)
-        if mask is None or mask.dtype == torch.bool:
-            mask = inside if mask is None else inside & mask
-        else:
-            mask = torch.where(inside, mask, -torch.inf)
-        is_causal = False
+    if seen.lengths is None and seen.key_lengths is None and seen.window == (-1, -1) and not seen.bottom_right:
+        return call
+    lengths, key_lengths = (
+        None if n is None else torch.as_tensor(n, device=q.device) for n in (seen.lengths, seen.key_lengths)
+    )
+    key_lengths = lengths if key_lengths is None else key_lengths
+    lo, hi = mask_reading.of_lengths(q.shape[2], k.shape[2], lengths, key_lengths, *seen[:3])
+    keys = torch.arange(k.shape[2], device=q.device)
+    inside = ((keys >= lo.to(q.device).unsqueeze(2)) & (keys < hi.to(q.device).unsqueeze(2))).unsqueeze(1)
+    if mask is None or mask.dtype == torch.bool:
+        mask = inside if mask is None else inside & mask
+    else:
+        mask = torch.where(inside, mask, -torch.inf)
+    is_causal = False
     return call._replace(query=q, key=k, value=v, attn_mask=mask, is_causal=is_causal)
 
 
-def _like(out: Tensor, query: Tensor) -> Tensor:
-    """[B, H, Lq, Dv] with the batch dimensions of the query."""
-    return out if out.ndim == query.ndim else out.reshape(*query.shape[:-1], out.shape[-1])
+def _lead(out: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """[B, H, Lq, Dv] with these dimensions before the last two."""
+    return out if out.shape[:-2] == lead else out.reshape(*lead, *out.shape[-2:])

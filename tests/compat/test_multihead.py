@@ -4,11 +4,14 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from file_map import ROOT
 from torch import nn
 
 from mmkernels import dispatch
@@ -279,6 +282,44 @@ def test_transformer_decoder_and_whole_transformer():
     }
     expected, found = (m(source, target, **options) for m in (theirs, ours))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("add_bias_kv", [False, True])
+def test_masks_are_not_kept_alive(add_bias_kv):
+    """A fresh mask in every step must not pile up, whichever of the two it is and whatever its dtype."""
+    from mmkernels.compat import plans
+
+    module = MultiheadAttention(E, H, batch_first=True, add_bias_kv=add_bias_kv)
+    x, before = torch.randn(B, L, E), len(plans._by_tensor)
+    for n in range(3):
+        causal, padding = torch.ones(L, L, dtype=torch.bool).triu(1 + n), torch.arange(L) >= LENGTHS[:, None] + n
+        for attn, keys in itertools.product((None, causal, causal.expand(B * H, L, L).clone()), (None, padding)):
+            for dtype in (torch.bool, torch.float32):
+                masks = [
+                    m if m is None or dtype == torch.bool else torch.zeros(m.shape).masked_fill(m, -torch.inf)
+                    for m in (attn, keys)
+                ]
+                module(x, x, x, attn_mask=masks[0], key_padding_mask=masks[1], need_weights=False)
+    del causal, padding, attn, keys, masks
+    assert len(plans._by_tensor) == before
+
+
+def test_no_keys_but_the_learned_and_the_zero_one():
+    theirs, ours = pair(add_bias_kv=True, add_zero_attn=True)
+    q, k = torch.randn(B, L, E), torch.randn(B, 0, E)
+    expected, found = (m(q, k, k, need_weights=False)[0] for m in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_said_when_the_interpreter_ends():
+    """Masks that live longer than the modules of the package."""
+    code = (
+        "import torch; from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as f\n"
+        "masks = [torch.arange(9).expand(9, 9) < n for n in range(1, 9)]; q = torch.randn(1, 1, 9, 8)\n"
+        "for mask in masks: f(q, q, q, mask)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_swap_keeps_identity_parameters_and_hooks():

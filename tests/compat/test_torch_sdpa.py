@@ -110,10 +110,50 @@ def test_any_batch_dimensions(lead):
         torch.testing.assert_close(ours(q, k, v, m), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_broadcasts_in_torch_does_here():
-    q, k, v = torch.randn(B, H, L, D), torch.randn(1, 1, L, D), torch.randn(B, 1, L, D)
-    expected = F.scaled_dot_product_attention(q, k, v, KEYS)
-    torch.testing.assert_close(ours(q, k, v, KEYS), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(
+    "shapes",  # of query, key and value before [length, width]
+    [
+        [(B, H), (1, 1), (B, 1)],
+        [(B, 1), (B, H), (B, H)],
+        [(1, H), (B, H), (1, 1)],
+        [(1,), (5,), (5,)],
+        [(), (5,), (1,)],
+        [(H,), (B, H), (B, 1)],
+        [(2, 1, H), (1, 3, H), (2, 3, 1)],
+        [(B, H), (B, 2), (B, 1), "grouped"],  # keys and values shared by different numbers of heads
+        [(B, 6), (B, 2), (B, 3), "grouped"],
+        [(H,), (2,), (2,), "grouped"],
+        [(0,), (0,), (0,)],
+        [(B, 0), (B, 0), (B, 0)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(L, L), (0, 9), (9, 0)], ids=str)
+def test_what_broadcasts_in_torch_does_here(shapes, sizes):
+    *leads, grouped = shapes if shapes[-1] == "grouped" else (*shapes, False)
+    mask = torch.arange(sizes[1]) < 30
+    inputs = [torch.randn(*lead, n, D) for lead, n in zip(leads, (*sizes, sizes[1]), strict=True)]
+    results = []
+    for function in (ours, F.scaled_dot_product_attention):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = function(*leaves, mask.expand(*sizes), enable_gqa=bool(grouped))
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_one_dimension_is_one_of_keys():
+    q, k, v = torch.randn(L, D), torch.randn(9, D), torch.randn(9, D)
+    mask = torch.arange(9) < 6
+    torch.testing.assert_close(ours(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_nested_tensors_are_refused_where_torch_does_not_run():
+    nested = torch.nested.nested_tensor([torch.randn(n, H, D) for n in (7, 5)], layout=torch.jagged).transpose(1, 2)
+    assert ours(nested, nested, nested).is_nested
+    with pytest.raises(NotImplementedError, match="query, key or value is a nested tensor"):
+        ours(nested, nested, nested, lengths=[7, 5])
 
 
 @pytest.mark.parametrize("given", [LENGTHS, LENGTHS.tolist(), LENGTHS.numpy()])
@@ -184,7 +224,12 @@ def test_refused_by_name_or_handed_to_torch(reason):
     q, k, v = (torch.randn(B, H, L, w, dtype=dtype) for w in (width, width, value_width or width))
     with pytest.raises(NotImplementedError, match=reason):
         ours(q, k, v, **options)
-    assert torch.equal(ours(q, k, v, **options, fallback="torch"), F.scaled_dot_product_attention(q, k, v, **options))
+    # As they came, also where torch would choose another kernel for [B, H, L, D].
+    for lead in (4, 3):
+        given = [t if lead == 4 else t[0] for t in (q, k, v)]
+        mask = options["attn_mask"] if lead == 4 or options["attn_mask"].ndim == 2 else options["attn_mask"][0]
+        call = options | {"attn_mask": mask}
+        assert torch.equal(ours(*given, **call, fallback="torch"), F.scaled_dot_product_attention(*given, **call))
     assert f"scaled_dot_product_attention -> torch: {reason}" in dispatch.explain()
 
 
@@ -210,7 +255,8 @@ def test_grouped_heads_with_masks_per_head_are_refused():
         ({"lengths": [1.0, 2.0, 3.0]}, "lengths: torch.float32"),
         ({"attn_mask": torch.ones(L, L, dtype=torch.int32)}, "attn_mask is torch.int32"),
         ({"attn_mask": torch.ones(2, 1, L, L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
-        ({"attn_mask": torch.ones(L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
+        ({"attn_mask": torch.ones(1, 1, 1, L, L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
+        ({"attn_mask": torch.ones(L + 1, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
         ({"attn_mask": CAUSAL, "align": "middle"}, "align is 'middle'"),
         ({"attn_mask": CAUSAL, "fallback": "flash"}, "fallback is 'flash'"),
     ],
@@ -298,6 +344,28 @@ def test_kept_plans_do_not_keep_masks_alive_nor_grow():
         ours(q, k, v, torch.arange(L).expand(L, L) < 1 + n % 30)
     assert len(plans._plans._kept) <= plans.MAX_PLANS
     assert len(plans._by_tensor) <= before + 1
+
+
+def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
+    """As on a GPU, with tensors that happen to be on the CPU: the same tensors are planned once, changed ones anew."""
+    from mmkernels.compat import plans
+
+    before, shape, cpu = len(plans._by_tensor), plans.Shape(2, H, H, 9, 9), torch.device("cpu")
+
+    def bounds(lengths, key_lengths):
+        seen = plans.Seen(False, (-1, -1), False, lengths, key_lengths, None)
+        return plans._device_plan(seen, lengths, key_lengths, shape, cpu, False).mask.intervals.hi.tolist()
+
+    for n in range(1, 5):
+        lengths, keys = torch.tensor([n, 9]), torch.tensor([9, n])
+        for given in ((lengths, keys), (lengths, lengths), (None, keys), ([n, 9], keys), (lengths, [9, n])):
+            first = bounds(*given)
+            assert bounds(*given) == first
+            assert first[0] == int(given[1][0])
+        keys[0] = 8
+        assert bounds(lengths, keys)[0] == 8
+    del lengths, keys, given
+    assert len(plans._by_tensor) == before
 
 
 def test_inference_mode_and_no_grad():
