@@ -78,15 +78,16 @@ def test_hidden_content_cannot_be_read_by_any_path(name):
 
 @pytest.mark.parametrize("name", ["image", "audio"])
 def test_what_is_not_hidden_can_be_read(name):
-    """The check above can fail: a change anywhere else shows."""
+    """The check above can fail: a change anywhere else shows, also in what stands for hidden words."""
     _, learned = objective_learner(*MASKING)
     items, features = samples()
     batch, prepared = prepared_with(learned, items, features)
-    before, _ = masked_view(learned, batch, prepared)
+    before, heads = masked_view(learned, batch, prepared)
     flat = {n: values.copy() for n, values in features.flat.items()}
     flat[name][...] = (flat[name] + 1).astype(flat[name].dtype)
-    after, _ = masked_view(learned, *prepared_with(learned, items, Features(flat, features.shapes)))
+    after, heads_after = masked_view(learned, *prepared_with(learned, items, Features(flat, features.shapes)))
     assert not torch.equal(before, after)
+    assert not torch.equal(heads["text"], heads_after["text"])  # the view is joint
 
 
 @pytest.mark.parametrize("name", ["image", "audio"])

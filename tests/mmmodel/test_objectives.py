@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import batch_of, learner, objective_learner, samples
 
+from mmmodel.features import Features
 from mmmodel.objectives.contrastive import multi_positive
 from mmmodel.objectives.masked_text import mask_text
 
@@ -75,6 +76,29 @@ def test_head_is_the_normalised_map_of_the_mean_token():
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         mapped = packed[start:end].mean(0) @ objective.heads[batch.modality[i]]
         torch.testing.assert_close(points[i], mapped / mapped.norm())
+
+
+@pytest.mark.parametrize("name", ["text", "image", "audio"])
+def test_a_segment_is_read_alone_for_its_point(name):
+    """Alignment would be solved by looking if a caption saw its picture: what the others hold changes no bit of it."""
+    _, learned = learner()
+    items, features = samples()
+
+    def points(features):
+        batch, views = batch_of(learned, items, features), []
+        hook = learned.objectives["contrastive"].register_forward_hook(lambda _, args, out: views.append(args[0]))
+        with torch.no_grad():
+            learned(batch, learned.prepare(batch, np.random.default_rng(0)))
+        hook.remove()
+        return views[0].points, batch.modality
+
+    before, modality = points(features)
+    flat = {n: v.copy() for n, v in features.flat.items()}
+    flat[name][...] = (flat[name] + 3).astype(flat[name].dtype)
+    after, _ = points(Features(flat, features.shapes))
+    own = modality == list(learned.model.front_ends).index(name)
+    assert torch.equal(before[~own], after[~own])
+    assert not torch.equal(before[own], after[own])
 
 
 def test_masking_hides_the_right_share_and_never_the_first():
