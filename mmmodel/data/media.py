@@ -1,15 +1,14 @@
 """Media files to what shards hold: an RGB or grey PNG on white, and 16 kHz mono FLAC; and back to arrays.
 
 soxr resamples: scipy is no dependency of ours, torchaudio is not needed for anything else, and soxr's polyphase filters
-are both better and faster than what a page of numpy would give.
+are both better and faster than what a page of numpy would give.  Both are imported where sound is read or written: a
+machine that only times steps or decodes pictures need not have them.
 """
 
 import io
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 from PIL import Image
 
 SAMPLE_RATE = 16_000
@@ -65,6 +64,8 @@ def decode_image(data: bytes) -> np.ndarray:
 
 def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.  Raises ValueError if it holds no sound."""
+    import soundfile
+
     stream = str(source) if isinstance(source, Path) else io.BytesIO(source)
     waveform, rate = soundfile.read(stream, dtype="float32", always_2d=True)
     if waveform.shape[0] == 0:
@@ -74,12 +75,16 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
         len(channels)
     )  # mean(axis=1) is five times slower on two columns
     if rate != SAMPLE_RATE:
+        import soxr
+
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
 def encode_flac(waveform: np.ndarray) -> bytes:
     """16-bit FLAC of a 16 kHz mono waveform; resampling may overshoot, so it is clipped to [-1, 1]."""
+    import soundfile
+
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(waveform, -1.0, 1.0), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
