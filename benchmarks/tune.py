@@ -11,6 +11,7 @@ MIN_GAIN is written with where and when it was measured.  Other entries of the f
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -67,6 +68,7 @@ class Sweep:
     entries: list[dict] = field(default_factory=list)
     tried: list[dict] = field(default_factory=list)
     spilled: dict[tuple, int] = field(default_factory=dict)
+    deadline: float = math.inf  # of time.perf_counter; a kernel whose candidates were not all tried keeps what it has
 
 
 def run(out: Path | None, seconds: float, widths: list[int] | None = None, *, dry_run: bool = False) -> int:
@@ -98,17 +100,17 @@ def sweep_of(device: torch.device, dry_run: bool) -> Sweep:
 
 
 def walk(sweep: Sweep, cases: list[Case], out: Path, seconds: float) -> None:
-    """Tunes case after case until the time is spent, and writes the file after each."""
-    deadline = time.perf_counter() + seconds
+    """Tunes case after case until the time is spent, and writes the file after each kernel."""
+    sweep.deadline = time.perf_counter() + seconds
     for index, case in enumerate(cases):
-        if time.perf_counter() > deadline:
+        if time.perf_counter() > sweep.deadline:
             print(f"tune: out of time, {len(cases) - index} of {len(cases)} cases keep what they had")
             return
         problem = attention.from_case(case, sweep.device, SEED)
         print(f"tune: {problem.case} {problem.dtype}", flush=True)
         for kernel in ("fwd", "fused", "dq", "dkdv"):
             tune_kernel(sweep, problem, case, kernel)
-        merge(out, sweep.entries)
+            merge(out, sweep.entries)
 
 
 def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
@@ -125,6 +127,9 @@ def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
         calls = {None: default}
         current = best or start
         for option in dict.fromkeys((current, *(replace(current, **change) for change in axis))):
+            if time.perf_counter() > sweep.deadline:  # each compiles, which takes seconds
+                print(f"  {kernel}: out of time")
+                return
             call = candidate(sweep, problem, kernel, option)
             if isinstance(call, str):
                 sweep.tried.append(_tried(problem, kernel, option) | {"skipped": call})

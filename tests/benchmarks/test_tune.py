@@ -103,6 +103,25 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     tuned.read(path)
 
 
+@pytest.mark.parametrize(("before_late", "late"), [(2, True), (100, False)])
+def test_the_time_is_looked_at_between_candidates(monkeypatch, before_late, late):
+    """A sweep of one kernel compiles for minutes: what is not through by then keeps what it had."""
+    tried = []
+    sweep = tune.Sweep(CPU, "sm_90", (({"rows": 64}, {"rows": 128}),), 0.0, {})
+
+    def candidate(sweep, problem, kernel, config):
+        tried.append(config)
+        sweep.deadline = -1.0 if len(tried) == before_late else sweep.deadline
+        return config
+
+    monkeypatch.setattr(tune, "candidate", candidate)
+    monkeypatch.setattr(tune, "_medians", lambda calls, sweep: {c: 1.0 if c is None else 0.1 for c in calls})
+    problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
+    tune.tune_kernel(sweep, problem, tune.DRY_CASES[0], "fwd")
+    assert len(tried) == before_late if late else len(tried) >= 3
+    assert len(sweep.entries) == (not late)
+
+
 @pytest.mark.interpreter
 def test_a_wrong_candidate_is_left_out(monkeypatch):
     problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
