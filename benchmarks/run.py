@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,15 +36,27 @@ def run(
     seed: int = 0,
     problems: Iterable[harness.Problem] | None = None,
     on_rows: Callable[[list[dict]], None] = table.print_rows,
+    save: Callable[[dict], None] | None = None,
 ) -> dict:
     """The document of one operator.  problems replaces the operator's own (tests).  Raises ValueError if malformed.
 
-    Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.
+    Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.  save
+    gets what there is after each problem.
     """
     budget = _budget(load(op), shapes) if seconds is None else seconds
+    until = time.perf_counter() + budget
     measured: dict = {}
-    rows = _rows(op, device, shapes, time.perf_counter() + budget, seed, measured, problems, on_rows)
-    return _document(device, seed, measured, rows, {"shapes": shapes, "budget_seconds": budget})
+    so_far: list[dict] = []
+    facts = {"shapes": shapes, "budget_seconds": budget}
+
+    def on_new(new: list[dict]) -> None:
+        on_rows(new)
+        so_far.extend(new)
+        if save is not None:
+            save(_document(device, seed, measured, so_far, facts))
+
+    rows = _rows(op, device, shapes, until, seed, measured, problems, on_new)
+    return _document(device, seed, measured, rows, facts)
 
 
 def run_all(
@@ -113,9 +126,21 @@ def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> li
         else:
             # Half of the share is for timing; checking takes the rest.
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)
-            new = list(harness.run_problem(harness.built(problem), measured, seconds_each, device, deadline))
+            new = _measured(problem, measured, seconds_each, device, deadline)
         rows += new
         on_rows(new)
+    return rows
+
+
+def _measured(problem, measured: dict, seconds_each: float, device: torch.device, deadline: float) -> list[dict]:
+    """Rows of one problem.  What breaks it beyond one implementation (no memory for its inputs) costs no other's."""
+    rows: list[dict] = []
+    try:
+        rows += (row for row in harness.run_problem(harness.built(problem), measured, seconds_each, device, deadline))
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        rows += [_identity(problem, direction) | {"skipped": reason} for direction in problem.directions]
     return rows
 
 
@@ -140,5 +165,8 @@ def _weight(op: str, shapes: str) -> float:
 
 
 def _unmeasured(problem: harness.Problem, direction: str) -> dict:
-    identity = {"op": problem.op, "case": problem.case, "direction": direction, "dtype": problem.dtype, "impl": "all"}
-    return identity | {"skipped": "the time budget was spent before this case"}
+    return _identity(problem, direction) | {"skipped": "the time budget was spent before this case"}
+
+
+def _identity(problem: harness.Problem, direction: str) -> dict:
+    return {"op": problem.op, "case": problem.case, "direction": direction, "dtype": problem.dtype, "impl": "all"}

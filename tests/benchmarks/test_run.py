@@ -95,6 +95,21 @@ def test_wrong_peer_is_excluded():
     assert any(row["impl"] == "sdpa_loop" and "checked" in row for row in rows)
 
 
+def test_a_problem_that_breaks_costs_the_others_nothing(capsys):
+    """No memory for its inputs, say: its row has the reason, those before and after it their figures."""
+    right = [packing.build("pack", "stamps", 3, 24, "fp32", CPU, seed) for seed in (0, 1)]
+
+    class Breaks(SimpleNamespace):
+        def implementations(self):
+            raise torch.OutOfMemoryError("no memory\nfor it")
+
+    broken = Breaks(op="packing", case="broken", dtype="fp32", directions=("fwd",))
+    rows = measure("packing", [right[0], broken, right[1]])["rows"]
+    assert [row["skipped"] for row in rows if row["case"] == "broken"] == ["failed: OutOfMemoryError: no memory"]
+    assert sum("checked" in row and row["impl"].startswith("mm.") for row in rows) >= 4
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_wrong_kernel_is_excluded(monkeypatch):
     """Our own kernel gets no more trust: with the causal mask lost, it is not timed; its peers still are."""
     right = attention.attention
