@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("mmkernels", "mmmodel", "csrc", "benchmarks"), (".py", ".cpp", ".cu", ".h", ".cuh", ".hpp")
 GPU_FIELDS = (
     "driver_version",
     "clocks.sm",
@@ -38,6 +41,7 @@ def describe(device: torch.device, seed: int) -> dict:
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "commit": commit(),
+        "sources": sources(),
         "seed": seed,
     }
     if device.type == "cuda":
@@ -51,6 +55,17 @@ def commit() -> str:
     if not head:
         return "unknown"
     return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of the sources that a figure depends on: tells uncommitted changes apart, and is there without git."""
+    folders, suffixes = SOURCES
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def _gpu(device: torch.device) -> dict:

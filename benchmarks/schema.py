@@ -1,6 +1,6 @@
 """The JSON that a benchmark run writes, and the check that it is well formed.
 
-    {"environment": {...}, "limits": {name: {"value", "unit"}}, "rows": [row, ...]}
+    {"environment": {...}, "limits": {name: {"value", "unit"}}, "rows": [row, ...]}, perhaps with "profile"
 
 A timed row has IDENTITY, FIGURES (samples_ms: the raw times) and "checked": true, and perhaps "extra", facts of the op.
 A skipped row has IDENTITY and "skipped": the reason, and no figure at all.
@@ -21,7 +21,7 @@ ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "
 
 def errors(document: Any) -> list[str]:
     """What is wrong with document; empty when it is well formed."""
-    if not isinstance(document, dict) or set(document) != {"environment", "limits", "rows"}:
+    if not isinstance(document, dict) or set(document) - {"profile"} != {"environment", "limits", "rows"}:
         return ["document: expected exactly environment, limits, rows"]
     found = [f"environment: lacks {key}" for key in ENVIRONMENT if key not in document["environment"]]
     for name, limit in document["limits"].items():

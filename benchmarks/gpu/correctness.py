@@ -24,6 +24,7 @@ from benchmarks.peers import modality_embed_eager
 from mmkernels import dispatch, testing
 
 REPEATS = 20
+MOST_WORKERS = 14  # each has a context of half a GiB on the device
 OPS = ("attention", "modality_embed", "packing")
 
 
@@ -60,10 +61,10 @@ def run(
     names = [name for name, _ in all_checks(device, scope)]
     wanted = [name for name in names if name not in known]
     if workers is None:
-        workers = min(8, (os.cpu_count() or 2) // 2) if device.type == "cuda" else 1
+        workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2)) if device.type == "cuda" else 1
     deadline = time.time() + seconds
     if workers > 1:
-        checks = parallel.run(functools.partial(run_some, device, scope, deadline), _groups(wanted), workers)
+        checks = parallel.run(functools.partial(run_some, device, scope, deadline), _groups(wanted), workers, deadline)
     else:
         checks = run_some(device, scope, deadline, wanted)
     done = known | {check["name"]: check for check in checks}

@@ -1,6 +1,7 @@
 """Runs the GPU stages one after another and writes OUT/<stage>.json after each, so that a cut-off run loses nothing.
 
 A stage's file: {"stage", "ok", "dry_run", "seconds", "environment", "result"}, or "error" in place of "result".
+The timing stages also write what they have after each case, so that a stage that is ended on the way is not lost.
 Speed is not measured while correctness is red: the timing stages read OUT/correctness.json first.  A second run into
 the same folder goes on where the first stopped; a stage that is named is run again.
 """
@@ -18,9 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment, harness, limits, run
-from benchmarks.gpu import correctness, dry_problems, profile, subprocesses
+from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
 from benchmarks.harness import PREFIX
-from mmkernels import dispatch
+from mmkernels import dispatch, native
 
 SEED = 0
 
@@ -34,6 +35,9 @@ class Context:
     seconds: float
     dry_run: bool
 
+    def path(self, stage: str) -> Path:
+        return self.out / f"{stage}.json"
+
 
 class Refused(RuntimeError):
     """The stage's condition is not met."""
@@ -43,9 +47,15 @@ def probe(context: Context) -> tuple[bool, dict]:
     """What this machine is and can do, and what would run on it."""
     dtypes = ["fp32"] if context.dry_run else ["fp32", "bf16", "fp16"]
     seconds = 0.1 if context.dry_run else 1.0
+    unbuilt = [name for name in native.MODULES if native.path_of(name) is None and not native.needless(name)]
+    if unbuilt:
+        print(
+            f"  {', '.join(unbuilt)} not built: torch or numpy stand in.  First: python -m mmkernels.build", flush=True
+        )
     return True, {
         "limits": limits.measure(context.device, dtypes, seconds),
         "dispatch": dispatch.explain().splitlines(),
+        "not_built": unbuilt,
     }
 
 
@@ -86,7 +96,7 @@ def train_step(context: Context) -> tuple[bool, dict]:
         return True, {"skipped": "benchmarks/train_step.py is not there"}
     for op in ("attention", "modality_embed", "packing"):
         _require_green(context, op)
-    ok, document = _timed(context, "train_step", green=False)
+    ok, document = _timed(context, "train_step", green=False, shapes="quick")  # the full batches take ten minutes
     problem = next(iter(dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")))
     call = next(i.forward for i in harness.built(problem).implementations() if i.name.startswith(PREFIX))
     return ok, document | {"profile": {"case": problem.case, "top": profile.hot_spots(call, context.device)}}
@@ -99,6 +109,7 @@ def attention_host(context: Context) -> tuple[bool, dict]:
     return True, host.run(context.device, seed=SEED)
 
 
+# In order of worth.  The tuner is last: one case is a hundred configurations to compile, which takes minutes.
 STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
     "probe": probe,
     "correctness": check,
@@ -106,26 +117,34 @@ STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
     "attention": attention,
     "modality_embed": modality_embed,
     "packing": packing,
-    "tune": tune,
     "train_step": train_step,
     "attention_host": attention_host,
+    "tune": tune,
 }
-# Of the time that is left: no stage may starve those after it.
+# Shares of what is left for a stage and those after it: what one does not need goes to the others.
 SHARE = {
-    "probe": 0.2,
-    "correctness": 0.5,
-    "sanitizer": 0.15,
-    "attention": 0.4,
-    "modality_embed": 0.25,
-    "packing": 0.25,
-    "tune": 0.4,
-    "train_step": 0.85,
-    "attention_host": 1.0,
+    "probe": 10,
+    "correctness": 240,
+    "sanitizer": 40,
+    "attention": 100,
+    "modality_embed": 30,
+    "packing": 25,
+    "train_step": 70,
+    "attention_host": 5,
+    "tune": 20,
 }
+GRACE = 60.0  # seconds beyond its share after which a stage is ended: it may compile, or be slow to start, but not hang
+LEAST = 3.0  # seconds left, below which no stage is begun
 
 
-def run_all(out: Path, names: list[str] | None, seconds: float, *, dry_run: bool = False) -> int:
-    """Runs the named stages, or those that are not yet ok in OUT; returns an exit code: 0 when all are ok."""
+def run_all(
+    out: Path, names: list[str] | None, seconds: float, *, dry_run: bool = False, apart: bool | None = None
+) -> int:
+    """Runs the named stages, or those that are not yet ok in OUT; returns an exit code: 0 when all are ok.
+
+    apart: each in a process of its own (None: on a GPU), so that one that hangs is ended, and one that breaks the
+    device does so for itself alone.
+    """
     unknown = set(names or ()) - set(STAGES)
     if unknown:
         print(f"gpu: unknown stage {', '.join(sorted(unknown))}, expected {', '.join(STAGES)}", file=sys.stderr)
@@ -136,25 +155,34 @@ def run_all(out: Path, names: list[str] | None, seconds: float, *, dry_run: bool
     device = torch.device("cpu" if dry_run else "cuda")
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + seconds
-    failed = []
+    todo, failed = [], []
     for name in [n for n in STAGES if not names or n in names]:
-        left = max(deadline - time.perf_counter(), 1.0)
-        context = Context(device, out, left * SHARE[name], dry_run)
-        if not names and (_earlier(context, name) or {}).get("ok"):
-            print(f"gpu: {name}: ok in {out} already, for this commit", flush=True)
-            continue
-        record = _run_stage(name, context)
-        run.write(record, out / f"{name}.json")
+        if not names and (_earlier(Context(device, out, 0.0, dry_run), name) or {}).get("ok"):
+            print(f"gpu: {name}: ok in {out} already, for these sources", flush=True)
+        else:
+            todo.append(name)
+    for index, name in enumerate(todo):
+        left = deadline - time.perf_counter()
+        if left < LEAST:
+            print(f"gpu: no time left for {', '.join(todo[index:])}", flush=True)
+            failed += todo[index:]
+            break
+        share = left * SHARE[name] / sum(SHARE[n] for n in todo[index:])
+        context = Context(device, out, share, dry_run)
+        if device.type == "cuda" if apart is None else apart:
+            record = processes.run(_run_stage, (name, context), context.path(name), share + GRACE)
+        else:
+            record = _run_stage(name, context)
         print(f"gpu: {name}: {'ok' if record['ok'] else 'NOT OK'} in {record['seconds']:.0f} s", flush=True)
         failed += [] if record["ok"] else [name]
     return 1 if failed else 0
 
 
 def _run_stage(name: str, context: Context) -> dict:
+    """The stage's record, which is also in its file."""
     print(f"gpu: {name}: at most about {context.seconds:.0f} s", flush=True)
     start = time.perf_counter()
-    facts = {"stage": name, "ok": False, "dry_run": context.dry_run}
-    facts["environment"] = environment.describe(context.device, SEED)
+    facts = _facts(name, context) | {"ok": False}
     try:
         facts["ok"], facts["result"] = STAGES[name](context)
     except Refused as error:
@@ -163,17 +191,35 @@ def _run_stage(name: str, context: Context) -> dict:
     except Exception:  # the other stages must still get their turn; the file keeps the whole story
         facts["error"] = traceback.format_exc()
         print(facts["error"], file=sys.stderr)
-    return facts | {"seconds": time.perf_counter() - start}
+    record = facts | {"seconds": time.perf_counter() - start}
+    run.write(record, context.path(name))
+    return record
 
 
-def _timed(context: Context, op: str, *, green: bool = True) -> tuple[bool, dict]:
-    """An operator against its peers.  Ok where ours was timed and never found wrong."""
+def _facts(name: str, context: Context) -> dict:
+    environ = environment.describe(context.device, SEED)
+    return {"stage": name, "dry_run": context.dry_run, "environment": environ}
+
+
+def _timed(context: Context, op: str, *, green: bool = True, shapes: str = "full") -> tuple[bool, dict]:
+    """An operator against its peers.  Ok where ours was timed and never found wrong.
+
+    The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.
+    """
     if green:
         _require_green(context, op)
     problems = dry_problems.of(op) if context.dry_run else None
-    shapes = "quick" if context.dry_run else "full"
-    document = run.run(op, context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems)
-    ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX)]
+    shapes = "quick" if context.dry_run else shapes
+    facts, start = _facts(op, context), time.perf_counter()
+
+    def save(document: dict) -> None:
+        cut_off = {"ok": False, "cut_off": True, "error": "cut off while it ran", "result": document}
+        run.write(facts | cut_off | {"seconds": time.perf_counter() - start}, context.path(op))
+
+    document = run.run(
+        op, context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems, save=save
+    )
+    ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX) or row["impl"] == "all"]
     wrong = [row for row in ours if row.get("skipped", "").startswith(("wrong", "failed"))]
     return any("checked" in row for row in ours) and not wrong, document
 
@@ -184,20 +230,20 @@ def _problems(context: Context, op: str):
 
 def _earlier(context: Context, name: str) -> dict | None:
     """The stage's record in OUT, where it is of these sources, this kind of run and this device."""
-    path = context.out / f"{name}.json"
+    path = context.path(name)
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    same = record["dry_run"] == context.dry_run and record["environment"]["commit"] == environment.commit()
+    same = record["dry_run"] == context.dry_run and record["environment"].get("sources") == environment.sources()
     return record if same else None
 
 
 def _require_green(context: Context, op: str) -> None:
-    path = context.out / "correctness.json"
+    path = context.path("correctness")
     if not path.exists():
         raise Refused(f"no {path.name} in the output folder: run the stage correctness first")
     record = json.loads(path.read_text())
     if record["dry_run"] != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
         raise Refused(f"correctness of {op} is red (or was a dry run): speed is not measured")
-    if record["environment"]["commit"] != environment.commit():
-        raise Refused(f"correctness was shown for commit {record['environment']['commit']}, the sources are another")
+    if record["environment"].get("sources") != environment.sources():
+        raise Refused(f"correctness was shown for commit {record['environment']['commit']}, the sources are others")

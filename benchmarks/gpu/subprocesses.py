@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from benchmarks.environment import ROOT
 from mmkernels.ops.attention import tuned as table
 
 TOOL = "compute-sanitizer"
+LAST_CANDIDATE = 30  # seconds that the tuner may take beyond its budget: it looks at the clock between two candidates
+LEAST = 20.0  # seconds that a process gets at least
 FOUND = 86  # its exit code for an error of memory, told from ours
 CASES = (sys.executable, "-m", "benchmarks.gpu.small_cases")
 
@@ -34,18 +38,20 @@ def tuned(path: Path, seconds: float, *, dry_run: bool) -> tuple[bool, dict]:
     command += ["--budget-seconds", str(round(seconds))]
     if dry_run:
         command = ["env", "TRITON_INTERPRET=1", *command, "--dry-run"]
-    ok, result = _ran(command, seconds + 60, tool="the interpreter" if dry_run else "the GPU")
+    ok, result = _ran(command, seconds + LAST_CANDIDATE, tool="the interpreter" if dry_run else "the GPU")
     return ok, result | {"entries": table.read(path) if path.exists() else []}
 
 
 def _ran(command: list[str], seconds: float, *, tool: str) -> tuple[bool, dict]:
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(seconds, 20)
-        )
-        rc, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        rc, output = None, (expired.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"
+    """Runs command, and ends it with all that it started: what went on would disturb the timing of later stages."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, text=True, errors="replace", start_new_session=True, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=max(seconds, LEAST))
+            rc = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            rc, output = None, process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
     tail = output[-4000:]
     print(tail[-600:], flush=True)
     return rc == 0, {"tool": tool, "rc": rc, "tail": tail}

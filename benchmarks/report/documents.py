@@ -126,7 +126,7 @@ def _refusal(content) -> str | None:
     if isinstance(content, dict) and "stage" in content:
         if content.get("dry_run"):
             return "a dry run, none of whose figures counts"
-        if not content.get("ok"):
+        if not content.get("ok") and not content.get("cut_off"):  # the rows before a cut are as good as any
             return f"stage {content['stage']} is not ok"
         content = content.get("result", {})
     if not isinstance(content, dict) or "rows" not in content:

@@ -16,9 +16,9 @@ STAGES = (
     "attention",
     "modality_embed",
     "packing",
-    "tune",
     "train_step",
     "attention_host",
+    "tune",
 )
 
 
@@ -31,7 +31,8 @@ def render(paths: Iterable[Path]) -> str:
     for record in records:
         facts = record["environment"]
         gpu = facts.get("gpu", {}).get("name", "no GPU")
-        cells = (record["stage"], outcome(record), gpu, facts["commit"], facts["date"][:10])
+        of = facts["commit"] if facts["commit"] != "unknown" else f"sources {facts.get('sources', 'unknown')}"
+        cells = (record["stage"], outcome(record), gpu, of, facts["date"][:10])
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     lines += ["", *_failures(records)]
     timed, _ = documents.load([path for path in paths if path.stem in STAGES])
@@ -58,7 +59,7 @@ def stage_records(paths: Iterable[Path]) -> list[dict]:
 
 def outcome(record: dict) -> str:
     """One line: what a stage showed, or why it showed nothing."""
-    if "error" in record:
+    if "error" in record and not record.get("cut_off"):
         return f"failed: {record['error'].strip().splitlines()[-1]}"
     result = record["result"]
     if "skipped" in result:
@@ -69,7 +70,8 @@ def outcome(record: dict) -> str:
     if "rows" in result:
         timed = sum("skipped" not in row for row in result["rows"])
         wrong = sum(row.get("skipped", "").startswith("wrong") for row in result["rows"])
-        return f"{timed} rows timed, {len(result['rows']) - timed} skipped, of these {wrong} for a wrong result"
+        cut = ", then cut off" if record.get("cut_off") else ""
+        return f"{timed} rows timed, {len(result['rows']) - timed} skipped, of these {wrong} for a wrong result{cut}"
     if "limits" in result:
         return ", ".join(f"{name} {x['value']:.3g} {x['unit']}" for name, x in result["limits"].items())
     if "entries" in result:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import attention_host, environment, limits, run, schema
-from benchmarks.gpu import attention_checks, correctness, parallel, stages
-from benchmarks.report import evidence
+from benchmarks.gpu import attention_checks, correctness, parallel, processes, stages, subprocesses
+from benchmarks.report import documents, evidence
 
 CPU = torch.device("cpu")
 
@@ -22,7 +25,7 @@ def _small_limits(monkeypatch):
     monkeypatch.setitem(limits.GEMM_SIZE, "cpu", 128)
     monkeypatch.setattr(run, "MAX_SECONDS_PER_DIRECTION", 0.02)
     monkeypatch.setattr(attention_host, "ROUNDS", 2)
-    monkeypatch.setattr(environment, "commit", lambda: "the same")  # whoever commits meanwhile
+    monkeypatch.setattr(environment, "sources", lambda: "the same")  # whoever edits meanwhile
 
 
 def test_dry_run_of_every_stage(tmp_path, capsys):
@@ -33,7 +36,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
         assert record["stage"] == name
         assert record["dry_run"]
         assert set(schema.ENVIRONMENT) <= set(record["environment"])
-    for name in ("attention", "modality_embed", "packing"):
+    for name in ("attention", "modality_embed", "packing", "train_step"):
         assert schema.errors(records[name]["result"]) == []
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
@@ -54,7 +57,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
     capsys.readouterr()
     assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
-    assert capsys.readouterr().out.count("already, for this commit") == len(stages.STAGES)
+    assert capsys.readouterr().out.count("already, for these sources") == len(stages.STAGES)
 
 
 def test_no_speed_while_correctness_is_red(tmp_path):
@@ -66,11 +69,11 @@ def test_no_speed_while_correctness_is_red(tmp_path):
         ({"result": {"green_ops": {"attention": False}}}, "attention", "red"),
         ({"dry_run": False}, "attention", "red"),
         ({"error": "it broke", "result": {}}, "attention", "red"),
-        ({"environment": {"commit": "0"}}, "attention", "another"),
+        ({"environment": {"commit": "0", "sources": "0"}}, "attention", "others"),
         ({}, "modality_embed", "modality_embed is red"),
         ({}, "train_step", "modality_embed is red"),
     ):
-        record = {"ok": True, "dry_run": True, "environment": {"commit": environment.commit()}}
+        record = {"ok": True, "dry_run": True, "environment": {"sources": environment.sources()}}
         (tmp_path / "correctness.json").write_text(json.dumps(record | {"result": {"green_ops": green}} | changes))
         assert stages.run_all(tmp_path, [stage], 600, dry_run=True) == 1
         record = json.loads((tmp_path / f"{stage}.json").read_text())
@@ -107,6 +110,88 @@ def test_processes_share_the_checks(tmp_path):
 def test_a_process_killed_before_any_record_is_no_lack_of_time(tmp_path):
     records = parallel.run(functools.partial(_work, tmp_path / "died"), [["dies once", "c"]], 1)
     assert {record["name"] for record in records} == {"dies once", "c"}
+
+
+def test_a_check_that_hangs_is_killed_after_the_deadline(monkeypatch):
+    """The others' records stay, and what hung has none: it counts as not run."""
+    monkeypatch.setattr(parallel, "HUNG", 20.0)  # enough for two processes to start on a busy machine
+    started = time.time()
+    records = parallel.run(_hangs, [["a"], ["hangs"], ["b"]], 2, deadline=started)
+    assert {record["name"] for record in records} == {"a", "b"}
+    assert time.time() - started < 60
+
+
+def _hangs(names):
+    while "hangs" in names:
+        time.sleep(1)
+    return [{"name": name, "ok": True} for name in names]
+
+
+def test_a_stage_in_its_own_process(tmp_path):
+    assert stages.run_all(tmp_path, ["probe"], 600, dry_run=True, apart=True) == 0
+    record = json.loads((tmp_path / "probe.json").read_text())
+    assert record["ok"]
+    assert "gemm_fp32" in record["result"]["limits"]
+
+
+@pytest.mark.parametrize("way", ["hangs", "dies"])
+def test_a_stage_that_hangs_or_dies_leaves_its_rows(tmp_path, way):
+    path = tmp_path / "attention.json"
+    record = processes.run(_half_a_stage, (path, way), path, 15.0 if way == "hangs" else 60.0)
+    assert record == json.loads(path.read_text())
+    assert not record["ok"]
+    assert record["error"] == {"hangs": "ended after 15 s", "dies": "its process ended with code 9"}[way]
+    assert record["result"] == {"rows": ["one"]}
+
+
+def _half_a_stage(path, way):
+    facts = {"stage": "attention", "ok": False, "cut_off": True, "environment": {}}
+    run.write(facts | {"result": {"rows": ["one"]}}, path)
+    if way == "dies":
+        os._exit(9)
+    time.sleep(600)
+
+
+def test_rows_are_on_disk_after_each_case(tmp_path, monkeypatch):
+    """A machine that goes away in the third case leaves the rows of two, which the report takes."""
+    monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
+    measured = run._measured
+
+    def goes_away(problem, *rest):
+        if len(json.loads(path.read_text())["result"]["rows"]) if path.exists() else False:
+            raise KeyboardInterrupt
+        return measured(problem, *rest)
+
+    path = tmp_path / "packing.json"
+    monkeypatch.setattr(run, "_measured", goes_away)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_all(tmp_path, ["packing"], 600, dry_run=True)
+    record = json.loads(path.read_text())
+    assert record["cut_off"]
+    assert not record["ok"]
+    assert any("checked" in row for row in record["result"]["rows"])
+    path.write_text(json.dumps(record | {"dry_run": False}))
+    (document,), left_out = documents.load([path])
+    assert document.timed("packing")
+    assert left_out == []
+
+
+def test_no_stage_is_begun_without_time(tmp_path, capsys):
+    assert stages.run_all(tmp_path, None, 1.0, dry_run=True) == 1
+    assert "no time left for probe, correctness" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_sanitizer_started_ends_with_it(tmp_path, monkeypatch):
+    """Else it would go on, on the device, under the stages that time."""
+    monkeypatch.setattr(subprocesses, "LEAST", 1.0)
+    alive = tmp_path / "alive"
+    script = f"echo begun; (sleep 3; touch {alive}) & wait"
+    ok, result = subprocesses._ran(["bash", "-c", script], 1.0, tool="none")
+    assert not ok
+    assert result["tail"] == "begun\n\nstopped after 1 s"
+    time.sleep(3)
+    assert not alive.exists()
 
 
 def _work(died, names):
@@ -175,6 +260,16 @@ def test_isolation_and_graph_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(attention_checks, "GRAPH_TOKENS", 40)
     monkeypatch.setattr(attention_checks, "GRAPH_LAYOUTS", 2)
     attention_checks.check_graph(CPU, "fp32", 16, "triton")
+
+
+def test_stages_need_no_package_of_the_data(tmp_path):
+    """A GPU machine without network has torch, numpy, pillow, tokenizers; what reads data sets may be missing."""
+    script = (
+        "import sys\n"
+        "for name in ('soundfile', 'soxr', 'resvg_py', 'webdataset', 'tyro'):\n    sys.modules[name] = None\n"
+        "import benchmarks.attention_host, benchmarks.gpu.stages, benchmarks.train_step, benchmarks.tune\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=environment.ROOT, check=True)
 
 
 def test_refuses_without_a_gpu(tmp_path, capsys, monkeypatch):

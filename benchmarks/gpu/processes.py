@@ -1,0 +1,44 @@
+"""A stage in a process of its own: what it breaks on the device, or hangs in, ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import run as files
+
+
+def run(stage: Callable[..., dict], arguments: tuple, path: Path, seconds: float) -> dict:
+    """The record that stage(*arguments) wrote to path; where the process died or was ended, one that says so."""
+    before = path.stat().st_mtime_ns if path.exists() else None
+    start = time.perf_counter()
+    process = multiprocessing.get_context("spawn").Process(target=_alone, args=(stage, arguments))
+    process.start()
+    process.join(seconds)
+    if hung := process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it has not come as far as to lead a group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join(10)  # not for ever: a process that waits for a broken driver cannot be killed
+    record = json.loads(path.read_text()) if path.exists() else {}
+    written = record and path.stat().st_mtime_ns != before
+    if process.exitcode == 0 and written and not record.get("cut_off"):
+        return record
+    # What was there (checks that passed in an earlier run, rows so far) stays.
+    error = f"ended after {seconds:.0f} s" if hung else f"its process ended with code {process.exitcode}"
+    record |= {"stage": path.stem, "ok": False, "error": error, "seconds": time.perf_counter() - start}
+    if "environment" in record:
+        files.write(record, path)
+    print(f"  {path.stem}: {error}", flush=True)
+    return record
+
+
+def _alone(stage: Callable[..., dict], arguments: tuple) -> None:
+    os.setsid()  # with its own processes in one group, which can be ended together
+    stage(*arguments)
