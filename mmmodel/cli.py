@@ -1,4 +1,4 @@
-"""The command line: `mmmodel data | pretrain | finetune | evaluate | embed | plot | ablate | demo`.
+"""The command line of mmmodel: a multimodal model from raw data to vectors, labels and explanations.
 
 A command is a frozen dataclass whose fields are its flags and whose `run` does the work. Modules that import torch or
 decoders are imported in `run`, so that --help answers at once.

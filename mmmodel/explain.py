@@ -63,7 +63,8 @@ def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str =
     """Explain sample `key` of `data` by the model of a run: writes index.html, PNGs and explanation.json into `out`.
 
     data: as in `pretraining.find_data`, empty: the run's own.  key empty: the first sample of `split` with every
-    modality.  Raises ConfigError for a key that the data lacks, CheckpointError for a run that does not load.
+    modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
+    CheckpointError for a run that does not load.
     """
     learner = export.from_pretrained(run)
     config = learner.config
@@ -131,7 +132,8 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
         ]
         if not complete:
             raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {sorted(names)}; name a key")
-        chosen = complete[0]
+        known = [entry for entry in complete if entry.meta.get("lang") in learner.config.languages]
+        chosen = (known or complete)[0]
     language = chosen.meta.get("lang")
     dataset = ShardDataset(path, chosen.meta.get("split"), None if language is None else (language,))
     at = dataset.keys.index(chosen.key)

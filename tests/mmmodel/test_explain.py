@@ -11,7 +11,9 @@ from builders import PRESENT, learner, samples
 from PIL import Image
 
 from mmmodel import cli, configs, explain, train
+from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
+from mmmodel.data.shards import write_index, write_shard
 from mmmodel.explaining import page
 from mmmodel.explaining.sample import Sample
 from mmmodel.pretraining import Corpus
@@ -69,6 +71,22 @@ def test_without_a_key_the_first_complete_sample_of_the_split(run, shards, tmp_p
     assert found.sample.modalities == ("text", "image", "audio")
     assert found.sample.caption
     assert all(search.choices > 1 for search in found.searches)
+
+
+@pytest.mark.parametrize(("languages", "expected"), [(("ru", "fr"), "fr"), (("el",), "be"), ((), "be")])
+def test_a_language_of_the_run_is_preferred_in_other_data(tmp_path, languages, expected):
+    """The first complete sample of data in many languages may be in one that the model cannot read."""
+    picture = media.encode_png(Image.new("RGB", (32, 32), "teal"))
+    sound = media.encode_flac(np.random.default_rng(0).normal(size=4000).astype(np.float32) * 0.1)
+    rows = [
+        {"__key__": f"owl/{tag}", "txt": "owl", "png": picture, "flac": sound, "json": {"split": "test", "lang": tag}}
+        for tag in ("be", "fr", "ru")
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    _, learned = learner()
+    learned.config = dataclasses.replace(learned.config, languages=languages)
+    sample, _ = explain._open(learned, tmp_path, (), "", "test")
+    assert sample.item.language == expected
 
 
 def test_an_unknown_key_is_one_line_with_suggestions(run, tmp_path):

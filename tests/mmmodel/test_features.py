@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from builders import learner
 
-from mmmodel import features
+from mmmodel import configs, features, pretraining
 from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.shards import write_index, write_shard
@@ -92,3 +92,16 @@ def test_data_that_never_decodes_stops_the_run(tmp_path):
     write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
     with pytest.raises(RuntimeError, match="in a row do not decode"):
         prepared(tmp_path, tmp_path / "cache")
+
+
+def test_a_tokenizer_learns_from_training_captions_alone(tmp_path):
+    """The words of the test set, and those of validation, must stay unseen."""
+    rows = [
+        {"__key__": split, "txt": f"{word} {word} {word}", "json": {"split": split, "lang": "xx", "concept": word}}
+        for split, word in (("train", "nightingale"), ("validation", "woodpecker"), ("test", "hummingbird"))
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    config = dataclasses.replace(configs.tiny(), data=str(tmp_path))
+    tokenizer = pretraining.make_tokenizer(config, ShardDataset(tmp_path))
+    pieces = {word: len(tokenizer.encode(word).ids) for word in ("nightingale", "woodpecker", "hummingbird")}
+    assert pieces["nightingale"] < 4 < min(pieces["woodpecker"], pieces["hummingbird"])

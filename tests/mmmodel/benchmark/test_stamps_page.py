@@ -22,8 +22,11 @@ def test_the_tables_are_the_json(published):
 
 def test_what_the_page_says_in_words(published):
     """Outside the interval: retrieval in all directions, fine-tuning, and the probes that the page names."""
-    assert all(part.startswith("finetune-") for part in published["left"])
-    assert len(published["runs"]) == 3
+    assert published["complete"]
+    assert not published["left"]
+    assert [run["seed"] for run in published["runs"]] == [0, 1, 2]
+    drawn = {"5": 15, "20": 15, "all": 3}  # three pretrainings of five draws of labels; of all there is one
+    assert all(row["repeats"] == drawn[row["labels_per_class"]] for row in published["classification"])
     tasks = {task["name"]: task for task in published["tasks"]}
     for name in ("speech_to_text", "image_to_text", "speech_to_image", "known_speech_to_text", "known_speech_to_image"):
         assert tasks[name]["gain_r10_ci95"][0] > 0, name
