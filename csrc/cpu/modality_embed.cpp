@@ -12,6 +12,8 @@ namespace {
 // Results beyond the last-level cache are written around it: the lines need not be read first.
 constexpr int64_t kPastCacheBytes = int64_t{16} << 20;
 
+constexpr int64_t kAhead = 4;  // rows
+
 // x -> (x - mean) * rstd * weight + bias in place; returns rstd.  x is padded to whole vectors, or E is a multiple.
 MM_INLINE float normalize_row(float* x, float mean, float eps, const float* weight, const float* bias, int64_t E) {
   for (int64_t e = E; e % kLanes; ++e) x[e] = mean;  // the padding adds nothing to the variance
@@ -45,9 +47,10 @@ struct Outputs {
 // Returns the first token that points outside, or -1.
 MM_CLONES int64_t forward_rows(const Inputs& in, const Outputs& to, const float* weight, const float* bias,
                                float* scratch, int64_t begin, int64_t end) {
-  Token token;
+  Token token, ahead;
   for (int64_t t = begin; t < end; ++t) {
     if (!locate(in, t, token)) return t;
+    if (t + kAhead < end && locate(in, t + kAhead, ahead)) prefetch_row(ahead.row, row_bytes(ahead.kind, in.E));
     float* x = to.in_place ? static_cast<float*>(to.out.data) + t * in.E : scratch;
     const float total = sum_token(in, token, x);
     if (in.norm != Norm::kNone) {
@@ -70,9 +73,9 @@ MM_CLONES int64_t forward_rows(const Inputs& in, const Outputs& to, const float*
 
 std::string forward(const Inputs& in, Rows out, float* mean, float* rstd, const Parallel& parallel) {
   const std::vector<float> weight = padded_row(in.norm_weight, 1.0f, in.E), bias = padded_row(in.norm_bias, 0.0f, in.E);
-  const int64_t row_bytes = in.E * (out.kind == Kind::kF32 ? 4 : 2);
-  const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
-  const bool past_cache = aligned && in.T * row_bytes >= kPastCacheBytes;
+  const int64_t bytes = row_bytes(out.kind, in.E);
+  const bool aligned = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
+  const bool past_cache = aligned && in.T * bytes >= kPastCacheBytes;
   const bool in_place = !past_cache && out.kind == Kind::kF32 && in.E % kLanes == 0;
   const Outputs to{out, mean, rstd, in_place, past_cache};
   std::atomic<int64_t> bad{-1};

@@ -16,10 +16,11 @@ namespace {
 
 constexpr int64_t kChunks = 32;
 constexpr int64_t kChunkRows = 32;                  // at least, where there are so many
-constexpr int64_t kBlockBytes = int64_t{8} << 20;   // of dx: still cached when the second stage reads it
+constexpr int64_t kBlockBytes = int64_t{16} << 20;  // of dx: still cached when the second stage reads it
 constexpr int64_t kColumns = 256, kKeyRanges = 16;  // a task of the second stage is one of 16 ranges, 256 columns
 constexpr int64_t kSerialElements = 65536;          // less work than this is not worth a second thread
 constexpr int kGroup = 4;                           // rows of one modality that share a pass over the partial sums
+constexpr int64_t kAhead = 4;                       // readers of a table row
 constexpr int64_t kUnroll = 8;                      // vectors of a table row that are summed in registers
 
 // Table rows that tokens read, as lists of tokens: key k is read by tokens[first[k]] to tokens[first[k + 1] - 1].
@@ -75,9 +76,28 @@ struct Block {
   int64_t stride;       // of scratch rows
   bool whole;           // E is whole vectors: rows of fp32 tensors are read and written in place
   int64_t start;        // first token
-  float* kept;          // [rows, stride]: dx of rows that have no fp32 tensor to stand in, or null
   const float** dx;     // [rows]: where dx of each row is, or null
+
+  // Whether the gradient of token t's stream row is an fp32 tensor that takes dx in place.
+  MM_INLINE bool direct(int64_t m, int64_t source_row) const {
+    return whole && source_row >= 0 && grads.streams[m].data != nullptr && grads.streams[m].kind == Kind::kF32;
+  }
 };
+
+// Rows without such a tensor have their dx in scratch memory, chunk after chunk: no more of it than there are such
+// rows, because fresh memory costs more than what is written to it.  kept_before[c]: how many rows the chunks before c
+// keep; returns how many there are.
+int64_t count_kept(const Block& block, int64_t stop, int64_t chunk_rows, std::vector<int64_t>& kept_before) {
+  const Inputs& in = block.in;
+  kept_before.clear();
+  int64_t count = 0;
+  for (int64_t t = block.start; t < stop; ++t) {
+    if ((t - block.start) % chunk_rows == 0) kept_before.push_back(count);
+    const size_t m = in.modality_ids[t];
+    count += m >= in.streams.size() || !block.direct(m, in.source_rows[t]);
+  }
+  return count;
+}
 
 // dx from the gradient g of the normed rows; x holds the sums, and the normed values afterwards.
 template <int kRows>
@@ -143,7 +163,7 @@ MM_INLINE void rows_without_norm(int64_t E, const float* const* g, float* const*
 // kRows tokens of one modality from t.  sums: a row of each, where there is a norm; scratch: 3 * kGroup rows.
 template <int kRows>
 MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens, float* sums, float* scratch,
-                             float* partials) {
+                             float* partials, float*& kept) {
   const Inputs& in = block.in;
   const Grads& grads = block.grads;
   const int64_t M = in.streams.size(), E = in.E, stride = block.stride, m = tokens[0].modality;
@@ -161,12 +181,14 @@ MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens,
       if (in.dropout.on) dropout_row(in.dropout, t + r, row, E);
       g[r] = row;
     }
-    const Rows& stream = grads.streams[m];
-    direct[r] = block.whole && tokens[r].stream_row >= 0 && stream.data != nullptr && stream.kind == Kind::kF32;
+    direct[r] = block.direct(m, tokens[r].stream_row);
     if (direct[r]) {
-      dx[r] = static_cast<float*>(stream.data) + tokens[r].stream_row * E;
+      dx[r] = static_cast<float*>(grads.streams[m].data) + tokens[r].stream_row * E;
+    } else if (kept != nullptr) {
+      dx[r] = kept;
+      kept += stride;
     } else {
-      dx[r] = block.kept ? block.kept + (t + r - block.start) * stride : scratch + (2 * kGroup + r) * stride;
+      dx[r] = scratch + (2 * kGroup + r) * stride;
     }
     if (block.dx) block.dx[t + r - block.start] = dx[r];
   }
@@ -184,10 +206,27 @@ MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens,
   }
 }
 
+// What the next group of rows will read and write.
+MM_INLINE void prefetch_group(const Block& block, int64_t t, int64_t end) {
+  const Inputs& in = block.in;
+  Token token;
+  for (; t < end; ++t) {
+    if (!locate(in, t, token)) return;
+    prefetch_row(row_at(block.grads.out, t, in.E), row_bytes(block.grads.out.kind, in.E));
+    if (in.norm != Norm::kNone) prefetch_row(token.row, row_bytes(token.kind, in.E));
+    if (token.stream_row < 0) continue;
+    const Rows& stream = block.grads.streams[token.modality];
+    if (stream.data) prefetch_row<true>(row_at(stream, token.stream_row, in.E), row_bytes(stream.kind, in.E));
+  }
+}
+
 // partials: rows of `stride` floats, M for the modalities, then norm weight, norm bias.
-MM_CLONES int64_t chunk_of_rows(const Block& block, float* scratch, float* partials, int64_t begin, int64_t end) {
+// kept: where rows of this chunk go that have no fp32 tensor, or null.
+MM_CLONES int64_t chunk_of_rows(const Block& block, float* scratch, float* partials, float* kept, int64_t begin,
+                                int64_t end) {
   Token tokens[kGroup];
   for (int64_t t = begin; t < end;) {
+    prefetch_group(block, t + kGroup, std::min(t + 2 * kGroup, end));
     const int n = static_cast<int>(std::min<int64_t>(kGroup, end - t));
     bool alike = n == kGroup;
     for (int r = 0; r < n; ++r) {
@@ -196,10 +235,10 @@ MM_CLONES int64_t chunk_of_rows(const Block& block, float* scratch, float* parti
       if (block.in.norm != Norm::kNone) sum_token(block.in, tokens[r], scratch + r * block.stride);
     }
     if (alike) {
-      group_of_rows<kGroup>(block, t, tokens, scratch, scratch, partials);
+      group_of_rows<kGroup>(block, t, tokens, scratch, scratch, partials, kept);
     } else {
       for (int r = 0; r < n; ++r)
-        group_of_rows<1>(block, t + r, tokens + r, scratch + r * block.stride, scratch, partials);
+        group_of_rows<1>(block, t + r, tokens + r, scratch + r * block.stride, scratch, partials, kept);
     }
     t += n;
   }
@@ -215,6 +254,7 @@ MM_INLINE void sum_readers(float* to, const float* const* dx, int64_t column, co
   for (int64_t v = 0; v < kVectors; ++v) total[v] = add ? load(to + v * kLanes) : splat(0.0f);
   for (int64_t i = 0; i < count; ++i) {
     const float* from = dx[token[i]] + column;
+    if (i + kAhead < count) prefetch_row(dx[token[i + kAhead]] + column, kVectors * kLanes * sizeof(float));
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) total[v] += load(from + v * kLanes);
   }
@@ -301,23 +341,32 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
   const int64_t chunk_rows = std::max(kChunkRows, (block_rows + kChunks - 1) / kChunks);
   const int64_t chunks = (block_rows + chunk_rows - 1) / chunk_rows;
   std::vector<float> partials(chunks * slots * stride, 0.0f);
-  const std::unique_ptr<float[]> kept(any_table ? new float[block_rows * stride] : nullptr);
+  std::vector<int64_t> kept_before;
+  std::unique_ptr<float[]> kept;
   std::vector<const float*> dx(any_table ? block_rows : 0);
-  Block block{in, grads, weight.data(), stride, E % kLanes == 0, 0, kept.get(), any_table ? dx.data() : nullptr};
+  Block block{in, grads, weight.data(), stride, E % kLanes == 0, 0, any_table ? dx.data() : nullptr};
   const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, chunk_rows * E));
   std::atomic<int64_t> bad{-1};
 
   for (block.start = 0; block.start < T; block.start += block_rows) {
     const int64_t stop = std::min(block.start + block_rows, T);
     const int64_t own = (stop - block.start + chunk_rows - 1) / chunk_rows;
+    if (any_table) {
+      kept.reset();
+      kept.reset(new float[count_kept(block, stop, chunk_rows, kept_before) * stride]);
+    }
     // The lists of readers are one more chunk.
     parallel(own + any_table, grain, [&](int64_t first, int64_t last) {
       std::vector<float> scratch(3 * kGroup * stride);
       for (int64_t c = first; c < last; ++c) {
         const int64_t begin = block.start + c * chunk_rows, end = std::min(begin + chunk_rows, stop);
-        const int64_t found =
-            c == own ? readers.gather(in, block.start, stop)
-                     : chunk_of_rows(block, scratch.data(), partials.data() + c * slots * stride, begin, end);
+        int64_t found;
+        if (c == own) {
+          found = readers.gather(in, block.start, stop);
+        } else {
+          float* own_kept = any_table ? kept.get() + kept_before[c] * stride : nullptr;
+          found = chunk_of_rows(block, scratch.data(), partials.data() + c * slots * stride, own_kept, begin, end);
+        }
         if (found >= 0) bad = found;
       }
     });

@@ -33,8 +33,10 @@ struct Token {
   int64_t table[kMaxTables], position[kMaxTables];
 };
 
+MM_INLINE int64_t row_bytes(Kind kind, int64_t E) { return E * (kind == Kind::kF32 ? 4 : 2); }
+
 MM_INLINE char* row_at(const Rows& rows, int64_t index, int64_t E) {
-  return static_cast<char*>(rows.data) + index * E * (rows.kind == Kind::kF32 ? 4 : 2);
+  return static_cast<char*>(rows.data) + index * row_bytes(rows.kind, E);
 }
 
 // False when an index points outside its table.

@@ -1,6 +1,7 @@
 // Eight fp32 lanes, and how fp32, bf16 and fp16 rows get in and out of them.   No intrinsics: compiler vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -112,6 +113,16 @@ MM_INLINE void fence_past_cache() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
+}
+
+// Asks for the start of a row before it is needed.  The CPU's own prefetcher must first see several lines of each new
+// row, and rows of one packed sequence lie apart; of long rows it finds the rest by itself.
+template <bool kWrite = false>
+MM_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  constexpr int64_t kLine = 64, kLongest = 1024;
+  for (int64_t i = 0; i < std::min(bytes, kLongest); i += kLine) {
+    __builtin_prefetch(static_cast<const char*>(row) + i, kWrite);
+  }
 }
 
 // The first n <= 8 lanes; the others read as zero and are not written.
