@@ -207,6 +207,7 @@ REFUSED = {
     "attn_mask has a row of lowest": {"attn_mask": torch.full((L, L), torch.finfo(torch.float32).min)},
     "attn_mask requires a gradient": {"attn_mask": torch.zeros(L, L, requires_grad=True)},
     "scale is -1": {"attn_mask": KEYS, "scale": -1.0},
+    "dropout_p is 1": {"attn_mask": KEYS, "dropout_p": 1.0},  # torch drops everything
     "query is torch.float64": {"attn_mask": KEYS, "dtype": torch.float64},
     "query has width 4": {"attn_mask": KEYS, "width": 4},
     "value has width 6": {"attn_mask": KEYS, "value_width": 6},
