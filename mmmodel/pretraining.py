@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +100,14 @@ def find_data(name: str, *, progress: bool = True) -> Path:
 
         folder = settings.current().cache / f"synthetic-{SYNTHETIC_SAMPLES}"
         if not (folder / "manifest.json").exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            synthetic.prepare(folder, samples=SYNTHETIC_SAMPLES, seed=0)
+            own = folder.with_name(f".{folder.name}.{os.getpid()}")
+            synthetic.prepare(own, samples=SYNTHETIC_SAMPLES, seed=0)
+            try:
+                own.rename(folder)
+            except OSError:  # another process was faster and may be reading: its samples are the same
+                shutil.rmtree(own)
+                if not (folder / "manifest.json").exists():
+                    raise
         return folder
     return Path(name)
 

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mmmodel import pretraining
 from mmmodel.data import synthetic
 from mmmodel.data.loader import ShardDataset
 
@@ -99,3 +100,23 @@ def test_preparing_again_replaces_its_own_folder_only(folder, tmp_path):
     assert (tmp_path / "mine/thesis.txt").exists()
     with pytest.raises(ValueError, match="samples is 0"):
         synthetic.prepare(out, samples=0, seed=0)
+
+
+def test_two_processes_that_prepare_the_set_do_not_take_it_from_each_other(tmp_path, monkeypatch):
+    """The slower one finds the other's shards, perhaps being read, and leaves them as they are."""
+    monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretraining, "SYNTHETIC_SAMPLES", 20)
+    real, folder = synthetic.prepare, tmp_path / "synthetic-20"
+
+    def prepare(out, **options):
+        made = real(out, **options)
+        if not folder.exists():  # the rival is done now
+            real(folder, **options)
+            (folder / "of the rival").touch()
+        return made
+
+    monkeypatch.setattr(synthetic, "prepare", prepare)
+    assert pretraining.find_data("synthetic") == folder
+    assert (folder / "of the rival").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["synthetic-20"]
+    assert len(ShardDataset(folder)) == 20
