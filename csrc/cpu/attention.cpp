@@ -28,20 +28,28 @@ struct Release {
   void operator()(float* memory) const { ::operator delete(memory, kLine); }
 };
 
+constexpr int64_t kTasksLeft = 4;         // per thread
 constexpr double kPairsPerThread = 4096;  // of width 64: some 10 us, below which another thread costs more than it does
 
 // Tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of its own.   pairs: of all tasks
+// body(task, following, scratch): while plenty of tasks are left a thread takes its next one before it begins, so that
+// it can fetch that one's rows meanwhile; towards the end it would only keep them from threads that have none.
 template <typename Body>
 void share_out(int64_t count, double pairs, int64_t D, int64_t scratch_floats, const Parallel& parallel,
                const Body& body) {
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{0}, started{0};
   const double threads = 1.0 + pairs * static_cast<double>(D) / (64.0 * kPairsPerThread);
   parallel(threads < static_cast<double>(count) ? static_cast<int64_t>(threads) : count, [&](int64_t, int64_t) {
     int64_t task = next++;
     if (task >= count) return;
+    ++started;
     const std::unique_ptr<float, Release> scratch(
         static_cast<float*>(::operator new(sizeof(float) * scratch_floats, kLine)));
-    for (; task < count; task = next++) body(task, scratch.get());
+    while (task < count) {
+      const int64_t following = count - next >= kTasksLeft * started ? next++ : kNone;
+      body(task, following < count ? following : kNone, scratch.get());
+      task = following == kNone ? next++ : following;
+    }
   });
 }
 
@@ -130,7 +138,7 @@ void forward(const Forward& f, const Parallel& parallel) {
       pairs += static_cast<double>(tile[1] - tile[0]) * (f.spans[3 * s + 1] - f.spans[3 * s]);
   }
   share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels().forward_scratch(f), parallel,
-            [&](int64_t task, float* scratch) { kernels().forward(f, task / f.in.H, task % f.in.H, scratch); });
+            [&](int64_t task, int64_t following, float* scratch) { kernels().forward(f, task, following, scratch); });
 }
 
 void backward(const Backward& b, const Parallel& parallel) {
@@ -164,7 +172,9 @@ void backward(const Backward& b, const Parallel& parallel) {
   }
   share_out(static_cast<int64_t>(tasks.size()), pairs_of(b) * static_cast<double>(in.H), in.D,
             kernels().backward_scratch(b, max_queries, max_keys), parallel,
-            [&](int64_t task, float* scratch) { kernels().backward(b, tasks[task], scratch); });
+            [&](int64_t task, int64_t following, float* scratch) {
+              kernels().backward(b, tasks[task], following == kNone ? nullptr : &tasks[following], scratch);
+            });
   sum_chunks(b, chunks, partials, parallel);
   if (b.dbias) sum_dbias(b, tasks);
 }

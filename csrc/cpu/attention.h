@@ -67,11 +67,13 @@ struct BackwardTask {
 };
 
 // What is compiled once per instruction set.  Sizes are in floats; scratch is aligned to 64 bytes.
+// `following` is what the same thread does next, or kNone: its rows are fetched into the cache in the meantime.
+constexpr int64_t kNone = -1;
 struct Kernels {
   int64_t (*forward_scratch)(const Forward&);
-  void (*forward)(const Forward&, int64_t tile, int64_t head, float* scratch);
+  void (*forward)(const Forward&, int64_t task, int64_t following, float* scratch);  // tile * H + head
   int64_t (*backward_scratch)(const Backward&, int64_t max_queries, int64_t max_keys);
-  void (*backward)(const Backward&, const BackwardTask&, float* scratch);
+  void (*backward)(const Backward&, const BackwardTask&, const BackwardTask* following, float* scratch);
 };
 extern const Kernels kBaseline;
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)

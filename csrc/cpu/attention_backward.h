@@ -31,8 +31,10 @@ struct BackwardRange {
   enum class Stage { kDelta, kGradients, kBoth } stage = Stage::kBoth;  // delta known before, or found row by row
   int64_t first_query = 0, queries = 0, head = 0;
   double* dbias = nullptr;  // [Mq, Mk] of the head
+  Ahead ahead;
 
-  BackwardRange(const Backward& backward, int64_t max_queries, int64_t max_keys, Scratch& scratch) : b(backward) {
+  BackwardRange(const Backward& backward, int64_t max_queries, int64_t max_keys, Scratch& scratch)
+      : b(backward), ahead(backward.in) {
     const int64_t D = b.in.D;
     padded = round_up(D, W);
     ld = padded + 16;
@@ -59,11 +61,12 @@ struct BackwardRange {
     dv = scratch.take(max_keys * padded);
   }
 
-  void run(const BackwardTask& task) {
+  void run(const BackwardTask& task, const BackwardTask* following) {
     const Inputs& in = b.in;
     const int32_t* sample = b.samples + 4 * task.sample;
     first_query = sample[0];
     queries = sample[1] - sample[0];
+    if (following) look_ahead(*following);
     const int64_t keys = task.key_end - task.key_begin;
     std::memset(dk, 0, sizeof(float) * keys * padded);
     std::memset(dv, 0, sizeof(float) * keys * padded);
@@ -92,6 +95,16 @@ struct BackwardRange {
       write_row(in.dtype, dk + j * padded, 1.0f, b.dk.at(task.key_begin + j, task.kv_head), in.D);
       write_row(in.dtype, dv + j * padded, 1.0f, b.dv.at(task.key_begin + j, task.kv_head), in.D);
     }
+  }
+
+  // Another task's rows, a few for each row of this one.
+  void look_ahead(const BackwardTask& task) {
+    const int32_t* sample = b.samples + 4 * task.sample;
+    const int64_t h = task.kv_head * b.in.group();
+    for (const Heads* keys : {&b.in.v, &b.in.k, &b.dk, &b.dv})
+      ahead.add(*keys, task.key_begin, task.key_end, task.kv_head);
+    for (const Heads* queries_of : {&b.in.q, &b.dout, &b.dq}) ahead.add(*queries_of, sample[0], sample[1], h);
+    ahead.spread(queries * b.in.group());
   }
 
   // lse of the head's queries; delta without the part that the scores are to give.
@@ -186,6 +199,7 @@ struct BackwardRange {
       const int64_t token = begin + first + i;
       probability_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
       if (stage != Stage::kDelta) gradient_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
+      ahead.fetch_some();
     }
     if (stage == Stage::kDelta) return;
     for (int64_t s = 0; s < seen.stretches; ++s) {
@@ -266,11 +280,11 @@ inline int64_t backward_scratch(const Backward& b, int64_t max_queries, int64_t 
   return scratch.used;
 }
 
-inline void backward_range(const Backward& b, const BackwardTask& task, float* memory) {
+inline void backward_range(const Backward& b, const BackwardTask& task, const BackwardTask* following, float* memory) {
   Scratch scratch{memory};
   const int32_t* sample = b.samples + 4 * task.sample;
   BackwardRange state(b, sample[1] - sample[0], task.key_end - task.key_begin, scratch);
-  state.run(task);
+  state.run(task, following);
 }
 
 }  // namespace mm::cpu::attention::MM_ISA

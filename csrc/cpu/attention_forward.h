@@ -16,8 +16,9 @@ struct ForwardTile {
   int64_t begin, n, head, padded, block, ld_scores, ld_value;
   float *query, *out, *row_max, *row_sum, *mass;  // [n, padded] twice, [n] twice, [n, Mk]
   float *rows, *key, *value, *scores, *bias, *keep;
+  Ahead ahead;
 
-  ForwardTile(const Forward& forward, int64_t tile_rows, Scratch& scratch) : f(forward) {
+  ForwardTile(const Forward& forward, int64_t tile_rows, Scratch& scratch) : f(forward), ahead(forward.in) {
     const int64_t D = f.in.D;
     padded = round_up(D, W);
     block = forward_block(D);
@@ -60,6 +61,19 @@ struct ForwardTile {
     for (int64_t i = 0; i < n; i += kBand) attend_band(keys, i, least(kBand, n - i));
   }
 
+  // Another tile's rows, a few for each row of this one.
+  void look_ahead(int64_t tile, int64_t h) {
+    const int32_t* bounds = f.tiles + 4 * tile;
+    if (bounds[2] < bounds[3]) {
+      const int64_t begin = f.spans[3 * bounds[2]], end = f.spans[3 * bounds[3] - 2];
+      ahead.add(f.in.k, begin, end, h / f.in.group());
+      ahead.add(f.in.v, begin, end, h / f.in.group());
+    }
+    ahead.add(f.in.q, bounds[0], bounds[1], h);
+    ahead.add(f.out, bounds[0], bounds[1], h);
+    ahead.spread(n);
+  }
+
   void attend_band(const Keys& keys, int64_t first, int64_t rows_here) {
     const Inputs& in = f.in;
     Seen seen;
@@ -70,7 +84,10 @@ struct ForwardTile {
       multiply<false, false>(rows_here, at.vecs(), in.D, query + first * padded, padded, key + at.begin * in.D, kPanel,
                              kPanel * in.D, scores + at.begin, ld_scores);
     }
-    for (int64_t i = 0; i < rows_here; ++i) softmax_row(keys, seen, first + i, scores + i * ld_scores);
+    for (int64_t i = 0; i < rows_here; ++i) {
+      softmax_row(keys, seen, first + i, scores + i * ld_scores);
+      ahead.fetch_some();
+    }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       multiply<false, true>(rows_here, padded / W, at.end - at.begin, scores + at.begin, ld_scores,
@@ -99,7 +116,7 @@ struct ForwardTile {
         store(x + j, p);
         sums += p;
       }
-    if (top != before) rescale(row, exp(splat(before - base))[0]);
+    if (top != before && before != -kInfinity) rescale(row, exp(splat(before - base))[0]);
     row_max[row] = top;
     row_sum[row] += sum(sums);
     if (mass) add_mass(keys, seen, row, x);
@@ -148,11 +165,12 @@ inline int64_t forward_scratch(const Forward& f) {
   return scratch.used;
 }
 
-inline void forward_tile(const Forward& f, int64_t tile, int64_t head, float* memory) {
+inline void forward_tile(const Forward& f, int64_t task, int64_t following, float* memory) {
   Scratch scratch{memory};
   ForwardTile state(f, f.tile_rows, scratch);
-  const int32_t* bounds = f.tiles + 4 * tile;
-  state.start(bounds[0], bounds[1] - bounds[0], head);
+  const int32_t* bounds = f.tiles + 4 * (task / f.in.H);
+  state.start(bounds[0], bounds[1] - bounds[0], task % f.in.H);
+  if (following != kNone) state.look_ahead(following / f.in.H, following % f.in.H);
   for (int64_t s = bounds[2]; s < bounds[3];) {
     const int64_t begin = f.spans[3 * s];
     int64_t end = f.spans[3 * s + 1];

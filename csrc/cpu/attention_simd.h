@@ -55,20 +55,26 @@ MM_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
 constexpr float kInfinity = __builtin_inff();
 
-MM_INLINE float sum(const V& v) {
-  float part[W];
-  std::memcpy(part, &v, sizeof(part));
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+// v[(i + BY) % W] in lane i.
+template <int BY, int... E>
+MM_INLINE V rotate(const V& v, std::integer_sequence<int, E...>) {
+  return __builtin_shufflevector(v, v, ((E + BY) % W)...);
 }
 
+// The lanes of one vector folded onto the first: halves, quarters, ...
+template <int HALF = W / 2, typename Combine>
+MM_INLINE float fold(const V& v, const Combine& combine) {
+  if constexpr (HALF == 0)
+    return v[0];
+  else
+    return fold<HALF / 2>(combine(v, rotate<HALF>(v, std::make_integer_sequence<int, W>{})), combine);
+}
+
+MM_INLINE float sum(const V& v) {
+  return fold(v, [](const V& a, const V& b) { return a + b; });
+}
 MM_INLINE float largest(const V& v) {
-  float part[W];
-  std::memcpy(part, &v, sizeof(part));
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  return part[0];
+  return fold(v, [](const V& a, const V& b) { return larger(a, b); });
 }
 
 // e^x for x <= 88, within 1 ulp; 0 below -87.7, for -inf too; NaN for NaN.
