@@ -75,17 +75,21 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor | None) -> tup
 
 
 class _Attention(torch.autograd.Function):
-    """What `attention_fwd` differentiates by: of torch.library's own wrapping it costs a quarter."""
+    """What `attention_fwd` differentiates by: of torch.library's own wrapping it costs a quarter.
+
+    The plan's tensors come as one tuple: autograd would look at each of them, in forward and in backward.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = dispatch.below_autograd(_fwd, _fwd_op, inputs, inputs[0])
+    def forward(ctx, q, k, v, pair_bias, rng, rest):
+        inputs = (q, k, v, pair_bias, rng, *rest)
+        output = dispatch.below_autograd(_fwd, _fwd_op, inputs, q)
         _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _backward(ctx, *gradients)
+        return *_gradients_of(ctx, *gradients), None, None
 
 
 def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +101,7 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
-        return _Attention.apply(q, k, v, pair_bias, rng, *rest)
+        return _Attention.apply(q, k, v, pair_bias, rng, rest)
     return dispatch.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
 
 
@@ -110,7 +114,12 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # most callers never use lse: its gradient stays None
 
 
-def _backward(ctx, do, dlse, _):
+def _backward(ctx, *gradients):
+    return *_gradients_of(ctx, *gradients), None, *(None,) * len(ctx.rest)
+
+
+def _gradients_of(ctx, do, dlse, _):
+    """Of q, k, v and pair_bias."""
     q, k, v, pair_bias, rng, out, lse = ctx.saved_tensors
     *lowered, _, impl = ctx.rest
     if do is None:
@@ -120,7 +129,7 @@ def _backward(ctx, do, dlse, _):
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
         dq, dk, dv, dbias = dispatch.below_autograd(_bwd, _bwd_op, inputs, do)
-    return dq, dk, dv, None if pair_bias is None else dbias, None, *(None,) * len(ctx.rest)
+    return dq, dk, dv, None if pair_bias is None else dbias
 
 
 def _refuse_second_order(ctx, *grads):
