@@ -55,7 +55,7 @@ def _measure(options: argparse.Namespace) -> int:
         if options.command == "all":
             run.run_all(device, **choice, save=save)
         else:
-            save(run.run(options.command, device, **choice))
+            save(run.run(options.command, device, **choice, case=options.case))
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -74,6 +74,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
         command.add_argument("--budget-seconds", type=float, help=f"about how long to take; default {_budgets(op)}")
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
+        if op != "all":
+            command.add_argument("--case", default="", help="only cases with this in their name; default all")
         if op == "attention":
             command.add_argument("--host", action="store_true", help="host time of one call, by part, and nothing else")
     report = commands.add_parser("report", help="result files to Markdown, plots and one HTML page")

@@ -35,10 +35,12 @@ def run(
     seconds: float | None = None,
     seed: int = 0,
     problems: Iterable[harness.Problem] | None = None,
+    case: str = "",
     on_rows: Callable[[list[dict]], None] = table.print_rows,
     save: Callable[[dict], None] | None = None,
 ) -> dict:
-    """The document of one operator.  problems replaces the operator's own (tests).  Raises ValueError if malformed.
+    """The document of one operator.  problems replaces the operator's own (tests); case: only those with it in their
+    name.  Raises ValueError if malformed, or if no case has that name.
 
     Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.  save
     gets what there is after each problem.
@@ -55,6 +57,11 @@ def run(
         if save is not None:
             save(_document(device, seed, measured, so_far, facts))
 
+    if case:
+        everything = problems if problems is not None else load(op).problems(shapes, device, seed)
+        problems = [problem for problem in everything if case in problem.case]
+        if not problems:
+            raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name")
     rows = _rows(op, device, shapes, until, seed, measured, problems, on_new)
     return _document(device, seed, measured, rows, facts)
 

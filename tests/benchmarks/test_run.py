@@ -110,6 +110,14 @@ def test_a_problem_that_breaks_costs_the_others_nothing(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_one_case_by_name():
+    problems = [packing.build("pack", "stamps", 3, width, "fp32", CPU, 0) for width in (24, 32)]
+    rows = run.run("packing", CPU, seconds=600.0, problems=problems, case=problems[1].case)["rows"]
+    assert {row["case"] for row in rows} == {problems[1].case}
+    with pytest.raises(ValueError, match="no case of packing"):
+        run.run("packing", CPU, problems=problems, case="none of them")
+
+
 def test_wrong_kernel_is_excluded(monkeypatch):
     """Our own kernel gets no more trust: with the causal mask lost, it is not timed; its peers still are."""
     right = attention.attention
