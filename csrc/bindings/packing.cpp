@@ -19,7 +19,7 @@ using mm::cpu::Runs;
 using mm::cpu::Store;
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kBytesPerTask = 1 << 19;  // below this waking a thread costs more than it copies
+constexpr int64_t kBytesPerTask = 1 << 17;  // below this another thread costs more than it copies
 // Where an output comes from: new pages are in the cache already, since the system has just zeroed them.
 enum class Output { kGiven, kNew };
 

@@ -79,14 +79,13 @@ def quick(name: str, tensors: Sequence[Any], *args: Any, out: Tensor | None = No
     A caller goes on with all checks then, which say what is wrong.  On a short batch they would cost as much as the
     copy.  args: inputs and size, or inputs alone with one tensor as out.
     """
-    if not _direct(tensors) or not tensors[0].is_cpu or dispatch.cpp_missing() is not None:
+    touched = tensors if out is None else (*tensors, out)
+    if not _direct(touched) or not tensors[0].is_cpu or dispatch.cpp_missing() is not None:
         return None
     fresh, write = _quick_kernels(name)
     try:
         if out is None:
             return fresh(*args)
-        if not _direct((out,)):
-            return None
         write(*args, out)
         return out
     except RuntimeError:
