@@ -48,14 +48,14 @@ endif
 
 # Three processes: Triton decides at import between compiling and interpreting.  One thread each: two workers.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0
 	OMP_NUM_THREADS=1 $(PY) -m mmkernels.inspect --arch sm_90 --check
 
-# The same checks on thousands of cases: before a release, or after a change to a kernel.
+# The same checks on thousands of cases: before a release, or after a change to a kernel.  Some take long.
 test-extended: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest --extended -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --extended -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest --extended -n 2 -o faulthandler_timeout=0
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest --extended -n 2 -o faulthandler_timeout=0
 
 # ASan and UBSan over the tests of the planner and the CPU operators, in a copy of the checkout.
 sanitize: setup

@@ -55,12 +55,20 @@ def first_alone() -> Iterator[None]:
         wait()
 
 
-def wrapped(learner: nn.Module) -> nn.Module:
-    """The learner, its gradients averaged over ranks in backward."""
+@contextmanager
+def wrapped(learner: nn.Module) -> Iterator[nn.Module]:
+    """The learner, its gradients averaged over ranks in backward for as long as the context lasts."""
     if size() == 1:
-        return learner
+        yield learner
+        return
     # An objective that finds nothing to do in a rank's samples leaves parameters without a gradient there.
-    return DistributedDataParallel(learner, find_unused_parameters=True)
+    module = DistributedDataParallel(learner, find_unused_parameters=True)
+    try:
+        yield module
+    finally:
+        # The last to hold the process group must not be the reducer: its destructor waits, with Python's lock held, for
+        # gloo's thread, which may itself wait for that lock to let go of a tensor.  Then the process never ends.
+        module.reducer = module.logger = None
 
 
 def summed(values: Sequence[float], device: torch.device) -> list[float]:

@@ -112,9 +112,9 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     device = next(learner.parameters()).device
     metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"]) if first else None
     peak = distributed.size() * gemm_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    module = distributed.wrapped(learner)
     skipped_in_a_row = 0
     with (
+        distributed.wrapped(learner) as module,
         _sigterm() as stop,
         Progress(config.steps, progress["step"], shown=first) as bar,
         _ahead(make, progress["step"]) as batches,

@@ -53,19 +53,19 @@ def ranks_step(rank, store, results, objectives):
     config, learned = build(objectives)
     optimizer = train.make_optimizer(learned, config)
     batch, prepared = batch_of(learned, SHARES[rank])
-    module = distributed.wrapped(learned)
     config = dataclasses.replace(config, clip_norm=0.0)
-    figures, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
-    lines = distributed.everyone(figures)
-    torch.save((metrics.merged(lines), gradients_of(learned), made), f"{results}.{rank}")
-    # one rank's infinity must stop both, and leave both with the same weights
-    if rank == 1:
-        with torch.no_grad():
-            batch.inputs["audio"][0].fill_(torch.inf)
-    before = [p.clone() for p in learned.parameters()]
-    _, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
-    assert not made
-    assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters(), strict=True))
+    with distributed.wrapped(learned) as module:
+        figures, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+        lines = distributed.everyone(figures)
+        torch.save((metrics.merged(lines), gradients_of(learned), made), f"{results}.{rank}")
+        # one rank's infinity must stop both, and leave both with the same weights
+        if rank == 1:
+            with torch.no_grad():
+                batch.inputs["audio"][0].fill_(torch.inf)
+        before = [p.clone() for p in learned.parameters()]
+        _, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+        assert not made
+        assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters(), strict=True))
     dist.destroy_process_group()
 
 
