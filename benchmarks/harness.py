@@ -7,6 +7,7 @@ A *problem* is one case of one operator: inputs, the oracle's answer, the work i
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -136,7 +137,8 @@ def run_problem(
         # Checking a step took it whole: on a CPU nothing is left to warm up.
         warm = tuple(calls) if direction == "step" and device.type == "cpu" else ()
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
-        samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least)
+        with grad_mode(direction):
+            samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least)
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
             yield _row(problem, direction, name, samples, limits, works, implementation.extra)
@@ -164,7 +166,8 @@ def time_calls(
     warm: Sequence[str] = (),
     slow_rounds: int = MIN_SLOW_ROUNDS,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, sampled in turns; the order rotates, so that nobody always follows the same one.
+    """Milliseconds of each call, sampled in turns: everybody is first in turn and follows everybody else, since who
+    comes before leaves caches and the allocator as it does.
 
     warm: who needs no warm-up, nor to be repeated within a sample.  slow_rounds: samples of who takes all the time.
     """
@@ -182,10 +185,15 @@ def time_calls(
             break
         # A call that has used up all the time by itself sits out the rest, lest one slow peer starve later cases.
         names = [n for n, s in samples.items() if len(s) < slow_rounds or sum(s) * repeats[n] < allowance]
-        turn = round_index % max(len(names), 1)
-        for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in names[turn:] + names[:turn]]):
+        for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in _turns(names, round_index)]):
             samples[name].append(milliseconds)
     return samples
+
+
+def _turns(names: list[str], round_index: int) -> list[str]:
+    first = names[round_index % len(names) :][:1] if names else []
+    rest = [name for name in names if name not in first]
+    return first + random.Random(round_index).sample(rest, len(rest))
 
 
 def notch(samples: Sequence[float]) -> float:
@@ -247,7 +255,8 @@ def checked_call(problem: Problem, implementation: Implementation, direction: st
     """(call to time, None) or (None, why it is not timed)."""
     try:
         call = _call(implementation, direction)
-        results = call()
+        with grad_mode(direction):
+            results = call()
         results = [implementation.packed(r) for r in ([results] if direction in ("fwd", "step") else results)]
     except Exception as error:  # a peer that fails must not end the run; its row says why
         return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -255,15 +264,13 @@ def checked_call(problem: Problem, implementation: Implementation, direction: st
     return (None, reason) if reason is not None else (call, None)
 
 
+def grad_mode(direction: str) -> torch.set_grad_enabled:
+    """What a direction's calls run under.  Entered around all of them: it takes as long as a short call."""
+    return torch.set_grad_enabled(direction != "fwd")
+
+
 def _call(implementation: Implementation, direction: str) -> Callable[[], Any]:
-    if direction == "fwd":
-
-        def forward():
-            with torch.no_grad():
-                return implementation.forward()
-
-        return forward
-    if direction == "step":  # a whole training step, backward and all
+    if direction in ("fwd", "step"):  # step: a whole training step, backward and all
         return implementation.forward
     leaves, grad_output = tuple(implementation.leaves), implementation.grad_output
     if direction == "fwd+bwd":

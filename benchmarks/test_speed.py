@@ -44,13 +44,14 @@ def test_speed(benchmark, op, device, shapes, index, direction):
     call, wrong = harness.checked_call(problem, implementation, direction)
     assert wrong is None, wrong
     call = finished(call, device)
-    repeats = harness.warm_up(call, device)
-    start = time.perf_counter()
-    call()
-    rounds = min(max(int(SECONDS / repeats / (time.perf_counter() - start)), harness.MIN_ROUNDS), MAX_ROUNDS)
-    benchmark.group = f"{op}: {problem.case} {direction}"
-    calibration = calibrate(device)
-    benchmark.pedantic(call, rounds=rounds, iterations=repeats)
+    with harness.grad_mode(direction):
+        repeats = harness.warm_up(call, device)
+        start = time.perf_counter()
+        call()
+        rounds = min(max(int(SECONDS / repeats / (time.perf_counter() - start)), harness.MIN_ROUNDS), MAX_ROUNDS)
+        benchmark.group = f"{op}: {problem.case} {direction}"
+        calibration = calibrate(device)
+        benchmark.pedantic(call, rounds=rounds, iterations=repeats)
     names = {
         "op": op,
         "case": problem.case,

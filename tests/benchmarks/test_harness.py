@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -11,14 +12,46 @@ from benchmarks import harness
 CPU = torch.device("cpu")
 
 
-def test_turns_rotate():
-    """Each call is first in some round: whoever always followed the same one would meet its cache."""
+def test_turns_change(monkeypatch):
+    """Each call is first in turn and follows each other one: whoever always followed the same one met its cache."""
+    monkeypatch.setattr(harness, "MIN_ROUNDS", 24)
+    monkeypatch.setattr(harness, "SETTLED", -1.0)
     order = []
-    calls = {name: lambda n=name: (order.append(n), time.sleep(0.001)) for name in "abc"}
+    calls = {name: lambda n=name: (order.append(n), time.sleep(0.001)) for name in "abcd"}
     samples = harness.time_calls(calls, 0.0, CPU)
-    assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abc", harness.MIN_ROUNDS)
-    rounds = order[-3 * harness.MIN_ROUNDS :]
-    assert {tuple(rounds[i : i + 3]) for i in range(0, len(rounds), 3)} == {tuple("abc"), tuple("bca"), tuple("cab")}
+    assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abcd", 24)
+    rounds = [order[-4 * 24 :][i : i + 4] for i in range(0, 4 * 24, 4)]
+    assert all(sorted(turns) == list("abcd") for turns in rounds)
+    assert [turns[0] for turns in rounds] == list("abcd") * 6
+    followed = {pair for turns in rounds for pair in itertools.pairwise(turns)}
+    assert followed == {(a, b) for a in "abcd" for b in "abcd" if a != b}
+
+
+def test_forward_is_timed_without_autograd():
+    """Under no_grad for forward, recording for the others, and as before afterwards."""
+    seen = {}
+    leaf = torch.ones(2, requires_grad=True)
+
+    class Problem:
+        op, case, dtype, directions = "op", "case", "fp32", ("fwd", "bwd")
+
+        def implementations(self):
+            def forward():
+                seen.setdefault(torch.is_grad_enabled(), 0)
+                return leaf * 2
+
+            return [harness.Implementation("mm.cpp", forward, [leaf], torch.ones(2))]
+
+        def check(self, direction, results):
+            assert results[0].requires_grad is False
+            return None
+
+        def work(self, direction):
+            return harness.Work(1, "GB/s", 9, None)
+
+    for _ in harness.run_problem(Problem(), {}, 0.0, CPU):
+        assert torch.is_grad_enabled()
+    assert seen.keys() == {False, True}
 
 
 def test_slow_call_sits_out(monkeypatch):
