@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.machinery
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -33,6 +35,15 @@ def load_cpu_ops() -> None:
     _load("_C")
 
 
+def cpu_functions() -> ModuleType | None:
+    """The functions that Python calls without the dispatcher, or None where `_C` was built without Python's headers."""
+    load_cpu_ops()
+    try:
+        return importlib.import_module("mmkernels._C")
+    except ImportError:
+        return None
+
+
 def load_cuda_ops() -> None:
     """Registers the implementations of torch.ops.mm_cuda.*."""
     _load("_C_cuda")
@@ -40,7 +51,7 @@ def load_cuda_ops() -> None:
 
 @functools.cache
 def _load(name: str) -> None:
-    # Plain libraries: they do not use Python's API, so they build without Python's headers.
+    # As plain libraries: their operators need nothing of Python, not even its headers at build time.
     path = path_of(name)
     if path is None:
         raise ImportError(f"the extension mmkernels.{name} is not built (run: python -m mmkernels.build)")

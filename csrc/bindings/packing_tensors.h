@@ -1,4 +1,4 @@
-// What the packing bindings of both devices ask of tensors.
+// What the packing bindings of both devices ask of tensors: torch's own (Tensor), or a View of one.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,33 +19,43 @@ inline void check_call(AOTITorchError error) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "packing: a call into torch failed");
 }
 
-inline int64_t row_bytes_of(const Tensor& t) { return t.size(t.dim() - 1) * static_cast<int64_t>(t.element_size()); }
-
-// The tensor, or a copy whose rows are contiguous inside.
-inline Tensor with_whole_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(last >= 1, "packing: a tensor of rows must have two dimensions or more");
-  return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+template <class T>
+int64_t row_bytes_of(const T& t) {
+  return t.size(t.dim() - 1) * static_cast<int64_t>(t.element_size());
 }
 
-inline void check_matrix(const Tensor& t) {
+// Whether rows are contiguous inside.
+template <class T>
+bool has_whole_rows(const T& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(last >= 1, "packing: a tensor of rows must have two dimensions or more");
+  return t.numel() == 0 || t.size(last) == 1 || t.stride(last) == 1;
+}
+
+// The tensor, or a copy whose rows are.
+inline Tensor with_whole_rows(const Tensor& t) { return has_whole_rows(t) ? t : torch::stable::contiguous(t); }
+
+template <class T>
+void check_matrix(const T& t) {
   STD_TORCH_CHECK(t.dim() == 2, "packing: expected a tensor with two dimensions, got ", t.dim());
 }
 
-inline void check_alike(const Tensor& a, const Tensor& b) {
+template <class A, class B>
+void check_alike(const A& a, const B& b) {
   STD_TORCH_CHECK(a.size(a.dim() - 1) == b.size(b.dim() - 1) && a.scalar_type() == b.scalar_type(),
                   "packing: rows must have one width and dtype");
 }
 
-inline void check_shape(const Tensor& t, int64_t rows, const Tensor& like) {
+template <class T>
+void check_shape(const T& t, int64_t rows, const T& like) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.is_contiguous(), "packing: out must be contiguous with ", rows,
                   " rows");
   check_alike(t, like);
 }
 
 // The dtype of a sum, as either device's kernels name it.
-template <class DType>
-DType sum_type_of(const Tensor& t) {
+template <class DType, class T>
+DType sum_type_of(const T& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -61,13 +71,14 @@ DType sum_type_of(const Tensor& t) {
 }
 
 // The rows of [T, E], or of one sample of [B, L, E].
-template <class Rows>
-Rows rows_as(const Tensor& t) {
+template <class Rows, class T>
+Rows rows_as(const T& t) {
   return {static_cast<char*>(t.data_ptr()), t.stride(t.dim() - 2) * static_cast<int64_t>(t.element_size())};
 }
 
 // First byte, and one past the last.
-inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
+template <class T>
+std::pair<const char*, const char*> bytes_of(const T& t) {
   const auto* data = static_cast<const char*>(t.data_ptr());
   if (t.numel() == 0) return {data, data};
   int64_t reach = 1;
@@ -76,7 +87,8 @@ inline std::pair<const char*, const char*> bytes_of(const Tensor& t) {
 }
 
 // Rows are copied in any order and by several threads.
-inline void check_apart(const Tensor& in, const Tensor& out) {
+template <class T>
+void check_apart(const T& in, const T& out) {
   const auto [begin, end] = bytes_of(in);
   const auto [first, last] = bytes_of(out);
   STD_TORCH_CHECK(begin == end || first == last || begin >= last || first >= end,
@@ -84,7 +96,8 @@ inline void check_apart(const Tensor& in, const Tensor& out) {
 }
 
 // Outputs of unpack: contiguous, apart from the input and from one another.
-inline void check_outputs(const Tensor& packed, const std::vector<Tensor>& out) {
+template <class T, class List>
+void check_outputs(const T& packed, const List& out) {
   for (size_t m = 0; m < out.size(); ++m) {
     STD_TORCH_CHECK(out[m].dim() == 2 && out[m].is_contiguous(), "packing: out must be contiguous [rows, E]");
     check_apart(packed, out[m]);
@@ -92,7 +105,8 @@ inline void check_outputs(const Tensor& packed, const std::vector<Tensor>& out) 
   }
 }
 
-inline void check_padded(const Tensor& packed, const Tensor& out, const Tensor& mask) {
+template <class T>
+void check_padded(const T& packed, const T& out, const T& mask) {
   STD_TORCH_CHECK(out.dim() == 3 && out.is_contiguous() && mask.scalar_type() == ScalarType::Bool &&
                       mask.is_contiguous() && mask.numel() == out.size(0) * out.size(1),
                   "packing: out must be contiguous [B, L, E], mask bool [B, L]");

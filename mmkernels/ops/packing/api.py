@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
-from mmkernels.ops.packing import checks, op
+from mmkernels.ops.packing import checks, op, quick
 from mmkernels.planner import PackPlan, plan_packs
 
 __all__ = ["PackPlan", "gather_rows", "pack", "pad", "plan_packs", "segment_mean", "unpack", "unpad"]
 
-_QUICK = ("auto", "cpp")  # what op.quick may serve
+_QUICK = ("auto", "cpp")  # what `quick` may serve
 
 
 def pack(
@@ -32,12 +33,9 @@ def pack(
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for a layout from cu_seqlens (it does not know its streams).
     """
-    table = layout.cache.get("segment_table")
-    if impl in _QUICK and table is not None and len(streams) == layout.num_modalities:
-        where = (table, layout.modality_ids, layout.source_rows)
-        size = (layout.total_tokens,) if out is None else ()
-        packed = op.quick("pack", streams, streams, *where, *size, out=out)
-        if packed is not None:
+    if impl in _QUICK and not is_dynamo_compiling():
+        table = layout.cache.get("quick_segments")
+        if table is not None and (packed := quick.pack(streams, table, out)) is not None:
             return packed
     segments = checks.segments("pack", layout)
     streams = checks.streams(streams, layout)
@@ -52,11 +50,9 @@ def unpack(
     packed: Tensor, layout: PackedLayout, *, out: Sequence[Tensor] | None = None, impl: str = "auto"
 ) -> list[Tensor]:
     """The M streams [N_m, E] whose pack is packed [T, E], any dtype.  Errors as `pack`."""
-    table = layout.cache.get("segment_table")
-    if out is None and impl in _QUICK and table is not None:
-        where = (table, layout.modality_ids, layout.source_rows)
-        streams = op.quick("unpack", (packed,), packed, *where, layout.stream_lengths)
-        if streams is not None:
+    if impl in _QUICK and not is_dynamo_compiling():
+        table = layout.cache.get("quick_segments")
+        if table is not None and (streams := quick.unpack(packed, table, out)) is not None:
             return streams
     segments = checks.segments("unpack", layout)
     checks.packed("unpack", packed, layout)
@@ -83,10 +79,9 @@ def pad(
     The inverse of `unpad`, which is also its gradient.  Needs only the samples' bounds: any layout will do.
     Raises ValueError for packed of another length and for a sample longer than L.
     """
-    if out is None and impl in _QUICK:
+    if impl in _QUICK and not is_dynamo_compiling():
         longest = layout.max_seqlen if length is None else length
-        padded = op.quick("pad", (packed,), packed, layout.cu_seqlens, longest)
-        if padded is not None:
+        if (padded := quick.pad(packed, layout.cu_seqlens, longest, out)) is not None:
             return padded
     checks.packed("pad", packed, layout)
     length = layout.max_seqlen if length is None else length
@@ -103,8 +98,8 @@ def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, im
     What lies beyond a sample is not read; its gradient is zero.  No index tensor, no host synchronisation.
     Raises ValueError for padded of another shape.
     """
-    if out is None and impl in _QUICK:
-        packed = op.quick("unpad", (padded,), padded, layout.cu_seqlens, layout.total_tokens)
+    if impl in _QUICK and not is_dynamo_compiling():
+        packed = quick.unpad(padded, layout.cu_seqlens, layout.total_tokens, out)
         if packed is not None:
             return packed
     checks.padded(padded, layout)
@@ -119,10 +114,8 @@ def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl
     The gradient sums the rows that repeat, in fp32 (fp64 for fp64), in the order of `rows`.
     Raises ValueError for a row outside [0, T) on CPU; on a GPU the range is the caller's promise.
     """
-    if impl in _QUICK:
-        gathered = op.quick("gather_rows", (packed,), packed, rows, out=out)
-        if gathered is not None:
-            return gathered
+    if impl in _QUICK and not is_dynamo_compiling() and (gathered := quick.gather_rows(packed, rows, out)) is not None:
+        return gathered
     checks.rows(packed, rows)
     if out is not None:
         checks.out("gather_rows", out, (rows.shape[0], packed.shape[1]), packed)
@@ -135,8 +128,8 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  For a layout from cu_seqlens a segment
     is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
     """
-    if impl in _QUICK:
-        means = op.quick("segment_mean", (packed,), packed, layout.segment_cu_seqlens, out=out)
+    if impl in _QUICK and not is_dynamo_compiling():
+        means = quick.segment_mean(packed, layout.segment_cu_seqlens, out)
         if means is not None:
             return means
     checks.packed("segment_mean", packed, layout)

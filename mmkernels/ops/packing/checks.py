@@ -28,6 +28,10 @@ def segments(function: str, layout: PackedLayout) -> Tensor:
             "modality_embed packs such a layout"
         )
     table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
+    if layout.device.type == "cpu":
+        # What quick.pack and quick.unpack take.  As bytes: a tensor is four objects away from its first number, each a
+        # wait for memory where a call is the first in a while.
+        layout.cache["quick_segments"] = (layout.segments.tobytes(), layout.num_modalities)
     return table
 
 

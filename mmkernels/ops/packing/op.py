@@ -20,6 +20,7 @@ from mmkernels import dispatch
 from mmkernels.ops.packing import schemas
 
 schemas.define("mm", suffix=", str impl")
+NATIVE = ("cpp", "cuda")  # write through pointers
 
 
 def _kernels(name: str, impl: str) -> tuple[Callable, Callable]:
@@ -50,11 +51,14 @@ def _register(name: str) -> Callable[..., Any]:
         if impl != "cpp":
             _check(name, count, form, args)
         try:
-            return kernels[impl][form](*args)
+            result = kernels[impl][form](*args)
         except RuntimeError:
             if impl == "cpp":  # it has checked, and cannot raise what a caller of Python expects
                 _check(name, count, form, args)
             raise
+        if form and impl in NATIVE:  # torch's own functions say so by themselves
+            torch.autograd.graph.increment_version(_written(args[count:]))
+        return result
 
     compute, compute_out = functools.partial(run, 0), functools.partial(run, 1)
     for device in ("cpu", "cuda"):
@@ -71,34 +75,6 @@ def _register(name: str) -> Callable[..., Any]:
         return out
 
     return call
-
-
-def quick(name: str, tensors: Sequence[Any], *args: Any, out: Tensor | None = None) -> Any:
-    """What C++ makes of a plain call on CPU tensors, unchecked before: it checks.  None where it cannot or will not.
-
-    A caller goes on with all checks then, which say what is wrong.  On a short batch they would cost as much as the
-    copy.  args: inputs and size, or inputs alone with one tensor as out.
-    """
-    touched = tensors if out is None else (*tensors, out)
-    if not _direct(touched) or not tensors[0].is_cpu or dispatch.cpp_missing() is not None:
-        return None
-    fresh, write = _quick_kernels(name)
-    try:
-        if out is None:
-            return fresh(*args)
-        write(*args, out)
-        return out
-    except RuntimeError:
-        return None
-
-
-def _quick_kernels(name: str) -> tuple[Callable, Callable]:
-    if not _QUICK:
-        _QUICK.update(dispatch.load("packing", "cpp").KERNELS)
-    return _QUICK[name]
-
-
-_QUICK: dict[str, tuple[Callable, Callable]] = {}
 
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
@@ -121,13 +97,17 @@ def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
         _check_range(where, args[2].shape[0] if form else args[2])
     if not form:
         return
-    written = [tensor for out in args[count:] for tensor in ([out] if isinstance(out, Tensor) else out)]
+    written = _written(args[count:])
     for m, source in enumerate(values if name == "pack" else [values]):
         if any(_overlap(source, target) for target in written):
             what = f"stream {m}" if name == "pack" else "the input"
             raise ValueError(f"{name}: out shares memory with {what}, expected memory of its own")
     if any(_overlap(a, b) for a, b in itertools.combinations(written, 2)):
         raise ValueError(f"{name}: the outputs share memory, expected memory of their own")
+
+
+def _written(outputs: Sequence[Any]) -> list[Tensor]:
+    return [tensor for out in outputs for tensor in ([out] if isinstance(out, Tensor) else out)]
 
 
 def _check_range(rows: Tensor, total: int) -> None:
