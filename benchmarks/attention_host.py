@@ -8,7 +8,8 @@ a CPU their work too.  All times are the shortest of many rounds, in turns: a ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -20,14 +21,23 @@ from benchmarks import attention, environment, workloads
 from benchmarks.attention_cases import MASKS, Case
 from mmkernels import dispatch
 from mmkernels.masks import MaskPlan
-from mmkernels.ops.attention import op
 
 CASE = Case("uniform", 4, heads=4, kv_heads=4, width=64, length=8)
 LAYOUT_SAMPLES = 256
 TILE = (128, 64)  # rows and columns of the tiles made for a fresh layout
 CALLS = 10  # of one round
 ROUNDS = 200
-NOTHING = SimpleNamespace(attention_fwd=lambda *inputs: None, attention_bwd=lambda *inputs: None)
+
+
+def _nothing(*inputs) -> None:
+    """An implementation that does not compute."""
+
+
+def _load_nothing(op: str, impl: str) -> SimpleNamespace:
+    return NOTHING
+
+
+NOTHING = SimpleNamespace(attention_fwd=_nothing, attention_bwd=_nothing)
 
 
 def run(device: torch.device, *, seed: int = 0) -> dict:
@@ -57,8 +67,9 @@ def call_times(device: torch.device, rounds: int, seed: int) -> list[dict]:
     def sdpa():
         return F.scaled_dot_product_attention(*padded)
 
-    ours()  # plans the backward pass too, which a stub cannot
-    arguments = _operator_arguments(ours)
+    for grad_enabled in (False, True):  # plans forward alone and both, which a stub cannot
+        with torch.set_grad_enabled(grad_enabled):
+            ours()
 
     def gradients(call, leaves, gradient):
         return lambda: torch.autograd.grad(call(), leaves, gradient)
@@ -66,7 +77,6 @@ def call_times(device: torch.device, rounds: int, seed: int) -> list[dict]:
     both, sdpa_both = gradients(ours, (q, k, v), grad), gradients(sdpa, padded, padded_grad)
     best = best_times(
         {
-            "operator stub": (lambda: op.attention_fwd(*arguments), False),
             "plain stub": (ours, False),
             "plain": (ours, False),
             "forward stub": (ours, True),
@@ -83,8 +93,7 @@ def call_times(device: torch.device, rounds: int, seed: int) -> list[dict]:
     backward = best["both stub"] - best["forward stub"]
     parts = {
         f"forward, no gradient wanted (impl {impl})": best["plain"],
-        "  checks, plan and schedule look-up": best["plain stub"] - best["operator stub"],
-        "  dispatcher and outputs": best["operator stub"],
+        "  checks, plan and schedule look-up, outputs": best["plain stub"],
         "  the implementation": best["plain"] - best["plain stub"],
         "forward, gradient wanted": best["forward"],
         "  of that, recording it": best["forward stub"] - best["plain stub"],
@@ -126,8 +135,7 @@ def best_times(calls: dict[str, tuple[Callable, bool]], rounds: int, device: tor
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, (call, grad) in calls.items():
-            load = (lambda op, impl: NOTHING) if "stub" in name else dispatch.load
-            with mock.patch.object(dispatch, "load", load), torch.set_grad_enabled(grad):
+            with without_implementation() if "stub" in name else nullcontext(), torch.set_grad_enabled(grad):
                 start = time.perf_counter()
                 for _ in range(CALLS):
                     call()
@@ -141,8 +149,13 @@ def _case(device: torch.device) -> Case:
     return CASE if device.type == "cpu" else replace(CASE, dtype="bf16")
 
 
-def _operator_arguments(call: Callable) -> tuple:
-    """What attention hands to its operator."""
-    with mock.patch.object(op, "attention_fwd", wraps=op.attention_fwd) as operator, torch.no_grad():
-        call()
-    return operator.call_args.args
+@contextmanager
+def without_implementation() -> Iterator[None]:
+    """Calls cost what they cost, and nothing is computed."""
+    with ExitStack() as stack:
+        if dispatch.cpp_missing() is None:  # which known calls go to without `load`
+            cpp = dispatch.load("attention", "cpp")
+            for name in ("run_forward", "run_backward"):
+                stack.enter_context(mock.patch.object(cpp, name, _nothing))
+        stack.enter_context(mock.patch.object(dispatch, "load", _load_nothing))
+        yield

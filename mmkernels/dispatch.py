@@ -97,13 +97,20 @@ def load(op: str, impl: str) -> ModuleType:
 
 
 def below_autograd(compute: Callable, operator: Callable, inputs: tuple, example: torch.Tensor):
-    """operator(*inputs) without its autograd.  Where nobody looks on (tensor subclasses, fake tensors, tracing, FLOP
-    counters), straight to what it computes: the dispatcher would turn 20 arguments into its own kind and back."""
-    plain = type(example) in PLAIN_TENSORS
-    if plain and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active():
+    """operator(*inputs) without its autograd.  Where nobody looks on, straight to what it computes: the dispatcher
+    would turn 20 arguments into its own kind and back."""
+    if unwatched(example):
         return compute(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)
+
+
+def unwatched(*tensors) -> bool:
+    """Whether no tensor subclass, fake tensor, tracing or FLOP counter wants to see the operators on these tensors."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TENSORS:
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -57,6 +57,8 @@ class PackedLayout:
     _buffer: Tensor | None = field(default=None, repr=False)
     _host: PackedLayout | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # lowered masks and their tiles
+    # What operators keep to recognise a call by: apart from `cache`, on whose keys torch.compile guards.
+    calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
@@ -236,7 +238,7 @@ class PackedLayout:
     def __getstate__(self) -> dict[str, Any]:
         # A layout crosses from data workers: send the one buffer, not its views, and no cache.
         state = dict(self.__dict__)
-        state["cache"] = {}
+        state["cache"], state["calls"] = {}, {}
         if self._buffer is not None:
             for name in _TENSORS:
                 state.pop(name)

@@ -117,7 +117,7 @@ void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
 
 void attention_fwd(Tensor q, Tensor k, Tensor v, Optional bias, Optional rng, Tensor q_table, Tensor k_table,
                    Tensor tiles, Tensor spans, double scale, bool has_visible, double dropout_p, int64_t threshold,
-                   Tensor out, Tensor lse, Optional mass) {
+                   Tensor out, Optional lse, Optional mass) {
   attention::Forward f{};
   f.in = inputs_of(q, k, v, bias, rng, q_table, k_table, scale, has_visible, dropout_p, threshold);
   f.tiles = ranges_of("tiles", tiles, 4, {f.in.Tq, spans.size(0)});
@@ -126,7 +126,7 @@ void attention_fwd(Tensor q, Tensor k, Tensor v, Optional bias, Optional rng, Te
   for (int64_t t = 0; t < f.num_tiles; ++t)
     f.tile_rows = std::max<int64_t>(f.tile_rows, f.tiles[4 * t + 1] - f.tiles[4 * t]);
   f.out = heads_of("out", out, q, f.in.Tq, f.in.H, f.in.D);
-  f.lse = floats("lse", lse, f.in.H * f.in.Tq);
+  if (lse) f.lse = floats("lse", *lse, f.in.H * f.in.Tq);
   if (mass) {
     f.in.Mk = mass->size(2);
     f.mass = floats("mass", *mass, f.in.Tq * f.in.H * f.in.Mk);

@@ -40,7 +40,7 @@ struct Forward {
   const int32_t* spans;  // [., 3]: first key, last (exclusive), and a flag that is not needed here
   int64_t num_tiles, tile_rows;
   Heads out;
-  float* lse;   // [H, Tq]
+  float* lse;   // [H, Tq] or null
   float* mass;  // [Tq, H, Mk] or null
 };
 

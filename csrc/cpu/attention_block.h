@@ -177,9 +177,8 @@ inline void find_seen(const Inputs& in, int64_t begin, int64_t end, const Keys& 
 
 // scores[j] = -inf where query i does not see key j, in the masked panels.
 inline void mask_row(const Inputs& in, int64_t i, const Keys& keys, const Seen& seen, float* scores) {
-  int32_t column[W], bits[W];
-  for (int l = 0; l < W; ++l) column[l] = l;
-  const I lanes = load(column);
+  int32_t bits[W];
+  const I lanes = lane_numbers();
   const V nothing = splat(-kInfinity);
   for (int64_t p = 0; p < keys.panels; ++p) {
     if (!seen.masked[p]) continue;
@@ -205,7 +204,11 @@ inline void mask_row(const Inputs& in, int64_t i, const Keys& keys, const Seen& 
 
 // The lanes between the last key of a stretch and the end of its vector, where the product is of zeros.
 MM_INLINE void close_row(const Seen::Stretch& s, float* scores) {
-  for (int64_t j = s.end; (j - s.begin) % W != 0; ++j) scores[j] = -kInfinity;
+  const int64_t rest = (s.end - s.begin) % W;
+  if (rest == 0) return;
+  // A vector as a whole: a load of what was stored piece by piece waits until all pieces have left the store buffer.
+  float* last = scores + s.end - rest;
+  store(last, select(lane_numbers() < splat(static_cast<int32_t>(rest)), load(last), splat(-kInfinity)));
 }
 
 // bias_rows[m ld + j]: what a query of modality m adds to the score of key j of the block.

@@ -151,7 +151,7 @@ struct ForwardTile {
       const bool blind = row_max[i] == -kInfinity && row_sum[i] == 0.0f;
       const float inverse = blind ? 0.0f : 1.0f / row_sum[i];
       write_row(f.in.dtype, out + i * padded, inverse, f.out.at(begin + i, head), f.in.D);
-      f.lse[head * f.in.Tq + begin + i] = blind ? -kInfinity : row_max[i] + __builtin_logf(row_sum[i]);
+      if (f.lse) f.lse[head * f.in.Tq + begin + i] = blind ? -kInfinity : row_max[i] + __builtin_logf(row_sum[i]);
       if (mass)
         for (int64_t m = 0; m < f.in.Mk; ++m)
           f.mass[((begin + i) * f.in.H + head) * f.in.Mk + m] = mass[i * f.in.Mk + m] * inverse;

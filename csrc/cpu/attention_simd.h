@@ -49,6 +49,13 @@ MM_INLINE V select(const I& yes, const V& a, const V& b) {
 }
 MM_INLINE V larger(const V& a, const V& b) { return a > b ? a : b; }  // b where one is NaN
 
+// 0, 1, ..., W - 1.
+template <int... E>
+MM_INLINE I counted(std::integer_sequence<int, E...>) {
+  return I{E...};
+}
+MM_INLINE I lane_numbers() { return counted(std::make_integer_sequence<int, W>{}); }
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 MM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MM_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }

@@ -12,6 +12,7 @@ from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention import op as _op
+from mmkernels.ops.attention import quick
 from mmkernels.ops.attention.inputs import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +59,10 @@ def attention(
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for masks that cannot
     be expressed, RuntimeError when `impl` cannot run here.
     """
+    plain = k_layout is None and pair_bias is None and not (dropout_p or return_lse or return_modality_mass)
+    if plain and (out := quick.attend(q, k, v, layout, mask, scale, impl)) is not None:
+        return out
+    asked = scale, impl
     keys = layout if k_layout is None else k_layout
     _check_types(q, k, v, layout, keys, mask)
     _check(q, k, v, layout, keys)
@@ -76,23 +81,27 @@ def attention(
     learns = (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     )
+    learns = learns and torch.is_grad_enabled()
     impl, schedule = prepared(
         plan,
         impl,
         Request(
             dtype=q.dtype,
             head_dim=q.shape[2],
-            needs_backward=torch.is_grad_enabled() and learns,
+            needs_backward=learns,
             deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
             extras=pair_bias is not None or dropout_p > 0.0 or return_modality_mass,
         ),
     )
+    rest = (
+        plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible, float(dropout_p),
+        keys.num_modalities if return_modality_mass else 0, impl,
+    )  # fmt: skip
+    if plain and impl == "cpp" and not torch.compiler.is_compiling():
+        quick.remember(q, layout, mask, *asked, learns, rest)
     rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0.0 else None
     run = torch.ops.mm.attention_fwd if torch.compiler.is_compiling() else _op.attention_fwd
-    out, lse, mass = run(
-        q, k, v, pair_bias, rng, plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible,
-        float(dropout_p), keys.num_modalities if return_modality_mass else 0, impl,
-    )  # fmt: skip
+    out, lse, mass = run(q, k, v, pair_bias, rng, *rest)
     if not (return_lse or return_modality_mass):
         return out
     return out, *((lse,) if return_lse else ()), *((mass,) if return_modality_mass else ())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import native
+from mmkernels.ops.attention.inputs import Lowered
 from mmkernels.philox import threshold
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? pair_bias, Tensor? rng"
@@ -17,7 +18,7 @@ _MASK = "float scale, bool has_visible, float dropout_p, int threshold"
 torch.library.define(
     "mm_cpp::attention_fwd",
     f"({_INPUTS}, Tensor q_table, Tensor k_table, Tensor tiles, Tensor spans, {_MASK}, "
-    "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? mass) -> ()",
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? mass) -> ()",
 )
 torch.library.define(
     "mm_cpp::attention_bwd",
@@ -25,6 +26,7 @@ torch.library.define(
     f"{_MASK}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()",
 )
 native.load_cpu_ops()  # implements what is defined above
+run_forward, run_backward = torch.ops.mm_cpp.attention_fwd.default, torch.ops.mm_cpp.attention_bwd.default
 
 SPAN_COLS = 64
 
@@ -44,23 +46,24 @@ def schedule(plan, request) -> tuple:
 
 def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
-    torch.ops.mm_cpp.attention_fwd(
-        q, k, v, pair_bias, rng, lowered.q_table, lowered.k_table, lowered.fwd_tiles, lowered.fwd_spans,
-        *_mask(lowered), out, lse, mass,
-    )  # fmt: skip
+    forward, _ = arguments(lowered)
+    run_forward(q, k, v, pair_bias, rng, *forward, out, lse, mass)
 
 
 def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
     """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
-    torch.ops.mm_cpp.attention_bwd(
+    _, backward = arguments(lowered)
+    run_backward(
         do if do.stride(2) == 1 else do.contiguous(), dlse if dlse is None else dlse.contiguous(),
-        q, k, v, pair_bias, rng, out, lse, lowered.q_table, lowered.k_table, lowered.dkdv_tiles, *_mask(lowered),
-        dq, dk, dv, dbias,
+        q, k, v, pair_bias, rng, out, lse, *backward, dq, dk, dv, dbias,
     )  # fmt: skip
 
 
-def _mask(lowered) -> tuple[float, bool, float, int]:
-    return lowered.scale, lowered.has_visible, lowered.dropout_p, threshold(lowered.dropout_p)
+def arguments(lowered: Lowered) -> tuple[tuple, tuple]:
+    """What the C++ forward takes between rng and out, and the backward between lse and dq."""
+    tables = lowered.q_table, lowered.k_table
+    mask = lowered.scale, lowered.has_visible, lowered.dropout_p, threshold(lowered.dropout_p)
+    return (*tables, lowered.fwd_tiles, lowered.fwd_spans, *mask), (*tables, lowered.dkdv_tiles, *mask)
 
 
 def _samples(plan) -> Tensor:

@@ -119,9 +119,12 @@ def _backward(ctx, *gradients):
 
 
 def _gradients_of(ctx, do, dlse, _):
-    """Of q, k, v and pair_bias."""
-    q, k, v, pair_bias, rng, out, lse = ctx.saved_tensors
-    *lowered, _, impl = ctx.rest
+    return gradients(do, dlse, *ctx.saved_tensors, ctx.rest)
+
+
+def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple[Tensor | None, ...]:
+    """Of q, k, v and pair_bias.   rest: what the forward took after rng"""
+    *lowered, _, impl = rest
     if do is None:
         do = torch.zeros_like(out)
     inputs = (do, dlse, q, k, v, pair_bias, rng, out, lse, *lowered, impl)
