@@ -192,6 +192,11 @@ def explain() -> str:
         for device_type in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 lines.append(_row(op, per_device[device_type], device_type, dtype))
+    if cpp_missing() is None and native.cpu_functions() is None:
+        lines.append(
+            "packing: short calls on the CPU take the dispatcher, since mmkernels._C was built without Python's "
+            "headers, or before these functions were in it (run: python -m mmkernels.build)"
+        )
     if _NOTES:
         lines += ["", *(f"{text}  ({count} call{'s' if count > 1 else ''})" for text, count in _NOTES.items())]
     return "\n".join(lines)

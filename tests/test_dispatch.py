@@ -43,6 +43,12 @@ def test_missing_extension_is_named(monkeypatch):
     assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
 
 
+def test_an_extension_without_python_functions_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "cpp_missing", lambda: None)
+    monkeypatch.setattr(dispatch.native, "cpu_functions", lambda: None)
+    assert "packing: short calls on the CPU take the dispatcher" in dispatch.explain()
+
+
 def test_the_interpreter_refuses_bf16(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="interpreter gives wrong bf16"):
