@@ -1,7 +1,8 @@
 """Native modules of mmkernels; everything else is in pyproject.toml.
 
 `mmkernels._planner`: host-side planning, pybind11 and numpy, no torch.
-`mmkernels._C`: CPU operators on torch's stable ABI; a plain library that mmkernels/native.py loads.
+`mmkernels._C`: CPU operators on torch's stable ABI, which mmkernels/native.py loads as a plain library; with Python's
+headers at hand also a module of Python's limited API, for packing calls that go past torch's dispatcher.
 `mmkernels._C_cuda`: CUDA operators, the same way, compiled by nvcc where torch is a CUDA build.
 All are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
 MMKERNELS_SKIP_NATIVE=1 leaves them out; MMKERNELS_SANITIZE=1 builds the C++ with ASan and UBSan (tests/sanitize.py).
