@@ -62,6 +62,13 @@ def modality_embed(
     torch.compile what the layout asks for is not checked here; the C++ path still refuses to read outside its arrays.
     """
     _check_options(norm, norm_weight, norm_bias, eps, dropout_p)
+    if impl in ("auto", "cpp"):
+        found = _quick(
+            streams, layout, modality_weight, token_weight, position_weights, norm, norm_weight, norm_bias, eps,
+            dropout_p,
+        )  # fmt: skip
+        if found is not None:
+            return found
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
     out_dtype = _check_tensors(streams, layout, modality_weight, token_weight, tables, norm_weight, norm_bias)
@@ -69,32 +76,72 @@ def modality_embed(
     chosen = dispatch.resolve("modality_embed", impl, device=device, dtype=out_dtype)
     if not torch.compiler.is_compiling():
         _check_rows(streams, layout)
-        if chosen != "cpp":  # which looks at every index anyway; what it refuses is named below
-            _check_indices(streams, layout, token_weight, tables, table_counts)
-    rng = torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None
-    try:
-        out, _, _ = op.modality_embed_fwd(
-            streams,
-            modality_weight,
-            token_weight,
-            tables,
-            table_counts,
-            norm_weight,
-            norm_bias,
-            layout.modality_ids,
-            layout.source_rows,
-            layout.positions,
-            rng,
-            norm or "none",
-            eps,
-            dropout_p,
-            out_dtype,
-            chosen,
-        )
-    except RuntimeError:
         _check_indices(streams, layout, token_weight, tables, table_counts)
-        raise
+    out, _, _ = op.modality_embed_fwd(
+        streams,
+        modality_weight,
+        token_weight,
+        tables,
+        table_counts,
+        norm_weight,
+        norm_bias,
+        layout.modality_ids,
+        layout.source_rows,
+        layout.positions,
+        torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None,
+        norm or "none",
+        eps,
+        dropout_p,
+        out_dtype,
+        chosen,
+    )
     return out
+
+
+def _quick(
+    given, layout, modality_weight, token_weight, position_weights, norm, norm_weight, norm_bias, eps, dropout_p
+) -> Tensor | None:
+    """What C++ makes of a plain call on CPU tensors, unchecked before: it checks.  None where it cannot or will not.
+
+    The caller goes on with all checks then, which say what is wrong.  On a short batch they would cost as much as the
+    kernel.
+    """
+    if (
+        dispatch.cpp_missing() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or layout.segments is None
+        or len(given) != layout.num_modalities
+        or modality_weight.dtype is torch.float64
+    ):
+        return None
+    streams, tables, table_counts = [], [], [0] * len(given)
+    for stream, rows in zip(given, layout.stream_lengths, strict=True):
+        if stream is None or (rows == 0 and stream.shape != (0, modality_weight.shape[-1])):
+            stream = modality_weight.new_empty((0, modality_weight.shape[-1]))
+        if stream.shape[:1] != (rows,):
+            return None
+        streams.append(stream)
+    if position_weights is not None:
+        if len(position_weights) != len(given):
+            return None
+        for m, entry in enumerate(position_weights):
+            own = () if entry is None else (entry,) if isinstance(entry, Tensor) else entry
+            table_counts[m] = len(own)
+            tables += own
+    for tensor in (*streams, modality_weight, token_weight, *tables, norm_weight, norm_bias):
+        if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
+            return None
+    out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    rng = torch.randint(2**63 - 1, (2,)) if dropout_p > 0.0 else None
+    try:
+        return op.modality_embed_fwd(
+            streams, modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, layout.modality_ids,
+            layout.source_rows, layout.positions, rng, norm or "none", eps, dropout_p, out_dtype, "cpp",
+        )[0]  # fmt: skip
+    except RuntimeError:
+        return None
 
 
 def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -> None:

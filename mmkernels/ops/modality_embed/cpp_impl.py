@@ -1,4 +1,4 @@
-"""Modality embedding by the C++ extension: allocates and calls csrc/cpu/modality_embed*.cpp.   T tokens, E width."""
+"""Modality embedding by the C++ extension: one call of csrc/bindings/modality_embed.cpp each way.   T tokens, E width."""
 
 from __future__ import annotations
 
@@ -7,126 +7,39 @@ from torch import Tensor
 
 from mmkernels import native
 from mmkernels.ops.modality_embed.inputs import Inputs, Options
-from mmkernels.philox import threshold
 
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
-_INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions"
-_DROPOUT = "Tensor? rng, int threshold, float scale"
+_INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions, Tensor? rng"
 torch.library.define(
     "mm_cpp::modality_embed_fwd",
-    f"({_INPUTS}, Tensor? norm_weight, Tensor? norm_bias, {_INDICES}, {_DROPOUT}, int norm, float eps, "
-    "Tensor(a!) out, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+    f"({_INPUTS}, Tensor? norm_weight, Tensor? norm_bias, {_INDICES}, int norm, float eps, float dropout_p, "
+    "ScalarType? out_dtype) -> Tensor[]",
 )
 torch.library.define(
     "mm_cpp::modality_embed_bwd",
-    f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, Tensor mean, Tensor rstd, {_DROPOUT}, int norm, "
-    "Tensor(a!)[] d_streams, Tensor(b!)? d_modality, Tensor(c!)? d_token, Tensor(d!)[] d_tables, "
-    "Tensor(e!)? d_norm_weight, Tensor(f!)? d_norm_bias) -> ()",
+    f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, int norm, float dropout_p, "
+    "Tensor? mean, Tensor? rstd, int[] needs) -> Tensor[]",
 )
 native.load_cpu_ops()  # implements what is defined above
+_fwd, _bwd = torch.ops.mm_cpp.modality_embed_fwd.default, torch.ops.mm_cpp.modality_embed_bwd.default
 
 _NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # enum Norm
 
 
-def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
-    """As in reference.forward."""
-    T, E = inputs.modality_ids.shape[0], inputs.modality_weight.shape[1]
-    out = torch.empty((T, E), dtype=out_dtype)
-    mean = torch.empty(T if options.centred else 0)
-    rstd = torch.empty(T if options.normed else 0)
-    torch.ops.mm_cpp.modality_embed_fwd(
-        _contiguous(inputs.streams),
-        *_parameters(inputs),
-        _float(inputs.norm_weight),
-        _float(inputs.norm_bias),
-        *_indices(inputs),
-        *_dropout(inputs, options),
-        _NORMS[options.norm],
-        options.eps,
-        out,
-        mean,
-        rstd,
-    )
-    return out, mean, rstd
+def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype | None):
+    """As in reference.forward; out_dtype None: what the streams promote to.  Statistics that are not there are None."""
+    out, *statistics = _fwd(*inputs, _NORMS[options.norm], options.eps, options.dropout_p, out_dtype)
+    rstd = statistics.pop() if statistics else None
+    return out, statistics[0] if statistics else None, rstd
 
 
-def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]):
-    """As in reference.backward."""
+def backward(
+    grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor | None, rstd: Tensor | None, needs: list[bool]
+):
+    """As in reference.backward; None where not needed."""
     M, P = len(inputs.streams), len(inputs.tables)
-    nothing = grad_out.new_empty(0)
-
-    def fresh(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.empty(like.shape) if needed else None  # gradients of parameters are summed in fp32
-
-    d_streams = [
-        torch.empty(s.shape, dtype=s.dtype) if n else nothing for s, n in zip(inputs.streams, needs[:M], strict=True)
-    ]
-    d_modality = fresh(inputs.modality_weight, needs[M])
-    d_token = fresh(inputs.token_weight, needs[M + 1])
-    d_tables = [fresh(t, n) for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)]
-    d_norm_weight = fresh(inputs.norm_weight, needs[-2])
-    d_norm_bias = fresh(inputs.norm_bias, needs[-1])
-    torch.ops.mm_cpp.modality_embed_bwd(
-        grad_out.contiguous(),
-        # without a norm the streams' values are not read, and may be stand-ins
-        _contiguous(inputs.streams) if options.normed else [_ids(s) for s in inputs.streams],
-        *_parameters(inputs),
-        _float(inputs.norm_weight),
-        *_indices(inputs),
-        mean,
-        rstd,
-        *_dropout(inputs, options),
-        _NORMS[options.norm],
-        d_streams,
-        d_modality,
-        d_token,
-        [nothing if d is None else d for d in d_tables],
-        d_norm_weight,
-        d_norm_bias,
-    )
-
-    def finish(value: Tensor | None, like: Tensor | None) -> Tensor:
-        if value is None:
-            return grad_out.new_empty(0)
-        return value if value.dtype == like.dtype else value.to(like.dtype)
-
-    return (
-        [d if n else grad_out.new_empty(0) for d, n in zip(d_streams, needs[:M], strict=True)],
-        finish(d_modality, inputs.modality_weight),
-        finish(d_token, inputs.token_weight),
-        [finish(d, t) for d, t in zip(d_tables, inputs.tables, strict=True)],
-        finish(d_norm_weight, inputs.norm_weight),
-        finish(d_norm_bias, inputs.norm_bias),
-    )
-
-
-def _parameters(inputs: Inputs) -> tuple:
-    token_weight = inputs.token_weight
-    return (
-        inputs.modality_weight.contiguous(),
-        None if token_weight is None else token_weight.contiguous(),
-        _contiguous(inputs.tables),
-        inputs.table_counts,
-    )
-
-
-def _indices(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs.modality_ids.contiguous(), inputs.source_rows.contiguous(), inputs.positions.contiguous()
-
-
-def _dropout(inputs: Inputs, options: Options) -> tuple[Tensor | None, int, float]:
-    if inputs.rng is None:
-        return None, 0, 1.0
-    return inputs.rng.contiguous(), threshold(options.dropout_p), 1.0 / (1.0 - options.dropout_p)
-
-
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.contiguous() for t in tensors]
-
-
-def _ids(stream: Tensor) -> Tensor:
-    return stream if stream.is_floating_point() else stream.contiguous()
-
-
-def _float(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    norm = _NORMS[options.norm]
+    mean, rstd = (mean if norm == 1 else None), (rstd if norm else None)
+    found = iter(_bwd(grad_out, *inputs[:6], *inputs[7:], norm, options.dropout_p, mean, rstd, needs))
+    grads = [next(found) if needed else None for needed in needs]
+    return grads[:M], grads[M], grads[M + 1], grads[M + 2 : M + 2 + P], grads[-2], grads[-1]

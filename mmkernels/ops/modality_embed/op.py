@@ -66,14 +66,28 @@ def _backward_fake(grad_out, *args):
     )
 
 
-def _forward(*args):
+def _computed(*args):
+    """out, mean and rstd by an implementation; None or empty for a statistic that the norm does not have."""
     inputs, options, (out_dtype, impl) = _split(args)
     return dispatch.load("modality_embed", impl).forward(inputs, options, out_dtype)
 
 
-def _backward(grad_out, *args):
+def _gradients(grad_out, *args):
+    """As the operator's, but None or empty where not needed."""
     inputs, options, (mean, rstd, needs, impl) = _split(args)
     return dispatch.load("modality_embed", impl).backward(grad_out, inputs, options, mean, rstd, needs)
+
+
+def _forward(*args):
+    out, mean, rstd = _computed(*args)
+    return out, *(out.new_empty(0, dtype=torch.float32) if s is None else s for s in (mean, rstd))
+
+
+def _backward(grad_out, *args):
+    def there(grad):
+        return [there(g) for g in grad] if isinstance(grad, list) else grad_out.new_empty(0) if grad is None else grad
+
+    return tuple(there(grad) for grad in _gradients(grad_out, *args))
 
 
 for _device in ("cpu", "cuda"):
@@ -82,101 +96,78 @@ for _device in ("cpu", "cuda"):
 
 
 class _Differentiable(torch.autograd.Function):
-    """Takes the tensors one by one, as autograd wants them: streams, tables, then the rest of Inputs in order."""
+    """args: the operator's.  leaves: those of them that have gradients, in the order of `needs`; the others stay inside
+    the tuple, since autograd looks at each argument.  statistics: a list that takes mean and rstd."""
 
     @staticmethod
-    def forward(ctx, M, P, table_counts, options, out_dtype, impl, *tensors):
-        streams, tables, rest = list(tensors[:M]), list(tensors[M : M + P]), tensors[M + P :]
-        modality_weight, token_weight, *others = rest
-        out, mean, rstd = dispatch.below_autograd(
-            _forward,
-            torch.ops.mm.modality_embed_fwd,
-            (streams, modality_weight, token_weight, tables, table_counts, *others, *options, out_dtype, impl),
-            modality_weight,
-        )
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.table_counts, ctx.options, ctx.impl, ctx.shapes = (M, P), table_counts, options, impl, None
-        if not options.normed:
+    def forward(ctx, args, statistics, *leaves):
+        out, mean, rstd = dispatch.below_autograd(_computed, _fwd_op, args, args[1])
+        statistics += (mean, rstd)
+        streams, options, ctx.shapes = args[0], args[_NUM_INPUTS:-2], None
+        M = len(streams)
+        if options[0] == "none":
             # Backward reads ids and shapes only: do not keep the front ends' outputs alive.
             ctx.shapes = [(s.shape, s.dtype) if s.is_floating_point() else None for s in streams]
             streams = [None if s.is_floating_point() else s for s in streams]
-        ctx.save_for_backward(*streams, *tables, *rest, mean, rstd)
-        return out, mean, rstd
+        ctx.rest = (M, args[4], args[7:_NUM_INPUTS], options, args[-1])
+        ctx.save_for_backward(*streams, *leaves[M:], mean, rstd)
+        return out
 
     @staticmethod
-    def backward(ctx, grad_out, grad_mean, grad_rstd):
-        M, P = ctx.sizes
-        wanted = ctx.needs_input_grad[6:]
-        if grad_out is None:
-            return (None,) * (6 + len(wanted))
-        saved = ctx.saved_tensors
-        streams, tables = list(saved[:M]), list(saved[M : M + P])
-        modality_weight, token_weight, *others, mean, rstd = saved[M + P :]
+    def backward(ctx, grad_out):
+        M, table_counts, indices, options, impl = ctx.rest
+        *leaves, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
+        streams = leaves[:M]
         if ctx.shapes is not None:
             # one element that looks like a whole stream
             streams = [
                 s if like is None else grad_out.new_empty_strided(like[0], (0, 0), dtype=like[1])
                 for s, like in zip(streams, ctx.shapes, strict=True)
             ]
-        # from the order of the arguments to that of the schema's `needs`
-        needs = [*wanted[:M], *wanted[M + P : M + P + 2], *wanted[M : M + P], *wanted[M + P + 2 : M + P + 4]]
+        needs = ctx.needs_input_grad[2:]
         args = (
-            grad_out,
-            streams,
-            modality_weight,
-            token_weight,
-            tables,
-            ctx.table_counts,
-            *others,
-            *ctx.options,
-            mean,
-            rstd,
-            needs,
-            ctx.impl,
-        )
+            grad_out, streams, leaves[M], leaves[M + 1], leaves[M + 2 :], table_counts, norm_weight, norm_bias,
+            *indices, *options, mean, rstd, needs, impl,
+        )  # fmt: skip
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses what follows
-            grads = torch.ops.mm.modality_embed_bwd(*args)
+            grads = _bwd_op(*args)
         else:
-            grads = dispatch.below_autograd(_backward, torch.ops.mm.modality_embed_bwd, args, grad_out)
+            grads = dispatch.below_autograd(_gradients, _bwd_op, args, grad_out)
         d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = grads
-        found = (*d_streams, *d_tables, d_modality, d_token, d_norm_weight, d_norm_bias)
-        found = (d if n else None for d, n in zip(found, wanted, strict=False))
-        return (None,) * 6 + (*found,) + (None,) * (len(wanted) - M - P - 4)
+        found = (*d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias)
+        return None, None, *(d if n else None for d, n in zip(found, needs, strict=True))
 
 
 def _forward_autograd(*args):
     # At the dispatcher's Autograd key, not by register_autograd: that walks the lists of tensors as trees, which costs
     # 190 us a call, more than the kernel on a short batch.
-    inputs, options, (out_dtype, impl) = _split(args)
-    tensors = (
-        *inputs.streams,
-        *inputs.tables,
-        inputs.modality_weight,
-        inputs.token_weight,
-        inputs.norm_weight,
-        inputs.norm_bias,
-        inputs.modality_ids,
-        inputs.source_rows,
-        inputs.positions,
-        inputs.rng,
-    )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        M, P = len(inputs.streams), len(inputs.tables)
-        return _Differentiable.apply(M, P, inputs.table_counts, options, out_dtype, impl, *tensors)
-    return dispatch.below_autograd(_forward, torch.ops.mm.modality_embed_fwd, args, inputs.modality_weight)
+    streams, modality_weight, token_weight, tables, _, norm_weight, norm_bias = args[:7]
+    leaves = (*streams, modality_weight, token_weight, *tables, norm_weight, norm_bias)
+    if torch.is_grad_enabled():
+        for leaf in leaves:  # not any(): a generator costs a microsecond
+            if leaf is not None and leaf.requires_grad:
+                statistics: list[Tensor | None] = []
+                return _Differentiable.apply(args, statistics, *leaves), *statistics
+    return dispatch.below_autograd(_computed, _fwd_op, args, modality_weight)
+
+
+def _at_autograd_key(*args):
+    out, mean, rstd = _forward_autograd(*args)
+    return out, *(out.new_empty(0, dtype=torch.float32) if s is None else s for s in (mean, rstd))
 
 
 def _refuse_second_order(ctx, *grads):
     raise NotImplementedError("modality_embed: only first-order gradients are there; backward has no gradient")
 
 
-torch.library.impl("mm::modality_embed_fwd", "Autograd", _forward_autograd)
+torch.library.impl("mm::modality_embed_fwd", "Autograd", _at_autograd_key)
 torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
+_fwd_op, _bwd_op = torch.ops.mm.modality_embed_fwd.default, torch.ops.mm.modality_embed_bwd.default
 
 
-def modality_embed_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.ops.mm.modality_embed_fwd; eager callers reach its autograd without the dispatcher's conversions."""
+def modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """torch.ops.mm.modality_embed_fwd; eager callers reach its autograd without the dispatcher's conversions, and may
+    find None for a statistic that the norm does not have."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.ops.mm.modality_embed_fwd(*args)
+        return _fwd_op(*args)
     return _forward_autograd(*args)
