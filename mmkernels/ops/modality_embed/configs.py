@@ -12,7 +12,8 @@ from dataclasses import dataclass
 FORWARD_PROGRAMS = 2048
 BACKWARD_PROGRAMS = 1024  # enough for every GPU to have several per SM
 CHUNK = 32  # sorted tokens per program of the table sums
-TABLE_COLUMNS = 512  # columns per program there
+TABLE_COLUMNS = 512  # columns per program there, at most
+WARP_COLUMNS = 128  # of a warp there: four a lane, for 128-bit accesses to fp32; of a narrower row some lanes idle
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def backward(width: int) -> Config:
 def tiles_per_program(tokens: int, rows: int) -> int:
     """Of the backward: a partial sum each, so not too few."""
     return min(128, max(8, -(-tokens // (BACKWARD_PROGRAMS * rows))))
+
+
+def table_columns(width: int) -> tuple[int, int]:
+    """Columns of a program of the table sums, and its warps."""
+    columns = max(WARP_COLUMNS, min(TABLE_COLUMNS, block(width)))
+    return columns, columns // WARP_COLUMNS
 
 
 def _of(table: dict[int, Config], width: int) -> Config:

@@ -45,17 +45,17 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
         for width in WIDTHS:
             specs += _of_width(width, dtype)
         specs += _of_width(768, dtype, norm=2, dropout=True)
-    columns = configs.TABLE_COLUMNS
+    columns, warps = configs.table_columns(768)
     spans = {"FIRST": _FIRST, "SUMMED": (1,) * len(_FIRST), "CHUNK": configs.CHUNK, "COLUMNS": columns}
     shown = {"width": 768, "rows": configs.CHUNK}
     specs.append(
-        _spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, columns // 128)
+        _spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, warps)
     )
     return specs
 
 
 def _of_width(width: int, dtype: str, *, norm: int = 1, dropout: bool = False) -> list[KernelSpec]:
-    block, columns = configs.block(width), min(configs.TABLE_COLUMNS, configs.block(width))
+    block, (columns, table_warps) = configs.block(width), configs.table_columns(width)
     fwd, bwd = configs.forward(width), configs.backward(width)
     reads = {"M": _M, "A": _AXES, "V": _VOCABULARY, "STREAMS": _STREAMS, "TABLES": _TABLES, "ROWS_OF": _ROWS_OF}
     reads |= {"NORM": norm} | ({} if dropout else {"rng_ptr": None, "threshold": 0, "keep_scale": 1.0})
@@ -72,7 +72,7 @@ def _of_width(width: int, dtype: str, *, norm: int = 1, dropout: bool = False) -
     return [
         spec("fwd", modality_embed_fwd_kernel, {"R": fwd.rows, "BLOCK_E": block}, fwd.rows, fwd.warps),
         spec("bwd_rows", modality_embed_bwd_rows_kernel, rows, bwd.rows, bwd.warps),
-        spec("bwd_tables", modality_embed_bwd_tables_kernel, tables, configs.CHUNK, max(1, columns // 128)),
+        spec("bwd_tables", modality_embed_bwd_tables_kernel, tables, configs.CHUNK, table_warps),
     ]
 
 

@@ -130,7 +130,7 @@ def _sum_tables(common: dict[str, Any], keys: Tensor, d_tables: list[Tensor | No
     """Writes each row of d_tables that a key names: the sum of dx over its tokens.  Deterministic; never syncs."""
     E = common["E"]
     keys, order = keys.reshape(-1).sort(stable=True)
-    columns = min(configs.TABLE_COLUMNS, configs.block(E))
+    columns, warps = configs.table_columns(E)
     grid = (triton.cdiv(len(keys), configs.CHUNK), triton.cdiv(E, columns))
     head, tail = (keys.new_empty((grid[0], E), dtype=torch.float32) for _ in range(2))
     some = next(d for d in d_tables if d is not None)
@@ -138,7 +138,7 @@ def _sum_tables(common: dict[str, Any], keys: Tensor, d_tables: list[Tensor | No
     outs = outs if len(outs) == len(first) else (*outs, some)
     rest = {"keys_ptr": keys, "outs": outs, "head_ptr": head, "tail_ptr": tail, "N": len(keys), "FIRST": first}
     rest["SUMMED"] = tuple(int(d is not None) for d in d_tables) + (0,) * (len(first) - len(d_tables))
-    rest |= {"CHUNK": configs.CHUNK, "COLUMNS": columns, "num_warps": max(1, columns // 128)}
+    rest |= {"CHUNK": configs.CHUNK, "COLUMNS": columns, "num_warps": warps}
     modality_embed_bwd_tables_kernel[grid](**common, order_ptr=order, **rest)
     modality_embed_bwd_spans_kernel[grid](E=E, **rest)
 
