@@ -19,7 +19,7 @@ constexpr int64_t kChunkRows = 32;                  // at least, where there are
 constexpr int64_t kBlockBytes = int64_t{16} << 20;  // of dx: still cached when the second stage reads it
 constexpr int64_t kColumns = 256, kKeyRanges = 16;  // a task of the second stage is one of 16 ranges, 256 columns
 constexpr int64_t kSerialElements = 65536;          // less work than this is not worth a second thread
-constexpr int kGroup = 4;                           // rows of one modality that share a pass over the partial sums
+constexpr int64_t kRowsAhead = 2;                   // that the first stage asks for before it needs them
 constexpr int64_t kAhead = 4;                       // readers of a table row
 constexpr int64_t kUnroll = 8;                      // vectors of a table row that are summed in registers
 
@@ -99,148 +99,103 @@ int64_t count_kept(const Block& block, int64_t stop, int64_t chunk_rows, std::ve
   return count;
 }
 
-// dx from the gradient g of the normed rows; x holds the sums, and the normed values afterwards.
-template <int kRows>
-MM_INLINE void rows_through_norm(const Block& block, const int64_t t, const float* const* g, float* const* x,
-                                 float* const* dx, float* d_weight, float* d_bias, float* d_modality) {
+// dx from the gradient g of a normed row; x holds the row's sum, and the normed values afterwards.
+MM_INLINE void row_through_norm(const Block& block, int64_t t, const float* g, float* x, float* dx, float* d_weight,
+                                float* d_bias, float* d_modality) {
+  const int64_t E = block.in.E;
   const bool centre = block.in.norm == Norm::kLayer;
-  F32x8 mean[kRows], rstd[kRows], sum_g[kRows], sum_gx[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] = splat(centre ? block.grads.mean[t + r] : 0.0f);
-    rstd[r] = splat(block.grads.rstd[t + r]);
-    sum_g[r] = sum_gx[r] = splat(0.0f);
-  }
-  for (int64_t e = 0; e < block.in.E; e += kLanes) {  // weight and g are zero in the padding
-    const F32x8 weight = load(block.weight + e);
-    F32x8 for_weight = load(d_weight + e), for_bias = load(d_bias + e);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32x8 normed = (load(x[r] + e) - mean[r]) * rstd[r], grad = load(g[r] + e), scaled = grad * weight;
-      for_weight += grad * normed;
-      for_bias += grad;
-      sum_g[r] += scaled;
-      sum_gx[r] += scaled * normed;
-      store(x[r] + e, normed);
+  const F32x8 mean = splat(centre ? block.grads.mean[t] : 0.0f), rstd = splat(block.grads.rstd[t]);
+  F32x8 sum_g[2] = {splat(0.0f), splat(0.0f)};  // two, so that additions need not wait for each other
+  F32x8 sum_gx[2] = {splat(0.0f), splat(0.0f)};
+  for (int64_t e = 0; e < E; e += 2 * kLanes) {  // weight and g are zero in the padding
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = e + i * kLanes;
+      if (at >= E) break;
+      const F32x8 normed = (load(x + at) - mean) * rstd, grad = load(g + at), scaled = grad * load(block.weight + at);
+      store(d_weight + at, load(d_weight + at) + grad * normed);
+      store(d_bias + at, load(d_bias + at) + grad);
+      sum_g[i] += scaled;
+      sum_gx[i] += scaled * normed;
+      store(x + at, normed);
     }
-    store(d_weight + e, for_weight);
-    store(d_bias + e, for_bias);
   }
-  F32x8 mean_g[kRows], mean_gx[kRows];
-  const float scale = 1.0f / static_cast<float>(block.in.E);
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    mean_g[r] = splat(centre ? sum(sum_g[r]) * scale : 0.0f);
-    mean_gx[r] = splat(sum(sum_gx[r]) * scale);
-  }
-  for (int64_t e = 0; e < block.in.E; e += kLanes) {
-    const F32x8 weight = load(block.weight + e);
-    F32x8 for_modality = load(d_modality + e);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32x8 value = (load(g[r] + e) * weight - mean_g[r] - load(x[r] + e) * mean_gx[r]) * rstd[r];
-      store(dx[r] + e, value);
-      for_modality += value;
-    }
-    store(d_modality + e, for_modality);
-  }
-}
-
-template <int kRows>
-MM_INLINE void rows_without_norm(int64_t E, const float* const* g, float* const* dx, float* d_modality) {
+  const float scale = 1.0f / static_cast<float>(E);
+  const F32x8 mean_g = splat(centre ? sum(sum_g[0] + sum_g[1]) * scale : 0.0f);
+  const F32x8 mean_gx = splat(sum(sum_gx[0] + sum_gx[1]) * scale);
   for (int64_t e = 0; e < E; e += kLanes) {
-    F32x8 for_modality = load(d_modality + e);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const F32x8 value = load(g[r] + e);
-      store(dx[r] + e, value);
-      for_modality += value;
-    }
-    store(d_modality + e, for_modality);
+    const F32x8 value = (load(g + e) * load(block.weight + e) - mean_g - load(x + e) * mean_gx) * rstd;
+    store(dx + e, value);
+    store(d_modality + e, load(d_modality + e) + value);
   }
 }
 
-// kRows tokens of one modality from t.  sums: a row of each, where there is a norm; scratch: 3 * kGroup rows.
-template <int kRows>
-MM_INLINE void group_of_rows(const Block& block, int64_t t, const Token* tokens, float* sums, float* scratch,
-                             float* partials, float*& kept) {
+MM_INLINE void row_without_norm(int64_t E, const float* g, float* dx, float* d_modality) {
+  for (int64_t e = 0; e < E; e += kLanes) {
+    const F32x8 value = load(g + e);
+    store(dx + e, value);
+    store(d_modality + e, load(d_modality + e) + value);
+  }
+}
+
+// Where chunks keep what they work on: scratch holds three rows.
+struct Chunk {
+  float *scratch, *partials;  // partials: rows of `stride` floats, M for the modalities, then norm weight, norm bias
+  float* kept;                // where rows go that have no fp32 tensor, or null
+};
+
+MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, Chunk& chunk) {
   const Inputs& in = block.in;
   const Grads& grads = block.grads;
-  const int64_t M = in.streams.size(), E = in.E, stride = block.stride, m = tokens[0].modality;
-  const float* g[kRows];
-  float *x[kRows], *dx[kRows];
-  bool direct[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = sums + r * stride;
-    if (block.whole && grads.out.kind == Kind::kF32 && !in.dropout.on) {
-      g[r] = static_cast<const float*>(grads.out.data) + (t + r) * E;
-    } else {
-      float* row = scratch + (kGroup + r) * stride;
-      load_row(grads.out, t + r, row, E);
-      if (in.dropout.on) dropout_row(in.dropout, t + r, row, E);
-      g[r] = row;
-    }
-    direct[r] = block.direct(m, tokens[r].stream_row);
-    if (direct[r]) {
-      dx[r] = static_cast<float*>(grads.streams[m].data) + tokens[r].stream_row * E;
-    } else if (kept != nullptr) {
-      dx[r] = kept;
-      kept += stride;
-    } else {
-      dx[r] = scratch + (2 * kGroup + r) * stride;
-    }
-    if (block.dx) block.dx[t + r - block.start] = dx[r];
-  }
-  float* d_modality = partials + m * stride;
-  if (in.norm == Norm::kNone) {
-    rows_without_norm<kRows>(E, g, dx, d_modality);
+  const int64_t M = in.streams.size(), E = in.E, stride = block.stride, m = token.modality;
+  float *x = chunk.scratch, *dx = chunk.scratch + 2 * stride;
+  const float* g = chunk.scratch + stride;
+  if (block.whole && grads.out.kind == Kind::kF32 && !in.dropout.on) {
+    g = static_cast<const float*>(grads.out.data) + t * E;
   } else {
-    rows_through_norm<kRows>(block, t, g, x, dx, partials + M * stride, partials + (M + 1) * stride, d_modality);
+    load_row(grads.out, t, chunk.scratch + stride, E);
+    if (in.dropout.on) dropout_row(in.dropout, t, chunk.scratch + stride, E);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    if (!direct[r] && tokens[r].stream_row >= 0 && grads.streams[m].data != nullptr) {
-      store_row<false>(grads.streams[m], tokens[r].stream_row, dx[r], E);
-    }
+  const bool direct = block.direct(m, token.stream_row);
+  if (direct) {
+    dx = static_cast<float*>(grads.streams[m].data) + token.stream_row * E;
+  } else if (chunk.kept != nullptr) {
+    dx = chunk.kept;
+    chunk.kept += stride;
+  }
+  if (block.dx) block.dx[t - block.start] = dx;
+  float* d_modality = chunk.partials + m * stride;
+  if (in.norm == Norm::kNone) {
+    row_without_norm(E, g, dx, d_modality);
+  } else {
+    sum_token(in, token, x);
+    row_through_norm(block, t, g, x, dx, chunk.partials + M * stride, chunk.partials + (M + 1) * stride, d_modality);
+  }
+  if (!direct && token.stream_row >= 0 && grads.streams[m].data != nullptr) {
+    store_row<false>(grads.streams[m], token.stream_row, dx, E);
   }
 }
 
-// What the next group of rows will read and write.
-MM_INLINE void prefetch_group(const Block& block, int64_t t, int64_t end) {
+// What row t will read and write.
+MM_INLINE void prefetch_rows(const Block& block, int64_t t) {
   const Inputs& in = block.in;
   Token token;
-  for (; t < end; ++t) {
-    if (!locate(in, t, token)) return;
-    prefetch_row(row_at(block.grads.out, t, in.E), row_bytes(block.grads.out.kind, in.E));
-    if (in.norm != Norm::kNone) prefetch_row(token.row, row_bytes(token.kind, in.E));
-    if (token.stream_row < 0) continue;
-    const Rows& stream = block.grads.streams[token.modality];
-    if (stream.data) prefetch_row<true>(row_at(stream, token.stream_row, in.E), row_bytes(stream.kind, in.E));
-  }
+  if (!locate(in, t, token)) return;
+  prefetch_row(row_at(block.grads.out, t, in.E), row_bytes(block.grads.out.kind, in.E));
+  if (in.norm != Norm::kNone) prefetch_row(token.row, row_bytes(token.kind, in.E));
+  if (token.stream_row < 0) return;
+  const Rows& stream = block.grads.streams[token.modality];
+  if (stream.data) prefetch_row<true>(row_at(stream, token.stream_row, in.E), row_bytes(stream.kind, in.E));
 }
 
-// partials: rows of `stride` floats, M for the modalities, then norm weight, norm bias.
-// kept: where rows of this chunk go that have no fp32 tensor, or null.
-MM_CLONES int64_t chunk_of_rows(const Block& block, float* scratch, float* partials, float* kept, int64_t begin,
-                                int64_t end) {
-  Token tokens[kGroup];
-  for (int64_t t = begin; t < end;) {
-    prefetch_group(block, t + kGroup, std::min(t + 2 * kGroup, end));
-    const int n = static_cast<int>(std::min<int64_t>(kGroup, end - t));
-    bool alike = n == kGroup;
-    for (int r = 0; r < n; ++r) {
-      if (!locate(block.in, t + r, tokens[r])) return t + r;
-      alike = alike && tokens[r].modality == tokens[0].modality;
-      if (block.in.norm != Norm::kNone) sum_token(block.in, tokens[r], scratch + r * block.stride);
-    }
-    if (alike) {
-      group_of_rows<kGroup>(block, t, tokens, scratch, scratch, partials, kept);
-    } else {
-      for (int r = 0; r < n; ++r)
-        group_of_rows<1>(block, t + r, tokens + r, scratch + r * block.stride, scratch, partials, kept);
-    }
-    t += n;
+// One row at a time: several at once, which would share a pass over the partial sums, make so many streams of memory
+// that it takes half as long again.  Returns the first token that points outside, or -1.
+MM_CLONES int64_t chunk_of_rows(const Block& block, Chunk chunk, int64_t begin, int64_t end) {
+  Token token;
+  for (int64_t t = begin; t < end; ++t) {
+    if (!locate(block.in, t, token)) return t;
+    if (t + kRowsAhead < end) prefetch_rows(block, t + kRowsAhead);
+    backward_row(block, t, token, chunk);
   }
   return -1;
 }
@@ -357,7 +312,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
     }
     // The lists of readers are one more chunk.
     parallel(own + any_table, grain, [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(3 * kGroup * stride);
+      std::vector<float> scratch(3 * stride);
       for (int64_t c = first; c < last; ++c) {
         const int64_t begin = block.start + c * chunk_rows, end = std::min(begin + chunk_rows, stop);
         int64_t found;
@@ -365,7 +320,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
           found = readers.gather(in, block.start, stop);
         } else {
           float* own_kept = any_table ? kept.get() + kept_before[c] * stride : nullptr;
-          found = chunk_of_rows(block, scratch.data(), partials.data() + c * slots * stride, own_kept, begin, end);
+          found = chunk_of_rows(block, {scratch.data(), partials.data() + c * slots * stride, own_kept}, begin, end);
         }
         if (found >= 0) bad = found;
       }

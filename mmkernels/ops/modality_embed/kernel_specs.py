@@ -48,9 +48,7 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
     columns, warps = configs.table_columns(768)
     spans = {"FIRST": _FIRST, "SUMMED": (1,) * len(_FIRST), "CHUNK": configs.CHUNK, "COLUMNS": columns}
     shown = {"width": 768, "rows": configs.CHUNK}
-    specs.append(
-        _spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, warps)
-    )
+    specs.append(_spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, warps))
     return specs
 
 
