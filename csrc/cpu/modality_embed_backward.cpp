@@ -1,7 +1,6 @@
 // Backward of modality_embed.h, in two stages per block of rows; no result depends on the number of threads.
 // 1. Rows, in chunks: the gradient dx of each row before the norm, which is the stream's gradient; chunk c of every
-// block
-//    adds to partial sum c of the modalities and of the norm.
+//    block adds to partial sum c of the modalities and of the norm.
 // 2. Table rows: each is the sum of dx over the tokens that read it, in token order, and has one owner.
 // Letters as in modality_embed.h; K table rows in all, numbered through.
 #include <atomic>

@@ -1,4 +1,4 @@
-"""Modality embedding by the C++ extension: one call of csrc/bindings/modality_embed.cpp each way.   T tokens, E width."""
+"""Modality embedding by the C++ extension: one call of csrc/bindings/modality_embed.cpp each way.   E width."""
 
 from __future__ import annotations
 

@@ -78,9 +78,13 @@ def _gradients(grad_out, *args):
     return dispatch.load("modality_embed", impl).backward(grad_out, inputs, options, mean, rstd, needs)
 
 
+def _filled(out: Tensor, *statistics: Tensor | None) -> tuple[Tensor, ...]:
+    """What the operator returns: tensors only."""
+    return out, *(out.new_empty(0, dtype=torch.float32) if s is None else s for s in statistics)
+
+
 def _forward(*args):
-    out, mean, rstd = _computed(*args)
-    return out, *(out.new_empty(0, dtype=torch.float32) if s is None else s for s in (mean, rstd))
+    return _filled(*_computed(*args))
 
 
 def _backward(grad_out, *args):
@@ -152,8 +156,7 @@ def _forward_autograd(*args):
 
 
 def _at_autograd_key(*args):
-    out, mean, rstd = _forward_autograd(*args)
-    return out, *(out.new_empty(0, dtype=torch.float32) if s is None else s for s in (mean, rstd))
+    return _filled(*_forward_autograd(*args))
 
 
 def _refuse_second_order(ctx, *grads):
