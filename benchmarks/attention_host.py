@@ -1,4 +1,4 @@
-"""Host time of one attention call, by part: checks, dispatcher, autograd, launch; and of lowering a fresh layout.
+"""Host time of one attention call, by part: checks and outputs, autograd, launch; and of lowering a fresh layout.
 
 A batch so small that its kernels take no time, called in a loop.  An implementation that does nothing stands in for
 the real one to tell the operator's own cost from what the implementation adds: on a GPU the launch of its kernels, on
@@ -93,7 +93,7 @@ def call_times(device: torch.device, rounds: int, seed: int) -> list[dict]:
     backward = best["both stub"] - best["forward stub"]
     parts = {
         f"forward, no gradient wanted (impl {impl})": best["plain"],
-        "  checks, plan and schedule look-up, outputs": best["plain stub"],
+        "  checks, look-up, dispatcher and outputs": best["plain stub"],
         "  the implementation": best["plain"] - best["plain stub"],
         "forward, gradient wanted": best["forward"],
         "  of that, recording it": best["forward stub"] - best["plain stub"],

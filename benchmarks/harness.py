@@ -191,9 +191,12 @@ def time_calls(
 
 
 def _turns(names: list[str], round_index: int) -> list[str]:
-    first = names[round_index % len(names) :][:1] if names else []
-    rest = [name for name in names if name not in first]
-    return first + random.Random(round_index).sample(rest, len(rest))
+    """Who is first goes round; the others follow in an order that is drawn, the same in every run."""
+    if not names:
+        return []
+    first = names[round_index % len(names)]
+    rest = [name for name in names if name != first]
+    return [first, *random.Random(round_index).sample(rest, len(rest))]
 
 
 def notch(samples: Sequence[float]) -> float:

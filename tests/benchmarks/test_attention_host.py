@@ -21,7 +21,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert set(document) == {"environment", "calls", "layout"}
     us = {row["what"].strip(): row["us"] for row in document["calls"]}
     whole = next(value for what, value in us.items() if what.startswith("forward, no gradient"))
-    parts = us["checks, plan and schedule look-up, outputs"] + us["the implementation"]
+    parts = us["checks, look-up, dispatcher and outputs"] + us["the implementation"]
     assert abs(whole - parts) < 0.1  # of a microsecond: rounding
     assert us["SDPA forward and backward"] > us["SDPA forward, gradient wanted"] > 0
     assert all(row["lower_us"] > 0 and row["tiles_us"] > 0 for row in document["layout"])

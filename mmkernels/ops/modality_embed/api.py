@@ -109,6 +109,7 @@ def _quick(
     if (
         dispatch.cpp_missing() is not None
         or torch.compiler.is_compiling()
+        or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or layout.segments is None

@@ -9,7 +9,7 @@ from embed_cases import CASES, MIXED, Case, make, oracle, ragged, run, torch_sam
 
 from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
-from mmkernels.ops.modality_embed import op
+from mmkernels.ops.modality_embed import api, op
 from mmkernels.ops.modality_embed.api import modality_embed
 from mmkernels.testing import assert_error_rule
 
@@ -431,3 +431,12 @@ def test_cpp_never_reads_outside_its_arrays(which):
     needs = [False, True, True, *[True] * (len(tensors[3]) + 4)]
     with pytest.raises(RuntimeError, match="points outside"):
         torch.ops.mm.modality_embed_bwd(grad_out, *tensors, *indices, *rest[:3], mean, rstd, needs, "cpp")
+
+
+def test_another_device_is_never_offered_to_the_cpp_path(monkeypatch):
+    """A refusal costs more than a kernel's launch, and dropout would draw from the CPU's numbers."""
+    monkeypatch.setattr(op, "modality_embed_fwd", lambda *args: pytest.fail("offered"))
+    layout = PackedLayout.from_counts([[3, 2]])
+    streams = [torch.empty(rows, 8, device="meta") for rows in (3, 2)]
+    weight = torch.empty(2, 8, device="meta")
+    assert api._quick(streams, layout, weight, None, None, None, None, None, 1e-5, 0.5) is None
