@@ -27,6 +27,8 @@ SETTLED = 0.01  # a median known to 1 % (95 %) needs no further rounds: the time
 SETTLED_EVERY = 8  # rounds between two looks
 SLOW_MS = 500.0  # one warm-up call of that length has warmed everything; checking was another
 MIN_SAMPLE_MS = 0.3  # CPU: shorter calls are repeated within a sample, or the clock shows
+CYCLES_PER_MS = 2e6  # GPU: of the fastest clocks
+FIRST_LEAD_MS, LEAD, MAX_LEAD_MS = 1.0, 1.5, 5.0  # GPU: how long it is held up before a call, times the host's time
 # Relative RMS error that an implementation may have; far above rounding, far below a lost key or a wrong modality.
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -137,11 +139,15 @@ def run_problem(
         # Checking a step took it whole: on a CPU nothing is left to warm up.
         warm = tuple(calls) if direction == "step" and device.type == "cpu" else ()
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
+        host: dict[str, list[float]] = {}
         with grad_mode(direction):
-            samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least)
+            samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least, host=host)
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
-            yield _row(problem, direction, name, samples, limits, works, implementation.extra)
+            extra = implementation.extra
+            if name in host:
+                extra = extra | {"host_ms": round(statistics.median(host[name]), 4)}
+            yield _row(problem, direction, name, samples, limits, works, extra)
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None) -> str | None:
@@ -165,15 +171,17 @@ def time_calls(
     *,
     warm: Sequence[str] = (),
     slow_rounds: int = MIN_SLOW_ROUNDS,
+    host: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, sampled in turns: everybody is first in turn and follows everybody else, since who
     comes before leaves caches and the allocator as it does.
 
     warm: who needs no warm-up, nor to be repeated within a sample.  slow_rounds: samples of who takes all the time.
+    host: on a GPU filled with the milliseconds in which each call returned; the samples are the GPU's own time.
     """
     if not calls:
         return {}
-    sample = _sample_cuda(device) if device.type == "cuda" else _sample_cpu()
+    sample = _sample_cuda(device, {} if host is None else host) if device.type == "cuda" else _sample_cpu()
     repeats = {name: warm_up(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start, allowance = time.perf_counter(), 1e3 * max(seconds, SLOW_SECONDS)
@@ -232,9 +240,8 @@ def _sample_cpu():
     return sample
 
 
-def _sample_cuda(device: torch.device):
-    # Twice the L2: writing it evicts the inputs, and keeps the GPU busy while the host gets ahead of it, so that
-    # the time between the events holds no launch latency unless the host really is slower than the kernels.
+def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
+    # Twice the L2: writing it evicts the inputs.
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device=device)
 
@@ -242,9 +249,16 @@ def _sample_cuda(device: torch.device):
         events = []
         for name, call, _ in round_calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            returned = host.setdefault(name, [])
             flush.zero_()
+            # The GPU is held up until the host has asked for all of the call: the time between the events is that of
+            # its kernels.  What the host takes is a figure of its own, and counts where nothing else keeps a GPU busy.
+            lead = min(LEAD * returned[-1] if returned else FIRST_LEAD_MS, MAX_LEAD_MS)
+            torch.cuda._sleep(int(lead * CYCLES_PER_MS))
             start.record()
+            begin = time.perf_counter()
             call()
+            returned.append(1e3 * (time.perf_counter() - begin))
             end.record()
             events.append((name, start, end))
         torch.cuda.synchronize(device)
