@@ -30,6 +30,7 @@ from mmkernels.ops.attention.reference import dropout_keep, seen_pairs
 M = 3
 POISON = {"fp16": 6e4}  # finite, and far beyond what a sum could hide
 BIG = 1e30
+ORDER = 1e-2  # of the largest dq: what another order of additions and one rounding may change, bf16 at the most
 FEW, FEW_RATIO = 500, 4.0  # of so few numbers (a pair bias' gradient) torch's errors may all be lucky
 GRAPH_LAYOUTS, GRAPH_TOKENS, GRAPH_SAMPLES = 5, 192, 6
 LONG = 16384  # of the memory check: a [T, T] of one byte is 256 MiB
@@ -86,6 +87,10 @@ class Mode:
     schedule: str | None = None
     kernels: tuple[tuple[str, configs.Config], ...] = ()
 
+    @property
+    def fused(self) -> bool:
+        return any(kernel == "fused" for kernel, _ in self.kernels)
+
     def enter(self):
         if self.schedule is None and not self.kernels:
             return contextlib.nullcontext()
@@ -127,6 +132,8 @@ def all_checks(
                 continue
             call = functools.partial(make, device, dtype, width, feature, number, longest)
             for mode in ways:
+                if mode.fused and (feature.pair_bias or feature.dropout_p or feature.mass):
+                    continue  # never fused: the pair would be tried again
                 name = f"attention {dtype} D{width} {feature_name}, {mode.name}"
                 yield f"{name}: error rule", lambda c=call, m=mode: check_error_rule(c(), m, impl)
                 if feature_name == "everything" and not index:
@@ -228,14 +235,23 @@ def check_error_rule(call: Call, mode: Mode, impl: str, max_ratio: float = testi
 
 
 def torch_way(call: Call) -> dict[str, Tensor]:
-    """The same by torch, dense: scores and softmax in fp32, probabilities rounded to the dtype of the inputs."""
+    """The same by torch, dense: scores and softmax in fp32, probabilities rounded to the dtype of the inputs.
+
+    On a GPU the 16-bit scores come of its tensor cores, whose fp32 sums round less exactly than others: lse shows it.
+    """
     f = call.feature
     leaves = [leaf.detach().requires_grad_() for leaf in call.leaves]
     q, k, v, bias = call.inputs(leaves)
     plan = MaskPlan.lower(_fresh(call.layout), call.mask, _fresh(call.k_layout))
     seen = seen_pairs(plan.q_table, plan.k_table)
     wide_k, wide_v = (t.float().repeat_interleave(f.heads // f.kv_heads, 1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.float(), wide_k) / math.sqrt(q.shape[2])
+    scores = torch.einsum("qhd,khd->hqk", q.float(), wide_k)
+    if q.is_cuda and q.dtype != torch.float32:
+        of_cores = torch.bmm(
+            q.detach().transpose(0, 1), wide_k.detach().to(k.dtype).permute(1, 2, 0), out_dtype=torch.float32
+        )
+        scores = scores + (of_cores - scores).detach()  # their values, with the gradient of the product
+    scores = scores / math.sqrt(q.shape[2])
     if bias is not None:
         scores = scores + bias[:, plan.q_modality.long()][:, :, plan.k_modality.long()]
     scores = scores.masked_fill(~seen, -math.inf)
@@ -258,7 +274,10 @@ def torch_way(call: Call) -> dict[str, Tensor]:
 
 
 def check_isolation(call: Call, mode: Mode, impl: str, poison: float) -> None:
-    """Poison in all other samples leaves the first sample's results bit-equal."""
+    """Poison in all other samples leaves the first sample's results bit-equal.
+
+    Where the order of dq's additions differs between runs, dq is as near as two runs are.
+    """
     stop = int(call.layout.host.cu_seqlens[1])
     poisoned = [leaf.clone() for leaf in call.leaves]
     do = call.do.clone()
@@ -268,7 +287,9 @@ def check_isolation(call: Call, mode: Mode, impl: str, poison: float) -> None:
     after = solve(replace(call, do=do), poisoned, mode, impl)
     for name in before:
         a, b = ((t[:, :stop] if name == "lse" else t[:stop]) for t in (before[name], after[name]))
-        assert torch.equal(a, b), f"{name} of sample 0 changed when {poison} came into other samples"
+        unordered = mode.fused and name in ("gradient q", "gradient qkv")
+        same = torch.allclose(a, b, rtol=1e-2, atol=float(a.abs().max()) * ORDER) if unordered else torch.equal(a, b)
+        assert same, f"{name} of sample 0 changed when {poison} came into other samples"
 
 
 def check_repeats(call: Call, mode: Mode, impl: str, repeats: int) -> None:

@@ -24,6 +24,7 @@ KERNELS = {
 _OF_KEYS = ("dkdv", "fused")  # a tile's rows are keys, its columns queries
 # Arguments that are None unless an extra asks for them.
 _OPTIONAL = {"bias_ptr": "bias", "partials_ptr": "bias", "rng_ptr": "dropout", "mass_ptr": "mass", "dlse_ptr": "dlse"}
+_DESCRIPTORS = ("q_desc", "do_desc", "k_desc", "v_desc")
 _TYPES = {"rng_ptr": "*i64"}
 _TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "bias_ptr", "mass_ptr", "partials_ptr", "dq_sum"), "*fp32")
 _TYPES |= dict.fromkeys(("q_table_ptr", "k_table_ptr", "tiles_ptr", "spans_ptr"), "*i32")
@@ -63,10 +64,10 @@ def spec(
         "TMA": config.tma,
     }
     values |= {arg: None for arg, extra in _OPTIONAL.items() if extra not in extras}
-    values |= {} if config.tma else {"k_desc": None, "v_desc": None}
+    values |= {} if config.tma else dict.fromkeys(_DESCRIPTORS)
     constexprs = {arg: value for arg, value in values.items() if arg in fn.arg_names}
     block = f"[{config.cols}, 1, {block_d}]"
-    types = _TYPES | {"k_desc": f"tensordesc<{dtype}{block}>", "v_desc": f"tensordesc<{dtype}{block}>"}
+    types = _TYPES | dict.fromkeys(_DESCRIPTORS, f"tensordesc<{dtype}{block}>")
     if config.tma:
         types["dq_sum"] = f"tensordesc<fp32{block}>"
     signature = {}

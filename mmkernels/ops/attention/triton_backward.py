@@ -22,6 +22,7 @@ from mmkernels.ops.attention.triton_tiles import (
     bias_of,
     dropout_keep_tile,
     load_rows,
+    load_rows_tma,
     modalities_of,
     row_biases,
     row_bounds,
@@ -38,6 +39,8 @@ def attention_bwd_dkdv_kernel(
     bias_ptr,
     rng_ptr,
     do_ptr,
+    q_desc,
+    do_desc,
     lse_ptr,
     delta_ptr,
     q_table_ptr,
@@ -121,14 +124,14 @@ def attention_bwd_dkdv_kernel(
             for col in range(col_start, full_end, BLOCK_Q):
                 dk, dv, ds_of, _ = key_step(
                     dk, dv, ds_of, k, v, lo, hi, bits, biases,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, rng_ptr,
                     Tq, head, row_start, col, col_end, stride_qt, stride_dot,
                     scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
                 )  # fmt: skip
             for col in range(full_end, col_end, BLOCK_Q):
                 dk, dv, ds_of, _ = key_step(
                     dk, dv, ds_of, k, v, lo, hi, bits, biases,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, rng_ptr,
                     Tq, head, row_start, col, col_end, stride_qt, stride_dot,
                     scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
                 )  # fmt: skip
@@ -156,10 +159,13 @@ def _query_step(
     queries,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     k_table_ptr,
     rng_ptr,
     Tk,
     head,
+    kv_head,
     col,
     col_end,
     stride_kt,
@@ -183,8 +189,12 @@ def _query_step(
     count = col_end - col
     base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
     cols = col + tl.arange(0, BLOCK_K)
-    k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
-    v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
+    if k_desc is not None and not MASKED:  # as in key_step
+        k = load_rows_tma(k_desc, col, kv_head, BLOCK_K, BLOCK_D)
+        v = load_rows_tma(v_desc, col, kv_head, BLOCK_K, BLOCK_D)
+    else:
+        k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
+        v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     bias = 0.0
@@ -209,6 +219,8 @@ def attention_bwd_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     bias_ptr,
     rng_ptr,
     out_ptr,
@@ -263,12 +275,12 @@ def attention_bwd_dq_kernel(
 
     base = row_start.to(tl.int64)
     q_head = tl.cast(head, tl.int64)
-    kv_head = (head // group).to(tl.int64)
+    kv_head = head // group
     count = row_end - row_start
     q = load_rows(q_ptr + base * stride_qt + q_head * stride_qh, stride_qt, count, D, BLOCK_Q, BLOCK_D, True)
     do = load_rows(do_ptr + base * stride_dot + q_head * stride_doh, stride_dot, count, D, BLOCK_Q, BLOCK_D, True)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
 
     rows = row_start + tl.arange(0, BLOCK_Q)
     in_tile = rows < row_end
@@ -298,13 +310,15 @@ def attention_bwd_dq_kernel(
         for col in range(col_start, full_end, BLOCK_K):
             dq, ds_sum = _query_step(
                 dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
-                k_ptr, v_ptr, k_table_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                k_ptr, v_ptr, k_desc, v_desc, k_table_ptr, rng_ptr,
+                Tk, head, kv_head, col, col_end, stride_kt, stride_vt,
                 scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
             dq, ds_sum = _query_step(
                 dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
-                k_ptr, v_ptr, k_table_ptr, rng_ptr, Tk, head, col, col_end, stride_kt, stride_vt,
+                k_ptr, v_ptr, k_desc, v_desc, k_table_ptr, rng_ptr,
+                Tk, head, kv_head, col, col_end, stride_kt, stride_vt,
                 scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
             )  # fmt: skip
 

@@ -6,7 +6,15 @@ Formulas and letters as in triton_backward.
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_tiles import LOG2E, bias_of, dropout_keep_tile, load_rows, modalities_of, seen_pairs
+from mmkernels.ops.attention.triton_tiles import (
+    LOG2E,
+    bias_of,
+    dropout_keep_tile,
+    load_rows,
+    load_rows_tma,
+    modalities_of,
+    seen_pairs,
+)
 
 
 @triton.jit
@@ -22,6 +30,8 @@ def key_step(
     biases,
     q_ptr,
     do_ptr,
+    q_desc,
+    do_desc,
     lse_ptr,
     delta_ptr,
     q_table_ptr,
@@ -55,7 +65,12 @@ def key_step(
     count = col_end - col
     base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
     cols = col + tl.arange(0, BLOCK_Q)
-    q = load_rows(q_ptr + base * stride_qt, stride_qt, count, D, BLOCK_Q, BLOCK_D, MASKED)
+    # Whole blocks that every row sees: nothing of another sample, so descriptors may load them as they are.
+    BY_TMA: tl.constexpr = q_desc is not None and not MASKED
+    if BY_TMA:
+        q = load_rows_tma(q_desc, col, head, BLOCK_Q, BLOCK_D)
+    else:
+        q = load_rows(q_ptr + base * stride_qt, stride_qt, count, D, BLOCK_Q, BLOCK_D, MASKED)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if MASKED:
         lse = tl.load(lse_ptr + cols, mask=cols < col_end, other=0.0)
@@ -72,7 +87,10 @@ def key_step(
         seen = seen_pairs(cols, col_end, lo, hi, bits, q_bits_ptr, HAS_VISIBLE)
         # After exp2, so that the inf of a row that sees nothing (lse = -inf) goes as well.
         p = tl.where(seen, p, 0.0)
-    do = load_rows(do_ptr + base * stride_dot, stride_dot, count, D, BLOCK_Q, BLOCK_D, MASKED)
+    if BY_TMA:
+        do = load_rows_tma(do_desc, col, head, BLOCK_Q, BLOCK_D)
+    else:
+        do = load_rows(do_ptr + base * stride_dot, stride_dot, count, D, BLOCK_Q, BLOCK_D, MASKED)
     if rng_ptr is not None:
         keep = tl.trans(dropout_keep_tile(rng_ptr, drop_threshold, head, cols, first_key, BLOCK_K, ALIGNED))
         factor = tl.where(keep, keep_scale, 0.0)

@@ -241,7 +241,7 @@ def attention_fwd_kernel(
     if q.dtype == tl.float32:
         lse = row_max + tl.log(row_sum)  # row_max of a blind row is still -inf
     else:
-        lse = (row_max + tl.math.log2(row_sum)) * LN2
+        lse = row_max * LN2 + tl.math.log2(row_sum) * LN2  # a fused add: one rounding less than LN2 times the sum
     tl.store(lse_ptr + q_head * Tq + rows, lse, mask=in_tile)
     if mass_ptr is not None:
         for m in tl.static_range(MODALITIES):

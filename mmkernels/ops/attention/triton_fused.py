@@ -7,8 +7,8 @@ scores and dp are computed once.  The order of those additions differs between r
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton_backward_steps import bias_unit, key_biases, key_step, no_sums, store_bias_partial
-from mmkernels.ops.attention.triton_tiles import load_rows, modalities_of, row_bounds, store_rows
+from mmkernels.ops.attention.triton_backward_steps import key_step
+from mmkernels.ops.attention.triton_tiles import load_rows, row_bounds, store_rows
 
 
 @triton.jit(do_not_specialize=["Tq"])
@@ -86,14 +86,14 @@ def _add_to_dq(
         tl.atomic_add(at + dims, dq, mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
+@triton.jit(do_not_specialize=["Tq", "Tk"])
 def attention_bwd_fused_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    bias_ptr,
-    rng_ptr,
     do_ptr,
+    q_desc,
+    do_desc,
     lse_ptr,
     delta_ptr,
     q_table_ptr,
@@ -103,12 +103,10 @@ def attention_bwd_fused_kernel(
     dq_sum,
     dk_ptr,
     dv_ptr,
-    partials_ptr,
     Tq,
     Tk,
     kv_heads,
     group,
-    k_modalities,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -124,22 +122,18 @@ def attention_bwd_fused_kernel(
     stride_dvt,
     stride_dvh,
     scale,
-    drop_threshold,
-    keep_scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """dk, dv of one key tile of one key head, and what it adds to dq_sum (before scale).   Grid: tiles x key heads.
 
     dq_sum fp32 [Tq, H, D], zero at the start: with TMA a descriptor of blocks [BLOCK_Q, 1, BLOCK_D], else a pointer.
-    partials [tiles, H, Mq, Mk] fp32 (None without pair bias): each tile's part of dbias.  MODALITIES: Mq, or 0.
+    No pair bias, whose gradient wants a more exact delta than this pass has, and no dropout, for lack of registers.
     """
     tile = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -157,9 +151,6 @@ def attention_bwd_fused_kernel(
     rows = row_start + tl.arange(0, BLOCK_K)
     in_tile = rows < row_end
     lo, hi, bits = row_bounds(k_table_ptr, rows, in_tile, Tk, HAS_VISIBLE)
-    k_modality = lo
-    if bias_ptr is not None:
-        k_modality = modalities_of(k_table_ptr, rows, in_tile, Tk)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -169,38 +160,29 @@ def attention_bwd_fused_kernel(
         do_at = do_ptr + q_head * stride_doh
         lse_at = lse_ptr + q_head * Tq
         delta_at = delta_ptr + q_head * Tq
-        biases = ()
-        if bias_ptr is not None:
-            bias_at = bias_ptr + q_head * MODALITIES * k_modalities
-            biases = key_biases(bias_at, k_modality, k_modalities, bias_unit(k.dtype), MODALITIES)
-        ds_of = no_sums(MODALITIES, BLOCK_K)
         for span in range(first_span, last_span):
             col_start = tl.load(spans_ptr + 3 * span)
             col_end = tl.load(spans_ptr + 3 * span + 1)
             masked = tl.load(spans_ptr + 3 * span + 2)
             full_end = tl.where(masked != 0, col_start, col_end)
             for col in range(col_start, full_end, BLOCK_Q):
-                dk, dv, ds_of, ds = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                dk, dv, _, ds = key_step(
+                    dk, dv, (), k, v, lo, hi, bits, (),
+                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
                     Tq, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
+                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, False)
             for col in range(full_end, col_end, BLOCK_Q):
-                dk, dv, ds_of, ds = key_step(
-                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
-                    q_at, do_at, lse_at, delta_at, q_table_ptr, rng_ptr,
+                dk, dv, _, ds = key_step(
+                    dk, dv, (), k, v, lo, hi, bits, (),
+                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
                     Tq, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, drop_threshold, keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
+                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, True,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, True)
-        if bias_ptr is not None:
-            tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
-            partial_at = partials_ptr + tile_head * MODALITIES * k_modalities
-            store_bias_partial(partial_at, ds_of, k_modality, in_tile, k_modalities, MODALITIES)
 
     store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
     store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)

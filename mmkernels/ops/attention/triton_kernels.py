@@ -12,7 +12,7 @@ import torch
 
 from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
-from mmkernels.ops.attention.triton_launch import LOG2E, descriptor, dropout_scalars, on_device, precision, strides
+from mmkernels.ops.attention.triton_launch import LOG2E, descriptors, dropout_scalars, on_device, precision, strides
 from mmkernels.ops.attention.triton_launch_backward import attention_bwd
 
 __all__ = ["attention_bwd", "attention_fwd", "schedule"]
@@ -34,7 +34,7 @@ def schedule(plan, request) -> tuple:
     none = plan.q_table[0, :0]
     if not request.needs_backward:
         return *fwd_tiles, none, none, none, none, configs.Configs(fwd, found.dkdv[0], found.dq[0]).flat()
-    if found.fused and not request.deterministic:
+    if found.fused and not (request.deterministic or request.extras):
         fused, fused_tiles = _cheapest(plan, "key", found.fused, same)
         return *fwd_tiles, none, none, *fused_tiles, configs.Configs(fwd, fused, found.dq[0], fused=True).flat()
     dq, dq_tiles = _cheapest(plan, "query", found.dq, same)
@@ -84,9 +84,7 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
         return
     (Tq, H, D), Tk = q.shape, k.shape[0]
     config = configs.Configs.from_flat(lowered.config).fwd
-    k_desc, v_desc = (descriptor(t, config.cols) if config.tma else None for t in (k, v))
-    if k_desc is None or v_desc is None:
-        k_desc = v_desc = None
+    k_desc, v_desc = descriptors(k, v, config.cols, config.tma)
     q_modalities, modalities = (0, 0) if pair_bias is None else pair_bias.shape[1:]
     if mass is not None:
         modalities = mass.shape[2]

@@ -34,6 +34,12 @@ def dropout_scalars(dropout_p: float) -> tuple[int, float]:
     return bits - (bits >> 31 << 32), 1.0 / (1.0 - dropout_p)
 
 
+def descriptors(one: Tensor, other: Tensor, block: int, wanted: bool) -> tuple:
+    """A descriptor of each, or None for both."""
+    found = (descriptor(one, block), descriptor(other, block)) if wanted else (None, None)
+    return found if None not in found else (None, None)
+
+
 def descriptor(t: Tensor, block: int) -> TensorDescriptor | None:
     """Of blocks [block, 1, padded D] of t [T, heads, D]; None where the hardware cannot: t decides, on the host."""
     size = t.element_size()

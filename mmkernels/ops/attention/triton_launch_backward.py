@@ -1,8 +1,8 @@
 """Packed attention backward, Triton, sm_80+: what launches its kernels.   Tq, Tk tokens, H heads, G key heads, D width.
 
-The deterministic pair: dQ over query tiles, which also leaves delta, then dK/dV over key tiles.  Or, where the schedule
-says so, the fused kernel over key tiles with dQ summed in fp32.  Both leave the pair bias' gradient in one part per key
-tile; one sum of fixed order makes dbias of them.
+The deterministic pair: dQ over query tiles, which also leaves delta, then dK/dV over key tiles, and of a pair bias'
+gradient one part per key tile, of which one sum of fixed order makes dbias.  Or, where the schedule says so, the fused
+kernel over key tiles with dQ summed in fp32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import torch
 from mmkernels.ops.attention import configs
 from mmkernels.ops.attention.triton_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from mmkernels.ops.attention.triton_fused import attention_bwd_delta_kernel, attention_bwd_fused_kernel
-from mmkernels.ops.attention.triton_launch import descriptor, dropout_scalars, on_device, precision, strides
+from mmkernels.ops.attention.triton_launch import (
+    descriptor,
+    descriptors,
+    dropout_scalars,
+    on_device,
+    precision,
+    strides,
+)
 
 DELTA_ROWS = 64  # queries of one program of the delta kernel
 
@@ -31,7 +38,7 @@ def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias
     with on_device(q):
         if chosen.fused:
             _delta(do, dlse, out, delta)
-            _fused(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials, lowered)
+            _fused(chosen.dkdv, do, q, k, v, lse, delta, dq, dk, dv, lowered)
         else:
             _dq(chosen.dq, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
             _dkdv(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered)
@@ -45,10 +52,11 @@ def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
         return
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
     attention_bwd_dq_kernel[(len(tiles) * H,)](
-        q, k, v, pair_bias, rng, out, do, lse, dlse, lowered.q_table, lowered.k_table, tiles, lowered.dq_spans,
+        q, k, v, *descriptors(k, v, config.cols, config.tma), pair_bias, rng, out, do, lse, dlse,
+        lowered.q_table, lowered.k_table, tiles, lowered.dq_spans,
         dq, delta, Tq, Tk, H, H // G, _modalities(pair_bias, 1), *strides(q, k, v, out, do, dq), *_scalars(lowered),
         BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
-        **_shared(config, q, rng, lowered),
+        ALIGNED=config.token and rng is not None, **_shared(config, q, lowered),
     )  # fmt: skip
 
 
@@ -58,10 +66,11 @@ def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, low
         return
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
     attention_bwd_dkdv_kernel[(len(tiles) * G,)](
-        q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
+        q, k, v, pair_bias, rng, do, *descriptors(q, do, config.cols, config.tma), lse, delta,
+        lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
         dk, dv, partials, Tq, Tk, G, H // G, _modalities(pair_bias, 2), *strides(q, k, v, do, dk, dv),
         *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols, MODALITIES=_modalities(pair_bias, 1),
-        **_shared(config, q, rng, lowered),
+        ALIGNED=config.token and rng is not None, **_shared(config, q, lowered),
     )  # fmt: skip
 
 
@@ -74,18 +83,18 @@ def _delta(do, dlse, out, delta) -> None:
     )
 
 
-def _fused(config, do, q, k, v, pair_bias, rng, lse, delta, dq, dk, dv, partials, lowered) -> None:
-    """config.tma: dq is summed by TMA reduce-add, else by atomic additions."""
+def _fused(config, do, q, k, v, lse, delta, dq, dk, dv, lowered) -> None:
+    """config.tma: dq is summed by TMA reduce-add, else by atomic additions; whole blocks come by TMA too."""
     tiles = lowered.dkdv_tiles
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
     dq_sum = zeroed_dq_sum(q)
     target = descriptor(dq_sum, config.cols) if config.tma else dq_sum
     if len(tiles) and Tq:
         attention_bwd_fused_kernel[(len(tiles) * G,)](
-            q, k, v, pair_bias, rng, do, lse, delta, lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
-            target, dk, dv, partials, Tq, Tk, G, H // G, _modalities(pair_bias, 2),
-            *strides(q, k, v, do, dq_sum, dk, dv), *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols,
-            MODALITIES=_modalities(pair_bias, 1), TMA=config.tma, **_shared(config, q, rng, lowered),
+            q, k, v, do, *descriptors(q, do, config.cols, config.tma), lse, delta,
+            lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans, target, dk, dv, Tq, Tk, G, H // G,
+            *strides(q, k, v, do, dq_sum, dk, dv), lowered.scale,
+            BLOCK_K=config.rows, BLOCK_Q=config.cols, TMA=config.tma, **_shared(config, q, lowered),
         )  # fmt: skip
     torch.mul(dq_sum, lowered.scale, out=dq)
 
@@ -106,13 +115,12 @@ def _scalars(lowered) -> tuple:
     return lowered.scale, *dropout_scalars(lowered.dropout_p)
 
 
-def _shared(config, q, rng, lowered) -> dict:
+def _shared(config, q, lowered) -> dict:
     return {
         "D": q.shape[2],
         "BLOCK_D": configs.padded(q.shape[2]),
         "HAS_VISIBLE": lowered.has_visible,
         "PRECISION": precision(q),
-        "ALIGNED": config.token and rng is not None,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
