@@ -36,7 +36,8 @@ DIRECTION = {"fwd": "fwd", "fused": "bwd", "dkdv": "bwd", "dq": "bwd"}
 AXES: tuple[tuple[dict, ...], ...] = (
     tuple({"rows": r, "cols": c} for r, c in itertools.product((32, 64, 128, 256), (32, 64, 128))),
     tuple({"warps": n} for n in (4, 8)),
-    tuple({"stages": n} for n in (1, 2, 3, 4)),
+    # Not one stage: Triton 3.6 then gives wrong gradients of 16-bit tiles of 32 queries (fused, H100), or faults.
+    tuple({"stages": n} for n in (2, 3, 4)),
     tuple({"tma": on} for on in (False, True)),
 )
 DRY_AXES: tuple[tuple[dict, ...], ...] = (({"rows": 16, "cols": 16}, {"rows": 32, "cols": 16}),)

@@ -28,6 +28,35 @@ def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarr
     return q_table, k_table
 
 
+def joined(tiles: np.ndarray, spans: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same tiles, where those of at most `most` columns that follow one another walk them as one masked span.
+
+    tiles int32 [N, 4], spans int32 [S, 3] as of TileSchedule.  A kernel fills its pipeline anew for each span, which a
+    short tile feels more than a mask.
+    """
+    if not len(spans):
+        return tiles, spans
+    first, last = tiles[:, 2].astype(np.int64), tiles[:, 3].astype(np.int64) - 1
+    # Before each span, where columns are left out.
+    breaks = np.concatenate([[0], np.cumsum(spans[1:, 0] != spans[:-1, 1])])
+    several = np.flatnonzero(last > first)
+    first, last = first[several], last[several]
+    fits = (breaks[first] == breaks[last]) & (spans[last, 1] - spans[first, 0] <= most)
+    several, first, last = several[fits], first[fits], last[fits]
+    spans, kept = spans.copy(), np.ones(len(spans) + 1, bool)
+    spans[first, 1], spans[first, 2] = spans[last, 1], 1
+    ends = np.zeros(len(spans) + 1, np.int64)
+    np.add.at(ends, first + 1, 1)
+    np.add.at(ends, last + 1, -1)
+    kept[np.cumsum(ends) > 0] = False
+    place = np.cumsum(kept) - 1  # of each span that is kept
+    tiles, lengths = tiles.copy(), tiles[:, 3] - tiles[:, 2]
+    lengths[several] = 1
+    tiles[:, 2] = place[tiles[:, 2]]
+    tiles[:, 3] = tiles[:, 2] + lengths
+    return tiles, spans[kept[:-1]]
+
+
 def _at_most(bounds: np.ndarray, num_keys: int) -> np.ndarray:
     """For each key j, how many of the bounds are at most j."""
     return np.cumsum(np.bincount(bounds, minlength=num_keys + 1)[:num_keys])

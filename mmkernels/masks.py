@@ -158,7 +158,7 @@ class MaskPlan:
         self.is_cross = k_layout is not layout
         self.has_visible = mask.visible is not None
         self.cache: dict[Any, Any] = {}  # what operators derive from the plan
-        self._tiles: dict[tuple[str, int, int, str], TileSchedule] = {}
+        self._tiles: dict[tuple[str, int, int, str, int], TileSchedule] = {}
         self._visible_pairs: int | None = None
         self._host_plan: MaskPlan | None = None
         if self.is_cross:
@@ -182,16 +182,19 @@ class MaskPlan:
         """The tile schedules that can be had: device-side bounds give token tiles only."""
         return SCHEDULES if self._host_plan is not None else ("token",)
 
-    def tiles(self, rows: str, block_rows: int, block_cols: int, schedule: str = "sample") -> TileSchedule:
+    def tiles(
+        self, rows: str, block_rows: int, block_cols: int, schedule: str = "sample", joined: int = 0
+    ) -> TileSchedule:
         """Tiles with queries as rows (forward, dQ) or keys as rows (dK, dV).  rows is "query" or "key".
 
+        joined: tiles of at most so many columns walk what follows one another as one masked span (host bounds only).
         Raises NotImplementedError for sample tiles where only device-side bounds are known.
         """
         if rows not in ("query", "key"):
             raise ValueError(f"MaskPlan.tiles: rows is {rows!r}, expected 'query' or 'key'")
         if schedule not in SCHEDULES:
             raise ValueError(f"MaskPlan.tiles: schedule is {schedule!r}, expected 'sample' or 'token'")
-        key = (rows, block_rows, block_cols, schedule)
+        key = (rows, block_rows, block_cols, schedule, joined)
         found = self._tiles.get(key)
         if found is None:
             found = self._tiles[key] = self._schedule(*key)
@@ -220,7 +223,7 @@ class MaskPlan:
             )
         return self._visible_pairs
 
-    def _schedule(self, rows: str, block_rows: int, block_cols: int, schedule: str) -> TileSchedule:
+    def _schedule(self, rows: str, block_rows: int, block_cols: int, schedule: str, joined: int) -> TileSchedule:
         if self._host_plan is None:
             if schedule == "sample":
                 raise NotImplementedError(
@@ -233,11 +236,15 @@ class MaskPlan:
             )
             return TileSchedule(tiles, spans, None)
         if self._host_plan is not self:
-            host = self._host_plan.tiles(rows, block_rows, block_cols, schedule)
+            host = self._host_plan.tiles(rows, block_rows, block_cols, schedule, joined)
             device = self.layout.device
             return TileSchedule(
                 host.tiles.to(device, non_blocking=True), host.spans.to(device, non_blocking=True), host.pairs
             )
+        if joined:
+            apart = self.tiles(rows, block_rows, block_cols, schedule)
+            tiles, spans = mask_lowering.joined(apart.tiles.numpy(), apart.spans.numpy(), joined)
+            return TileSchedule(torch.from_numpy(tiles), torch.from_numpy(spans), apart.pairs)
         (lo, hi, row_bits, _), (_, _, col_bits, _) = self.q_table.numpy(), self.k_table.numpy()
         cu_rows, cu_cols = self.layout.cu_seqlens.numpy(), self.k_layout.cu_seqlens.numpy()
         if rows == "key":

@@ -86,8 +86,8 @@ FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_80", 4, 128): (C(32, 32, 8, 2),),
     ("sm_80", 4, 256): (C(16, 16, 8, 2),),
     ("sm_90", 2, 32): (C(128, 64, 8, 3, tma=True), C(64, 64, 4, 3, tma=True, price=SMALL)),
-    ("sm_90", 2, 64): (C(128, 64, 8, 3, tma=True), C(64, 64, 4, 3, tma=True, price=SMALL)),
-    ("sm_90", 2, 128): (C(128, 64, 8, 3, tma=True), C(64, 32, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 64): (C(128, 64, 8, 3), C(64, 32, 4, 3, tma=True, price=1.05)),
+    ("sm_90", 2, 128): (C(128, 64, 8, 3), C(64, 32, 4, 3, tma=True, price=SMALL)),
     ("sm_90", 2, 256): (C(128, 64, 8, 2), C(64, 32, 8, 2, price=SMALL)),
 }
 
@@ -101,11 +101,11 @@ FWD_EXTRAS: dict[tuple[str, int, int], tuple[Config, ...]] = {
 }
 
 
-def _bwd(dkdv: Config, dq: Config, *fused: Config) -> dict[str, tuple[Config, ...]]:
-    return {"dkdv": (dkdv,), "dq": (dq,), "fused": fused}
+def _bwd(dkdv: Config | tuple[Config, ...], dq: Config, *fused: Config) -> dict[str, tuple[Config, ...]]:
+    return {"dkdv": dkdv if isinstance(dkdv, tuple) else (dkdv,), "dq": (dq,), "fused": fused}
 
 
-# Backward, with any number of candidates for the fused kernel.  The same report, the same caveat.
+# Backward, with any number of candidates for the fused kernel.
 BWD: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
     ("sm_80", 2, 32): _bwd(dkdv=C(64, 64, 4, 2), dq=C(64, 64, 4, 2)),
     ("sm_80", 2, 64): _bwd(dkdv=C(128, 64, 8, 2), dq=C(128, 64, 8, 2)),
@@ -115,10 +115,9 @@ BWD: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
     ("sm_80", 4, 64): _bwd(dkdv=C(32, 32, 8, 2), dq=C(64, 32, 8, 2)),
     ("sm_80", 4, 128): _bwd(dkdv=C(32, 16, 8, 2), dq=C(32, 32, 8, 2)),
     ("sm_80", 4, 256): _bwd(dkdv=C(16, 16, 8, 1), dq=C(16, 16, 8, 2)),
-    ("sm_90", 2, 32): _bwd(C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2)),
-    ("sm_90", 2, 64): _bwd(C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2)),
-    # Fused with atomic additions spills 24 bytes at (128, 32, 8, 2); with tma it does not, and is the one to try first.
-    ("sm_90", 2, 128): _bwd(dkdv=C(128, 32, 8, 3), dq=C(128, 64, 8, 2)),
+    ("sm_90", 2, 32): _bwd((C(64, 64, 4, 3), C(64, 32, 4, 3, price=SMALL)), C(64, 32, 4, 3)),
+    ("sm_90", 2, 64): _bwd((C(64, 64, 4, 3), C(64, 32, 4, 3, price=SMALL)), C(64, 32, 4, 3)),
+    ("sm_90", 2, 128): _bwd(dkdv=C(128, 32, 8, 3), dq=C(64, 32, 4, 3)),
     ("sm_90", 2, 256): _bwd(dkdv=C(64, 16, 8, 2), dq=C(128, 32, 8, 2)),
     # Fused spills hundreds of bytes there.
     ("sm_100", 2, 32): _bwd(dkdv=C(128, 64, 8, 3), dq=C(128, 64, 8, 3)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mmkernels.kernel_spec import KernelSpec
-from mmkernels.ops.attention import configs
+from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.configs import Config
 from mmkernels.ops.attention.triton_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
@@ -32,15 +34,30 @@ _TYPES |= dict.fromkeys(("scale", "bias_scale", "keep_scale"), "fp32")
 
 
 def kernel_specs(arch: str) -> list[KernelSpec]:
-    """Every kernel, with and without modality visibility, and with all extras at once, the worst case for registers."""
+    """Every kernel, with and without modality visibility, and with all extras at once, the worst case for registers.
+
+    Of the built-in table, and then what was measured to be faster on such a GPU, marked so.
+    """
     shapes = [(dtype, D) for dtype in DTYPES for D in HEAD_DIMS] + [("bf16", D) for D in OTHER_HEAD_DIMS]
     specs = []
     for dtype, D in shapes:
         for visible, extras in ((False, ()), (True, ()), (True, EXTRAS)):
-            found = configs.select(arch, dtype, D, extras=bool(extras))
+            found = configs.built_in(arch, 4 if dtype == "fp32" else 2, configs.bucket(D), bool(extras))
             for kernel in KERNELS:
                 specs += [spec(kernel, dtype, D, c, visible, extras) for c in getattr(found, kernel)]
-    return specs
+    return specs + _measured(arch)
+
+
+def _measured(arch: str) -> list[KernelSpec]:
+    """Each configuration once, for the first kind of batch that it was measured on."""
+    specs: dict[tuple, KernelSpec] = {}
+    for entry in tuned.read(tuned.tuned_path()):
+        visible, extras = entry["mask"] == "visible", EXTRAS if entry["extras"] else ()
+        key = (entry["kernel"], entry["dtype"], entry["head_dim"], str(entry["config"]), visible, extras)
+        if entry["arch"] == arch and key not in specs:
+            made = spec(*key[:3], Config(**entry["config"]), visible, extras)
+            specs[key] = replace(made, config=made.config | {"measured": True})
+    return list(specs.values())
 
 
 def spec(

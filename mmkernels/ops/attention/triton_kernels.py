@@ -21,6 +21,8 @@ __all__ = ["attention_bwd", "attention_fwd", "schedule"]
 # Token tiles are chosen where they compute less than this share of the pairs of sample tiles: they mix samples, so that
 # a non-finite one may spoil its neighbours.
 TOKEN_SHARE = 0.8
+# Columns of a tile, up to which it walks them in one masked loop: 1.1 times as fast on samples of 80 tokens (H100).
+JOINED = 128
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -65,7 +67,7 @@ def _cheapest(
                     costs.append((cost, replace(candidate, token=name == "token")))
                     costs.sort(key=lambda pair: pair[0])  # stable: the earlier wins a tie
         config = costs[0][1]
-    tiles = plan.tiles(rows, config.rows, config.cols, "token" if config.token else "sample")
+    tiles = plan.tiles(rows, config.rows, config.cols, "token" if config.token else "sample", JOINED)
     return config, (tiles.tiles, tiles.spans)
 
 
