@@ -152,10 +152,15 @@ def _case(device: torch.device) -> Case:
 @contextmanager
 def without_implementation() -> Iterator[None]:
     """Calls cost what they cost, and nothing is computed."""
+    known = []  # which calls that were met before go to without `load`
+    if dispatch.cpp_missing() is None:
+        known.append(("cpp", "run_forward", "run_backward"))
+    if torch.cuda.is_available() and dispatch.triton_version() is not None:
+        known.append(("triton", "attention_fwd", "attention_bwd"))
     with ExitStack() as stack:
-        if dispatch.cpp_missing() is None:  # which known calls go to without `load`
-            cpp = dispatch.load("attention", "cpp")
-            for name in ("run_forward", "run_backward"):
-                stack.enter_context(mock.patch.object(cpp, name, _nothing))
+        for impl, *names in known:
+            module = dispatch.load("attention", impl)
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, _nothing))
         stack.enter_context(mock.patch.object(dispatch, "load", _load_nothing))
         yield

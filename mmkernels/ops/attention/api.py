@@ -60,9 +60,9 @@ def attention(
     be expressed, RuntimeError when `impl` cannot run here.
     """
     plain = k_layout is None and pair_bias is None and not (dropout_p or return_lse or return_modality_mass)
-    if plain and (out := quick.attend(q, k, v, layout, mask, scale, impl)) is not None:
+    if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    asked = scale, impl
+    asked = scale, deterministic, impl
     keys = layout if k_layout is None else k_layout
     _check_types(q, k, v, layout, keys, mask)
     _check(q, k, v, layout, keys)
@@ -97,8 +97,8 @@ def attention(
         plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible, float(dropout_p),
         keys.num_modalities if return_modality_mass else 0, impl,
     )  # fmt: skip
-    if plain and impl == "cpp" and not torch.compiler.is_compiling():
-        quick.remember(q, layout, mask, *asked, learns, rest)
+    if plain and not torch.compiler.is_compiling():
+        quick.remember(q, k, v, layout, mask, *asked, learns, rest)
     rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0.0 else None
     run = torch.ops.mm.attention_fwd if torch.compiler.is_compiling() else _op.attention_fwd
     out, lse, mass = run(q, k, v, pair_bias, rng, *rest)

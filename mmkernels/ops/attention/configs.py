@@ -7,6 +7,7 @@ tiles compute the fewest pairs, a candidate's pairs counted times its `price`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -52,8 +53,13 @@ class Configs:
 
     @classmethod
     def from_flat(cls, numbers: list[int]) -> Configs:
-        configs = (Config(*numbers[i : i + 4], *map(bool, numbers[i + 4 : i + 6])) for i in (0, 6, 12))
-        return cls(*configs, fused=bool(numbers[18]))
+        return _from_flat(tuple(numbers))
+
+
+@functools.lru_cache(maxsize=256)  # every call of every layer asks
+def _from_flat(numbers: tuple[int, ...]) -> Configs:
+    configs = (Config(*numbers[i : i + 4], *map(bool, numbers[i + 4 : i + 6])) for i in (0, 6, 12))
+    return Configs(*configs, fused=bool(numbers[18]))
 
 
 @dataclass(frozen=True)

@@ -39,3 +39,8 @@ class Lowered(NamedTuple):
     scale: float
     has_visible: bool
     dropout_p: float
+
+
+def uses_tf32(q: Tensor) -> bool:
+    """Whether Triton's products of fp32 inputs are in TF32: only where the user has turned torch's own on."""
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32

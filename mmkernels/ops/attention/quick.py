@@ -1,8 +1,10 @@
-"""The shortest way through attention on a CPU: shapes and a mask that were met before, `out` alone, by C++.
+"""The shortest way through attention: shapes and a mask that were met before, `out` alone, by C++ or Triton.
 
-A call of a layer takes a millisecond or two, and other layers have emptied the caches before it: every Python function
-and every operator on the way then costs 10 us and more.  So what the long way (api.py) found out is kept on the layout,
-and asked for by one key; the C++ checks its tensors itself, and where it refuses, the long way says what is wrong.
+On a CPU a call of a layer takes a millisecond or two, and other layers have emptied the caches before it: every Python
+function and every operator on the way then costs 10 us and more.  On a GPU the kernels of a small batch take less time
+than finding out how to launch them.  So what the long way (api.py) found out is kept on the layout, and asked for by
+one key.  The C++ checks its tensors itself, and where it refuses, the long way says what is wrong; for Triton the key
+holds all that was checked, strides, devices and alignment of q, k and v included.
 """
 
 from __future__ import annotations
@@ -13,33 +15,58 @@ from torch import Tensor
 from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.attention import op
-from mmkernels.ops.attention.inputs import Lowered
+from mmkernels.ops.attention.inputs import Lowered, uses_tf32
 
 
-class Known:
+class ByCpp:
     """One answer of the long way.   rest: what torch.ops.mm.attention_fwd takes after rng, for cpp"""
 
-    __slots__ = ("backward", "cpp", "forward", "lse_like", "rest")
+    __slots__ = ("arguments", "cpp", "lse_like", "rest")
 
     def __init__(self, q: Tensor, rest: tuple) -> None:
         *lowered, _, _ = rest
-        self.rest = rest
+        self.rest, self.lse_like = rest, _lse_like(q)
         self.cpp = dispatch.load("attention", "cpp")
-        self.forward, self.backward = self.cpp.arguments(Lowered(*lowered))
-        # One number that looks like [H, Tq]: who has just made `out` by empty_like makes lse by it in no time.
-        self.lse_like = torch.empty((), dtype=torch.float32).expand(q.shape[1], q.shape[0])
+        self.arguments = self.cpp.arguments(Lowered(*lowered))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        self.cpp.run_forward(q, k, v, None, None, *self.forward, out, lse, None)
-        return out
+    def forward(self, q, k, v, out, lse: Tensor | None) -> None:
+        self.cpp.run_forward(q, k, v, None, None, *self.arguments[0], out, lse, None)
+
+    def backward(self, do, q, k, v, out, lse, dq, dk, dv) -> None:
+        do = do if do.stride(2) == 1 else do.contiguous()
+        self.cpp.run_backward(do, None, q, k, v, None, None, out, lse, *self.arguments[1], dq, dk, dv, None)
+
+
+class ByTriton:
+    """The same for Triton, with the launches that were made: forward's, and backward's by traits of what it reads."""
+
+    __slots__ = ("backward_launches", "forward_launches", "lowered", "lse_like", "rest", "triton")
+
+    def __init__(self, q: Tensor, rest: tuple) -> None:
+        *lowered, _, _ = rest
+        self.rest, self.lse_like = rest, _lse_like(q)
+        self.lowered = Lowered(*lowered)
+        self.triton = dispatch.load("attention", "triton")
+        self.forward_launches, self.backward_launches = {}, {}
+
+    def forward(self, q, k, v, out, lse: Tensor | None) -> None:
+        if lse is None:  # the kernel writes it all the same
+            lse = torch.empty_like(self.lse_like, memory_format=torch.contiguous_format)
+        self.triton.attention_fwd(q, k, v, None, None, out, lse, None, self.lowered, self.forward_launches)
+
+    def backward(self, do, q, k, v, out, lse, dq, dk, dv) -> None:
+        # do comes as it likes, and hooks may have moved what was saved.
+        key = _traits(do, q, k, v, out, lse), uses_tf32(q)
+        launches = self.backward_launches.setdefault(key, {})
+        self.triton.attention_bwd(do, None, q, k, v, None, None, out, lse, dq, dk, dv, None, self.lowered, launches)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, known):
         lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
-        out = known.attend(q, k, v, lse)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        known.forward(q, k, v, out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.known = known
         return out
@@ -50,31 +77,56 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or not dispatch.unwatched(do):
             return *op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], None
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        do = do if do.stride(2) == 1 else do.contiguous()
-        ctx.known.cpp.run_backward(do, None, q, k, v, None, None, out, lse, *ctx.known.backward, dq, dk, dv, None)
+        ctx.known.backward(do, q, k, v, out, lse, dq, dk, dv)
         return dq, dk, dv, None
 
 
-def attend(q, k, v, layout, mask, scale, impl) -> Tensor | None:
-    """attention(q, k, v, layout=layout, mask=mask, scale=scale, impl=impl), or None where it takes the long way."""
+def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
+    """attention(q, k, v, layout=layout, ...), or None where it takes the long way."""
     if torch.compiler.is_compiling() or type(layout) is not PackedLayout or not dispatch.unwatched(q, k, v):
         return None
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
-        known = layout.calls.get(_key(q, mask, scale, impl, learns))
+        known = layout.calls.get(_key(q, k, v, mask, scale, deterministic, impl, learns))
         if known is None:
             return None
-        return _Attention.apply(q, k, v, known) if learns else known.attend(q, k, v, None)
+        if learns:
+            return _Attention.apply(q, k, v, known)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        known.forward(q, k, v, out, None)
+        return out
     except (RuntimeError, TypeError):  # what does not fit, and heads that are not contiguous: nothing is written yet
         return None
 
 
-def remember(q, layout, mask, scale, impl, learns: bool, rest: tuple) -> None:
-    """Keep what the long way found out.   scale and impl as the caller gave them"""
-    key = _key(q, mask, scale, impl, learns)
+def remember(q, k, v, layout, mask, scale, deterministic, impl, learns: bool, rest: tuple) -> None:
+    """Keep what the long way found out.   scale, deterministic and impl as the caller gave them"""
+    by = _BY.get(rest[-1])
+    if by is None or not dispatch.unwatched(q, k, v):
+        return
+    if by is ByTriton and not dispatch.load("attention", "triton").can_replay():
+        return
+    key = _key(q, k, v, mask, scale, deterministic, impl, learns)
     if key not in layout.calls:
-        layout.calls[key] = Known(q, rest)
+        layout.calls[key] = by(q, rest)
 
 
-def _key(q, mask, scale, impl, learns) -> tuple:
-    return "attention", mask, scale, impl, q.dtype, q.shape, learns
+_BY = {"cpp": ByCpp, "triton": ByTriton}
+
+
+def _key(q, k, v, mask, scale, deterministic, impl, learns) -> tuple:
+    if not q.is_cuda and impl != "triton":
+        return "attention", mask, scale, impl, q.dtype, q.shape, learns
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return "attention", mask, scale, impl, _traits(q, k, v), learns, deterministic, uses_tf32(q)
+
+
+def _traits(*tensors: Tensor) -> tuple:
+    """All that checks and launches ask of tensors; a Triton kernel is compiled for pointers to 16 bytes, or for any."""
+    return tuple((t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() % 16 == 0) for t in tensors)
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    """One number that looks like [H, Tq]: who has just made `out` by empty_like makes lse by it in no time."""
+    return torch.empty((), dtype=torch.float32, device=q.device).expand(q.shape[1], q.shape[0])

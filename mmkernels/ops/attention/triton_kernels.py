@@ -12,10 +12,19 @@ import torch
 
 from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
-from mmkernels.ops.attention.triton_launch import LOG2E, descriptors, dropout_scalars, on_device, precision, strides
+from mmkernels.ops.attention.triton_launch import (
+    LOG2E,
+    descriptors,
+    dropout_scalars,
+    on_device,
+    options,
+    precision,
+    strides,
+)
 from mmkernels.ops.attention.triton_launch_backward import attention_bwd
+from mmkernels.ops.attention.triton_replay import Launch, can_replay, launch
 
-__all__ = ["attention_bwd", "attention_fwd", "schedule"]
+__all__ = ["attention_bwd", "attention_fwd", "can_replay", "schedule"]
 
 
 # Token tiles are chosen where they compute less than this share of the pairs of sample tiles: they mix samples, so that
@@ -79,25 +88,35 @@ def _on_device_bounds(plan, rows: str, candidates) -> configs.Config:
     return replace(config, token=True)
 
 
-def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
-    """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
+def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered, kept: dict | None = None) -> None:
+    """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk].
+
+    kept: for calls that differ in q, k, v, out and lse alone; see triton_replay.launch.
+    """
+    own = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k, "v_desc": v, "out_ptr": out, "lse_ptr": lse}
+    with on_device(q):
+        launch("fwd", own, lambda: _forward(q, k, v, pair_bias, rng, out, lse, mass, lowered), kept)
+
+
+def _forward(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> Launch | None:
     tiles = lowered.fwd_tiles
     if len(tiles) == 0:
-        return
+        return None
     (Tq, H, D), Tk = q.shape, k.shape[0]
     config = configs.Configs.from_flat(lowered.config).fwd
-    k_desc, v_desc = descriptors(k, v, config.cols, config.tma)
     q_modalities, modalities = (0, 0) if pair_bias is None else pair_bias.shape[1:]
     if mass is not None:
         modalities = mass.shape[2]
     unit = 1.0 if q.dtype == torch.float32 else LOG2E
-    with on_device(q):
-        attention_fwd_kernel[(len(tiles) * H,)](
-            q, k, v, k_desc, v_desc, pair_bias, rng, lowered.q_table, lowered.k_table, tiles, lowered.fwd_spans,
-            out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, *strides(q, k, v, out),
-            lowered.scale * unit, unit, *dropout_scalars(lowered.dropout_p),
-            D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
-            MODALITIES=modalities, HAS_VISIBLE=lowered.has_visible,
-            ALIGNED=config.token and rng is not None, PRECISION=precision(q),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+    args = (
+        q, k, v, *descriptors(k, v, config.cols, config.tma), pair_bias, rng,
+        lowered.q_table, lowered.k_table, tiles, lowered.fwd_spans,
+        out, lse, mass, Tq, Tk, H, H // k.shape[1], q_modalities, *strides(q, k, v, out),
+        lowered.scale * unit, unit, *dropout_scalars(lowered.dropout_p),
+    )  # fmt: skip
+    constants = dict(
+        D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
+        MODALITIES=modalities, HAS_VISIBLE=lowered.has_visible,
+        ALIGNED=config.token and rng is not None, PRECISION=precision(q),
+    )  # fmt: skip
+    return Launch(attention_fwd_kernel, len(tiles) * H, args, constants, options(config))

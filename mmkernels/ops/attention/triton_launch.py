@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels.ops.attention.configs import padded
+from mmkernels.ops.attention.configs import Config, padded
+from mmkernels.ops.attention.inputs import uses_tf32
 from mmkernels.philox import threshold
 
 LOG2E = 1.4426950408889634
 
 
+NOWHERE_ELSE = contextlib.nullcontext()
+
+
 def on_device(q: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+    if not q.is_cuda or torch.cuda.current_device() == q.get_device():
+        return NOWHERE_ELSE
+    return torch.cuda.device(q.device)
 
 
 def precision(q: Tensor) -> str:
-    """fp32 products are true fp32 unless the user has turned torch's own TF32 on."""
-    return "tf32" if q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if uses_tf32(q) else "ieee"
+
+
+def options(config: Config) -> dict[str, int]:
+    """What a launch takes besides the kernel's arguments."""
+    return {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in t.stride()[:2])
 
 
+@functools.lru_cache(maxsize=64)
 def dropout_scalars(dropout_p: float) -> tuple[int, float]:
     """drop_threshold, as the int32 of its bits, so that its type does not depend on its value; keep_scale."""
     bits = threshold(dropout_p)

@@ -17,15 +17,22 @@ from mmkernels.ops.attention.triton_launch import (
     descriptors,
     dropout_scalars,
     on_device,
+    options,
     precision,
     strides,
 )
+from mmkernels.ops.attention.triton_replay import Launch, launch
 
 DELTA_ROWS = 64  # queries of one program of the delta kernel
 
 
-def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
-    """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
+def attention_bwd(
+    do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered, kept: dict | None = None
+) -> None:
+    """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk].
+
+    kept: for calls that differ in do, q, k, v, out, lse and what is filled alone; see triton_replay.launch.
+    """
     H = q.shape[1]
     chosen = configs.Configs.from_flat(lowered.config)
     do = do if do.stride(2) == 1 else do.contiguous()
@@ -34,75 +41,100 @@ def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias
     if pair_bias is not None:
         parts = (len(lowered.dkdv_tiles), H, *pair_bias.shape[1:])
         partials = torch.empty(parts, dtype=torch.float32, device=q.device)
-    delta = torch.empty(H, q.shape[0], dtype=torch.float32, device=q.device)
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    common = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": do, "lse_ptr": lse, "delta_ptr": delta}
     with on_device(q):
         if chosen.fused:
-            _delta(do, dlse, out, delta)
-            _fused(chosen.dkdv, do, q, k, v, lse, delta, dq, dk, dv, lowered)
-        else:
-            _dq(chosen.dq, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
-            _dkdv(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered)
+            own = {"out_ptr": out, "do_ptr": do, "delta_ptr": delta}
+            launch("delta", own, lambda: _delta(do, dlse, out, delta), kept)
+            dq_sum = zeroed_dq_sum(q)
+            own = common | {"q_desc": q, "do_desc": do, "dq_sum": dq_sum, "dk_ptr": dk, "dv_ptr": dv}
+            launch("fused", own, lambda: _fused(chosen.dkdv, do, q, k, v, lse, delta, dq_sum, dk, dv, lowered), kept)
+            torch.mul(dq_sum, lowered.scale, out=dq)
+            return
+        own = common | {"k_desc": k, "v_desc": v, "out_ptr": out, "dq_ptr": dq}
+        launch(
+            "dq",
+            own,
+            lambda: _dq(chosen.dq, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered),
+            kept,
+        )
+        own = common | {"q_desc": q, "do_desc": do, "dk_ptr": dk, "dv_ptr": dv}
+        launch(
+            "dkdv",
+            own,
+            lambda: _dkdv(chosen.dkdv, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered),
+            kept,
+        )
         if dbias is not None:
             torch.sum(partials, 0, out=dbias)
 
 
-def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered) -> None:
+def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered) -> Launch | None:
     tiles = lowered.dq_tiles
     if len(tiles) == 0:
-        return
+        return None
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
-    attention_bwd_dq_kernel[(len(tiles) * H,)](
+    args = (
         q, k, v, *descriptors(k, v, config.cols, config.tma), pair_bias, rng, out, do, lse, dlse,
-        lowered.q_table, lowered.k_table, tiles, lowered.dq_spans,
-        dq, delta, Tq, Tk, H, H // G, _modalities(pair_bias, 1), *strides(q, k, v, out, do, dq), *_scalars(lowered),
-        BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
-        ALIGNED=config.token and rng is not None, **_shared(config, q, lowered),
+        lowered.q_table, lowered.k_table, tiles, lowered.dq_spans, dq, delta,
+        Tq, Tk, H, H // G, _modalities(pair_bias, 1), *strides(q, k, v, out, do, dq), *_scalars(lowered),
     )  # fmt: skip
+    constants = dict(
+        BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
+        ALIGNED=config.token and rng is not None, **_shared(q, lowered),
+    )  # fmt: skip
+    return Launch(attention_bwd_dq_kernel, len(tiles) * H, args, constants, options(config))
 
 
-def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered) -> None:
+def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, lowered) -> Launch | None:
     tiles = lowered.dkdv_tiles
     if len(tiles) == 0:
-        return
+        return None
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
-    attention_bwd_dkdv_kernel[(len(tiles) * G,)](
+    args = (
         q, k, v, pair_bias, rng, do, *descriptors(q, do, config.cols, config.tma), lse, delta,
         lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans,
         dk, dv, partials, Tq, Tk, G, H // G, _modalities(pair_bias, 2), *strides(q, k, v, do, dk, dv),
-        *_scalars(lowered), BLOCK_K=config.rows, BLOCK_Q=config.cols, MODALITIES=_modalities(pair_bias, 1),
-        ALIGNED=config.token and rng is not None, **_shared(config, q, lowered),
+        *_scalars(lowered),
     )  # fmt: skip
+    constants = dict(
+        BLOCK_K=config.rows, BLOCK_Q=config.cols, MODALITIES=_modalities(pair_bias, 1),
+        ALIGNED=config.token and rng is not None, **_shared(q, lowered),
+    )  # fmt: skip
+    return Launch(attention_bwd_dkdv_kernel, len(tiles) * G, args, constants, options(config))
 
 
-def _delta(do, dlse, out, delta) -> None:
+def _delta(do, dlse, out, delta) -> Launch | None:
     Tq, H, D = out.shape
     if Tq == 0:
-        return
-    attention_bwd_delta_kernel[(-(-Tq // DELTA_ROWS) * H,)](
-        out, do, dlse, delta, Tq, H, *strides(out, do), D=D, BLOCK_D=configs.padded(D), BLOCK_Q=DELTA_ROWS
-    )
+        return None
+    args = out, do, dlse, delta, Tq, H, *strides(out, do)
+    constants = {"D": D, "BLOCK_D": configs.padded(D), "BLOCK_Q": DELTA_ROWS}
+    return Launch(attention_bwd_delta_kernel, -(-Tq // DELTA_ROWS) * H, args, constants, {})
 
 
-def _fused(config, do, q, k, v, lse, delta, dq, dk, dv, lowered) -> None:
+def _fused(config, do, q, k, v, lse, delta, dq_sum, dk, dv, lowered) -> Launch | None:
     """config.tma: dq is summed by TMA reduce-add, else by atomic additions; whole blocks come by TMA too."""
     tiles = lowered.dkdv_tiles
     (Tq, H, _), (Tk, G, _) = q.shape, k.shape
-    dq_sum = zeroed_dq_sum(q)
+    if len(tiles) == 0 or Tq == 0:
+        return None
     target = descriptor(dq_sum, config.cols) if config.tma else dq_sum
-    if len(tiles) and Tq:
-        attention_bwd_fused_kernel[(len(tiles) * G,)](
-            q, k, v, do, *descriptors(q, do, config.cols, config.tma), lse, delta,
-            lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans, target, dk, dv, Tq, Tk, G, H // G,
-            *strides(q, k, v, do, dq_sum, dk, dv), lowered.scale,
-            BLOCK_K=config.rows, BLOCK_Q=config.cols, TMA=config.tma, **_shared(config, q, lowered),
-        )  # fmt: skip
-    torch.mul(dq_sum, lowered.scale, out=dq)
+    args = (
+        q, k, v, do, *descriptors(q, do, config.cols, config.tma), lse, delta,
+        lowered.q_table, lowered.k_table, tiles, lowered.dkdv_spans, target, dk, dv, Tq, Tk, G, H // G,
+        *strides(q, k, v, do, dq_sum, dk, dv), lowered.scale,
+    )  # fmt: skip
+    constants = dict(BLOCK_K=config.rows, BLOCK_Q=config.cols, TMA=config.tma, **_shared(q, lowered))
+    return Launch(attention_bwd_fused_kernel, len(tiles) * G, args, constants, options(config))
 
 
 def zeroed_dq_sum(q) -> torch.Tensor:
     """fp32 zeros of q's shape; rows are padded to 16 bytes, as descriptors want them."""
     Tq, H, D = q.shape
-    return torch.zeros(Tq, H, -(-D // 4) * 4, dtype=torch.float32, device=q.device)[:, :, :D]
+    padded = torch.zeros(Tq, H, -(-D // 4) * 4, dtype=torch.float32, device=q.device)
+    return padded if D % 4 == 0 else padded[:, :, :D]
 
 
 def _modalities(pair_bias, axis: int) -> int:
@@ -115,12 +147,10 @@ def _scalars(lowered) -> tuple:
     return lowered.scale, *dropout_scalars(lowered.dropout_p)
 
 
-def _shared(config, q, lowered) -> dict:
+def _shared(q, lowered) -> dict:
     return {
         "D": q.shape[2],
         "BLOCK_D": configs.padded(q.shape[2]),
         "HAS_VISIBLE": lowered.has_visible,
         "PRECISION": precision(q),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
     }
