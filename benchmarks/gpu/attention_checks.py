@@ -80,6 +80,9 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+PLAIN = ("full", "blind", "grouped", "strided")  # of these, calls that were met before take a shorter way
+
+
 @dataclass(frozen=True)
 class Mode:
     """One way through the kernels: what configs.override takes, and whether gradients must repeat."""
@@ -138,6 +141,8 @@ def all_checks(
                     continue  # never fused: the pair would be tried again
                 name = f"attention {dtype} D{width} {feature_name}, {mode.name}"
                 yield f"{name}: error rule", lambda c=call, m=mode: check_error_rule(c(), m, impl)
+                if feature_name in PLAIN and mode.deterministic and index < len(dtypes):
+                    yield f"{name}: met before", lambda c=call, m=mode: check_met_before(c(), m, impl)
                 if feature_name == "everything" and not index:
                     yield f"{name}: no sync", lambda c=call, m=mode: check_no_sync(c(), m, impl)
                     yield f"{name}: repeats", lambda c=call, m=mode: check_repeats(c(), m, impl, repeats)
@@ -303,6 +308,28 @@ def check_repeats(call: Call, mode: Mode, impl: str, repeats: int) -> None:
         now = solve(call, call.leaves, mode, impl)
         for name in names:
             assert torch.equal(first[name], now[name]), f"repeat {repeat}: {name} differs from the first"
+
+
+def check_met_before(call: Call, mode: Mode, impl: str) -> None:
+    """Plain calls that repeat earlier ones give what first calls give, bit for bit, on other tensors too."""
+    layout = _fresh(call.layout)
+    others = [leaf.flip(0) for leaf in call.leaves]
+
+    def run(leaves: list[Tensor], layout: PackedLayout) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        q, k, v, _ = call.inputs(leaves)
+        options = {"layout": layout, "mask": call.mask, "deterministic": True, "impl": impl}
+        with mode.enter():
+            out = attention(q, k, v, **options)
+            found = [out.detach(), *torch.autograd.grad(out, leaves, call.do)]
+            with torch.no_grad():
+                return [*found, attention(q, k, v, **options)]
+
+    first = {id(leaves): run(leaves, _fresh(call.layout)) for leaves in (call.leaves, others)}
+    for repeat in range(4):
+        for leaves in (call.leaves, others):
+            for index, (a, b) in enumerate(zip(run(leaves, layout), first[id(leaves)], strict=True)):
+                assert torch.equal(a, b), f"call {repeat}: result {index} differs from that of a first call"
 
 
 def check_no_sync(call: Call, mode: Mode, impl: str) -> None:
