@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -59,6 +58,7 @@ PEERS: tuple[Peer, ...] = (
 )
 DTYPES_USED = {"cpu": ["fp32", "bf16"], "cuda": ["bf16", "fp16"]}
 FLOPS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # two products forward, five backward
+ORACLE_TOKENS = 1024  # of the samples that the oracle takes at once, where they are short
 ORACLE_BYTES = 2 << 30  # float64 scores of one sample; beyond it one head is checked for all
 
 
@@ -110,11 +110,12 @@ class AttentionProblem:
     def oracle(self, heads: slice = slice(None)) -> list[Tensor]:
         """Output and gradients of q, k and v by the float64 reference, of some heads (where H = G) or of all.
 
-        Sample by sample: the reference is dense in the tokens it is given.
+        A few samples at a time: the reference is dense in the tokens it is given.
         """
         results = []
-        for sample, (start, stop) in enumerate(itertools.pairwise(self.layout.host.cu_seqlens.tolist())):
-            layout, mask = self._alone(sample)
+        for first, last in self._groups():
+            start, stop = (int(self.layout.host.cu_seqlens[i]) for i in (first, last))
+            layout, mask = self._some(first, last)
             leaves = [x.detach()[start:stop, heads].double().requires_grad_() for x in (self.q, self.k, self.v)]
             output = attention(*leaves, layout=layout, mask=mask, impl="reference")
             gradients = torch.autograd.grad(output, leaves, self.grad_output[start:stop, heads].double())
@@ -131,13 +132,25 @@ class AttentionProblem:
         heads = slice(0, 1) if self.q.shape[1] == self.k.shape[1] and scores > ORACLE_BYTES else slice(None)
         return self.oracle(heads), heads
 
-    def _alone(self, sample: int) -> tuple[PackedLayout, AttentionMask | None]:
-        """Layout and mask of one sample by itself."""
-        own = [(int(m), int(n)) for index, m, n, _ in self.layout.host.segments if index == sample]
-        layout = PackedLayout.from_segments([own], num_modalities=self.layout.num_modalities)
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """Samples [first, last) that follow one another: one, or as many as have ORACLE_TOKENS together."""
+        bounds = self.layout.host.cu_seqlens.tolist()
+        first = 0
+        for last in range(1, len(bounds)):
+            if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > ORACLE_TOKENS:
+                yield first, last
+                first = last
+
+    def _some(self, first: int, last: int) -> tuple[PackedLayout, AttentionMask | None]:
+        """Layout and mask of samples [first, last) by themselves."""
+        own: list[list[tuple[int, int]]] = [[] for _ in range(last - first)]
+        for sample, modality, length, _ in self.layout.host.segments:
+            if first <= sample < last:
+                own[int(sample) - first].append((int(modality), int(length)))
+        layout = PackedLayout.from_segments(own, num_modalities=self.layout.num_modalities)
         mask = self.mask
         if mask is not None and mask.prefix is not None:
-            mask = replace(mask, prefix=mask.prefix[sample : sample + 1])
+            mask = replace(mask, prefix=mask.prefix[first:last])
         return layout.to(self.q.device), mask
 
     def _pairs(self, impl: str) -> dict[str, float]:
