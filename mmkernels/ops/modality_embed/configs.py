@@ -1,7 +1,7 @@
 """Launch sizes of the Triton modality_embed kernels, per width.
 
 Chosen by cross-compiling for sm_90 (128-bit accesses, no spill, registers that leave enough warps per SM to cover
-memory latency), not by timing: no GPU has run them yet (see docs/evidence.md).
+memory latency) and by what an H100 made of earlier forms of the kernels; these have not been timed (docs/evidence.md).
 """
 
 from __future__ import annotations
@@ -9,43 +9,60 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Constants, not functions of the GPU's SM count: partial sums must not depend on it.
-FORWARD_PROGRAMS = 2048
-BACKWARD_PROGRAMS = 1024  # enough for every GPU to have several per SM
 CHUNK = 32  # sorted tokens per program of the table sums
-TABLE_COLUMNS = 512  # columns per program there, at most
-WARP_COLUMNS = 128  # of a warp there: four a lane, for 128-bit accesses to fp32; of a narrower row some lanes idle
+TABLES = (2, 256, 1)  # of these, whose rows are read at a time; columns of a program, at most; warps
+LANES_COLUMNS = 256  # of a warp: eight a lane, 128 bits of a 16-bit type
+LEAST_ROWS = 16  # of a walk of the backward
+WALK_SUMS = (256, 16, 8)  # partial sums and columns of a tile of their sum, warps
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a tile, a power of two, and warps that share it."""
+    """Rows of a tile, a power of two; warps that share it; columns; the most walks that the rows are parted into; tiles
+    whose loads are under way at a time (above 1 they pass through shared memory)."""
 
     rows: int
     warps: int
+    columns: int
+    walks: int
+    stages: int = 1
+
+    @property
+    def sum_rows(self) -> int:
+        """Rows of a tile that lie in different lanes or warps: partial sums are kept as so many."""
+        return min(self.rows, max(1, self.warps * LANES_COLUMNS // self.columns))
 
 
-# Widest row of the table's line -> Config; the block is the width's next power of two.  sm_90, Triton 3.6.0, 2026-11:
-# `python -m mmkernels.inspect --arch sm_90 --op modality_embed`.  Forward: at most 32 values per thread.  Backward:
-# eight, the least that keeps bf16 accesses 128 bits wide, because it holds six such vectors at once.
-FORWARD = {
-    64: Config(rows=16, warps=1),
-    128: Config(rows=8, warps=1),
-    256: Config(rows=4, warps=1),
-    512: Config(rows=2, warps=1),
-    1024: Config(rows=1, warps=1),
-    2048: Config(rows=1, warps=2),
-    4096: Config(rows=1, warps=4),
-    8192: Config(rows=1, warps=8),
+# Without a norm: rows of a tile of LANES_COLUMNS, warps, walks, stages.  Four rows are four 128-bit loads a lane under
+# way.  The forward's walks are short, so that an SM which is done early takes another; each of the backward's leaves M
+# partial rows of fp32, and has as many programs as there are column blocks (three for E = 768).
+PLAIN_FORWARD = (4, 1, 16384, 1)
+PLAIN_BACKWARD = (4, 1, 1024, 1)
+NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES = 8192, 1
+NORMED_BACKWARD_WALKS, NORMED_BACKWARD_STAGES = 1024, 1
+
+# With a norm: widest row of the table's line -> rows, warps; columns are the width's next power of two.  sm_90, Triton
+# 3.6.0, 2026-11: `python -m mmkernels.inspect --arch sm_90 --op modality_embed`.  Forward: at most 32 values a thread.
+# Backward: eight, the least that keeps bf16 accesses 128 bits wide, because it holds many such vectors at once.
+NORMED_FORWARD = {
+    64: (16, 1),
+    128: (8, 1),
+    256: (4, 1),
+    512: (2, 1),
+    1024: (1, 1),
+    2048: (1, 2),
+    4096: (1, 4),
+    8192: (1, 8),
 }
-BACKWARD = {
-    64: Config(rows=2, warps=1),
-    128: Config(rows=2, warps=1),
-    256: Config(rows=1, warps=1),
-    512: Config(rows=1, warps=2),
-    1024: Config(rows=1, warps=4),
-    2048: Config(rows=1, warps=8),
-    4096: Config(rows=1, warps=16),
-    8192: Config(rows=1, warps=16),
+NORMED_BACKWARD = {
+    64: (2, 1),
+    128: (2, 1),
+    256: (1, 1),
+    512: (1, 2),
+    1024: (1, 4),
+    2048: (1, 8),
+    4096: (1, 16),
+    8192: (1, 16),
 }
 
 
@@ -54,27 +71,39 @@ def block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def forward(width: int) -> Config:
-    return _of(FORWARD, width)
+def forward(width: int, normed: bool) -> Config:
+    if not normed:
+        return _plain(width, *PLAIN_FORWARD)
+    rows, warps = _of(NORMED_FORWARD, width)
+    return Config(rows, warps, block(width), NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES)
 
 
-def backward(width: int) -> Config:
-    return _of(BACKWARD, width)
+def backward(width: int, normed: bool) -> Config:
+    if not normed:
+        return _plain(width, *PLAIN_BACKWARD)
+    rows, warps = _of(NORMED_BACKWARD, width)
+    return Config(rows, warps, block(width), NORMED_BACKWARD_WALKS, NORMED_BACKWARD_STAGES)
 
 
-def tiles_per_program(tokens: int, rows: int) -> int:
-    """Of the backward: a partial sum each, so not too few."""
-    return min(128, max(8, -(-tokens // (BACKWARD_PROGRAMS * rows))))
+def _plain(width: int, rows: int, warps: int, walks: int, stages: int) -> Config:
+    """Narrow rows: as many more of them to a tile."""
+    columns = min(LANES_COLUMNS, block(width))
+    return Config(rows * LANES_COLUMNS // columns, warps, columns, walks, stages)
 
 
-def table_columns(width: int) -> tuple[int, int]:
-    """Columns of a program of the table sums, and its warps."""
-    columns = max(WARP_COLUMNS, min(TABLE_COLUMNS, block(width)))
-    return columns, columns // WARP_COLUMNS
+def tiles_per_walk(tokens: int, config: Config) -> int:
+    """Of the backward: a walk leaves partial sums, so not too few."""
+    return max(-(-LEAST_ROWS // config.rows), -(-tokens // (config.walks * config.rows)))
 
 
-def _of(table: dict[int, Config], width: int) -> Config:
-    for widest, config in table.items():
+def tables(width: int) -> tuple[int, int, int]:
+    """Of the table sums: rows and columns of a tile, and its warps."""
+    rows, columns, warps = TABLES
+    return min(rows, CHUNK), min(columns, block(width)), warps
+
+
+def _of(table: dict[int, tuple[int, int]], width: int) -> tuple[int, int]:
+    for widest, sizes in table.items():
         if width <= widest:
-            return config
+            return sizes
     raise NotImplementedError(f"modality_embed: the Triton kernels take rows of at most {max(table)}, not {width}")

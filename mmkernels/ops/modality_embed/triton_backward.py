@@ -1,13 +1,15 @@
 """Modality embedding backward, Triton, sm_80+: no atomics, so every run gives the same bits.
 
 T tokens, E width, M modalities, A position axes, R rows of a tile.
-1. Rows: dx, the gradient of each row before the norm; stream gradients by plain stores; per program partial sums for
-   the norm and the modalities; for the tables, the key (table row, all tables numbered through) of each token and slot,
-   and the two means of each row, from which dx can be had again column by column.
+1. Rows: dx, the gradient of each row before the norm; stream gradients by plain stores; partial sums for the norm and
+   the modalities, per walk (the consecutive rows of one program), kept in registers for all of them; for the tables,
+   the key (table row, all tables numbered through) of each token and slot, and the two means of each row, from which dx
+   can be had again column by column.
 2. Tables: (key, token) sorted by key, in chunks of CHUNK: a key's run inside one chunk is summed into its table row at
    once; a run over several chunks leaves one partial sum per chunk.  dx is computed again: that reads two 16-bit rows,
    where a stored fp32 dx would be written once and read for each table.
 3. Spans: those partial sums, added in order.
+4. Walks: the partial sums of 1, added in an order that T and E alone decide, and rounded to the parameters' type.
 """
 
 from __future__ import annotations
@@ -86,13 +88,17 @@ def _graded(
 
 
 @triton.jit
-def _flush(partial_ptr, acc, cols, inside):
-    """partial += acc.  Only this program touches the row."""
-    tl.debug_barrier()  # other threads may have written it in the previous flush
-    tl.store(partial_ptr + cols, tl.load(partial_ptr + cols, mask=inside, other=0.0) + acc, mask=inside)
+def _added(sums, x, modality, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums[m] [S, COLUMNS] + the rows of x [R, COLUMNS] that are of modality m, every S-th of them into one."""
+    found = ()
+    for m in tl.static_range(M):
+        # A select, not a product: what is not finite in one modality's row is no other's business.
+        part = tl.where((modality == m)[:, None], x, 0.0)
+        found += (sums[m] + tl.sum(tl.reshape(part, (R // S, S, COLUMNS)), 0),)
+    return found
 
 
-@triton.jit(do_not_specialize=["T", "sizes"])
+@triton.jit(do_not_specialize=["T", "TILES", "sizes"])
 def modality_embed_bwd_rows_kernel(
     grad_ptr,
     streams,
@@ -108,11 +114,11 @@ def modality_embed_bwd_rows_kernel(
     mean_ptr,
     rstd_ptr,
     d_streams,
-    norm_partial_ptr,
-    modality_partial_ptr,
+    partial_ptr,
     means_ptr,
     keys_ptr,
     T,
+    TILES,
     E,
     threshold,
     keep_scale,
@@ -124,25 +130,34 @@ def modality_embed_bwd_rows_kernel(
     ROWS_OF: tl.constexpr,
     NORM: tl.constexpr,
     WANTED: tl.constexpr,
+    NORM_SUMS: tl.constexpr,
+    MODALITY_SUMS: tl.constexpr,
     FIRST: tl.constexpr,
-    TILES: tl.constexpr,
     R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    S: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes TILES tiles of R rows.  WANTED: which stream gradients to write.
+    """A program takes COLUMNS, all with a norm, of TILES tiles of R rows.  WANTED: which stream gradients to write.
 
-    norm_partial_ptr [programs, 2, E], modality_partial_ptr [programs, M, E] (of zeros), means_ptr [2, T], keys_ptr
-    [slots + 1, T]: None where not wanted.  FIRST: the first key of each position table, then of the token table.
+    partial_ptr  [walks, N, E], None where N is 0: sums over a walk's rows, of the norm's weight and bias if NORM_SUMS,
+                 then of each modality if MODALITY_SUMS;  S: how many rows they are kept as, those that one lane has not
+    means_ptr [2, T], keys_ptr [slots + 1, T]: None where not wanted
+    FIRST        the first key of each position table, then of the token table
     """
-    cols = tl.arange(0, BLOCK_E)
+    column_blocks = tl.cdiv(E, COLUMNS)
+    first_col = tl.program_id(0) % column_blocks * COLUMNS
+    cols = first_col + tl.arange(0, COLUMNS)
     within = cols < E
-    pid = tl.program_id(0).to(tl.int64)
-    d_weight = tl.zeros((R, BLOCK_E), tl.float32)
-    d_bias = tl.zeros((R, BLOCK_E), tl.float32)
-    d_modality = tl.zeros((R, BLOCK_E), tl.float32)
-    current = tl.load(modality_ids_ptr + pid * TILES * R).to(tl.int32)
-    for i in range(0, tl.minimum(TILES, tl.cdiv(T - pid * TILES * R, R))):
-        t = (pid * TILES + i) * R + tl.arange(0, R)
+    walk = (tl.program_id(0) // column_blocks).to(tl.int64)
+    d_weight = tl.zeros((R, COLUMNS), tl.float32)
+    d_bias = tl.zeros((R, COLUMNS), tl.float32)
+    d_modality = ()
+    if MODALITY_SUMS:
+        for _ in tl.static_range(M):
+            d_modality += (tl.zeros((S, COLUMNS), tl.float32),)
+    for i in tl.range(0, tl.minimum(TILES, tl.cdiv(T - walk * TILES * R, R)), num_stages=STAGES):
+        t = (walk * TILES + i) * R + tl.arange(0, R)
         modality, row, token, grad, normed, rstd = _graded(
             grad_ptr,
             streams,
@@ -158,7 +173,7 @@ def modality_embed_bwd_rows_kernel(
             mean_ptr,
             rstd_ptr,
             t,
-            0,
+            first_col,
             T,
             E,
             threshold,
@@ -171,11 +186,11 @@ def modality_embed_bwd_rows_kernel(
             ROWS_OF,
             NORM,
             R,
-            BLOCK_E,
+            COLUMNS,
         )
         dx = grad
         if NORM > 0:
-            if norm_partial_ptr is not None:
+            if NORM_SUMS:
                 d_weight += grad * normed
                 d_bias += grad
             if norm_weight_ptr is not None:
@@ -188,29 +203,22 @@ def modality_embed_bwd_rows_kernel(
                 tl.store(means_ptr + t, mean_g, mask=t < T)
                 tl.store(means_ptr + T + t, mean_gx, mask=t < T)
             dx = (dx - mean_g[:, None] - normed * mean_gx[:, None]) * rstd[:, None]
-        for m in tl.static_range(M):
-            if WANTED[m] == 1:
-                here = within[None, :] & ((modality == m) & (row >= 0))[:, None]
-                to = d_streams[m] + row[:, None] * E + cols[None, :]
-                tl.store(to, dx.to(d_streams[m].dtype.element_ty), mask=here)
-        if modality_partial_ptr is not None:
-            dx = tl.where(within[None, :] & (t < T)[:, None], dx, 0.0)
-            low = tl.min(tl.where(t < T, modality, 255), 0)
-            high = tl.max(tl.where(t < T, modality, 0), 0)
-            if (low == current) & (high == current):
-                d_modality += dx
-            else:
-                _flush(modality_partial_ptr + (pid * M + current) * E, tl.sum(d_modality, 0), cols, within)
-                d_modality = tl.zeros((R, BLOCK_E), tl.float32)
-                if low == high:
-                    d_modality += dx
-                else:
-                    for m in tl.static_range(M):
-                        part = tl.sum(tl.where((modality == m)[:, None], dx, 0.0), 0)
-                        _flush(modality_partial_ptr + (pid * M + m) * E, part, cols, within)
-                current = high
+        for first in tl.static_range(M):
+            if STREAMS[first] == first:  # one store for all streams of this dtype
+                to = tl.where(modality == first, d_streams[first], d_streams[first])
+                here = (modality == first) & (WANTED[first] == 1)
+                for m in tl.static_range(M):
+                    if m > first and STREAMS[m] == first:
+                        to = tl.where(modality == m, d_streams[m], to)
+                        here = here | ((modality == m) & (WANTED[m] == 1))
+                mask = within[None, :] & (here & (row >= 0))[:, None]
+                value = dx.to(d_streams[first].dtype.element_ty)
+                tl.store(to[:, None] + row[:, None] * E + cols[None, :], value, mask=mask)
+        if MODALITY_SUMS:
+            d_modality = _added(d_modality, dx, tl.where(t < T, modality, -1), M, R, S, COLUMNS)
         if keys_ptr is not None:
             SLOTS: tl.constexpr = len(TABLES) // M
+            mine = (t < T) & (first_col == 0)
             for q in tl.static_range(SLOTS):
                 position = position_of(positions_ptr, t, T, modality, q, M, A, TABLES, ROWS_OF)
                 key = tl.full((R,), -1, tl.int64)
@@ -218,14 +226,39 @@ def modality_embed_bwd_rows_kernel(
                     if TABLES[q * M + m] >= 0:
                         here = (modality == m) & (position >= 0)
                         key = tl.where(here, FIRST[TABLES[q * M + m]] + position, key)
-                tl.store(keys_ptr + q * T + t, key.to(tl.int32), mask=t < T)
+                tl.store(keys_ptr + q * T + t, key.to(keys_ptr.dtype.element_ty), mask=mine)
             key = tl.where(token >= 0, FIRST[len(FIRST) - 1] + token, -1)
-            tl.store(keys_ptr + SLOTS * T + t, key.to(tl.int32), mask=t < T)
-    if modality_partial_ptr is not None:
-        _flush(modality_partial_ptr + (pid * M + current) * E, tl.sum(d_modality, 0), cols, within)
-    if norm_partial_ptr is not None:
-        tl.store(norm_partial_ptr + (2 * pid) * E + cols, tl.sum(d_weight, 0), mask=within)
-        tl.store(norm_partial_ptr + (2 * pid + 1) * E + cols, tl.sum(d_bias, 0), mask=within)
+            tl.store(keys_ptr + SLOTS * T + t, key.to(keys_ptr.dtype.element_ty), mask=mine)
+    N: tl.constexpr = 2 * NORM_SUMS + M * MODALITY_SUMS
+    if NORM_SUMS:
+        tl.store(partial_ptr + walk * N * E + cols, tl.sum(d_weight, 0), mask=within)
+        tl.store(partial_ptr + (walk * N + 1) * E + cols, tl.sum(d_bias, 0), mask=within)
+    if MODALITY_SUMS:
+        for m in tl.static_range(M):
+            to = partial_ptr + (walk * N + 2 * NORM_SUMS + m) * E + cols
+            tl.store(to, tl.sum(d_modality[m], 0), mask=within)
+
+
+@triton.jit(do_not_specialize=["W"])
+def modality_embed_bwd_walks_kernel(
+    partial_ptr, d_weight_ptr, d_bias_ptr, d_modality_ptr, W, E, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """partial [W, N, E] summed over W: to the norm's weight and bias, unless None, and to rows of the modalities."""
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1)
+    acc = tl.zeros((R, COLUMNS), tl.float32)
+    for first in range(0, W, R):
+        walk = first + tl.arange(0, R).to(tl.int64)[:, None]
+        mask = (walk < W) & (cols < E)[None, :]
+        acc += tl.load(partial_ptr + (walk * N + row) * E + cols[None, :], mask=mask, other=0.0)
+    total = tl.sum(acc, 0)
+    if d_weight_ptr is not None:
+        tl.store(d_weight_ptr + cols, total.to(d_weight_ptr.dtype.element_ty), mask=(cols < E) & (row == 0))
+        tl.store(d_bias_ptr + cols, total.to(d_bias_ptr.dtype.element_ty), mask=(cols < E) & (row == 1))
+        row -= 2
+    if d_modality_ptr is not None:
+        to = d_modality_ptr + row * E + cols
+        tl.store(to, total.to(d_modality_ptr.dtype.element_ty), mask=(cols < E) & (row >= 0))
 
 
 @triton.jit
@@ -284,11 +317,12 @@ def modality_embed_bwd_tables_kernel(
     FIRST: tl.constexpr,
     SUMMED: tl.constexpr,
     CHUNK: tl.constexpr,
+    R: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Row k of outs = the sum of dx over the tokens of key k.  keys int32 [N] sorted, -1: none; order int64 [N]: where
-    each key was before the sort, a token modulo T.  SUMMED: which tables' gradients are wanted; the others' keys are
-    there all the same, so that sums do not depend on what else is wanted.
+    """Row k of outs = the sum of dx over the tokens of key k, R of them read at a time.  keys [N] sorted, -1: none;
+    order int64 [N]: where each key was before the sort, a token modulo T.  SUMMED: which tables' gradients are wanted;
+    the others' keys are there all the same, so that sums do not depend on what else is wanted.
 
     head [chunks, E]  the part of a run that began in an earlier chunk;  tail [chunks, E]  of one that goes on later
     """
@@ -298,24 +332,20 @@ def modality_embed_bwd_tables_kernel(
     inside = cols < E
     start = tl.program_id(0) * CHUNK
     stop = tl.minimum(start + CHUNK, N)
-    current = tl.load(keys_ptr + start)
+    current = tl.load(keys_ptr + start).to(tl.int32)
     is_head = tl.load(keys_ptr + start - 1, mask=start > 0, other=-1) == current
     acc = tl.zeros((COLUMNS,), tl.float32)
     weight = acc + 1.0
     if norm_weight_ptr is not None:
         weight = tl.load(norm_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    for i in range(start, stop):
-        key = tl.load(keys_ptr + i)
-        if key != current:
-            if is_head:
-                tl.store(head_ptr + chunk * E + cols, acc, mask=inside)
-            else:
-                _store_row(outs, acc, current, E, cols, inside, FIRST, SUMMED)
-            acc = tl.zeros((COLUMNS,), tl.float32)
-            current = key
-            is_head = start < 0  # False
-        if _is_wanted(key, FIRST, SUMMED):
-            t = tl.load(order_ptr + i) % T + tl.arange(0, 1)
+    for i in range(start, stop, R):
+        entries = i + tl.arange(0, R)
+        keys = tl.load(keys_ptr + entries, mask=entries < stop, other=-1).to(tl.int32)
+        wanted = _is_wanted(keys, FIRST, SUMMED)
+        last = tl.max(keys, 0)
+        if (tl.min(keys, 0) != current) | (last != current) | _is_wanted(current, FIRST, SUMMED):
+            t = tl.load(order_ptr + entries, mask=wanted, other=0).to(tl.int32) % T
+            t = tl.where(wanted, t, T).to(tl.int64)  # T: reads as zeros.  int64: t * E passes 2**31
             _, _, _, grad, normed, rstd = _graded(
                 grad_ptr,
                 streams,
@@ -343,15 +373,29 @@ def modality_embed_bwd_tables_kernel(
                 TABLES,
                 ROWS_OF,
                 NORM,
-                1,
+                R,
                 COLUMNS,
             )
             dx = grad
             if NORM > 0:
-                mean_g = tl.load(means_ptr + t)[:, None]
-                mean_gx = tl.load(means_ptr + T + t)[:, None]
+                mean_g = tl.load(means_ptr + t, mask=wanted, other=0.0)[:, None]
+                mean_gx = tl.load(means_ptr + T + t, mask=wanted, other=0.0)[:, None]
                 dx = (grad * weight[None, :] - mean_g - normed * mean_gx) * rstd[:, None]
-            acc += tl.sum(dx, 0)
+            if (tl.min(keys, 0) == current) & (last == current):
+                acc += tl.sum(dx, 0)
+            else:
+                for r in range(0, tl.minimum(R, stop - i)):
+                    here = tl.arange(0, R) == r
+                    key = tl.max(tl.where(here, keys, -1), 0)
+                    if key != current:
+                        if is_head:
+                            tl.store(head_ptr + chunk * E + cols, acc, mask=inside)
+                        else:
+                            _store_row(outs, acc, current, E, cols, inside, FIRST, SUMMED)
+                        acc = tl.zeros((COLUMNS,), tl.float32)
+                        current = key
+                        is_head = start < 0  # False
+                    acc += tl.sum(tl.where(here[:, None], dx, 0.0), 0)
     goes_on = tl.load(keys_ptr + stop, mask=stop < N, other=-1) == current
     if current >= 0:
         if is_head:

@@ -1,9 +1,10 @@
 """Modality embedding forward, Triton, sm_80+.   T tokens, E width, M modalities, A position axes, R rows of a tile.
 
-A program walks over tiles of R packed rows, a power of two that makes tiles of narrow rows as large as one wide row; a
-tile is held in registers, so that it is read once and written once.  Streams and position tables are tuples of pointers
-(one that is absent repeats another), chosen per row by selects: a select keeps the pointers' known alignment, so that
-loads stay 128 bits wide; a table of addresses in memory would lose it.
+A program walks over tiles of R packed rows; a tile is held in registers, so that it is read once and written once.
+With a norm a tile has whole rows.  Without one it has COLUMNS of them, and neighbouring programs the others: no lane
+idles where E is no power of two, and each lane asks for several rows at once.  Streams and position tables are tuples
+of pointers (one that is absent repeats another), chosen per row by selects: a select keeps the pointers' known
+alignment, so that loads stay 128 bits wide; a table of addresses in memory would lose it.
 
 STREAMS  per modality: -1 no rows; -2 token ids [N_m]; else floats [N_m, E], and the first modality of the same dtype
 TABLES   [q * M + m]: which table modality m reads on the q-th last axis, or -1;  ROWS_OF  rows of each table
@@ -163,12 +164,16 @@ def modality_embed_fwd_kernel(
     ROWS_OF: tl.constexpr,
     NORM: tl.constexpr,
     R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """rng_ptr is None: no dropout."""
-    cols = tl.arange(0, BLOCK_E)[None, :]
+    """rng_ptr is None: no dropout.  STAGES: tiles whose loads are under way at a time."""
+    column_blocks = tl.cdiv(E, COLUMNS)  # 1 with a norm
+    first_col = tl.program_id(0) % column_blocks * COLUMNS
+    cols = first_col + tl.arange(0, COLUMNS)[None, :]
     inside = cols < E
-    for tile in range(tl.program_id(0), tl.cdiv(T, R), tl.num_programs(0)):
+    walkers = tl.num_programs(0) // column_blocks
+    for tile in tl.range(tl.program_id(0) // column_blocks, tl.cdiv(T, R), walkers, num_stages=STAGES):
         t = tile * R + tl.arange(0, R).to(tl.int64)  # int64: t * E passes 2**31
         modality, row, token = locate(streams, sizes, modality_ids_ptr, source_rows_ptr, t, T, M, V, STREAMS)
         x = sum_tile(
@@ -204,5 +209,5 @@ def modality_embed_fwd_kernel(
             if norm_bias_ptr is not None:
                 x += tl.load(norm_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         if rng_ptr is not None:
-            x = dropped(x, rng_ptr, t, 0, threshold, keep_scale, R, BLOCK_E)
+            x = dropped(x, rng_ptr, t, first_col, threshold, keep_scale, R, COLUMNS)
         tl.store(out_ptr + t[:, None] * E + cols, x.to(out_ptr.dtype.element_ty), mask=inside & (t < T)[:, None])

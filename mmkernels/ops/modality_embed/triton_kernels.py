@@ -15,6 +15,7 @@ from mmkernels.ops.modality_embed.triton_backward import (
     modality_embed_bwd_rows_kernel,
     modality_embed_bwd_spans_kernel,
     modality_embed_bwd_tables_kernel,
+    modality_embed_bwd_walks_kernel,
 )
 from mmkernels.ops.modality_embed.triton_forward import modality_embed_fwd_kernel
 from mmkernels.philox import threshold
@@ -40,9 +41,9 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     rstd = inputs.modality_weight.new_empty(T if options.normed else 0, dtype=torch.float32)
     if T == 0 or E == 0:
         return out, mean, rstd
-    config = configs.forward(E)
+    config = configs.forward(E, options.normed)
     launch = _launch(inputs, options, read_streams=True)
-    grid = (min(triton.cdiv(T, config.rows), configs.FORWARD_PROGRAMS),)
+    grid = (min(triton.cdiv(T, config.rows), config.walks) * triton.cdiv(E, config.columns),)
     modality_embed_fwd_kernel[grid](
         **launch.sources,
         norm_weight_ptr=launch.norm_weight,
@@ -55,7 +56,8 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
         eps=options.eps,
         **launch.constexprs,
         R=config.rows,
-        BLOCK_E=configs.block(E),
+        COLUMNS=config.columns,
+        STAGES=config.stages,
         num_warps=config.warps,
     )
     return out, mean, rstd
@@ -75,15 +77,17 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     first = tuple(itertools.accumulate((t.shape[0] for t in inputs.tables), initial=0))
     keyed, slots = any(wanted), max(inputs.table_counts, default=0) + 1
 
-    config = configs.backward(E)
-    tiles = configs.tiles_per_program(T, config.rows)
-    programs = triton.cdiv(T, config.rows * tiles)
+    config = configs.backward(E, options.normed)
+    tiles = configs.tiles_per_walk(T, config)
+    walks = triton.cdiv(T, config.rows * tiles)
     fp32 = {"dtype": torch.float32}
     d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(inputs.streams, need_streams, strict=True)]
-    norm_partial = grad_out.new_empty((programs, 2, E), **fp32) if need_norm else None
-    modality_partial = grad_out.new_zeros((programs, M, E), **fp32) if need_modality else None
+    sums = 2 * need_norm + M * need_modality
+    partial = grad_out.new_empty((walks, sums, E), **fp32) if sums else None
     means = grad_out.new_empty((2, T), **fp32) if keyed and options.normed else None
-    keys = inputs.source_rows.new_empty((slots, T)) if keyed else None
+    # Half the bits are half the passes of the sort.
+    few = first[-1] + (0 if inputs.token_weight is None else inputs.token_weight.shape[0]) < 2**15
+    keys = grad_out.new_empty((slots, T), dtype=torch.int16 if few else torch.int32) if keyed else None
     if T and E:
         launch = _launch(inputs, options, read_streams=options.normed)
         statistics = {
@@ -93,25 +97,28 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
         common = {"grad_ptr": grad_out.contiguous(), **launch.sources, "norm_weight_ptr": launch.norm_weight}
         common |= {**launch.places, **statistics, "means_ptr": means, **launch.scalars, **launch.constexprs}
         written = [d is not None and d.numel() > 0 for d in d_streams]
-        modality_embed_bwd_rows_kernel[(programs,)](
+        modality_embed_bwd_rows_kernel[(walks * triton.cdiv(E, config.columns),)](
             **common,
-            d_streams=tuple(d if w else grad_out for d, w in zip(d_streams, written, strict=True)),
-            norm_partial_ptr=norm_partial,
-            modality_partial_ptr=modality_partial,
+            d_streams=tuple(  # one that is not written has the type of its stream all the same
+                d if w else s for s, d, w in zip(launch.sources["streams"], d_streams, written, strict=True)
+            ),
+            partial_ptr=partial,
             keys_ptr=keys,
             WANTED=tuple(int(w) for w in written),
+            NORM_SUMS=int(need_norm),
+            MODALITY_SUMS=int(need_modality),
             FIRST=first,
             TILES=tiles,
             R=config.rows,
-            BLOCK_E=configs.block(E),
+            S=config.sum_rows,
+            COLUMNS=config.columns,
+            STAGES=config.stages,
             num_warps=config.warps,
         )
         if keyed:
             _sum_tables(common, keys, d_summed, first)
 
-    # Sums over programs: torch.sum adds in an order that depends on the shape alone.
-    d_norm = norm_partial.sum(0) if need_norm else (None, None)
-    d_modality = modality_partial.sum(0) if need_modality else None
+    d_norm_weight, d_norm_bias, d_modality = _sum_walks(partial, inputs.modality_weight, M, need_norm, need_modality)
 
     def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
         return value.to(like.dtype) if needed else grad_out.new_empty(0)
@@ -121,16 +128,32 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
         finish(d_modality, inputs.modality_weight, need_modality),
         finish(d_summed[-1] if needs[M + 1] else None, inputs.token_weight, needs[M + 1]),
         [finish(d, t, n) for d, t, n in zip(d_summed[:P], inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm[0], inputs.norm_weight, needs[-2]),
-        finish(d_norm[1], inputs.norm_bias, needs[-1]),
+        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
+        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
     )
+
+
+def _sum_walks(partial: Tensor | None, like: Tensor, M: int, need_norm: bool, need_modality: bool):
+    """Gradients of the norm's weight and bias and of the modalities, None where not needed, in the type of like."""
+    if partial is None:
+        return None, None, None
+    W, N, E = partial.shape
+    make = like.new_empty if W and E else like.new_zeros
+    d_weight, d_bias = (make(E) if need_norm else None for _ in range(2))
+    d_modality = make((M, E)) if need_modality else None
+    if W and E:
+        rows, columns, warps = configs.WALK_SUMS
+        modality_embed_bwd_walks_kernel[(triton.cdiv(E, columns), N)](
+            partial, d_weight, d_bias, d_modality, W, E, N=N, R=rows, COLUMNS=columns, num_warps=warps
+        )
+    return d_weight, d_bias, d_modality
 
 
 def _sum_tables(common: dict[str, Any], keys: Tensor, d_tables: list[Tensor | None], first: tuple[int, ...]) -> None:
     """Writes each row of d_tables that a key names: the sum of dx over its tokens.  Deterministic; never syncs."""
     E = common["E"]
     keys, order = keys.reshape(-1).sort(stable=True)
-    columns, warps = configs.table_columns(E)
+    rows, columns, warps = configs.tables(E)
     grid = (triton.cdiv(len(keys), configs.CHUNK), triton.cdiv(E, columns))
     head, tail = (keys.new_empty((grid[0], E), dtype=torch.float32) for _ in range(2))
     some = next(d for d in d_tables if d is not None)
@@ -139,7 +162,7 @@ def _sum_tables(common: dict[str, Any], keys: Tensor, d_tables: list[Tensor | No
     rest = {"keys_ptr": keys, "outs": outs, "head_ptr": head, "tail_ptr": tail, "N": len(keys), "FIRST": first}
     rest["SUMMED"] = tuple(int(d is not None) for d in d_tables) + (0,) * (len(first) - len(d_tables))
     rest |= {"CHUNK": configs.CHUNK, "COLUMNS": columns, "num_warps": warps}
-    modality_embed_bwd_tables_kernel[grid](**common, order_ptr=order, **rest)
+    modality_embed_bwd_tables_kernel[grid](**common, order_ptr=order, R=rows, **rest)
     modality_embed_bwd_spans_kernel[grid](E=E, **rest)
 
 

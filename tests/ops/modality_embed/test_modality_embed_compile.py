@@ -10,7 +10,7 @@ from embed_cases import CASES, Case, make, ragged
 triton = pytest.importorskip("triton")
 
 from mmkernels import inspect  # noqa: E402
-from mmkernels.ops.modality_embed import triton_kernels  # noqa: E402
+from mmkernels.ops.modality_embed import configs, triton_kernels  # noqa: E402
 from mmkernels.ops.modality_embed.kernel_specs import kernel_specs  # noqa: E402
 
 # One width, and the narrowest, where a lane has the fewest columns, keep this short; the report has the others.
@@ -87,17 +87,20 @@ def test_launches_compile_in_bf16(name, compiled_launches):
     names = [name for name, _ in compiled_launches]
     rows = ["modality_embed_fwd_kernel", "modality_embed_bwd_rows_kernel"]
     summed = given.tables or given.token_weight is not None
-    assert names == rows + ["modality_embed_bwd_tables_kernel", "modality_embed_bwd_spans_kernel"] * bool(summed)
+    tables = ["modality_embed_bwd_tables_kernel", "modality_embed_bwd_spans_kernel"]
+    assert names == rows + tables * bool(summed) + ["modality_embed_bwd_walks_kernel"]
     assert all("bf16" in kernel.asm["ttir"] for _, kernel in compiled_launches[:2])
 
 
-def test_another_batch_compiles_nothing_new(compiled_launches):
+def test_another_batch_compiles_nothing_new(compiled_launches, monkeypatch):
     """Rows and tokens differ in every batch; a kernel specialised to them would compile again and again."""
+    monkeypatch.setattr(configs, "NORMED_BACKWARD_WALKS", 1)  # so do the tiles of a walk
     compiled = set()
     for samples in (ragged(1, 3, "pp", 6), ragged(2, 4, "pp", 9), [[(0, 16), (1, 16)]]):
         inputs = make(Case("batch", samples, 64, (0, 0)), torch.bfloat16)
         given, options = inputs.operator_arguments()
         given = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, given)
-        triton_kernels.forward(given, options, torch.bfloat16)
-        compiled.add(compiled_launches[-1][1].hash)
-    assert len(compiled) == 1
+        _, mean, rstd = triton_kernels.forward(given, options, torch.bfloat16)
+        triton_kernels.backward(inputs.grad_out, given, options, mean, rstd, [True] * 3 + [False] + [True] * 2)
+        compiled |= {(name, kernel.hash) for name, kernel in compiled_launches}
+    assert len(compiled) == 3  # rows forward and backward, sums over walks

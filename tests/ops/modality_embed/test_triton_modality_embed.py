@@ -21,6 +21,8 @@ CASES = [
     # an odd width has masked lanes, and no alignment to rely on
     Case("everything", ragged(5, 2, "pgp", 5), 301, **MIXED),
     Case("everything, no norm", ragged(6, 2, "pgp", 5), 144, norm=None, **MIXED),
+    # without a norm a row wider than 256 is several programs', the last with masked lanes; keys are written by one
+    Case("everything, no norm, wide", ragged(6, 2, "pgp", 5), 700, norm=None, dropout_p=0.2, **MIXED),
     # two ids over 30 tokens: runs of one key cover several chunks of the table sums, and end at their edges
     Case("long runs", [[(0, 20), (1, 3)], [(0, CHUNK)]], 136, (1, 1), ids=(0,), vocab=2),
     Case("bias only, video", ragged(9, 2, "pv", 4), 192, (1, 3), ids=(0,), vocab=5, weight=False),
@@ -55,6 +57,20 @@ def test_values_and_gradients(case, dtype, monkeypatch):
 def test_fp32_parameters_with_fp16_streams():
     inputs = make(BY_NAME["everything"], torch.float16, torch.float32)
     check(inputs, run(inputs, "triton"))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("case", ["everything", "everything, no norm, wide", "no token"])
+def test_few_long_walks_and_many_short_ones(case, stages, monkeypatch):
+    """Partial sums over several walks, the last short; walks of several tiles whose rows are of several modalities."""
+    monkeypatch.setattr(configs, "LEAST_ROWS", 4)
+    inputs = make(BY_NAME[case], torch.float32)
+    for walks in (2, 1000):
+        for direction in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(configs, f"PLAIN_{direction}", (4, 1, walks, stages))
+            monkeypatch.setattr(configs, f"NORMED_{direction}_WALKS", walks)
+            monkeypatch.setattr(configs, f"NORMED_{direction}_STAGES", stages)
+        check(inputs, run(inputs, "triton"))
 
 
 def test_only_wanted_gradients():
