@@ -93,7 +93,7 @@ class AttentionMask:
 
 @dataclass(frozen=True)
 class TileSchedule:
-    """Tiles of one block shape.  From host lengths: heaviest first.
+    """Tiles of one block shape.  From host lengths: samples by their heaviest tile, in each the heaviest tile first.
 
     tiles  int32 [n, 4]  row start, row end, first span, last span (exclusive)
     spans  int32 [m, 3]  column start, column end, masked; whole blocks, clipped at the end.  masked = 0: every row sees

@@ -99,12 +99,14 @@ def _check_grids(time, rows, cols, tokens, axes: int) -> None:
 def attention_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys: bool):
     """(tiles, spans, pairs) by looking at every pair; mmkernels.planner.attention_tiles documents them."""
     _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys)
-    tiles, spans, weights = [], [], []
-    for rows_begin, rows_end, begin, end in zip(cu_rows[:-1], cu_rows[1:], cu_cols[:-1], cu_cols[1:], strict=True):
+    tiles, spans, weights, samples = [], [], [], []
+    bounds = zip(cu_rows[:-1], cu_rows[1:], cu_cols[:-1], cu_cols[1:], strict=True)
+    for sample, (rows_begin, rows_end, begin, end) in enumerate(bounds):
         blocks = np.arange(begin, end, block_cols)
         columns = np.arange(begin, end)
         for row in range(rows_begin, rows_end, block_rows):
             row_end = min(row + block_rows, int(rows_end))
+            samples.append(sample)
             r = slice(row, row_end)
             if begin == end:
                 tiles.append((row, row_end, len(spans), len(spans)))
@@ -126,8 +128,11 @@ def attention_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, bl
                     spans.append([start, stop, masked])
             tiles.append((row, row_end, first, len(spans)))
             weights.append(int(some.sum()))
-    heaviest_first = np.argsort(-np.asarray(weights, np.int64), kind="stable")
-    tiles = np.asarray(tiles, np.int32).reshape(-1, 4)[heaviest_first]
+    weight, sample = np.asarray(weights, np.int64), np.asarray(samples, np.int64)
+    heaviest = np.zeros(len(cu_rows), np.int64)  # tile of each sample
+    np.maximum.at(heaviest, sample, weight)
+    order = np.lexsort((-weight, sample, -heaviest[sample]))
+    tiles = np.asarray(tiles, np.int32).reshape(-1, 4)[order]
     return tiles, np.asarray(spans, np.int32).reshape(-1, 3), sum(weights) * block_rows * block_cols
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,16 @@ def assert_error_rule(
     floor = floor / 4 + rounding * float(ref.square().mean().sqrt())
     if not rms <= RMS_RATIO * rms_torch + floor:
         raise AssertionError(f"{name}: rms error {rms:.3e} > {RMS_RATIO} x torch's {rms_torch:.3e} + {floor:.1e}")
+
+
+def assert_tile_order(samples: Sequence[int], weights: Sequence[int]) -> None:
+    """Of a schedule's tiles: each sample's stand together, samples by their heaviest, in each the heaviest first."""
+    runs = [
+        [w for _, w in run] for _, run in itertools.groupby(zip(samples, weights, strict=True), lambda tile: tile[0])
+    ]
+    assert len(runs) == len(set(samples)), f"tiles of a sample stand apart: {list(samples)}"
+    for own in (*runs, [run[0] for run in runs]):
+        assert own == sorted(own, reverse=True), f"expected the heaviest first, got {own}"
 
 
 def reference_mask(

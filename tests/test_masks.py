@@ -1,6 +1,7 @@
 """Masks lowered to intervals, bits and tiles, against the pair-by-pair definition."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from mmkernels import mask_lowering_device
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, KeyIntervals, MaskPlan
-from mmkernels.testing import random_layout, reference_mask
+from mmkernels.testing import assert_tile_order, random_layout, reference_mask
 
 
 def random_mask(rng, layout):
@@ -89,7 +90,7 @@ def test_tiles_visit_exactly_the_blocks_that_matter(seed, rows):
     schedule = MaskPlan.lower(layout, mask).tiles(rows, block_rows, block_cols)
     starts, stops = layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist()
     covered = torch.zeros(layout.total_tokens, dtype=torch.int32)
-    work = []
+    samples, work = [], []
     for row_start, row_end, first, last in schedule.tiles.tolist():
         sample = int(np.searchsorted(layout.cu_seqlens.numpy(), row_start, side="right")) - 1
         assert starts[sample] <= row_start < row_end <= stops[sample]
@@ -104,6 +105,7 @@ def test_tiles_visit_exactly_the_blocks_that_matter(seed, rows):
             for block in range(col_start, col_end, block_cols):
                 classes[block] = masked
         work.append(len(classes))
+        samples.append(sample)
         for block in range(starts[sample], stops[sample], block_cols):
             part = seen[row_start:row_end, block : min(block + block_cols, stops[sample])]
             if block not in classes:
@@ -113,7 +115,7 @@ def test_tiles_visit_exactly_the_blocks_that_matter(seed, rows):
                 assert block + block_cols <= stops[sample]
                 assert rows == "query" or row_end - row_start == block_rows
     assert (covered == 1).all()
-    assert work == sorted(work, reverse=True)  # heaviest first
+    assert_tile_order(samples, work)
     assert schedule.pairs == sum(work) * block_rows * block_cols
 
 
@@ -140,6 +142,31 @@ def test_masks_compare_by_value_whatever_they_were_built_from():
     eye = AttentionMask(visible=torch.eye(2, dtype=torch.bool))
     assert eye == AttentionMask(visible=np.eye(2, dtype=bool)) == AttentionMask.isolated(2)
     assert hash(eye) == hash(AttentionMask.isolated(2))
+
+
+@pytest.mark.parametrize("rows", ["query", "key"])
+@pytest.mark.parametrize("seed", range(20))
+def test_joined_spans(seed, rows):
+    """Short tiles walk what follows one another as one masked span; nothing else changes."""
+    layout = random_layout(seed, num_samples=5, max_length=60)
+    plan = MaskPlan.lower(layout, random_mask(np.random.default_rng(seed), layout))
+    apart, joined = (plan.tiles(rows, 16, 8, "sample", columns) for columns in (0, 24))
+    assert joined.pairs == apart.pairs
+    assert torch.equal(joined.tiles[:, :2], apart.tiles[:, :2])
+    walked = 0
+    for (_, _, *was), (_, _, *now) in zip(apart.tiles.tolist(), joined.tiles.tolist(), strict=True):
+        before, after = apart.spans[slice(*was)].tolist(), joined.spans[slice(*now)].tolist()
+        follow = all(a[1] == b[0] for a, b in itertools.pairwise(before))
+        if len(before) > 1 and follow and before[-1][1] - before[0][0] <= 24:
+            before = [[before[0][0], before[-1][1], 1]]
+        assert after == before
+        walked += len(after)
+    assert walked == len(joined.spans)
+
+
+def test_joined_spans_of_a_short_sample():
+    plan = MaskPlan.lower(PackedLayout.from_counts([[20], [40]]))
+    assert plan.tiles("query", 64, 8, "sample", 24).spans.tolist() == [[0, 20, 1], [20, 60, 0]]
 
 
 @pytest.mark.parametrize(

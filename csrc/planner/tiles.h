@@ -16,8 +16,9 @@ struct TilesInput {
   bool rows_are_keys;  // keys carry exactly one bit; a short tile of keys gets masked spans only
 };
 
+// Samples by their heaviest tile, in each the heaviest first.
 struct TileSchedule {
-  std::vector<std::array<int32_t, 4>> tiles;  // row_start, row_end, first span, last span (exclusive); heaviest first
+  std::vector<std::array<int32_t, 4>> tiles;  // row_start, row_end, first span, last span (exclusive)
   std::vector<std::array<int32_t, 3>> spans;  // col_start, col_end, masked
   int64_t pairs = 0;                          // block_rows * padded columns over all tiles
 };

@@ -73,15 +73,16 @@ class Candidates:
 
 
 C = Config
-# A small tile keeps fewer queries per loaded key: twice the traffic per pair, behind products that take as long.  A
-# guess by that arithmetic, not a timing.
+# A small tile keeps fewer queries per loaded key: twice the traffic per pair, behind products that take as long.
+# Where no other price stands it is a guess by that arithmetic, not a timing.
 SMALL = 1.1
 
-# Forward.  Keys: architecture, bytes per element, widest head of the bucket.  Chosen from the inspector's report
-# (Triton 3.6.0, 2026-11): the largest tiles that spill nothing (on sm_80, D 64: 12 bytes with `visible`, 64 with all
-# extras); on sm_80 also at most 99 KiB of shared memory, for sm_86, sm_89 and sm_120.  Descriptors on sm_90 where they
-# take no more registers than pointers and spill nothing: up to D 128 (at D 256 they spill 44 to 96 bytes).  Nothing
-# here has been timed on a GPU: `python -m benchmarks tune attention` times, and what it writes comes first.
+# Forward.  Keys: architecture, bytes per element, widest head of the bucket.
+# sm_90, D 64 and 128, bf16: the fastest of a sweep on an H100 (2026-11-27, docs/attention.md) that spill nothing. Whole
+# blocks by descriptors were 4 and 6 % slower than by pointers in the large tile, and faster in the small one.
+# All others are chosen from the inspector's report (Triton 3.6.0, 2026-11) and not timed: the largest tiles that spill
+# nothing (on sm_80, D 64: 12 bytes with `visible`, 64 with all extras); on sm_80 also at most 99 KiB of shared memory,
+# for sm_86, sm_89 and sm_120.  `python -m benchmarks tune attention` times, and what it writes comes first.
 FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_80", 2, 32): (C(128, 64, 4, 3), C(64, 64, 4, 3, price=SMALL)),
     ("sm_80", 2, 64): (C(128, 64, 8, 3), C(64, 64, 4, 2, price=SMALL)),
@@ -111,7 +112,9 @@ def _bwd(dkdv: Config | tuple[Config, ...], dq: Config, *fused: Config) -> dict[
     return {"dkdv": dkdv if isinstance(dkdv, tuple) else (dkdv,), "dq": (dq,), "fused": fused}
 
 
-# Backward, with any number of candidates for the fused kernel.
+# Backward, chosen alike.  On an H100 the pair was faster than the fused kernel, which computes less but sums dq in
+# memory: 1.35 ms against 1.60 at D 64 and 1.27 against 1.39 at D 128, of 4 x 4,096 tokens.  So no entry has one; the
+# tuner tries it on each GPU.
 BWD: dict[tuple[str, int, int], dict[str, tuple[Config, ...]]] = {
     ("sm_80", 2, 32): _bwd(dkdv=C(64, 64, 4, 2), dq=C(64, 64, 4, 2)),
     ("sm_80", 2, 64): _bwd(dkdv=C(128, 64, 8, 2), dq=C(128, 64, 8, 2)),

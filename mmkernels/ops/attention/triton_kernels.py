@@ -1,7 +1,7 @@
 """Packed attention, Triton, sm_80+: what launches the kernels.   T tokens, H heads, G key heads, D head width.
 
-The kernels walk MaskPlan.tiles: one program per (tile of one sample, head), longest tiles first.  Nothing here
-waits for the device.
+The kernels walk MaskPlan.tiles: one program per (tile of one sample, head), heads fastest.  Nothing here waits for the
+device.
 """
 
 from __future__ import annotations

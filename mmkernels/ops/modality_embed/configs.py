@@ -1,7 +1,8 @@
 """Launch sizes of the Triton modality_embed kernels, per width.
 
-Chosen by cross-compiling for sm_90 (128-bit accesses, no spill, registers that leave enough warps per SM to cover
-memory latency) and by what an H100 made of earlier forms of the kernels; these have not been timed (docs/evidence.md).
+Those of E 768 in bf16 are the fastest of a sweep on an H100 (2026-11-27; docs/modality_embed.md), about 24 for each
+kernel; other widths follow by cross-compiling for sm_90: 128-bit accesses, no spill, and registers that leave enough
+warps per SM to cover memory latency.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 # Constants, not functions of the GPU's SM count: partial sums must not depend on it.
 CHUNK = 32  # sorted tokens per program of the table sums
-TABLES = (2, 256, 1)  # of these, whose rows are read at a time; columns of a program, at most; warps
+TABLES = (1, 256, 1)  # of these, whose rows are read at a time; columns of a program, at most; warps
 LANES_COLUMNS = 256  # of a warp: eight a lane, 128 bits of a 16-bit type
 LEAST_ROWS = 16  # of a walk of the backward
 WALK_SUMS = (256, 16, 8)  # partial sums and columns of a tile of their sum, warps
@@ -37,8 +38,8 @@ class Config:
 # way.  The forward's walks are short, so that an SM which is done early takes another; each of the backward's leaves M
 # partial rows of fp32, and has as many programs as there are column blocks (three for E = 768).
 PLAIN_FORWARD = (4, 1, 16384, 1)
-PLAIN_BACKWARD = (4, 1, 1024, 1)
-NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES = 8192, 1
+PLAIN_BACKWARD = (4, 1, 512, 1)
+NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES = 1 << 20, 1
 NORMED_BACKWARD_WALKS, NORMED_BACKWARD_STAGES = 1024, 1
 
 # With a norm: widest row of the table's line -> rows, warps; columns are the width's next power of two.  sm_90, Triton
