@@ -160,11 +160,18 @@ class AttentionProblem:
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:
     for case in cases(shapes, device.type):
-        build = functools.partial(from_case, case, device, seed)
+        build = functools.partial(from_case, case, device, seed, _peers(shapes, case))
         yield Deferred("attention", _name(case, _layout(case, seed)), case.dtype, AttentionProblem.directions, build)
 
 
-def from_case(case: Case, device: torch.device, seed: int) -> AttentionProblem:
+def _peers(shapes: str, case: Case) -> tuple[Peer, ...]:
+    """FlexAttention is compiled for each shape, half a minute on a GPU: quick ones leave it to masks that no kernel
+    of others knows."""
+    flex = (attention_flex.FLEX, attention_flex.FLEX_WITH_MASK)
+    return tuple(p for p in PEERS if p not in flex) if shapes == "quick" and case.mask in ("full", "causal") else PEERS
+
+
+def from_case(case: Case, device: torch.device, seed: int, peers: tuple[Peer, ...] = PEERS) -> AttentionProblem:
     """Random q, k and v for a case, in memory of their own."""
     layout = _layout(case, seed).to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +183,9 @@ def from_case(case: Case, device: torch.device, seed: int) -> AttentionProblem:
     q, k, v, grad_output = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
     for leaf in (q, k, v):
         leaf.requires_grad_()
-    return AttentionProblem(_name(case, layout), case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output)
+    return AttentionProblem(
+        _name(case, layout), case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output, peers
+    )
 
 
 def _layout(case: Case, seed: int) -> PackedLayout:

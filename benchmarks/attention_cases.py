@@ -92,8 +92,9 @@ CUDA_RAGGED = (
 CUDA_QUICK = (
     CUDA_RAGGED[0],
     *(case for case in CUDA_TABLE if case.length in (1024, 8192)),
-    *(case for case in CUDA_RAGGED if case.mask in MODALITY_MASKS),
+    Case("native", 64, "full", 12, 12, 64, "bf16"),
     Case("longtail", 32, "causal", 16, 16, 64, "bf16"),
+    *(case for case in CUDA_RAGGED if case.mask in MODALITY_MASKS),
 )
 CUDA_FULL = (*CUDA_QUICK, *(case for case in (*CUDA_TABLE, *CUDA_RAGGED) if case not in CUDA_QUICK))
 

@@ -36,7 +36,6 @@ from mmmodel.pretraining import Pretraining
 
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 SECONDS = {"quick": 100, "full": 900}
-HOST = torch.device("cpu")
 POOLS = (8, 50)  # batches that are sorted by length together
 # Losses are means over thousands of terms and agree to a few units of the last place; a gradient passes through a dozen
 # layers whose sums are ordered otherwise.  Both bounds are about ten times what was seen of correct implementations
@@ -167,11 +166,11 @@ class StepProblem:
 
     @functools.cached_property
     def reference(self) -> tuple[float, list[Tensor]]:
-        """Loss and gradients of the small batch in float64 by the reference of every operator, on the host."""
+        """Loss and gradients of the small batch in float64 by the reference of every operator."""
         config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, impl="reference"))
-        learner = Pretraining(config, self.learner.model.tokenizer).double()
+        learner = Pretraining(config, self.learner.model.tokenizer).double().to(self.device)
         learner.load_state_dict(self.learner.state_dict())
-        return gradients(learner, *self._made(self._small, HOST), nullcontext())
+        return gradients(learner, *self._made(self._small, self.device), nullcontext())
 
     def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
         reason = train_packed.missing_varlen(self.device, self.dtype)

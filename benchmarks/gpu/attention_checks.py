@@ -106,9 +106,10 @@ def modes(device: torch.device, dtype: str, width: int, impl: str) -> list[Mode]
     """Both schedules, both backward passes, both ways to sum dQ, and forward by the loads that are not the default."""
     if impl != "triton":
         return [Mode("deterministic", True), Mode("fast", False)]
-    # On a CPU these are the interpreter's, which has no TMA.
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    found = configs.select("sm_{}{}".format(*capability), dtype, width)
+    from mmkernels.ops.attention import triton_kernels
+
+    arch = triton_kernels._arch(device)  # on a CPU the interpreter's, which has no TMA
+    found = configs.select(arch, dtype, width)
     fused = (found.fused or found.dkdv)[0]
     ways = [
         Mode("sample tiles", True, "sample"),
@@ -116,7 +117,7 @@ def modes(device: torch.device, dtype: str, width: int, impl: str) -> list[Mode]
         Mode("fused, atomic dQ", False, "sample", (("fused", replace(fused, tma=False)),)),
         Mode("fused, token tiles", False, "token", (("fused", replace(fused, tma=False)),)),
     ]
-    if capability >= (9, 0):
+    if int(arch.removeprefix("sm_")) >= 90:
         other = replace(found.fwd[0], tma=not found.fwd[0].tma)
         ways += [
             Mode("fused, TMA dQ", False, "sample", (("fused", replace(fused, tma=True)),)),

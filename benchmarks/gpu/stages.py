@@ -96,7 +96,7 @@ def train_step(context: Context) -> tuple[bool, dict]:
         return True, {"skipped": "benchmarks/train_step.py is not there"}
     for op in ("attention", "modality_embed", "packing"):
         _require_green(context, op)
-    ok, document = _timed(context, "train_step", green=False, shapes="quick")  # the full batches take ten minutes
+    ok, document = _timed(context, "train_step", green=False)
     problem = next(iter(dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")))
     call = next(i.forward for i in harness.built(problem).implementations() if i.name.startswith(PREFIX))
     return ok, document | {"profile": {"case": problem.case, "top": profile.hot_spots(call, context.device)}}
@@ -201,15 +201,15 @@ def _facts(name: str, context: Context) -> dict:
     return {"stage": name, "dry_run": context.dry_run, "environment": environ}
 
 
-def _timed(context: Context, op: str, *, green: bool = True, shapes: str = "full") -> tuple[bool, dict]:
-    """An operator against its peers.  Ok where ours was timed and never found wrong.
+def _timed(context: Context, op: str, *, green: bool = True) -> tuple[bool, dict]:
+    """An operator against its peers, in the quick cases: `benchmarks OP --shapes full` takes half an hour, most of it
+    to compile peers.  Ok where ours was timed and never found wrong.
 
     The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.
     """
     if green:
         _require_green(context, op)
     problems = dry_problems.of(op) if context.dry_run else None
-    shapes = "quick" if context.dry_run else shapes
     facts, start = _facts(op, context), time.perf_counter()
 
     def save(document: dict) -> None:
@@ -217,7 +217,7 @@ def _timed(context: Context, op: str, *, green: bool = True, shapes: str = "full
         run.write(facts | cut_off | {"seconds": time.perf_counter() - start}, context.path(op))
 
     document = run.run(
-        op, context.device, shapes=shapes, seconds=context.seconds, seed=SEED, problems=problems, save=save
+        op, context.device, shapes="quick", seconds=context.seconds, seed=SEED, problems=problems, save=save
     )
     ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX) or row["impl"] == "all"]
     wrong = [row for row in ours if row.get("skipped", "").startswith(("wrong", "failed"))]

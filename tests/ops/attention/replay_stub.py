@@ -7,45 +7,21 @@ import gc
 from dataclasses import dataclass, replace
 
 import torch
-import triton.runtime
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmkernels import AttentionMask, PackedLayout, attention, dispatch
+from benchmarks.gpu import absent
+from mmkernels import AttentionMask, PackedLayout, attention
 from mmkernels.ops.attention import configs, triton_kernels, triton_launch_backward, triton_replay
 from mmkernels.ops.attention.configs import Config
 
 LAUNCHED = []  # (kernel's name, what its launcher was given)
 
 
-class Driver:
-    """What Triton asks of a driver, of a GPU that is not there."""
-
-    utils = property(lambda self: self)
-
-    def load_binary(self, name, kernel, shared, device):
-        return name, hash(kernel), 0, 0, 1024  # module, function, registers, spills, threads
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448}
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 7
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, source, metadata):
-        def record(x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
-            LAUNCHED.append((metadata.name, x, y, z, stream, function, packed, *map(seen, args)))
-            if enter is not None:
-                enter(launch_metadata)
-
-        return record
+def record(name, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args):
+    LAUNCHED.append((name, x, y, z, stream, function, packed, *map(seen, args)))
+    if enter is not None:
+        enter(launch_metadata)
 
 
 def seen(arg):
@@ -59,9 +35,7 @@ def seen(arg):
 
 def install() -> list[str]:
     """Returns the names of repeated launches, each of which is compared with Triton's own launch of the same."""
-    triton.runtime.driver.set_active(Driver())
-    dispatch._triton_missing = lambda *inputs: None
-    triton_kernels._arch = lambda device: "sm_90"
+    absent.install(record)
     repeated = []
     make_or_repeat = triton_replay.launch
 

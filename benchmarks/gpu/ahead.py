@@ -1,0 +1,110 @@
+"""Compiles ahead, without a GPU, what the checks and quick benchmarks of `python -m benchmarks gpu` launch on an H100.
+
+    TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--jobs 2]
+
+Where GPU time is short: compiling takes ten minutes of two cores, and none of the GPU's.  The folder serves a machine
+with the same build of Triton, under the same path: both are part of what is looked up.  Triton's launchers and peers'
+kernels are compiled there all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from benchmarks import attention, modality_embed
+from benchmarks.gpu import absent, attention_checks, correctness, parallel
+from mmkernels.ops.modality_embed.api import modality_embed as embed
+
+CPU = torch.device("cpu")  # whose tensors stand in
+FORMS = ("full", "plain")
+NOTHING_COMPUTED = (AssertionError, FloatingPointError)  # of who looks at the results
+
+
+class Done(Exception):
+    """The kernels of a check were asked for; what they are compared with need not be computed."""
+
+
+def calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, call): of one name all that shares kernels."""
+    scope = correctness.Scope()
+    checks = attention_checks.all_checks(CPU, scope.dtypes, scope.head_dims, scope.longest, 1, "triton")
+    yield from ((name, check) for name, check in checks if "isolation" not in name)
+    for width in scope.widths:
+        for dtype in scope.dtypes:
+            for form in FORMS:
+                build = functools.partial(correctness._embed, form, width, dtype, CPU)
+                yield f"modality_embed {dtype} E{width} {form}: both", lambda b=build: _embed(b())
+    for workload, samples, width, (dtype,) in modality_embed._cases("quick", "cuda"):
+        for form in FORMS:
+            build = functools.partial(modality_embed.build, form, workload, samples, width, dtype, CPU, 0)
+            yield f"modality_embed {workload} {form}: both", lambda b=build: _embed(b())
+    for case in attention.cases("quick", "cuda"):
+        yield f"{case}: both", lambda c=case: _attend(attention.from_case(c, CPU, 0))
+
+
+def _embed(problem) -> None:
+    def call():
+        return embed(problem.streams, problem.layout, **problem.tensors, impl="triton")
+
+    torch.autograd.grad(call(), problem.leaves, problem.grad_output)
+    with torch.no_grad():
+        call()
+
+
+def _attend(problem) -> None:
+    leaves = problem.q, problem.k, problem.v
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            out = attention.attention(*leaves, layout=problem.layout, mask=problem.mask, impl="triton")
+    torch.autograd.grad(out, leaves, problem.grad_output)
+
+
+def compile_some(wanted: list[str]) -> list[dict]:
+    """Of each name whether its kernels were compiled, as parallel.run wants it."""
+    absent.install()
+    torch.set_num_threads(1)
+    solve, left, records = attention_checks.solve, set(wanted), []
+
+    def ours(call, leaves, mode, impl):
+        if impl == "reference":
+            raise Done
+        return solve(call, leaves, mode, impl)
+
+    with mock.patch.object(attention_checks, "solve", ours):
+        for name, call in calls():
+            if name in left:
+                message = ""
+                try:
+                    call()
+                except (Done, *NOTHING_COMPUTED):
+                    pass
+                except Exception as error:  # the others are wanted all the same
+                    message = f"{type(error).__name__}: {error}"
+                    print(f"  {name}: {message}"[:300], file=sys.stderr, flush=True)
+                records.append({"name": name, "ok": not message, "message": message})
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.ahead", description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes; default 2")
+    parser.add_argument("--only", default="", help="calls with this in their name; default all")
+    options = parser.parse_args(argv)
+    absent.install()  # the checks are those of its kind
+    groups = correctness._groups([name for name, _ in calls() if options.only in name])
+    shares = [list(itertools.chain(*groups[i :: options.jobs])) for i in range(options.jobs)]
+    records = parallel.run(compile_some, shares, options.jobs)
+    failed = [record["name"] for record in records if not record["ok"]]
+    print(f"{len(records) - len(failed)} calls compiled, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
