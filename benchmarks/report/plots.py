@@ -135,7 +135,7 @@ def _ratio_figure(pyplot, found: list[Case], direction: str):
         (peers[i : i + MAX_CELLS], those) for peers, those in blocks.items() for i in range(0, len(peers), MAX_CELLS)
     ]
     labels = [[_label(case) for case in those] for _, those in groups]
-    columns = [[textwrap.fill(peer.replace("_", " "), 12) for peer in peers] for peers, _ in groups]
+    columns = [[textwrap.fill(peer.replace("_", " "), 9) for peer in peers] for peers, _ in groups]
     heads = [0.2 * max(text.count("\n") + 1 for text in names) + 0.25 for names in columns]
     heights = [_height(names) + head for names, head in zip(labels, heads, strict=True)]
     figure, panels = pyplot.subplots(
