@@ -177,7 +177,8 @@ def time_calls(
     comes before leaves caches and the allocator as it does.
 
     warm: who needs no warm-up, nor to be repeated within a sample.  slow_rounds: samples of who takes all the time.
-    host: on a GPU filled with the milliseconds in which each call returned; the samples are the GPU's own time.
+    host: on a GPU filled with the milliseconds in which each call returned, unless it waits for the GPU itself; the
+    samples are the GPU's own time.
     """
     if not calls:
         return {}
@@ -244,22 +245,25 @@ def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
     # Twice the L2: writing it evicts the inputs.
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device=device)
+    leads: dict[str, float] = {}
 
     def sample(round_calls) -> Iterator[tuple[str, float]]:
         events = []
         for name, call, _ in round_calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            returned = host.setdefault(name, [])
             flush.zero_()
             # The GPU is held up until the host has asked for all of the call: the time between the events is that of
             # its kernels.  What the host takes is a figure of its own, and counts where nothing else keeps a GPU busy.
-            lead = min(LEAD * returned[-1] if returned else FIRST_LEAD_MS, MAX_LEAD_MS)
+            lead = leads.get(name, FIRST_LEAD_MS)
             torch.cuda._sleep(int(lead * CYCLES_PER_MS))
             start.record()
             begin = time.perf_counter()
             call()
-            returned.append(1e3 * (time.perf_counter() - begin))
+            returned = 1e3 * (time.perf_counter() - begin)
             end.record()
+            leads[name] = min(LEAD * returned, MAX_LEAD_MS)
+            if returned < lead:  # else it may have waited for the GPU, which was held up
+                host.setdefault(name, []).append(returned)
             events.append((name, start, end))
         torch.cuda.synchronize(device)
         for name, start, end in events:

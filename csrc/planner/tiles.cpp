@@ -129,8 +129,8 @@ TileSchedule attention_tiles(const TilesInput& in) {
   check(in);
   TileSchedule out;
   std::vector<std::array<int32_t, 4>> tiles;
-  std::vector<int64_t> weights;         // blocks of each tile
-  std::vector<int64_t> samples;         // of each tile
+  std::vector<int64_t> weights;                                         // blocks of each tile
+  std::vector<int64_t> samples;                                         // of each tile
   std::vector<int64_t> heaviest(std::max<int64_t>(in.num_samples, 0));  // tile of each sample
   int64_t total_blocks = 0;
   for (int64_t b = 0; b < in.num_samples; ++b) {

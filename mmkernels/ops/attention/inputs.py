@@ -43,4 +43,4 @@ class Lowered(NamedTuple):
 
 def uses_tf32(q: Tensor) -> bool:
     """Whether Triton's products of fp32 inputs are in TF32: only where the user has turned torch's own on."""
-    return q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -53,10 +53,11 @@ def _measured(arch: str) -> list[KernelSpec]:
     specs: dict[tuple, KernelSpec] = {}
     for entry in tuned.read(tuned.tuned_path()):
         visible, extras = entry["mask"] == "visible", EXTRAS if entry["extras"] else ()
-        key = (entry["kernel"], entry["dtype"], entry["head_dim"], str(entry["config"]), visible, extras)
-        if entry["arch"] == arch and key not in specs:
-            made = spec(*key[:3], Config(**entry["config"]), visible, extras)
-            specs[key] = replace(made, config=made.config | {"measured": True})
+        for dtype in ("bf16", "fp16") if entry["dtype"] == "bf16" else (entry["dtype"],):  # as tuned.lookup has it
+            key = (entry["kernel"], dtype, entry["head_dim"], str(entry["config"]), visible, extras)
+            if entry["arch"] == arch and key not in specs:
+                made = spec(*key[:3], Config(**entry["config"]), visible, extras)
+                specs[key] = replace(made, config=made.config | {"measured": True})
     return list(specs.values())
 
 

@@ -17,6 +17,9 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.attention import op
 from mmkernels.ops.attention.inputs import Lowered, uses_tf32
 
+SCALES = (float, int, type(None))  # a tensor, say, may change its value and stay the same key
+MOST_CALLS = 64  # that a layout keeps: a model's layers ask for one or two
+
 
 class ByCpp:
     """One answer of the long way.   rest: what torch.ops.mm.attention_fwd takes after rng, for cpp"""
@@ -48,6 +51,10 @@ class ByTriton:
         self.lowered = Lowered(*lowered)
         self.triton = dispatch.load("attention", "triton")
         self.forward_launches, self.backward_launches = {}, {}
+
+    def launches(self) -> list[dict]:
+        """What was launched and is kept, by kernel."""
+        return [kept for kept in (self.forward_launches, *self.backward_launches.values()) if kept]
 
     def forward(self, q, k, v, out, lse: Tensor | None) -> None:
         if lse is None:  # the kernel writes it all the same
@@ -85,6 +92,8 @@ def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
     """attention(q, k, v, layout=layout, ...), or None where it takes the long way."""
     if torch.compiler.is_compiling() or type(layout) is not PackedLayout or not dispatch.unwatched(q, k, v):
         return None
+    if type(scale) not in SCALES:
+        return None
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
         known = layout.calls.get(_key(q, k, v, mask, scale, deterministic, impl, learns))
@@ -102,12 +111,14 @@ def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
 def remember(q, k, v, layout, mask, scale, deterministic, impl, learns: bool, rest: tuple) -> None:
     """Keep what the long way found out.   scale, deterministic and impl as the caller gave them"""
     by = _BY.get(rest[-1])
-    if by is None or not dispatch.unwatched(q, k, v):
+    if by is None or type(scale) not in SCALES or not dispatch.unwatched(q, k, v):
         return
     if by is ByTriton and not dispatch.load("attention", "triton").can_replay():
         return
     key = _key(q, k, v, mask, scale, deterministic, impl, learns)
     if key not in layout.calls:
+        if len(layout.calls) >= MOST_CALLS:  # a scale that changes in every step must not fill the memory
+            layout.calls.clear()
         layout.calls[key] = by(q, rest)
 
 

@@ -51,6 +51,9 @@ def attention_bwd(
             own = common | {"q_desc": q, "do_desc": do, "dq_sum": dq_sum, "dk_ptr": dk, "dv_ptr": dv}
             launch("fused", own, lambda: _fused(chosen.dkdv, do, q, k, v, lse, delta, dq_sum, dk, dv, lowered), kept)
             torch.mul(dq_sum, lowered.scale, out=dq)
+            if q.shape[0] == 0:  # nothing was launched: no query sees these keys
+                dk.zero_()
+                dv.zero_()
             return
         own = common | {"k_desc": k, "v_desc": v, "out_ptr": out, "dq_ptr": dq}
         launch(

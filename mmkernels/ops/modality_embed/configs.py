@@ -19,14 +19,12 @@ WALK_SUMS = (256, 16, 8)  # partial sums and columns of a tile of their sum, war
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a tile, a power of two; warps that share it; columns; the most walks that the rows are parted into; tiles
-    whose loads are under way at a time (above 1 they pass through shared memory)."""
+    """Rows of a tile, a power of two; warps that share it; columns; the most walks that the rows are parted into."""
 
     rows: int
     warps: int
     columns: int
     walks: int
-    stages: int = 1
 
     @property
     def sum_rows(self) -> int:
@@ -34,13 +32,13 @@ class Config:
         return min(self.rows, max(1, self.warps * LANES_COLUMNS // self.columns))
 
 
-# Without a norm: rows of a tile of LANES_COLUMNS, warps, walks, stages.  Four rows are four 128-bit loads a lane under
+# Without a norm: rows of a tile of LANES_COLUMNS, warps, walks.  Four rows are four 128-bit loads a lane under
 # way.  The forward's walks are short, so that an SM which is done early takes another; each of the backward's leaves M
 # partial rows of fp32, and has as many programs as there are column blocks (three for E = 768).
-PLAIN_FORWARD = (4, 1, 16384, 1)
-PLAIN_BACKWARD = (4, 1, 512, 1)
-NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES = 1 << 20, 1
-NORMED_BACKWARD_WALKS, NORMED_BACKWARD_STAGES = 1024, 1
+PLAIN_FORWARD = (4, 1, 16384)
+PLAIN_BACKWARD = (4, 1, 512)
+NORMED_FORWARD_WALKS = 1 << 20
+NORMED_BACKWARD_WALKS = 1024
 
 # With a norm: widest row of the table's line -> rows, warps; columns are the width's next power of two.  sm_90, Triton
 # 3.6.0, 2026-11: `python -m mmkernels.inspect --arch sm_90 --op modality_embed`.  Forward: at most 32 values a thread.
@@ -76,20 +74,20 @@ def forward(width: int, normed: bool) -> Config:
     if not normed:
         return _plain(width, *PLAIN_FORWARD)
     rows, warps = _of(NORMED_FORWARD, width)
-    return Config(rows, warps, block(width), NORMED_FORWARD_WALKS, NORMED_FORWARD_STAGES)
+    return Config(rows, warps, block(width), NORMED_FORWARD_WALKS)
 
 
 def backward(width: int, normed: bool) -> Config:
     if not normed:
         return _plain(width, *PLAIN_BACKWARD)
     rows, warps = _of(NORMED_BACKWARD, width)
-    return Config(rows, warps, block(width), NORMED_BACKWARD_WALKS, NORMED_BACKWARD_STAGES)
+    return Config(rows, warps, block(width), NORMED_BACKWARD_WALKS)
 
 
-def _plain(width: int, rows: int, warps: int, walks: int, stages: int) -> Config:
+def _plain(width: int, rows: int, warps: int, walks: int) -> Config:
     """Narrow rows: as many more of them to a tile."""
     columns = min(LANES_COLUMNS, block(width))
-    return Config(rows * LANES_COLUMNS // columns, warps, columns, walks, stages)
+    return Config(rows * LANES_COLUMNS // columns, warps, columns, walks)
 
 
 def tiles_per_walk(tokens: int, config: Config) -> int:
@@ -100,7 +98,10 @@ def tiles_per_walk(tokens: int, config: Config) -> int:
 def tables(width: int) -> tuple[int, int, int]:
     """Of the table sums: rows and columns of a tile, and its warps."""
     rows, columns, warps = TABLES
-    return min(rows, CHUNK), min(columns, block(width)), warps
+    columns = min(columns, block(width))
+    if columns < LANES_COLUMNS // 2:
+        rows = max(rows, 2)  # else a lane has less than 128 bits of a row
+    return min(rows, CHUNK), columns, warps
 
 
 def _of(table: dict[int, tuple[int, int]], width: int) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def _of_rows(width: int, dtype: str, shown: dict, reads: dict, backward: dict) -
         ("fwd", modality_embed_fwd_kernel, configs.forward(width, reads["NORM"] > 0), {}),
         ("bwd_rows", modality_embed_bwd_rows_kernel, configs.backward(width, reads["NORM"] > 0), backward),
     ):
-        tile = {"R": config.rows, "COLUMNS": config.columns, "STAGES": config.stages, **more}
+        tile = {"R": config.rows, "COLUMNS": config.columns, **more}
         tile |= {"S": config.sum_rows, "MODALITY_SUMS": 1} if more else {}
         told = {**shown, "rows": config.rows, "warps": config.warps}
         specs.append(_spec(f"modality_embed_{name}", kernel, dtype, told, {**reads, **tile}, config.warps))

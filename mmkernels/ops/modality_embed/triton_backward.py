@@ -136,7 +136,6 @@ def modality_embed_bwd_rows_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """A program takes COLUMNS, all with a norm, of TILES tiles of R rows.  WANTED: which stream gradients to write.
 
@@ -156,7 +155,7 @@ def modality_embed_bwd_rows_kernel(
     if MODALITY_SUMS:
         for _ in tl.static_range(M):
             d_modality += (tl.zeros((S, COLUMNS), tl.float32),)
-    for i in tl.range(0, tl.minimum(TILES, tl.cdiv(T - walk * TILES * R, R)), num_stages=STAGES):
+    for i in tl.range(0, tl.minimum(TILES, tl.cdiv(T - walk * TILES * R, R)), num_stages=1):
         t = (walk * TILES + i) * R + tl.arange(0, R)
         modality, row, token, grad, normed, rstd = _graded(
             grad_ptr,

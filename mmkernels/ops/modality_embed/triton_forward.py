@@ -165,15 +165,14 @@ def modality_embed_fwd_kernel(
     NORM: tl.constexpr,
     R: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """rng_ptr is None: no dropout.  STAGES: tiles whose loads are under way at a time."""
+    """rng_ptr is None: no dropout."""
     column_blocks = tl.cdiv(E, COLUMNS)  # 1 with a norm
     first_col = tl.program_id(0) % column_blocks * COLUMNS
     cols = first_col + tl.arange(0, COLUMNS)[None, :]
     inside = cols < E
     walkers = tl.num_programs(0) // column_blocks
-    for tile in tl.range(tl.program_id(0) // column_blocks, tl.cdiv(T, R), walkers, num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0) // column_blocks, tl.cdiv(T, R), walkers, num_stages=1):
         t = tile * R + tl.arange(0, R).to(tl.int64)  # int64: t * E passes 2**31
         modality, row, token = locate(streams, sizes, modality_ids_ptr, source_rows_ptr, t, T, M, V, STREAMS)
         x = sum_tile(

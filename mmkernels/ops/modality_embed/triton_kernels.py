@@ -57,7 +57,6 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
         **launch.constexprs,
         R=config.rows,
         COLUMNS=config.columns,
-        STAGES=config.stages,
         num_warps=config.warps,
     )
     return out, mean, rstd
@@ -112,7 +111,6 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
             R=config.rows,
             S=config.sum_rows,
             COLUMNS=config.columns,
-            STAGES=config.stages,
             num_warps=config.warps,
         )
         if keyed:

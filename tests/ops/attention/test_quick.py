@@ -114,3 +114,19 @@ def test_no_second_order():
         (first, *_) = torch.autograd.grad(out.sum(), leaves, create_graph=True)
         with pytest.raises(NotImplementedError, match="only first-order"):
             first.sum().backward()
+
+
+def test_a_scale_that_is_a_tensor_is_read_each_time():
+    layout, leaves = inputs(learns=False)
+    scale = torch.tensor(0.1)
+    first = [attention(*leaves, layout=layout, scale=scale) for _ in range(2)]
+    scale.fill_(1.0)
+    assert torch.equal(attention(*leaves, layout=layout, scale=scale), attention(*leaves, layout=layout, scale=1.0))
+    assert torch.equal(first[0], first[1])
+
+
+def test_a_layout_keeps_a_limited_number_of_calls():
+    layout, leaves = inputs(learns=False)
+    for step in range(2 * quick.MOST_CALLS):
+        attention(*leaves, layout=layout, scale=0.1 + step)
+    assert len(layout.calls) <= quick.MOST_CALLS

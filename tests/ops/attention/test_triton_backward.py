@@ -5,6 +5,8 @@ takes a second or two per case, so CI runs each mask and each feature with some 
 The fused kernel's TMA body cannot run here: test_backward_compiles.py shows what it compiles to.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_oracle import CROSS_MASKS, MASKS, Case, Pool, check, make_qkv, shared_layout
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.interpreter
 WIDE, TALL = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
 # On CPU the table has no fused configuration of its own, which test_which_kernels_run would notice.
 PAIR, FUSED = {"fwd": TALL, "dkdv": TALL, "dq": WIDE}, {"fwd": WIDE, "fused": TALL}
+DESCRIPTORS = {name: replace(config, tma=True) for name, config in PAIR.items()}
 VARIANTS = {"pair": PAIR, "fused": FUSED}
 # heads, kv_heads, width: MHA, GQA, MQA; powers of two and not, odd, below the tile's least width.
 SHAPES = [(2, 2, 16), (4, 2, 24), (3, 1, 33), (1, 1, 8)]
@@ -76,6 +79,36 @@ def test_cross_attention(variant, schedule):
     for case in range(first, first + 2):
         run(pool, case, variant, schedule, torch.float32, seed=100 + case, cross=True)
     finish(pool, variant, torch.float32)
+
+
+@pytest.mark.parametrize("mask", [None, AttentionMask(causal=True)], ids=["full", "causal"])
+@pytest.mark.parametrize("heads", [(4, 2, 24), (2, 2, 16)], ids=str)
+def test_whole_blocks_by_descriptors(heads, mask):
+    """Bit for bit what pointers give: grouped heads, a width that is padded, views of one projection."""
+    H, G, D = heads
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(110, H + 2 * G, D, generator=generator).half().requires_grad_()
+    do = torch.randn(110, H, D, generator=generator).half()
+    found = []
+    for kernels in (PAIR, DESCRIPTORS):
+        with configs.override(schedule="sample", **kernels):
+            own = PackedLayout.from_counts([[40], [70]])
+            out = attention(*qkv.split((H, G, G), 1), layout=own, mask=mask, impl="triton", deterministic=True)
+            found.append((out, *torch.autograd.grad(out, qkv, do)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_that_no_query_sees(variant):
+    """No query at all: gradients of keys and values are 0."""
+    layout, keys = PackedLayout.from_counts([[0], [0]]), PackedLayout.from_counts([[20], [5]])
+    q, k, v = (torch.randn(n, 1, 16, requires_grad=True) for n in (0, 25, 25))
+    with override(variant), poisoned_empty():
+        out = attention(q, k, v, layout=layout, k_layout=keys, impl="triton", deterministic=variant == "pair")
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert len(dq) == 0
+    assert not dk.any()
+    assert not dv.any()
 
 
 @pytest.mark.extended

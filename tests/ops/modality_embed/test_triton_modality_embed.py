@@ -59,18 +59,31 @@ def test_fp32_parameters_with_fp16_streams():
     check(inputs, run(inputs, "triton"))
 
 
-@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("case", ["everything", "everything, no norm, wide", "no token"])
-def test_few_long_walks_and_many_short_ones(case, stages, monkeypatch):
+def test_few_long_walks_and_many_short_ones(case, monkeypatch):
     """Partial sums over several walks, the last short; walks of several tiles whose rows are of several modalities."""
     monkeypatch.setattr(configs, "LEAST_ROWS", 4)
     inputs = make(BY_NAME[case], torch.float32)
     for walks in (2, 1000):
         for direction in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(configs, f"PLAIN_{direction}", (4, 1, walks, stages))
+            monkeypatch.setattr(configs, f"PLAIN_{direction}", (4, 1, walks))
             monkeypatch.setattr(configs, f"NORMED_{direction}_WALKS", walks)
-            monkeypatch.setattr(configs, f"NORMED_{direction}_STAGES", stages)
         check(inputs, run(inputs, "triton"))
+
+
+def test_table_sums_of_several_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(configs, "TABLES", (4, 256, 1))
+    for name in ("everything", "long runs"):
+        inputs = make(BY_NAME[name], torch.float32)
+        check(inputs, run(inputs, "triton"))
+
+
+def test_keys_past_sixteen_bits():
+    """Vocabularies of 32,768 and more: most models'."""
+    inputs = make(
+        Case("wide vocabulary", [[(0, 9), (1, 3)], [(0, 4)]], 16, (1, 0), ids=(0,), vocab=2**15), torch.float32
+    )
+    check(inputs, run(inputs, "triton"))
 
 
 def test_only_wanted_gradients():
