@@ -81,7 +81,7 @@ def test_table_sums_of_several_rows_at_a_time(monkeypatch):
 def test_keys_past_sixteen_bits():
     """Vocabularies of 32,768 and more: most models'."""
     inputs = make(
-        Case("wide vocabulary", [[(0, 9), (1, 3)], [(0, 4)]], 16, (1, 0), ids=(0,), vocab=2**15), torch.float32
+        Case("wide vocabulary", [[(0, 9), (1, 3)], [(0, 4)]], 144, (1, 0), ids=(0,), vocab=2**15), torch.float32
     )
     check(inputs, run(inputs, "triton"))
 
