@@ -190,9 +190,10 @@ class StepProblem:
 
     def _implementation(self, name, make_model, timed, everything, *, lowers=False, padded=False) -> Implementation:
         """timed: sample numbers of the batches of a call; everything: of all batches that they stand for."""
-        learner = Pretraining(self.config, self.learner.model.tokenizer)
-        learner.model = make_model(self.config.model, self.learner.model.tokenizer)
-        learner.to(self.device).load_state_dict(self.learner.state_dict())
+        learner = copy.deepcopy(self.learner)  # drawing the weights of a large model anew takes seconds
+        if make_model is not Model:
+            learner.model = make_model(self.config.model, self.learner.model.tokenizer)
+            learner.to(self.device).load_state_dict(self.learner.state_dict())
         batches = [self._made(chosen, self.device) for chosen in timed]
         flops, expected = 0.0, []
         for pair in batches:
