@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import attention_host, environment, limits, run, schema
-from benchmarks.gpu import attention_checks, correctness, parallel, processes, stages, subprocesses
+from benchmarks.gpu import attention_calls, attention_checks, correctness, parallel, processes, stages, subprocesses
 from benchmarks.report import documents, evidence
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
     assert kinds == {"error rule", "isolation", "isolation, NaN", "repeats", "no sync", "graph", "memory", "met before"}
-    for feature in attention_checks.FEATURES:
+    for feature in attention_calls.FEATURES:
         assert any(f"D32 {feature}, " in check["name"] for check in checks), feature
     assert {check["name"].split()[0].rstrip(":") for check in checks} == set(correctness.OPS)
     timed = {row["case"] for row in records["attention"]["result"]["rows"] if "checked" in row}
@@ -203,14 +203,14 @@ def _work(died, names):
 
 def test_a_wrong_kernel_turns_correctness_red(monkeypatch):
     """A key lost at the end of each sample: the error rule must see it, and the stage must not be green."""
-    right = attention_checks.attention
+    right = attention_calls.attention
 
     def wrong(q, k, v, *, impl, **options):
         if impl != "reference":
             v = v * (torch.arange(len(v))[:, None, None] != len(v) - 1)
         return right(q, k, v, impl=impl, **options)
 
-    monkeypatch.setattr(attention_checks, "attention", wrong)
+    monkeypatch.setattr(attention_calls, "attention", wrong)
     result = correctness.run(CPU, 600, dry_run=True)
     assert not result["green"]
     failed = [check["name"] for check in result["checks"] if not check["ok"]]
@@ -226,16 +226,16 @@ def test_out_of_time_is_not_green():
 
 def test_a_leak_between_samples_is_seen():
     """A mean over the batch, too small for the error rule: isolation is there for that."""
-    call = attention_checks.make(CPU, "fp32", 16, attention_checks.FEATURES["full"], 0, 12)
-    mode = attention_checks.modes(CPU, "fp32", 16, "auto")[0]
+    call = attention_calls.make(CPU, "fp32", 16, attention_calls.FEATURES["full"], 0, 12)
+    mode = attention_calls.modes(CPU, "fp32", 16, "auto")[0]
     attention_checks.check_isolation(call, mode, "auto", attention_checks.BIG)
-    right = attention_checks.attention
+    right = attention_calls.attention
     with pytest.MonkeyPatch.context() as patch:
 
         def leaking(q, k, v, **options):
             return right(q, k, v + 1e-9 * v.mean(), **options)
 
-        patch.setattr(attention_checks, "attention", leaking)
+        patch.setattr(attention_calls, "attention", leaking)
         attention_checks.check_error_rule(call, mode, "auto")
         with pytest.raises(AssertionError, match="sample 0 changed"):
             attention_checks.check_isolation(call, mode, "auto", attention_checks.BIG)
@@ -244,8 +244,8 @@ def test_a_leak_between_samples_is_seen():
 @pytest.mark.interpreter
 def test_modes_of_the_kernels_in_the_interpreter():
     """What a GPU will be asked, as far as the interpreter goes: every override of schedule and dQ body is right."""
-    call = attention_checks.make(CPU, "fp32", 16, attention_checks.EVERYTHING, 0, 5)
-    ways = attention_checks.modes(CPU, "fp32", 16, "triton")
+    call = attention_calls.make(CPU, "fp32", 16, attention_calls.EVERYTHING, 0, 5)
+    ways = attention_calls.modes(CPU, "fp32", 16, "triton")
     assert [way.name for way in ways] == ["sample tiles", "token tiles", "fused, atomic dQ", "fused, token tiles"]
     for way in ways:
         # So few numbers that torch's largest error may be a lucky one; the rms error has no such allowance.
@@ -254,8 +254,8 @@ def test_modes_of_the_kernels_in_the_interpreter():
 
 @pytest.mark.interpreter
 def test_isolation_and_graph_in_the_interpreter(monkeypatch):
-    call = attention_checks.make(CPU, "fp32", 16, attention_checks.FEATURES["bidirectional"], 0, 8)
-    token_tiles = attention_checks.modes(CPU, "fp32", 16, "triton")[1]  # where samples share tiles
+    call = attention_calls.make(CPU, "fp32", 16, attention_calls.FEATURES["bidirectional"], 0, 8)
+    token_tiles = attention_calls.modes(CPU, "fp32", 16, "triton")[1]  # where samples share tiles
     attention_checks.check_isolation(call, token_tiles, "triton", attention_checks.BIG)
     monkeypatch.setattr(attention_checks, "GRAPH_TOKENS", 40)
     monkeypatch.setattr(attention_checks, "GRAPH_LAYOUTS", 2)

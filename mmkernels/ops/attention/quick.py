@@ -90,9 +90,9 @@ class _Attention(torch.autograd.Function):
 
 def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
     """attention(q, k, v, layout=layout, ...), or None where it takes the long way."""
-    if torch.compiler.is_compiling() or type(layout) is not PackedLayout or not dispatch.unwatched(q, k, v):
+    if torch.compiler.is_compiling() or type(layout) is not PackedLayout or type(scale) not in SCALES:
         return None
-    if type(scale) not in SCALES:
+    if not dispatch.unwatched(q, k, v):
         return None
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
