@@ -2,9 +2,9 @@
 
     TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--jobs 2]
 
-Where GPU time is short: compiling takes minutes of several cores, and none of the GPU's.  The folder serves a machine with
-the same build of Triton, under the same path: both are part of what is looked up.  Triton's launchers and peers' kernels
-are compiled there all the same.
+Where GPU time is short: compiling takes minutes of several cores, and none of the GPU's.  The folder serves a machine
+with the same build of Triton, under the same path: both are part of what is looked up.  Triton's launchers, and what
+peers compile, are made there all the same.
 """
 
 from __future__ import annotations
