@@ -24,7 +24,7 @@ _ROWS_OF = (128, 32, 32, 64)
 _FIRST = (0, 128, 160, 192, 256)
 _GRADIENTS = ("d_weight_ptr", "d_bias_ptr", "d_modality_ptr")
 _PARAMETERS = ("modality_weight_ptr", "token_weight_ptr", "norm_weight_ptr", "norm_bias_ptr")
-_FP32 = ("mean_ptr", "rstd_ptr", "means_ptr", "partial_ptr", "head_ptr", "tail_ptr")
+_FP32 = ("mean_ptr", "rstd_ptr", "dx_ptr", "partial_ptr", "head_ptr", "tail_ptr")
 _TYPES = {
     **dict.fromkeys((*_PARAMETERS, *_GRADIENTS, *_FP32), "*fp32"),
     **dict.fromkeys(("source_rows_ptr", "positions_ptr", "keys_ptr"), "*i32"),
@@ -47,10 +47,8 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
             specs += _of_width(width, dtype)
         specs += _of_width(768, dtype, norm=2, dropout=True)
         specs += _plain(768, dtype)
-    _, columns, warps = configs.tables(768)
-    spans = {"FIRST": _FIRST, "SUMMED": (1,) * len(_FIRST), "CHUNK": configs.CHUNK, "COLUMNS": columns}
-    shown = {"width": 768, "rows": configs.CHUNK}
-    specs.append(_spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, warps))
+    shown, warps = {"width": 768, "rows": configs.CHUNK}, configs.tables().warps
+    specs.append(_spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, _sums(768), warps))
     rows, columns, warps = configs.WALK_SUMS
     walks, shown = {"N": _M + 2, "R": rows, "COLUMNS": columns}, {"width": 768, "rows": rows}
     specs.append(_spec("modality_embed_bwd_walks", modality_embed_bwd_walks_kernel, "fp32", shown, walks, warps))
@@ -58,26 +56,41 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
 
 
 def _of_width(width: int, dtype: str, *, norm: int = 1, dropout: bool = False) -> list[KernelSpec]:
-    table_rows, columns, table_warps = configs.tables(width)
-    reads = {"M": _M, "A": _AXES, "V": _VOCABULARY, "STREAMS": _STREAMS, "TABLES": _TABLES, "ROWS_OF": _ROWS_OF}
+    reads = {
+        "E": width,
+        "M": _M,
+        "A": _AXES,
+        "V": _VOCABULARY,
+        "STREAMS": _STREAMS,
+        "TOKENS": 1 if dtype == "fp32" else -1,
+        "TABLES": _TABLES,
+        "ROWS_OF": _ROWS_OF,
+    }
     reads |= {"NORM": norm} | ({} if dropout else {"rng_ptr": None, "threshold": 0, "keep_scale": 1.0})
     reads |= {"mean_ptr": None, "norm_bias_ptr": None} if norm == 2 else {}
-    tables = {**reads, "FIRST": _FIRST, "SUMMED": (1,) * len(_FIRST)}
-    tables |= {"CHUNK": configs.CHUNK, "R": table_rows, "COLUMNS": columns}
     shown = {"width": width, **({"norm": "rmsnorm", "dropout": 0.1} if dropout else {})}
-    table_spec = {**shown, "rows": configs.CHUNK, "warps": table_warps}
+    warps = configs.tables().warps
+    table_spec = {**shown, "rows": configs.CHUNK, "warps": warps}
     name, kernel = "modality_embed_bwd_tables", modality_embed_bwd_tables_kernel
     return [
         *_of_rows(width, dtype, shown, reads, {"WANTED": (0, 1, 1), "NORM_SUMS": 1, "FIRST": _FIRST}),
-        _spec(name, kernel, dtype, table_spec, tables, table_warps),
+        _spec(name, kernel, dtype, table_spec, _sums(width), warps),
     ]
+
+
+def _sums(width: int) -> dict:
+    """Constants of the tables' sums."""
+    config = configs.tables()
+    constants = {"E": width, "SLOTS": len(_TABLES) // _M + 1, "FIRST": _FIRST, "SUMMED": (1,) * len(_FIRST)}
+    return constants | {"CHUNK": configs.CHUNK, "R": config.rows, "COLUMNS": config.columns}
 
 
 def _plain(width: int, dtype: str) -> list[KernelSpec]:
     """x + W_m on three float streams."""
-    reads = {"M": _M, "A": _AXES, "V": 0, "STREAMS": (0, 0, 0), "TABLES": (), "ROWS_OF": (), "NORM": 0}
+    reads = {"E": width, "M": _M, "A": _AXES, "V": 0, "STREAMS": (0, 0, 0), "TOKENS": -1, "TABLES": (), "ROWS_OF": ()}
+    reads["NORM"] = 0
     reads |= {"rng_ptr": None, "threshold": 0, "keep_scale": 1.0, "eps": 0.0}
-    reads |= dict.fromkeys((*_PARAMETERS[1:], "mean_ptr", "rstd_ptr", "means_ptr", "keys_ptr"))
+    reads |= dict.fromkeys((*_PARAMETERS[1:], "mean_ptr", "rstd_ptr", "dx_ptr", "keys_ptr"))
     backward = {"WANTED": (1, 1, 1), "NORM_SUMS": 0, "FIRST": (0,)}
     return _of_rows(width, dtype, {"width": width, "norm": None}, reads, backward)
 
@@ -90,7 +103,7 @@ def _of_rows(width: int, dtype: str, shown: dict, reads: dict, backward: dict) -
         ("bwd_rows", modality_embed_bwd_rows_kernel, configs.backward(width, reads["NORM"] > 0), backward),
     ):
         tile = {"R": config.rows, "COLUMNS": config.columns, **more}
-        tile |= {"S": config.sum_rows, "MODALITY_SUMS": 1} if more else {}
+        tile |= {"MODALITY_SUMS": 1} if more else {}
         told = {**shown, "rows": config.rows, "warps": config.warps}
         specs.append(_spec(f"modality_embed_{name}", kernel, dtype, told, {**reads, **tile}, config.warps))
     return specs

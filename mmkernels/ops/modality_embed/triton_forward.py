@@ -1,12 +1,14 @@
 """Modality embedding forward, Triton, sm_80+.   T tokens, E width, M modalities, A position axes, R rows of a tile.
 
-A program walks over tiles of R packed rows; a tile is held in registers, so that it is read once and written once.
-With a norm a tile has whole rows.  Without one it has COLUMNS of them, and neighbouring programs the others: no lane
-idles where E is no power of two, and each lane asks for several rows at once.  Streams and position tables are tuples
-of pointers (one that is absent repeats another), chosen per row by selects: a select keeps the pointers' known
-alignment, so that loads stay 128 bits wide; a table of addresses in memory would lose it.
+A program walks over tiles of R packed rows.  A row is a vector over the lanes, and where it comes from is scalars.
+What R rows need is asked for before any of it is used, so that as many loads are under way.  With a norm a program has
+whole rows; without one it has COLUMNS of them, and neighbouring programs the others.  E is a constant of the compiled
+kernel: where it is no power of two, the compiler drops the registers beyond it.  Streams and position tables are tuples
+of pointers (one that is absent repeats another), chosen by selects: a select keeps the pointers' known alignment, so
+that loads stay 128 bits wide; a table of addresses in memory would lose it.
 
 STREAMS  per modality: -1 no rows; -2 token ids [N_m]; else floats [N_m, E], and the first modality of the same dtype
+TOKENS   the stream whose loads serve the token table too, as both have one dtype; -1 none
 TABLES   [q * M + m]: which table modality m reads on the q-th last axis, or -1;  ROWS_OF  rows of each table
 NORM     0 none, 1 layernorm, 2 rmsnorm
 sizes    2 N_m + 3 of each stream: odd and above 1, so that another batch is not another specialisation (Triton 3.6
@@ -23,16 +25,33 @@ import triton.language as tl
 
 @triton.jit
 def locate(
-    streams, sizes, modality_ids_ptr, source_rows_ptr, t, T, M: tl.constexpr, V: tl.constexpr, STREAMS: tl.constexpr
+    streams,
+    sizes,
+    modality_ids_ptr,
+    source_rows_ptr,
+    positions_ptr,
+    t,
+    T,
+    M: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    STREAMS: tl.constexpr,
+    TABLES: tl.constexpr,
+    ROWS_OF: tl.constexpr,
 ):
-    """-> modality, stream row or -1, token-table row or -1, of packed rows t [R]."""
+    """-> modality, stream row, token-table row, position-table rows (a tuple) of packed row t; -1 where it has none.
+
+    A row beyond T has none.
+    """
     valid = t < T
     modality = tl.load(modality_ids_ptr + t, mask=valid, other=0).to(tl.int32)
     source = tl.load(source_rows_ptr + t, mask=valid, other=0).to(tl.int64)  # int64: row * E passes 2**31
+    tl.device_assert(modality < M, "modality_embed: a modality has no row in modality_weight")
+    modality = tl.where(valid & (modality < M), modality, -1)
     token = tl.where(source < 0, -(source + 1), -1)
-    row = tl.full(t.shape, -1, tl.int64)
+    row = tl.cast(-1, tl.int64)
     for m in tl.static_range(M):
-        here = valid & (modality == m) & (source >= 0)
+        here = (modality == m) & (source >= 0)
         if STREAMS[m] != -1:
             inside = source < (sizes[m] - 3) // 2
             tl.device_assert(inside | (here == 0), "modality_embed: a source row is outside its stream")
@@ -46,91 +65,84 @@ def locate(
         ((token >= 0) & (token < V)) | (named == 0), "modality_embed: a token id is outside the token table"
     )
     token = tl.where(named & (token >= 0) & (token < V), token, -1)
-    return modality, row, token
+    positions = ()
+    for q in tl.static_range(len(TABLES) // M):
+        limit = tl.cast(0, tl.int64)
+        for m in tl.static_range(M):
+            if TABLES[q * M + m] >= 0:
+                limit = tl.where(modality == m, ROWS_OF[TABLES[q * M + m]], limit)
+        position = tl.cast(0, tl.int64)
+        if q < A:  # an axis that the layout does not have counts as 0
+            position += tl.load(positions_ptr + tl.cast(A - 1 - q, tl.int64) * T + t, mask=valid, other=0)
+        inside = (position >= 0) & (position < limit)
+        tl.device_assert(inside | (limit == 0), "modality_embed: a position is outside its table")
+        positions = positions + (tl.where(inside, position, -1),)  # noqa: RUF005  Triton compiles no (*positions, ...)
+    return modality, row, token, positions
 
 
 @triton.jit
-def position_of(
-    positions_ptr,
-    t,
-    T,
-    modality,
-    Q: tl.constexpr,
-    M: tl.constexpr,
-    A: tl.constexpr,
-    TABLES: tl.constexpr,
-    ROWS_OF: tl.constexpr,
-):
-    """Row that each token reads in the table of its Q-th last axis, or -1."""
-    limit = tl.zeros(t.shape, tl.int64)
-    for m in tl.static_range(M):
-        if TABLES[Q * M + m] >= 0:
-            limit = tl.where(modality == m, ROWS_OF[TABLES[Q * M + m]], limit)
-    position = tl.zeros(t.shape, tl.int64)
-    if A > Q:  # an axis that the layout does not have counts as 0
-        position += tl.load(positions_ptr + (A - 1 - Q) * T + t, mask=t < T, other=0)
-    position = tl.where(t < T, position, 0)
-    inside = (position >= 0) & (position < limit)
-    tl.device_assert(inside | (limit == 0), "modality_embed: a position is outside its table")
-    return tl.where(inside & (t < T), position, -1)
+def load_row(table_ptr, row, cols, E: tl.constexpr):
+    """Columns cols of a row of table [rows, E]; zeros if row is -1, and beyond E."""
+    return tl.load(table_ptr + row * E + cols, mask=(cols < E) & (row >= 0), other=0.0)
 
 
 @triton.jit
-def sum_tile(
+def load_parts(
     streams,
     modality_weight_ptr,
     token_weight_ptr,
     tables,
-    positions_ptr,
-    t,
-    T,
-    E,
-    modality,
-    row,
-    token,
+    place,
     cols,
+    E: tl.constexpr,
     M: tl.constexpr,
-    A: tl.constexpr,
     STREAMS: tl.constexpr,
+    TOKENS: tl.constexpr,
     TABLES: tl.constexpr,
-    ROWS_OF: tl.constexpr,
 ):
-    """source row + modality row + position rows, fp32 [R, columns], 0 beyond E.  cols [1, columns]."""
-    inside = (cols < E) & (t < T)[:, None]
-    x = tl.load(modality_weight_ptr + modality.to(tl.int64)[:, None] * E + cols, mask=inside, other=0.0).to(tl.float32)
+    """What is summed for the row at `place`, a result of locate: a tuple of [columns], each in its own dtype."""
+    modality, row, token, positions = place
+    parts = (load_row(modality_weight_ptr, modality.to(tl.int64), cols, E),)
     for first in tl.static_range(M):
         if STREAMS[first] == first:  # one load for all streams of this dtype
             source = tl.where(modality == first, streams[first], streams[first])
-            here = modality == first
+            at = tl.where(modality == first, row, -1)
             for m in tl.static_range(M):
                 if m > first and STREAMS[m] == first:
                     source = tl.where(modality == m, streams[m], source)
-                    here = here | (modality == m)
-            mask = inside & (here & (row >= 0))[:, None]
-            x += tl.load(source[:, None] + row[:, None] * E + cols, mask=mask, other=0.0).to(tl.float32)
-    if token_weight_ptr is not None:
-        mask = inside & (token >= 0)[:, None]
-        x += tl.load(token_weight_ptr + token[:, None] * E + cols, mask=mask, other=0.0).to(tl.float32)
+                    at = tl.where(modality == m, row, at)
+            if first == TOKENS:
+                source = tl.where(token >= 0, token_weight_ptr, source)
+                at = tl.where(token >= 0, token, at)
+            parts = parts + (load_row(source, at, cols, E),)  # noqa: RUF005
+    if token_weight_ptr is not None and TOKENS < 0:
+        parts = parts + (load_row(token_weight_ptr, token, cols, E),)  # noqa: RUF005
     for q in tl.static_range(len(TABLES) // M):
-        position = position_of(positions_ptr, t, T, modality, q, M, A, TABLES, ROWS_OF)
-        table = tl.where(position < 0, tables[0], tables[0])
+        table = tl.where(modality < 0, tables[0], tables[0])
         for m in tl.static_range(M):
             if TABLES[q * M + m] >= 0:
                 table = tl.where(modality == m, tables[TABLES[q * M + m]], table)
-        mask = inside & (position >= 0)[:, None]
-        x += tl.load(table[:, None] + position[:, None] * E + cols, mask=mask, other=0.0).to(tl.float32)
+        parts = parts + (load_row(table, positions[q], cols, E),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def add_parts(parts):
+    """Their sum in fp32."""
+    x = parts[0].to(tl.float32)
+    for i in tl.static_range(1, len(parts)):
+        x += parts[i].to(tl.float32)
     return x
 
 
 @triton.jit
-def dropped(x, rng_ptr, t, first_col, threshold, keep_scale, R: tl.constexpr, COLUMNS: tl.constexpr):
-    """x [R, COLUMNS] from column first_col on, with what dropout does not keep set to 0 and the rest scaled."""
-    quad = first_col // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-    column = (quad + tl.zeros((R, COLUMNS // 4), tl.int32)).to(tl.uint32)
-    token = (t[:, None] + tl.zeros((R, COLUMNS // 4), tl.int64)).to(tl.uint32)
-    offset = tl.zeros((R, COLUMNS // 4), tl.uint32) + tl.load(rng_ptr + 1).to(tl.uint32)
+def dropped(x, rng_ptr, t, first_col, threshold, keep_scale, COLUMNS: tl.constexpr):
+    """x [COLUMNS] of row t from column first_col on, with what dropout does not keep set to 0 and the rest scaled."""
+    column = (first_col // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
+    token = tl.zeros_like(column) + t.to(tl.uint32)
+    offset = tl.zeros_like(column) + tl.load(rng_ptr + 1).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(tl.load(rng_ptr), column, token, tl.zeros_like(column), offset)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (R, COLUMNS))  # w0 w1 w2 w3 of each quad in turn
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COLUMNS,))  # w0 w1 w2 w3 of each quad in turn
     keep = words.to(tl.uint32, bitcast=True) >= tl.cast(threshold, tl.uint32)
     return tl.where(keep, x * keep_scale, 0.0)
 
@@ -152,14 +164,15 @@ def modality_embed_fwd_kernel(
     mean_ptr,
     rstd_ptr,
     T,
-    E,
     eps,
     threshold,
     keep_scale,
+    E: tl.constexpr,
     M: tl.constexpr,
     A: tl.constexpr,
     V: tl.constexpr,
     STREAMS: tl.constexpr,
+    TOKENS: tl.constexpr,
     TABLES: tl.constexpr,
     ROWS_OF: tl.constexpr,
     NORM: tl.constexpr,
@@ -169,44 +182,41 @@ def modality_embed_fwd_kernel(
     """rng_ptr is None: no dropout."""
     column_blocks = tl.cdiv(E, COLUMNS)  # 1 with a norm
     first_col = tl.program_id(0) % column_blocks * COLUMNS
-    cols = first_col + tl.arange(0, COLUMNS)[None, :]
+    cols = first_col + tl.arange(0, COLUMNS)
     inside = cols < E
     walkers = tl.num_programs(0) // column_blocks
     for tile in tl.range(tl.program_id(0) // column_blocks, tl.cdiv(T, R), walkers, num_stages=1):
-        t = tile * R + tl.arange(0, R).to(tl.int64)  # int64: t * E passes 2**31
-        modality, row, token = locate(streams, sizes, modality_ids_ptr, source_rows_ptr, t, T, M, V, STREAMS)
-        x = sum_tile(
-            streams,
-            modality_weight_ptr,
-            token_weight_ptr,
-            tables,
-            positions_ptr,
-            t,
-            T,
-            E,
-            modality,
-            row,
-            token,
-            cols,
-            M,
-            A,
-            STREAMS,
-            TABLES,
-            ROWS_OF,
-        )
-        if NORM > 0:
-            if NORM == 1:
-                mean = tl.sum(x, 1) / E
-                tl.store(mean_ptr + t, mean, mask=t < T)
-                x = tl.where(inside, x - mean[:, None], 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / E + eps)
-            tl.store(rstd_ptr + t, rstd, mask=t < T)
-            x *= rstd[:, None]
-            # Read again for every tile: they stay in the first-level cache, and registers are scarcer.
-            if norm_weight_ptr is not None:
-                x *= tl.load(norm_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            if norm_bias_ptr is not None:
-                x += tl.load(norm_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        if rng_ptr is not None:
-            x = dropped(x, rng_ptr, t, first_col, threshold, keep_scale, R, COLUMNS)
-        tl.store(out_ptr + t[:, None] * E + cols, x.to(out_ptr.dtype.element_ty), mask=inside & (t < T)[:, None])
+        start = tl.cast(tile, tl.int64) * R  # int64: t * E passes 2**31
+        places = ()
+        for r in tl.static_range(R):
+            place = locate(
+                streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start + r, T,
+                M, A, V, STREAMS, TABLES, ROWS_OF,
+            )  # fmt: skip
+            places = places + (place,)  # noqa: RUF005
+        rows = ()
+        for r in tl.static_range(R):
+            parts = load_parts(
+                streams, modality_weight_ptr, token_weight_ptr, tables, places[r], cols, E, M, STREAMS, TOKENS, TABLES
+            )
+            rows = rows + (parts,)  # noqa: RUF005
+        for r in tl.static_range(R):
+            t = start + r
+            valid = t < T
+            x = add_parts(rows[r])
+            if NORM > 0:
+                if NORM == 1:
+                    mean = tl.sum(x, 0) / E
+                    tl.store(mean_ptr + t, mean, mask=valid)
+                    x = tl.where(inside, x - mean, 0.0)
+                rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / E + eps)
+                tl.store(rstd_ptr + t, rstd, mask=valid)
+                x *= rstd
+                # Read again for every row: they stay in the first-level cache, and registers are scarcer.
+                if norm_weight_ptr is not None:
+                    x *= tl.load(norm_weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+                if norm_bias_ptr is not None:
+                    x += tl.load(norm_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            if rng_ptr is not None:
+                x = dropped(x, rng_ptr, t, first_col, threshold, keep_scale, COLUMNS)
+            tl.store(out_ptr + t * E + cols, x.to(out_ptr.dtype.element_ty), mask=inside & valid)

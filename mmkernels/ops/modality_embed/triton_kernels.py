@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -83,7 +84,11 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     d_streams = [s.new_empty(s.shape) if n else None for s, n in zip(inputs.streams, need_streams, strict=True)]
     sums = 2 * need_norm + M * need_modality
     partial = grad_out.new_empty((walks, sums, E), **fp32) if sums else None
-    means = grad_out.new_empty((2, T), **fp32) if keyed and options.normed else None
+    grad_out = grad_out.contiguous()
+    # What the tables' sums read: rounded no further than the result or a table is.
+    kinds = {grad_out.dtype, *(t.dtype for t, n in zip(summed, wanted, strict=True) if n)}
+    apart = keyed and (options.normed or inputs.rng is not None)  # else dx is the gradient that came in
+    dx = grad_out.new_empty((T, E), dtype=functools.reduce(torch.promote_types, kinds)) if apart else None
     # Half the bits are half the passes of the sort.
     few = first[-1] + (0 if inputs.token_weight is None else inputs.token_weight.shape[0]) < 2**15
     keys = grad_out.new_empty((slots, T), dtype=torch.int16 if few else torch.int32) if keyed else None
@@ -93,28 +98,33 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
             "mean_ptr": mean if options.centred else None,
             "rstd_ptr": rstd if options.normed else None,
         }
-        common = {"grad_ptr": grad_out.contiguous(), **launch.sources, "norm_weight_ptr": launch.norm_weight}
-        common |= {**launch.places, **statistics, "means_ptr": means, **launch.scalars, **launch.constexprs}
         written = [d is not None and d.numel() > 0 for d in d_streams]
         modality_embed_bwd_rows_kernel[(walks * triton.cdiv(E, config.columns),)](
-            **common,
+            grad_ptr=grad_out,
+            **launch.sources,
+            norm_weight_ptr=launch.norm_weight,
+            **launch.places,
+            **statistics,
             d_streams=tuple(  # one that is not written has the type of its stream all the same
                 d if w else s for s, d, w in zip(launch.sources["streams"], d_streams, written, strict=True)
             ),
+            dx_ptr=dx,
             partial_ptr=partial,
             keys_ptr=keys,
+            **launch.scalars,
+            **launch.constexprs,
             WANTED=tuple(int(w) for w in written),
             NORM_SUMS=int(need_norm),
             MODALITY_SUMS=int(need_modality),
             FIRST=first,
             TILES=tiles,
             R=config.rows,
-            S=config.sum_rows,
             COLUMNS=config.columns,
             num_warps=config.warps,
+            maxnreg=config.registers,
         )
         if keyed:
-            _sum_tables(common, keys, d_summed, first)
+            _sum_tables(grad_out if dx is None else dx, keys, d_summed, first)
 
     d_norm_weight, d_norm_bias, d_modality = _sum_walks(partial, inputs.modality_weight, M, need_norm, need_modality)
 
@@ -147,21 +157,21 @@ def _sum_walks(partial: Tensor | None, like: Tensor, M: int, need_norm: bool, ne
     return d_weight, d_bias, d_modality
 
 
-def _sum_tables(common: dict[str, Any], keys: Tensor, d_tables: list[Tensor | None], first: tuple[int, ...]) -> None:
+def _sum_tables(dx: Tensor, keys: Tensor, d_tables: list[Tensor | None], first: tuple[int, ...]) -> None:
     """Writes each row of d_tables that a key names: the sum of dx over its tokens.  Deterministic; never syncs."""
-    E = common["E"]
+    (T, E), slots = dx.shape, len(keys)
     keys, order = keys.reshape(-1).sort(stable=True)
-    rows, columns, warps = configs.tables(E)
-    grid = (triton.cdiv(len(keys), configs.CHUNK), triton.cdiv(E, columns))
+    config = configs.tables()
+    grid = (triton.cdiv(len(keys), configs.CHUNK), triton.cdiv(E, config.columns))
     head, tail = (keys.new_empty((grid[0], E), dtype=torch.float32) for _ in range(2))
     some = next(d for d in d_tables if d is not None)
     outs = tuple(some if d is None else d for d in d_tables)
     outs = outs if len(outs) == len(first) else (*outs, some)
-    rest = {"keys_ptr": keys, "outs": outs, "head_ptr": head, "tail_ptr": tail, "N": len(keys), "FIRST": first}
+    rest = {"keys_ptr": keys, "outs": outs, "head_ptr": head, "tail_ptr": tail, "N": len(keys), "E": E, "FIRST": first}
     rest["SUMMED"] = tuple(int(d is not None) for d in d_tables) + (0,) * (len(first) - len(d_tables))
-    rest |= {"CHUNK": configs.CHUNK, "COLUMNS": columns, "num_warps": warps}
-    modality_embed_bwd_tables_kernel[grid](**common, order_ptr=order, R=rows, **rest)
-    modality_embed_bwd_spans_kernel[grid](E=E, **rest)
+    rest |= {"CHUNK": configs.CHUNK, "R": config.rows, "COLUMNS": config.columns, "num_warps": config.warps}
+    modality_embed_bwd_tables_kernel[grid](dx_ptr=dx, order_ptr=order, T=T, SLOTS=slots, **rest)
+    modality_embed_bwd_spans_kernel[grid](**rest)
 
 
 def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
@@ -176,6 +186,7 @@ def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
             kinds.append(-2)
     weight = inputs.modality_weight.contiguous()
     token_weight = _contiguous(inputs.token_weight)
+    has_tokens = token_weight is not None and token_weight.numel() > 0
     tables = [t.contiguous() for t in inputs.tables] or [weight]
     dropout = inputs.rng is not None
     return _Launch(
@@ -183,7 +194,7 @@ def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
             "streams": tuple(weight if kind == -1 else s for s, kind in zip(streams, kinds, strict=True)),
             "sizes": tuple(2 * s.shape[0] + 3 for s in streams),
             "modality_weight_ptr": weight,
-            "token_weight_ptr": token_weight if token_weight is not None and token_weight.numel() else None,
+            "token_weight_ptr": token_weight if has_tokens else None,
             "tables": tuple(tables),
         },
         _contiguous(inputs.norm_weight),
@@ -195,15 +206,16 @@ def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
         },
         {
             "T": inputs.modality_ids.shape[0],
-            "E": weight.shape[1],
             "threshold": threshold(options.dropout_p) if dropout else 0,
             "keep_scale": 1.0 / (1.0 - options.dropout_p),
         },
         {
+            "E": weight.shape[1],
             "M": len(streams),
             "A": inputs.positions.shape[0],
             "V": 0 if token_weight is None else token_weight.shape[0],
             "STREAMS": tuple(kinds),
+            "TOKENS": dtypes.get(token_weight.dtype, -1) if has_tokens else -1,
             "TABLES": _slots(inputs.table_counts),
             "ROWS_OF": tuple(t.shape[0] for t in inputs.tables),
             "NORM": _NORMS[options.norm],
