@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from mmkernels.ops.attention import tuned
 
 KERNELS = ("fwd", "dkdv", "dq", "fused")
+LATEST = {"fwd": 1, "dkdv": 3, "dq": 1, "fused": 0}  # the highest Config.late of each kernel
 BUCKETS = (32, 64, 128, 256)  # head widths, each up to and including
 
 
@@ -23,6 +24,10 @@ class Config:
 
     tma    whole blocks of the loop come through tensor descriptors (sm_90 and later), where base and strides allow it
     token  token tiles rather than tiles per sample: `schedule` sets it, the table does not
+    late   products that add to what the kernel returns come later in its loop over whole blocks, to run while a softmax
+           is computed: 1 that of the block before (fwd, dq), or dV behind dP of its block (dkdv, where 2 also moves dK
+           to the next block, and 3 moves both).  More registers; how much time is not known yet, so no table has it.
+           It is of use for 16-bit products on sm_90, and right everywhere
     price  what computing one pair costs, relative to the kernel's default
     """
 
@@ -32,10 +37,11 @@ class Config:
     stages: int
     tma: bool = False
     token: bool = False
+    late: int = 0
     price: float = field(default=1.0, compare=False)
 
     def flat(self) -> list[int]:
-        return [self.rows, self.cols, self.warps, self.stages, int(self.tma), int(self.token)]
+        return [self.rows, self.cols, self.warps, self.stages, int(self.tma), int(self.token), self.late]
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,9 @@ class Configs:
 
 @functools.lru_cache(maxsize=256)  # every call of every layer asks
 def _from_flat(numbers: tuple[int, ...]) -> Configs:
-    configs = (Config(*numbers[i : i + 4], *map(bool, numbers[i + 4 : i + 6])) for i in (0, 6, 12))
-    return Configs(*configs, fused=bool(numbers[18]))
+    each = (numbers[i : i + 7] for i in (0, 7, 14))
+    configs = (Config(*n[:4], tma=bool(n[4]), token=bool(n[5]), late=n[6]) for n in each)
+    return Configs(*configs, fused=bool(numbers[21]))
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,12 @@ class Candidates:
     dkdv: tuple[Config, ...]
     dq: tuple[Config, ...]
     fused: tuple[Config, ...] = ()
+
+    def __post_init__(self) -> None:
+        for kernel, latest in LATEST.items():
+            for config in getattr(self, kernel):
+                if not 0 <= config.late <= latest:
+                    raise ValueError(f"attention: late is {config.late} for {kernel}, expected 0 to {latest}")
 
 
 C = Config

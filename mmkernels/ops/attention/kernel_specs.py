@@ -80,6 +80,7 @@ def spec(
         "ALIGNED": False,
         "PRECISION": "ieee",
         "TMA": config.tma,
+        "LATE": config.late if kernel == "dkdv" else config.late > 0,
     }
     values |= {arg: None for arg, extra in _OPTIONAL.items() if extra not in extras}
     values |= {} if config.tma else dict.fromkeys(_DESCRIPTORS)
@@ -95,7 +96,8 @@ def spec(
     # Tensors from torch are aligned, and so are the strides of a [T, 3, H, D] projection.
     divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_") or signature[a] == "*fp32")
     shown = {"head_dim": head_dim, rows.lower(): config.rows, cols.lower(): config.cols, "warps": config.warps}
-    shown |= {"stages": config.stages, "tma": config.tma, "visible": visible, "extras": "+".join(extras) or "none"}
+    shown |= {"stages": config.stages, "tma": config.tma, "late": config.late}
+    shown |= {"visible": visible, "extras": "+".join(extras) or "none"}
     name = f"attention_{kernel}" if kernel == "fwd" else f"attention_bwd_{kernel}"
     return KernelSpec(
         "attention", name, dtype, shown, fn, signature, constexprs, divisible, config.warps, config.stages

@@ -9,15 +9,17 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton_tiles import (
     LN2,
+    as_bits,
     bias_of,
     dropout_keep_tile,
+    load_block,
     load_rows,
-    load_rows_tma,
     modalities_of,
     row_biases,
     row_bounds,
     seen_pairs,
     store_rows,
+    zero_bits,
 )
 
 
@@ -27,6 +29,7 @@ def _attend(
     row_max,
     row_sum,
     mass,
+    pending,
     q,
     k_ptr,
     v_ptr,
@@ -48,6 +51,7 @@ def _attend(
     hi,
     bits,
     biases,
+    col_start,
     col,
     col_end,
     D: tl.constexpr,
@@ -57,20 +61,25 @@ def _attend(
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    """One online-softmax step over keys [col, col + BLOCK_K).  scale and biases are in the units of _exp."""
+    """One online-softmax step over keys [col, col + BLOCK_K).  scale and biases are in the units of _exp.
+
+    LATE, of whole blocks only: acc takes the values of the block before, whose p and alpha are `pending`, and this
+    block's are returned for the next step.  On sm_90 that product then runs on the tensor cores while the softmax is
+    computed: Triton 3.6 waits for all products behind the first of a step, and for none after it.
+    """
     BLOCK_D: tl.constexpr = q.shape[1]
     NATURAL: tl.constexpr = q.dtype == tl.float32
-    # Whole blocks that every row sees: nothing of another sample, so a descriptor may load them as they are.
-    BY_TMA: tl.constexpr = k_desc is not None and not MASKED
-    count = col_end - col
-    base = tl.cast(col, tl.int64)  # in the interpreter col is a Python int
     cols = col + tl.arange(0, BLOCK_K)
-    if BY_TMA:
-        k = load_rows_tma(k_desc, col, kv_head, BLOCK_K, BLOCK_D)
-    else:
-        k = load_rows(k_ptr + base * stride_kt, stride_kt, count, D, BLOCK_K, BLOCK_D, MASKED)
+    k = load_block(k_ptr, k_desc, stride_kt, col, kv_head, col_end - col, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
+    if LATE:
+        # The first step has no block before it: zeros, times its own values.
+        before = tl.maximum(col - BLOCK_K, col_start)
+        acc = _add_values(
+            acc, pending, v_ptr, v_desc, stride_vt, before, kv_head, BLOCK_K, D, BLOCK_K, BLOCK_D, PRECISION, MASKED
+        )  # fmt: skip
     if bias_ptr is not None or mass_ptr is not None:
         k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
     if bias_ptr is not None:
@@ -99,12 +108,36 @@ def _attend(
         mass = _add_mass(mass, alpha, p, k_modality, MODALITIES)
     if rng_ptr is not None:  # after the sums: the denominator and the mass are those before dropout
         p = tl.where(dropout_keep_tile(rng_ptr, drop_threshold, head, rows, col, BLOCK_K, ALIGNED), p, 0.0)
-    if BY_TMA:
-        v = load_rows_tma(v_desc, col, kv_head, BLOCK_K, BLOCK_D)
+    step = (as_bits(p.to(v_ptr.dtype.element_ty)), alpha)
+    if LATE:
+        pending = step
     else:
-        v = load_rows(v_ptr + base * stride_vt, stride_vt, count, D, BLOCK_K, BLOCK_D, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum, mass
+        acc = _add_values(
+            acc, step, v_ptr, v_desc, stride_vt, col, kv_head, col_end - col, D, BLOCK_K, BLOCK_D, PRECISION, MASKED
+        )  # fmt: skip
+    return acc, new_max, row_sum, mass, pending
+
+
+@triton.jit
+def _add_values(
+    acc,
+    step,
+    v_ptr,
+    v_desc,
+    stride_vt,
+    col,
+    kv_head,
+    count,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """acc alpha + p v over keys [col, col + BLOCK_K), count of them there.  step: p, as bits, and alpha."""
+    p, alpha = step
+    v = load_block(v_ptr, v_desc, stride_vt, col, kv_head, count, D, BLOCK_K, BLOCK_D, MASKED)
+    return tl.dot(p.to(v.dtype, bitcast=True), v, acc * alpha[:, None], input_precision=PRECISION)
 
 
 @triton.jit
@@ -176,13 +209,14 @@ def attention_fwd_kernel(
     HAS_VISIBLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """out[rows] = softmax(q k^T scale + bias) v, lse (natural log) and modality mass of one tile of one head.
 
     Grid: tiles x heads.  k_desc, v_desc: descriptors of blocks [BLOCK_K, 1, BLOCK_D] for whole unmasked blocks.
     scale, bias_scale: the softmax scale and 1, times log2(e) but for fp32, as _exp wants them.
     keep_scale: 1 / (1 - dropout_p).  MODALITIES: Mk where there is a bias or a mass, else 0.  ALIGNED: see
-    dropout_keep_tile.
+    dropout_keep_tile.  LATE: of a span of whole blocks, as _attend has it.
     """
     # Heads vary fastest, so that the heaviest tiles (first in the list) start first on every head.
     tile = tl.program_id(0) // heads
@@ -221,17 +255,25 @@ def attention_fwd_kernel(
         masked = tl.load(spans_ptr + 3 * span + 2)
         # A span is all full or all partial: one of the two loops runs, and neither branches inside.
         full_end = tl.where(masked != 0, col_start, col_end)
+        pending = ()
+        if LATE:
+            pending = (zero_bits(BLOCK_Q, BLOCK_K, v_ptr.dtype.element_ty), tl.full([BLOCK_Q], 1.0, tl.float32))
         for col in range(col_start, full_end, BLOCK_K):
-            acc, row_max, row_sum, mass = _attend(
-                acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
-                col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, False,
+            acc, row_max, row_sum, mass, pending = _attend(
+                acc, row_max, row_sum, mass, pending, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr,
+                k_table_ptr, Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
+                col_start, col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, False, LATE,
+            )  # fmt: skip
+        if LATE and full_end > col_start:
+            acc = _add_values(
+                acc, pending, v_ptr, v_desc, stride_vt, full_end - BLOCK_K, kv_head, BLOCK_K,
+                D, BLOCK_K, BLOCK_D, PRECISION, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
-            acc, row_max, row_sum, mass = _attend(
-                acc, row_max, row_sum, mass, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr, k_table_ptr,
-                Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
-                col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, True,
+            acc, row_max, row_sum, mass, _ = _attend(
+                acc, row_max, row_sum, mass, (), q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr,
+                k_table_ptr, Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
+                col_start, col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, True, False,
             )  # fmt: skip
 
     # A row that saw nothing: out 0, lse -inf, mass 0.

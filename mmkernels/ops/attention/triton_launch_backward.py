@@ -85,7 +85,7 @@ def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
     )  # fmt: skip
     constants = dict(
         BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
-        ALIGNED=config.token and rng is not None, **_shared(q, lowered),
+        ALIGNED=config.token and rng is not None, LATE=config.late > 0, **_shared(q, lowered),
     )  # fmt: skip
     return Launch(attention_bwd_dq_kernel, len(tiles) * H, args, constants, options(config))
 
@@ -103,7 +103,7 @@ def _dkdv(config, do, q, k, v, pair_bias, rng, lse, delta, dk, dv, partials, low
     )  # fmt: skip
     constants = dict(
         BLOCK_K=config.rows, BLOCK_Q=config.cols, MODALITIES=_modalities(pair_bias, 1),
-        ALIGNED=config.token and rng is not None, **_shared(q, lowered),
+        ALIGNED=config.token and rng is not None, LATE=config.late, **_shared(q, lowered),
     )  # fmt: skip
     return Launch(attention_bwd_dkdv_kernel, len(tiles) * G, args, constants, options(config))
 

@@ -39,6 +39,43 @@ def load_rows_tma(desc, token, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def load_block(
+    ptr, desc, stride, token, head, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, BLOCK_D] of one head from token on: by desc, where there is one, or from ptr, which is the head's.
+
+    MASKED: rows at or past count read 0.  Without it they are whole blocks that every row of the tile sees: nothing of
+    another sample, so that a descriptor may load them as they are.
+    """
+    if desc is not None and not MASKED:
+        block = load_rows_tma(desc, token, head, BLOCK, BLOCK_D)
+    else:
+        base = tl.cast(token, tl.int64)  # in the interpreter token is a Python int
+        block = load_rows(ptr + base * stride, stride, count, D, BLOCK, BLOCK_D, MASKED)
+    return block
+
+
+@triton.jit
+def as_bits(x):
+    """x as integers of its width: how a loop carries the left factor of a product of the next step.
+
+    Triton 3.6 puts a factor that a loop carries as floats in shared memory, and then waits for its product at once; one
+    that is cast in the loop stays in registers, and its product may be in flight.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        bits = x.to(tl.int16, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def zero_bits(ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
+    return as_bits(tl.zeros([ROWS, COLS], DTYPE))
+
+
+@triton.jit
 def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """The inverse of load_rows: rows at or past count and columns past D are not written."""
     rows = tl.arange(0, BLOCK)[:, None]

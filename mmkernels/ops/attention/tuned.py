@@ -33,7 +33,7 @@ _CHOICES = {
     "lengths": LENGTHS,
     "kernel": ("fwd", "dkdv", "dq", "fused"),
 }
-_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma",)
+_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma", "late")
 
 
 def classify(plan) -> tuple[str, str]:
@@ -117,7 +117,7 @@ def _problem(entry) -> str | None:
     numbers = entry["config"]
     extra = [name for name in numbers if name not in (*_NUMBERS, *_OPTIONAL)]
     if extra or any(not isinstance(numbers.get(name), int) or numbers[name] < 1 for name in _NUMBERS):
-        return f"config is {numbers}, expected whole {', '.join(_NUMBERS)} and perhaps tma"
+        return f"config is {numbers}, expected whole {', '.join(_NUMBERS)} and perhaps {', '.join(_OPTIONAL)}"
     if not entry["provenance"]:
         return "provenance is empty: a number must say where it was measured"
     return None
