@@ -1,0 +1,44 @@
+"""What Config.late compiles to for sm_90: which products are in flight while a softmax is computed.
+
+The order of the loop over whole blocks in TTGIR: products (dot, all asynchronous), waits for all of them, exponentials.
+A product that no wait follows before an exponential, or before the next step's first product, may run meanwhile.
+"""
+
+import re
+
+import pytest
+
+from mmkernels import dispatch
+from mmkernels.ops.attention.configs import Config
+
+ORDERS = {
+    ("fwd", 0): "dot wait exp2 exp2 dot",
+    ("fwd", 1): "dot wait dot exp2 exp2",  # scores; the block before's values; p and alpha
+    ("dq", 0): "dot wait dot wait exp2 dot",
+    ("dq", 1): "dot wait dot wait dot exp2",  # scores; dp; the block before's dq
+    ("dkdv", 0): "dot wait exp2 dot dot wait dot",
+    ("dkdv", 1): "dot wait exp2 dot wait dot dot",  # scores; dp; dv, dk
+    ("dkdv", 2): "dot wait dot exp2 dot wait dot",  # scores; the block before's dk; dp; dv
+    ("dkdv", 3): "dot wait dot wait dot dot exp2",  # scores; dp; the block before's dv and dk
+}
+
+
+@pytest.mark.parametrize(("kernel", "late"), ORDERS, ids=str)
+def test_order_of_the_loop(kernel, late):
+    pytest.importorskip("triton")
+    if dispatch.triton_version() != (3, 6):
+        pytest.skip("the order is that of Triton 3.6")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from mmkernels.ops.attention.kernel_specs import spec
+
+    s = spec(kernel, "bf16", 64, Config(64, 32, 4, 3, late=late), visible=False)
+    attrs = {(s.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in s.divisible_by_16}
+    source = ASTSource(s.fn, s.signature, s.constexprs, attrs)
+    options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
+    ir = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    first_inner_loop = re.search(r"scf\.for(?:(?!scf\.for).)*?scf\.yield", ir, re.DOTALL).group()
+    names = {"warp_group_dot ": "dot", "warp_group_dot_wait ": "wait", "math.exp2 ": "exp2"}
+    found = [names[match] for match in re.findall("|".join(names), first_inner_loop)]
+    assert " ".join(found) == ORDERS[kernel, late]
