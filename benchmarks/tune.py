@@ -244,12 +244,12 @@ def _refusal(dry_run: bool) -> str | None:
 
 def _numbers(config: Config) -> dict:
     numbers = {name: getattr(config, name) for name in ("rows", "cols", "warps", "stages")}
-    return numbers | ({"tma": True} if config.tma else {}) | ({"late": config.late} if config.late else {})
+    return numbers | {name: set_to for name in ("tma", "late", "registers") if (set_to := getattr(config, name))}
 
 
 def _shown(config: Config) -> str:
     shown = f"{config.rows}x{config.cols} warps {config.warps} stages {config.stages}" + (" tma" if config.tma else "")
-    return shown + (f" late {config.late}" if config.late else "")
+    return shown + "".join(f" {name} {n}" for name in ("late", "registers") if (n := getattr(config, name)))
 
 
 def _tried(problem, kernel: str, config: Config) -> dict:

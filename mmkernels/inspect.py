@@ -193,6 +193,7 @@ def _compile(spec: KernelSpec, arch: str):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # a cache hit would have no log
         options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+        options |= {"maxnreg": spec.max_registers} if spec.max_registers else {}
         try:
             compiled = triton.compile(source, target=GPUTarget("cuda", ARCHS[arch], 32), options=options)
         except Exception as error:

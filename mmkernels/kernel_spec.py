@@ -32,3 +32,4 @@ class KernelSpec:
     divisible_by_16: tuple[str, ...] = field(default=())
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int = 0  # of a thread; 0: as the compiler wants

@@ -28,6 +28,7 @@ class Config:
            is computed: 1 that of the block before (fwd, dq), or dV behind dP of its block (dkdv, where 2 also moves dK
            to the next block, and 3 moves both).  More registers; how much time is not known yet, so no table has it.
            It is of use for 16-bit products on sm_90, and right everywhere
+    registers  the most that a thread takes, so that more programs share an SM; 0: as many as the compiler wants
     price  what computing one pair costs, relative to the kernel's default
     """
 
@@ -38,10 +39,12 @@ class Config:
     tma: bool = False
     token: bool = False
     late: int = 0
+    registers: int = 0
     price: float = field(default=1.0, compare=False)
 
     def flat(self) -> list[int]:
-        return [self.rows, self.cols, self.warps, self.stages, int(self.tma), int(self.token), self.late]
+        own = (self.rows, self.cols, self.warps, self.stages, self.tma, self.token, self.late, self.registers)
+        return [int(number) for number in own]
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Configs:
 
 @functools.lru_cache(maxsize=256)  # every call of every layer asks
 def _from_flat(numbers: tuple[int, ...]) -> Configs:
-    each = (numbers[i : i + 7] for i in (0, 7, 14))
-    configs = (Config(*n[:4], tma=bool(n[4]), token=bool(n[5]), late=n[6]) for n in each)
-    return Configs(*configs, fused=bool(numbers[21]))
+    each = (numbers[i : i + 8] for i in (0, 8, 16))
+    configs = (Config(*n[:4], *map(bool, n[4:6]), *n[6:]) for n in each)
+    return Configs(*configs, fused=bool(numbers[24]))
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,7 @@ def spec(
     divisible = tuple(a for a in signature if a.endswith("_ptr") or a.startswith("stride_") or signature[a] == "*fp32")
     shown = {"head_dim": head_dim, rows.lower(): config.rows, cols.lower(): config.cols, "warps": config.warps}
     shown |= {"stages": config.stages, "tma": config.tma, "late": config.late}
-    shown |= {"visible": visible, "extras": "+".join(extras) or "none"}
+    shown |= {"registers_limit": config.registers or "none", "visible": visible, "extras": "+".join(extras) or "none"}
     name = f"attention_{kernel}" if kernel == "fwd" else f"attention_bwd_{kernel}"
-    return KernelSpec(
-        "attention", name, dtype, shown, fn, signature, constexprs, divisible, config.warps, config.stages
-    )
+    options = config.warps, config.stages, config.registers
+    return KernelSpec("attention", name, dtype, shown, fn, signature, constexprs, divisible, *options)

@@ -32,7 +32,8 @@ def precision(q: Tensor) -> str:
 
 def options(config: Config) -> dict[str, int]:
     """What a launch takes besides the kernel's arguments."""
-    return {"num_warps": config.warps, "num_stages": config.stages}
+    limit = {"maxnreg": config.registers} if config.registers else {}
+    return {"num_warps": config.warps, "num_stages": config.stages, **limit}
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ _CHOICES = {
     "lengths": LENGTHS,
     "kernel": ("fwd", "dkdv", "dq", "fused"),
 }
-_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma", "late")
+_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma", "late", "registers")
 
 
 def classify(plan) -> tuple[str, str]:

@@ -98,7 +98,7 @@ def test_override_forces_configuration_and_schedule():
 
 
 def test_flat_and_back():
-    dkdv = Config(64, 32, 4, 2, token=True, late=2)
+    dkdv = Config(64, 32, 4, 2, token=True, late=2, registers=168)
     made = Configs(Config(128, 64, 8, 3, tma=True), dkdv, Config(16, 16, 4, 1, late=1), fused=True)
     assert Configs.from_flat(made.flat()) == made
     assert all(type(number) is int for number in made.flat())
