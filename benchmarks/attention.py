@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import attention_pairs, workloads
-from benchmarks.attention_cases import MASKS, Case, cases
+from benchmarks.attention_cases import MASKS, MODALITY_MASKS, Case, cases
 from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import auto_mark, our_impls
@@ -57,6 +57,7 @@ PEERS: tuple[Peer, ...] = (
     attention_xformers,
 )
 DTYPES_USED = {"cpu": ["fp32", "bf16"], "cuda": ["bf16", "fp16"]}
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 FLOPS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}  # two products forward, five backward
 ORACLE_TOKENS = 1024  # of the samples that the oracle takes at once, where they are short
 ORACLE_BYTES = 2 << 30  # float64 scores of one sample; beyond it one head is checked for all
@@ -75,8 +76,8 @@ class AttentionProblem:
     v: Tensor
     grad_output: Tensor
     peers: tuple[Peer, ...] = PEERS
+    directions: tuple[str, ...] = DIRECTIONS
     op: str = "attention"
-    directions: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
 
     @functools.cached_property
     def plan(self) -> MaskPlan:
@@ -160,32 +161,53 @@ class AttentionProblem:
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:
     for case in cases(shapes, device.type):
-        build = functools.partial(from_case, case, device, seed, _peers(shapes, case))
-        yield Deferred("attention", _name(case, _layout(case, seed)), case.dtype, AttentionProblem.directions, build)
+        short = shapes == "quick" and device.type == "cuda"
+        # The GPU's own time of both is that of one and of the other: of a uniform batch it is not worth the third run.
+        directions = DIRECTIONS[:2] if short and case.workload == "uniform" else DIRECTIONS
+        build = functools.partial(from_case, case, device, seed, _peers(shapes, case, device.type), directions)
+        yield Deferred("attention", _name(case, _layout(case, seed)), case.dtype, directions, build)
 
 
-def _peers(shapes: str, case: Case) -> tuple[Peer, ...]:
-    """FlexAttention is compiled for each shape, half a minute on a GPU: quick ones leave it to masks that no kernel
-    of others knows."""
-    flex = (attention_flex.FLEX, attention_flex.FLEX_WITH_MASK)
-    return tuple(p for p in PEERS if p not in flex) if shapes == "quick" and case.mask in ("full", "causal") else PEERS
+def _peers(shapes: str, case: Case, device_type: str) -> tuple[Peer, ...]:
+    """All, but in quick cases those whose time would buy little.
+
+    FlexAttention is compiled for each shape, half a minute on a GPU: quick cases leave it to masks that no kernel of
+    others knows, and on a GPU to one batch.  There SDPA in a loop is hundreds of launches, and SDPA that pads or takes
+    a dense mask goes where a batch needs it: cuDNN compiles a second for each form of a shape.
+    """
+    if shapes != "quick":
+        return PEERS
+    left_out: set[Peer] = set()
+    plain = case.mask in ("full", "causal")
+    if plain or (device_type == "cuda" and not (case.workload == "stamps" and case.mask in MODALITY_MASKS)):
+        left_out |= {attention_flex.FLEX, attention_flex.FLEX_WITH_MASK}
+    if device_type == "cuda":
+        left_out.add(attention_sdpa_loop)
+        left_out |= {attention_sdpa_dense} if plain else set()
+        left_out |= {attention_sdpa_padded} if case.workload == "uniform" else set()
+    return tuple(peer for peer in PEERS if peer not in left_out)
 
 
-def from_case(case: Case, device: torch.device, seed: int, peers: tuple[Peer, ...] = PEERS) -> AttentionProblem:
+def from_case(
+    case: Case,
+    device: torch.device,
+    seed: int,
+    peers: tuple[Peer, ...] = PEERS,
+    directions: tuple[str, ...] = DIRECTIONS,
+) -> AttentionProblem:
     """Random q, k and v for a case, in memory of their own."""
     layout = _layout(case, seed).to(device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     total = layout.total_tokens
 
     def draw(count: int) -> Tensor:
-        return torch.randn(total, count, case.width, generator=generator).to(device, DTYPES[case.dtype])
+        return torch.randn(total, count, case.width, generator=generator, device=device).to(DTYPES[case.dtype])
 
     q, k, v, grad_output = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), draw(case.heads)
     for leaf in (q, k, v):
         leaf.requires_grad_()
-    return AttentionProblem(
-        _name(case, layout), case.dtype, layout, MASKS[case.mask](layout), q, k, v, grad_output, peers
-    )
+    mask, name = MASKS[case.mask](layout), _name(case, layout)
+    return AttentionProblem(name, case.dtype, layout, mask, q, k, v, grad_output, peers, directions)
 
 
 def _layout(case: Case, seed: int) -> PackedLayout:

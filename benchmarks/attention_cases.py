@@ -88,18 +88,19 @@ CUDA_RAGGED = (
     Case("longtail", 32, "window", 16, 16, 64, "bf16"),
     Case("stamps", 256, "full", 12, 12, 64, "fp16"),
 )
-# In order of worth: what the budget does not reach is skipped with that reason.
-CUDA_QUICK = (
+CUDA_MASKS = tuple(Case("stamps", 256, mask, 12, 12, 64, "bf16") for mask in MODALITY_MASKS)
+# In order of worth: what the budget does not reach is skipped with that reason.  Quick ones have fewer peers.
+CUDA_FIRST = (
     CUDA_RAGGED[0],
-    *(case for case in CUDA_TABLE if case.length in (1024, 8192)),
     Case("native", 64, "full", 12, 12, 64, "bf16"),
     Case("longtail", 32, "causal", 16, 16, 64, "bf16"),
-    *(case for case in CUDA_RAGGED if case.mask in MODALITY_MASKS),
+    *(case for case in CUDA_TABLE if case.width == 64),
+    *CUDA_MASKS,
+    *(case for case in CUDA_TABLE if case.width == 128),
 )
-CUDA_FULL = (*CUDA_QUICK, *(case for case in (*CUDA_TABLE, *CUDA_RAGGED) if case not in CUDA_QUICK))
+CUDA = (*CUDA_FIRST, *(case for case in CUDA_RAGGED if case not in CUDA_FIRST))
 
 
 def cases(shapes: str, device_type: str) -> Iterator[Case]:
-    """shapes is "quick" or "full"; quick is a part of full."""
-    table = {("cpu", "quick"): CPU_QUICK, ("cpu", "full"): CPU_FULL, ("cuda", "quick"): CUDA_QUICK}
-    yield from table.get((device_type, shapes), CUDA_FULL)
+    """shapes is "quick" or "full"; quick is a part of full, on a GPU the whole of it."""
+    yield from {("cpu", "quick"): CPU_QUICK, ("cpu", "full"): CPU_FULL}.get((device_type, shapes), CUDA)

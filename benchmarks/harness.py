@@ -121,7 +121,7 @@ def run_problem(
     """
     implementations = list(problem.implementations())
     for direction in problem.directions:
-        calls, timed = {}, {}
+        calls, timed, first = {}, {}, {}
         for implementation in implementations:
             call = None
             if direction not in (implementation.directions or problem.directions):
@@ -131,7 +131,9 @@ def run_problem(
             elif time.perf_counter() > deadline:
                 reason = "the time budget was spent before it was checked"
             else:
+                begin = time.perf_counter()
                 call, reason = checked_call(problem, implementation, direction)
+                first[implementation.name] = time.perf_counter() - begin
             if reason is not None:
                 yield _identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
@@ -147,6 +149,8 @@ def run_problem(
             extra = implementation.extra
             if name in host:
                 extra = extra | {"host_ms": round(statistics.median(host[name]), 4)}
+            if device.type == "cuda":  # where kernels are compiled when they are first called
+                extra = extra | {"first_call_s": round(first[name], 2)}
             yield _row(problem, direction, name, samples, limits, works, extra)
 
 

@@ -110,16 +110,16 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[EmbedProb
 def build(form, workload, samples, width, dtype, device, seed) -> EmbedProblem:
     """form "plain": x + W_m on three float streams; "full": token ids, positions and LayerNorm."""
     layout = workloads.BY_NAME[workload](samples, seed).to(device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+        return torch.randn(*shape, generator=generator, device=device).to(DTYPES[dtype]).requires_grad_()
 
     streams: list[Tensor] = [draw(rows, width) for rows in layout.stream_lengths]
     tensors: dict[str, Any] = {"modality_weight": draw(layout.num_modalities, width), "norm": None}
     if form == "full":
         rows = layout.stream_lengths[workloads.TEXT]
-        streams[workloads.TEXT] = torch.randint(VOCABULARY, (rows,), generator=generator).to(device)
+        streams[workloads.TEXT] = torch.randint(VOCABULARY, (rows,), generator=generator, device=device)
         tensors |= {
             "token_weight": draw(VOCABULARY, width),
             "position_weights": [
@@ -131,7 +131,7 @@ def build(form, workload, samples, width, dtype, device, seed) -> EmbedProblem:
             "norm_weight": draw(width),
             "norm_bias": draw(width),
         }
-    grad_output = torch.randn(layout.total_tokens, width, generator=generator).to(device, DTYPES[dtype])
+    grad_output = draw(layout.total_tokens, width).detach()
     case = f"{workload} {samples} {form} T{layout.total_tokens} E{width}"
     return EmbedProblem(case, dtype, layout, streams, tensors, grad_output)
 

@@ -6,6 +6,7 @@ first layer of every step, whose layout is new).  The mask_mod reads the same bo
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Flex:
         return None if problem.q.device.type == "cuda" else "has no backward on CPU"
 
     def build(self, problem) -> Implementation:
-        return implementation(self.NAME, problem, self.builds_mask, *_compiled())
+        return implementation(self.NAME, problem, self.builds_mask, *_compiled(problem.case, problem.dtype))
 
 
 FLEX = Flex("flex", False)
@@ -63,7 +64,8 @@ def implementation(name: str, problem, builds_mask: bool, flex_attention, create
     )
 
 
-def _compiled():
+@functools.lru_cache(maxsize=1)  # both forms of a problem share one compilation
+def _compiled(case: str, dtype: str):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # Compilations of earlier problems count against a limit, beyond which it silently runs uncompiled.

@@ -44,7 +44,7 @@ def test_cases():
     """Quick is a part of full; the list of issue 3 is there: shapes that repeat, every mask, both widths, groups."""
     for device in ("cpu", "cuda"):
         quick, full = list(cases("quick", device)), list(cases("full", device))
-        assert set(quick) < set(full)
+        assert set(quick) <= set(full)
         assert len(set(full)) == len(full)
         assert {case.mask for case in full} == set(MASKS)
     assert {"stamps", "repeats", "uniform", "longtail"} == {case.workload for case in cases("quick", "cpu")}
@@ -57,6 +57,21 @@ def test_cases():
             assert case.samples * case.length == 16384
     assert all({128, 1024, 16384} <= found for found in lengths.values())
     assert len(lengths) == 4
+
+
+def test_quick_cases_on_a_gpu_meet_who_may_be_the_fastest():
+    """Every case, at less cost: no cuDNN kernel compiled twice for a shape, Flex on the masks of one batch."""
+    everyone = {peer.NAME for peer in attention.PEERS}
+    costly = {"sdpa_padded", "sdpa_dense", "sdpa_loop", "flex", "flex_with_mask"}
+    for deferred in attention.problems("quick", torch.device("cuda"), 0):
+        case = next(part for part in deferred.build.args if isinstance(part, Case))
+        peers = {peer.NAME for peer in attention._peers("quick", case, "cuda")}
+        assert everyone - costly <= peers
+        assert ("flex" in peers) == (case.workload == "stamps" and case.mask in ("prefix", "bidirectional", "visible"))
+        assert ("sdpa_dense" in peers) == (case.mask not in ("full", "causal"))
+        assert ("sdpa_padded" in peers) == ("fwd+bwd" in deferred.directions) == (case.workload != "uniform")
+        assert {peer.NAME for peer in attention._peers("full", case, "cuda")} == everyone
+    assert attention._peers("quick", Case("stamps", 32, "prefix"), "cpu") == attention.PEERS
 
 
 def test_deferred_problems_are_what_they_say():
