@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, harness, limits, run
+from benchmarks import environment, limits, run
 from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
 from benchmarks.harness import PREFIX
 from mmkernels import dispatch, native
@@ -91,15 +91,16 @@ def tune(context: Context) -> tuple[bool, dict]:
 
 
 def train_step(context: Context) -> tuple[bool, dict]:
-    """A pretraining step in each layout, and where the time of ours goes."""
+    """The first case of pretraining steps in each layout, and where the time of ours goes.  The others take minutes."""
     if "train_step" not in run.OPS:
         return True, {"skipped": "benchmarks/train_step.py is not there"}
     for op in ("attention", "modality_embed", "packing"):
         _require_green(context, op)
-    ok, document = _timed(context, "train_step", green=False)
-    problem = next(iter(dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")))
-    call = next(i.forward for i in harness.built(problem).implementations() if i.name.startswith(PREFIX))
-    return ok, document | {"profile": {"case": problem.case, "top": profile.hot_spots(call, context.device)}}
+    problems = dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")
+    problem = next(iter(problems))
+    ok, document = _timed(context, "train_step", green=False, problems=[problem])
+    call = next(i.forward for i in problem.implementations() if i.name.startswith(PREFIX))
+    return ok, document | {"profile": {"case": problem.case, **profile.of(call, context.device)}}
 
 
 def attention_host(context: Context) -> tuple[bool, dict]:
@@ -126,7 +127,7 @@ SHARE = {
     "probe": 10,
     "correctness": 240,
     "sanitizer": 40,
-    "attention": 100,
+    "attention": 140,
     "modality_embed": 30,
     "packing": 25,
     "train_step": 70,
@@ -201,20 +202,23 @@ def _facts(name: str, context: Context) -> dict:
     return {"stage": name, "dry_run": context.dry_run, "environment": environ}
 
 
-def _timed(context: Context, op: str, *, green: bool = True) -> tuple[bool, dict]:
-    """An operator against its peers, in the quick cases: `benchmarks OP --shapes full` takes half an hour, most of it
-    to compile peers.  Ok where ours was timed and never found wrong.
+def _timed(context: Context, op: str, *, green: bool = True, problems: list | None = None) -> tuple[bool, dict]:
+    """An operator in the quick cases, against who may be the fastest: with every peer (`benchmarks OP --shapes full`)
+    it takes half an hour, most of it to compile them.  Ok where ours was timed and never found wrong.
 
     The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.
     """
     if green:
         _require_green(context, op)
-    problems = dry_problems.of(op) if context.dry_run else None
+    if problems is None and context.dry_run:
+        problems = dry_problems.of(op)
     facts, start = _facts(op, context), time.perf_counter()
 
     def save(document: dict) -> None:
         cut_off = {"ok": False, "cut_off": True, "error": "cut off while it ran", "result": document}
-        run.write(facts | cut_off | {"seconds": time.perf_counter() - start}, context.path(op))
+        seconds = time.perf_counter() - start
+        run.write(facts | cut_off | {"seconds": seconds}, context.path(op))
+        print(f"  {op}: {seconds:.0f} s so far", flush=True)
 
     document = run.run(
         op, context.device, shapes="quick", seconds=context.seconds, seed=SEED, problems=problems, save=save
