@@ -18,12 +18,15 @@ CAPABILITY, SHARED = 90, 232448  # bytes of shared memory that a block may have
 
 
 class Driver:
-    """What Triton asks of a driver.   launched: is told the kernel's name and what its launcher was given"""
+    """What Triton asks of a driver.
+
+    launched: is told the kernel's name and what its launcher was given; compiled: Triton's source and metadata of each
+    """
 
     utils = property(lambda self: self)
 
-    def __init__(self, launched: Callable[..., None]) -> None:
-        self._launched = launched
+    def __init__(self, launched: Callable[..., None], compiled: Callable[[Any, Any], None]) -> None:
+        self._launched, self._compiled = launched, compiled
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         return name, hash(kernel), 0, 0, 1024  # module, function, registers, spills, threads
@@ -41,11 +44,14 @@ class Driver:
         return GPUTarget("cuda", CAPABILITY, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self._compiled(source, metadata)
         return lambda *args: self._launched(metadata.name, *args)
 
 
-def install(launched: Callable[..., None] = lambda *args: None) -> None:
+def install(
+    launched: Callable[..., None] = lambda *args: None, compiled: Callable[[Any, Any], None] = lambda *args: None
+) -> None:
     """From here on, in this process, impl="triton" takes CPU tensors for an H100's."""
-    driver.set_active(Driver(launched))
+    driver.set_active(Driver(launched, compiled))
     dispatch._triton_missing = lambda *inputs: None
     triton_kernels._arch = lambda device: f"sm_{CAPABILITY}"

@@ -1,15 +1,16 @@
-"""Compiles ahead, without a GPU, what the checks and quick benchmarks of `python -m benchmarks gpu` launch on an H100.
+"""Compiles ahead, without a GPU, what the stages of `python -m benchmarks gpu` launch on an H100, the tuner excepted.
 
     TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--jobs 2]
 
 Where GPU time is short: compiling takes minutes of several cores, and none of the GPU's.  The folder serves a machine
-with the same build of Triton, under the same path: both are part of what is looked up.  Triton's launchers, and what
-peers compile, are made there all the same.
+with the same build of Triton, under the same path: both are part of what is looked up.  What peers compile is made
+there all the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import sys
@@ -17,10 +18,13 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks import attention, modality_embed
-from benchmarks.gpu import absent, attention_checks, correctness, parallel
+from benchmarks import attention, attention_host, modality_embed, train_step
+from benchmarks.gpu import absent, attention_checks, correctness, launchers, parallel, small_cases
+from benchmarks.harness import PREFIX
 from mmkernels.ops.modality_embed.api import modality_embed as embed
+from mmmodel import configs
 
 CPU = torch.device("cpu")  # whose tensors stand in
 FORMS = ("full", "plain")
@@ -34,8 +38,9 @@ class Done(Exception):
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, call): of one name all that shares kernels."""
     scope = correctness.Scope()
-    checks = attention_checks.all_checks(CPU, scope.dtypes, scope.head_dims, scope.longest, 1, "triton")
-    yield from ((name, check) for name, check in checks if "isolation" not in name)
+    yield from ((name, check) for name, check in _checks(scope) if "isolation" not in name)
+    small = _checks(small_cases.SCOPE)  # other tiles than above: samples are shorter
+    yield from ((f"small {name}", check) for name, check in small if small_cases.is_kept(name))
     for width in scope.widths:
         for dtype in scope.dtypes:
             for form in FORMS:
@@ -47,6 +52,13 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"modality_embed {workload} {form}: both", lambda b=build: _embed(b())
     for case in attention.cases("quick", "cuda"):
         yield f"{case}: both", lambda c=case: _attend(attention.from_case(c, CPU, 0))
+    host = dataclasses.replace(attention_host.CASE, dtype="bf16")
+    yield f"host {host}: both", lambda: _attend(attention.from_case(host, CPU, 0))
+    yield "train_step: both", _step
+
+
+def _checks(scope: correctness.Scope) -> Iterator[tuple[str, Callable[[], None]]]:
+    return attention_checks.all_checks(CPU, scope.dtypes, scope.head_dims, scope.longest, 1, "triton")
 
 
 def _embed(problem) -> None:
@@ -66,9 +78,27 @@ def _attend(problem) -> None:
     torch.autograd.grad(out, leaves, problem.grad_output)
 
 
+def _step() -> None:
+    """The batches that are timed and the one that is checked, by a model of one block: the others launch the same.
+
+    In bf16 by autocast for a CPU, which leaves norms in bf16 where CUDA's takes them to fp32.
+    """
+    case = train_step._cases("quick", "cuda")[0]
+    config = configs.preset(case.preset)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=1, impl="triton"))
+    problem = train_step.build(case, CPU, 0, config)
+    problem.config = dataclasses.replace(problem.config, precision="bf16")
+    step = next(i.forward for i in problem.implementations() if i.name == f"{PREFIX}packed")
+    norm = F.layer_norm
+    with mock.patch.object(F, "layer_norm", lambda x, *args: norm(x.float(), *args)):
+        for pair in (*step.batches, problem.small):
+            step.gradients(*pair)
+
+
 def compile_some(wanted: list[str]) -> list[dict]:
     """Of each name whether its kernels were compiled, as parallel.run wants it."""
-    absent.install()
+    absent.install(compiled=launchers.build)
+    launchers.build_utils()
     torch.set_num_threads(1)
     solve, left, records = attention_checks.solve, set(wanted), []
 

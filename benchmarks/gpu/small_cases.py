@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(parser.parse_args(argv).device)
     failed = 0
     for name, check in correctness.all_checks(device, SCOPE):
-        call, _, kind = name.partition(": ")
-        feature = call.split(",")[0].split(" ", 3)[-1] if call.startswith("attention ") else call.split()[0]
-        if kind != "error rule" or feature not in KEPT:
+        if not is_kept(name):
             continue
         try:
             check()
@@ -32,6 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"passed {name}", flush=True)
     return 1 if failed else 0
+
+
+def is_kept(name: str) -> bool:
+    call, _, kind = name.partition(": ")
+    feature = call.split(",")[0].split(" ", 3)[-1] if call.startswith("attention ") else call.split()[0]
+    return kind == "error rule" and feature in KEPT
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Kernels compiled ahead, without a GPU: into the folder that Triton looks them up in."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from benchmarks import attention
 
 pytest.importorskip("triton")
 
@@ -18,3 +21,19 @@ def test_the_kernels_of_a_call_are_compiled(tmp_path):
     assert done.stdout == "2 calls compiled, 0 failed\n"
     made = {path.stem for path in tmp_path.glob("*/*.cubin")}
     assert made == {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"}
+    launchers = list(tmp_path.glob("*/*.so"))
+    if shutil.which("gcc"):
+        assert {path.name.split(".")[0] for path in launchers} == {"__triton_launcher", "cuda_utils"}
+    # what they take from the driver is looked up in it, or they could not be loaded where there is one
+    assert all(b"libcuda.so.1" in path.read_bytes() for path in launchers)
+
+
+def test_what_the_stages_launch_is_among_the_calls():
+    """In a process of its own, whose driver is the stand-in."""
+    script = "from benchmarks.gpu import absent, ahead; absent.install(); print(*dict(ahead.calls()), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    names = set(done.stdout.splitlines())
+    assert {f"{case}: both" for case in attention.cases("quick", "cuda")} < names
+    assert {"train_step: both", "small attention bf16 D64 everything, sample tiles: error rule"} < names
+    assert any(name.startswith("modality_embed stamps full") for name in names)
+    assert any(name.startswith("host ") for name in names)
