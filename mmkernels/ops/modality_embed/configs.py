@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Constants, not functions of the GPU's SM count: partial sums must not depend on it.
-CHUNK = 32  # sorted tokens per program of the table sums
-TABLES = (4, 1)  # of these, whose rows are asked for at a time; warps
-WALK_SUMS = (256, 16, 8)  # partial sums and columns of a tile of their sum, warps
+CHUNK = 128  # sorted tokens per program of the table sums
+TABLES = (8, 1)  # of these, whose rows are asked for at a time; warps
+SPANS = 8  # chunks of a run whose sums are asked for at a time
+WALK_SUMS = (512, 16, 8)  # partial sums and columns of a tile of their sum, warps
 LANES_COLUMNS = 256  # of a warp: eight a lane, 128 bits of a 16-bit type
 LEAST_ROWS = 16  # of a walk of the backward
 
@@ -29,19 +30,20 @@ class Config:
     registers: int | None = None
 
 
-# Without a norm: rows at a time, warps, walks.  Four rows are four 128-bit loads a lane under way.  The forward's walks
-# are short, so that an SM which is done early takes another; each of the backward's leaves M partial rows of fp32, and
-# has as many programs as there are column blocks (three for E = 768).
-PLAIN_FORWARD = (4, 1, 16384)
-PLAIN_BACKWARD = (4, 1, 512)
-NORMED_FORWARD_WALKS = 1 << 20
-NORMED_BACKWARD_WALKS = 1536
-NORMED_BACKWARD_REGISTERS = None
+# Without a norm: rows at a time, warps, walks.  Several rows are as many 128-bit loads a lane under way.  Each walk of
+# the backward leaves M partial rows of fp32, and is as many programs as there are column blocks (three for E = 768).
+EVERY = 1 << 30  # walks: each program has one tile
+PLAIN_FORWARD = (4, 1, EVERY)
+PLAIN_BACKWARD = (6, 1, 512)
+NORMED_FORWARD_WALKS = EVERY
+NORMED_BACKWARD_WALKS = 1024  # eight of 211 registers fit an SM of an H100: what is past 1,056 waits for a second turn
 
-# With a norm: widest row of the table's line -> rows at a time, warps.  sm_90, Triton 3.6.0, 2026-11: `python -m
-# mmkernels.inspect --arch sm_90 --op modality_embed`.  At most 32 values a thread: a row in one warp needs no barriers.
-NORMED_FORWARD = {256: (4, 1), 512: (2, 1), 1024: (1, 1), 2048: (1, 2), 4096: (1, 4), 8192: (1, 8)}
-NORMED_BACKWARD = {256: (4, 1), 512: (2, 1), 1024: (1, 1), 2048: (1, 2), 4096: (1, 4), 8192: (1, 8)}
+# With a norm: bytes of the widest row of the table's line -> rows at a time, warps.  sm_90, Triton 3.6.0, 2026-11:
+# `python -m mmkernels.inspect --arch sm_90 --op modality_embed`.  A row in one warp needs no barriers; the backward
+# keeps three sums and as many rows of it in registers.
+NORMED_FORWARD = {512: (4, 1), 1024: (2, 1), 2048: (1, 1), 4096: (1, 2), 8192: (1, 4), 32768: (1, 8)}
+NORMED_BACKWARD = {512: (4, 1), 1024: (2, 1), 1536: (1, 1), 2048: (1, 2), 4096: (1, 4), 8192: (1, 8), 32768: (1, 16)}
+MAX_WIDTH = 8192
 
 
 def block(width: int) -> int:
@@ -49,18 +51,20 @@ def block(width: int) -> int:
     return max(LANES_COLUMNS, 1 << (width - 1).bit_length())
 
 
-def forward(width: int, normed: bool) -> Config:
+def forward(width: int, itemsize: int, normed: bool) -> Config:
+    """itemsize: bytes of an element of the result."""
     if not normed:
         return _plain(*PLAIN_FORWARD)
-    rows, warps = _of(NORMED_FORWARD, width)
-    return Config(rows, warps, block(width), NORMED_FORWARD_WALKS)
+    return Config(*_of(NORMED_FORWARD, width, itemsize), block(width), NORMED_FORWARD_WALKS)
 
 
-def backward(width: int, normed: bool) -> Config:
+def backward(width: int, itemsize: int, normed: bool) -> Config:
     if not normed:
         return _plain(*PLAIN_BACKWARD)
-    rows, warps = _of(NORMED_BACKWARD, width)
-    return Config(rows, warps, block(width), NORMED_BACKWARD_WALKS, NORMED_BACKWARD_REGISTERS)
+    rows, warps = _of(NORMED_BACKWARD, width, itemsize)
+    # Left alone, ptxas spills where several warps share a row, for more programs on an SM.
+    registers = min(255, 65536 // (32 * warps)) if warps > 1 else None
+    return Config(rows, warps, block(width), NORMED_BACKWARD_WALKS, registers)
 
 
 def _plain(rows: int, warps: int, walks: int = 0) -> Config:
@@ -77,8 +81,7 @@ def tables() -> Config:
     return _plain(*TABLES)
 
 
-def _of(table: dict[int, tuple[int, int]], width: int) -> tuple[int, int]:
-    for widest, sizes in table.items():
-        if width <= widest:
-            return sizes
-    raise NotImplementedError(f"modality_embed: the Triton kernels take rows of at most {max(table)}, not {width}")
+def _of(table: dict[int, tuple[int, int]], width: int, itemsize: int) -> tuple[int, int]:
+    if width > MAX_WIDTH:
+        raise NotImplementedError(f"modality_embed: the Triton kernels take rows of at most {MAX_WIDTH}, not {width}")
+    return next(sizes for widest, sizes in table.items() if width * itemsize <= widest)

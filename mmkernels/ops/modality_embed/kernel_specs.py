@@ -48,7 +48,8 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
         specs += _of_width(768, dtype, norm=2, dropout=True)
         specs += _plain(768, dtype)
     shown, warps = {"width": 768, "rows": configs.CHUNK}, configs.tables().warps
-    specs.append(_spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, _sums(768), warps))
+    spans = _sums(768) | {"R": configs.SPANS}
+    specs.append(_spec("modality_embed_bwd_spans", modality_embed_bwd_spans_kernel, "fp32", shown, spans, warps))
     rows, columns, warps = configs.WALK_SUMS
     walks, shown = {"N": _M + 2, "R": rows, "COLUMNS": columns}, {"width": 768, "rows": rows}
     specs.append(_spec("modality_embed_bwd_walks", modality_embed_bwd_walks_kernel, "fp32", shown, walks, warps))
@@ -97,19 +98,20 @@ def _plain(width: int, dtype: str) -> list[KernelSpec]:
 
 def _of_rows(width: int, dtype: str, shown: dict, reads: dict, backward: dict) -> list[KernelSpec]:
     """The forward, and the backward's pass over rows."""
-    specs = []
+    specs, facts = [], (width, 4 if dtype == "fp32" else 2, reads["NORM"] > 0)
     for name, kernel, config, more in (
-        ("fwd", modality_embed_fwd_kernel, configs.forward(width, reads["NORM"] > 0), {}),
-        ("bwd_rows", modality_embed_bwd_rows_kernel, configs.backward(width, reads["NORM"] > 0), backward),
+        ("fwd", modality_embed_fwd_kernel, configs.forward(*facts), {}),
+        ("bwd_rows", modality_embed_bwd_rows_kernel, configs.backward(*facts), backward),
     ):
         tile = {"R": config.rows, "COLUMNS": config.columns, **more}
         tile |= {"MODALITY_SUMS": 1} if more else {}
         told = {**shown, "rows": config.rows, "warps": config.warps}
-        specs.append(_spec(f"modality_embed_{name}", kernel, dtype, told, {**reads, **tile}, config.warps))
+        limits = config.warps, config.registers
+        specs.append(_spec(f"modality_embed_{name}", kernel, dtype, told, {**reads, **tile}, *limits))
     return specs
 
 
-def _spec(name, fn, dtype: str, shown: dict, constexprs: dict, warps: int) -> KernelSpec:
+def _spec(name, fn, dtype: str, shown: dict, constexprs: dict, warps: int, registers=None) -> KernelSpec:
     streams = tuple("*i64" if kind == -2 else f"*{dtype}" for kind in constexprs.get("STREAMS", ()))
     types = {
         **_TYPES,
@@ -122,4 +124,5 @@ def _spec(name, fn, dtype: str, shown: dict, constexprs: dict, warps: int) -> Ke
     for arg, kind in signature.items():
         members = [(arg, kind)] if isinstance(kind, str) else [(f"{arg}.{i}", k) for i, k in enumerate(kind)]
         divisible += [member for member, k in members if k.startswith("*") or member == "E"]
-    return KernelSpec("modality_embed", name, dtype, shown, fn, signature, constants, tuple(divisible), warps, 2)
+    options = warps, 2, registers or 0
+    return KernelSpec("modality_embed", name, dtype, shown, fn, signature, constants, tuple(divisible), *options)

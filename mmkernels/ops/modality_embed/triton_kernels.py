@@ -42,7 +42,7 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     rstd = inputs.modality_weight.new_empty(T if options.normed else 0, dtype=torch.float32)
     if T == 0 or E == 0:
         return out, mean, rstd
-    config = configs.forward(E, options.normed)
+    config = configs.forward(E, out.element_size(), options.normed)
     launch = _launch(inputs, options, read_streams=True)
     grid = (min(triton.cdiv(T, config.rows), config.walks) * triton.cdiv(E, config.columns),)
     modality_embed_fwd_kernel[grid](
@@ -77,7 +77,7 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     first = tuple(itertools.accumulate((t.shape[0] for t in inputs.tables), initial=0))
     keyed, slots = any(wanted), max(inputs.table_counts, default=0) + 1
 
-    config = configs.backward(E, options.normed)
+    config = configs.backward(E, grad_out.element_size(), options.normed)
     tiles = configs.tiles_per_walk(T, config)
     walks = triton.cdiv(T, config.rows * tiles)
     fp32 = {"dtype": torch.float32}
@@ -169,9 +169,9 @@ def _sum_tables(dx: Tensor, keys: Tensor, d_tables: list[Tensor | None], first: 
     outs = outs if len(outs) == len(first) else (*outs, some)
     rest = {"keys_ptr": keys, "outs": outs, "head_ptr": head, "tail_ptr": tail, "N": len(keys), "E": E, "FIRST": first}
     rest["SUMMED"] = tuple(int(d is not None) for d in d_tables) + (0,) * (len(first) - len(d_tables))
-    rest |= {"CHUNK": configs.CHUNK, "R": config.rows, "COLUMNS": config.columns, "num_warps": config.warps}
-    modality_embed_bwd_tables_kernel[grid](dx_ptr=dx, order_ptr=order, T=T, SLOTS=slots, **rest)
-    modality_embed_bwd_spans_kernel[grid](**rest)
+    rest |= {"CHUNK": configs.CHUNK, "COLUMNS": config.columns, "num_warps": config.warps}
+    modality_embed_bwd_tables_kernel[grid](dx_ptr=dx, order_ptr=order, T=T, SLOTS=slots, R=config.rows, **rest)
+    modality_embed_bwd_spans_kernel[grid](R=configs.SPANS, **rest)
 
 
 def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
