@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from mmkernels.ops.attention import tuned
 
 KERNELS = ("fwd", "dkdv", "dq", "fused")
-LATEST = {"fwd": 1, "dkdv": 3, "dq": 1, "fused": 0}  # the highest Config.late of each kernel
+NEVER_LATE = ("dq", "fused")  # kernels without Config.late
 BUCKETS = (32, 64, 128, 256)  # head widths, each up to and including
 
 
@@ -24,10 +24,9 @@ class Config:
 
     tma    whole blocks of the loop come through tensor descriptors (sm_90 and later), where base and strides allow it
     token  token tiles rather than tiles per sample: `schedule` sets it, the table does not
-    late   products that add to what the kernel returns come later in its loop over whole blocks, to run while a softmax
-           is computed: 1 that of the block before (fwd, dq), or dV behind dP of its block (dkdv, where 2 also moves dK
-           to the next block, and 3 moves both).  More registers; how much time is not known yet, so no table has it.
-           It is of use for 16-bit products on sm_90, and right everywhere
+    late   in the loop over whole blocks, a product that adds to what the kernel returns comes later, to run while the
+           softmax is computed: that of the block before behind the scores (fwd), dV behind dP (dkdv).  More registers;
+           of use for 16-bit products on sm_90, and right everywhere
     registers  the most that a thread takes, so that more programs share an SM; 0: as many as the compiler wants
     price  what computing one pair costs, relative to the kernel's default
     """
@@ -38,7 +37,7 @@ class Config:
     stages: int
     tma: bool = False
     token: bool = False
-    late: int = 0
+    late: bool = False
     registers: int = 0
     price: float = field(default=1.0, compare=False)
 
@@ -68,7 +67,7 @@ class Configs:
 @functools.lru_cache(maxsize=256)  # every call of every layer asks
 def _from_flat(numbers: tuple[int, ...]) -> Configs:
     each = (numbers[i : i + 8] for i in (0, 8, 16))
-    configs = (Config(*n[:4], *map(bool, n[4:6]), *n[6:]) for n in each)
+    configs = (Config(*n[:4], *map(bool, n[4:7]), n[7]) for n in each)
     return Configs(*configs, fused=bool(numbers[24]))
 
 
@@ -82,10 +81,9 @@ class Candidates:
     fused: tuple[Config, ...] = ()
 
     def __post_init__(self) -> None:
-        for kernel, latest in LATEST.items():
-            for config in getattr(self, kernel):
-                if not 0 <= config.late <= latest:
-                    raise ValueError(f"attention: late is {config.late} for {kernel}, expected 0 to {latest}")
+        for kernel in NEVER_LATE:
+            if any(config.late for config in getattr(self, kernel)):
+                raise ValueError(f"attention: late is True for {kernel}, expected False: only fwd and dkdv have it")
 
 
 C = Config

@@ -80,7 +80,7 @@ def spec(
         "ALIGNED": False,
         "PRECISION": "ieee",
         "TMA": config.tma,
-        "LATE": config.late if kernel == "dkdv" else config.late > 0,
+        "LATE": config.late,
     }
     values |= {arg: None for arg, extra in _OPTIONAL.items() if extra not in extras}
     values |= {} if config.tma else dict.fromkeys(_DESCRIPTORS)

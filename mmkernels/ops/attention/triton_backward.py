@@ -11,17 +11,14 @@ import triton
 import triton.language as tl
 
 from mmkernels.ops.attention.triton_backward_steps import (
-    add_pending,
     bias_unit,
     key_biases,
     key_step,
     no_sums,
-    nothing_pending,
     probabilities,
     store_bias_partial,
 )
 from mmkernels.ops.attention.triton_tiles import (
-    as_bits,
     bias_of,
     dropout_keep_tile,
     load_block,
@@ -31,7 +28,6 @@ from mmkernels.ops.attention.triton_tiles import (
     row_bounds,
     seen_pairs,
     store_rows,
-    zero_bits,
 )
 
 
@@ -127,25 +123,19 @@ def attention_bwd_dkdv_kernel(
             col_end = tl.load(spans_ptr + 3 * span + 1)
             masked = tl.load(spans_ptr + 3 * span + 2)
             full_end = tl.where(masked != 0, col_start, col_end)
-            pending = nothing_pending(BLOCK_K, BLOCK_Q, q_ptr.dtype.element_ty, LATE)
             for col in range(col_start, full_end, BLOCK_Q):
-                dk, dv, ds_of, _, pending = key_step(
-                    dk, dv, ds_of, pending, k, v, lo, hi, bits, biases,
+                dk, dv, ds_of, _ = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
                     q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, rng_ptr,
-                    Tq, head, row_start, col_start, col, col_end, stride_qt, stride_dot, scale, drop_threshold,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot, scale, drop_threshold,
                     keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False, LATE,
                 )  # fmt: skip
-            if LATE >= 2 and full_end > col_start:
-                dk, dv = add_pending(
-                    dk, dv, pending, q_at, do_at, q_desc, do_desc, head, full_end - BLOCK_Q, stride_qt, stride_dot,
-                    D, BLOCK_Q, PRECISION,
-                )  # fmt: skip
             for col in range(full_end, col_end, BLOCK_Q):
-                dk, dv, ds_of, _, _ = key_step(
-                    dk, dv, ds_of, (), k, v, lo, hi, bits, biases,
+                dk, dv, ds_of, _ = key_step(
+                    dk, dv, ds_of, k, v, lo, hi, bits, biases,
                     q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, rng_ptr,
-                    Tq, head, row_start, col_start, col, col_end, stride_qt, stride_dot, scale, drop_threshold,
-                    keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True, 0,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot, scale, drop_threshold,
+                    keep_scale, D, BLOCK_Q, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True, False,
                 )  # fmt: skip
         if bias_ptr is not None:
             tile_head = tl.cast(tile, tl.int64) * kv_heads * group + head
@@ -160,7 +150,6 @@ def attention_bwd_dkdv_kernel(
 def _query_step(
     dq,
     ds_sum,
-    pending,
     q,
     do,
     lse,
@@ -179,7 +168,6 @@ def _query_step(
     Tk,
     head,
     kv_head,
-    col_start,
     col,
     col_end,
     stride_kt,
@@ -194,12 +182,10 @@ def _query_step(
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     """Adds what keys [col, col + BLOCK_K) give to dq and, with a pair bias, to the rows' sums of ds.
 
-    biases: a tuple, per key modality the bias of each query.  LATE, of whole blocks only: dq takes the block before,
-    whose ds is pending, behind the other products, and runs on sm_90 while this block's ds is computed.
+    biases: a tuple, per key modality the bias of each query.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
     count = col_end - col
@@ -208,10 +194,6 @@ def _query_step(
     v = load_block(v_ptr, v_desc, stride_vt, col, kv_head, count, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if LATE:
-        # The first step has no block before it: zeros, times its own keys.
-        before = tl.maximum(col - BLOCK_K, col_start)
-        dq = _add_pending(dq, pending, k_ptr, k_desc, stride_kt, before, kv_head, D, BLOCK_K, PRECISION)
     bias = 0.0
     if MODALITIES > 0:
         bias = bias_of(biases, modalities_of(k_table_ptr, cols, cols < col_end, Tk), MODALITIES)
@@ -226,30 +208,7 @@ def _query_step(
         ds = tl.where(seen_pairs(cols, col_end, lo, hi, bits, k_bits_ptr, HAS_VISIBLE), ds, 0.0)
     if MODALITIES > 0:
         ds_sum += tl.sum(ds, 1)
-    ds = ds.to(k.dtype)
-    if LATE:
-        pending = as_bits(ds)
-    else:
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    return dq, ds_sum, pending
-
-
-@triton.jit
-def _add_pending(
-    dq,
-    pending,
-    k_ptr,
-    k_desc,
-    stride_kt,
-    col,
-    kv_head,
-    D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dq with the ds that _query_step left pending of keys [col, col + BLOCK_K), a whole block."""
-    k = load_block(k_ptr, k_desc, stride_kt, col, kv_head, BLOCK_K, D, BLOCK_K, dq.shape[1], False)
-    return tl.dot(pending.to(k.dtype, bitcast=True), k, dq, input_precision=PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), ds_sum
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
@@ -299,12 +258,10 @@ def attention_bwd_dq_kernel(
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     """dq of one query tile of one head, and its delta [H, Tq], which dkdv reads: this kernel runs first.
 
-    Grid: tiles x heads.  MODALITIES: Mk with a pair bias, else 0.  LATE: of a span of whole blocks, as
-    _query_step has it.
+    Grid: tiles x heads.  MODALITIES: Mk with a pair bias, else 0.
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -347,26 +304,19 @@ def attention_bwd_dq_kernel(
         col_end = tl.load(spans_ptr + 3 * span + 1)
         masked = tl.load(spans_ptr + 3 * span + 2)
         full_end = tl.where(masked != 0, col_start, col_end)
-        pending = ()
-        if LATE:
-            pending = zero_bits(BLOCK_Q, BLOCK_K, k_ptr.dtype.element_ty)
         for col in range(col_start, full_end, BLOCK_K):
-            dq, ds_sum, pending = _query_step(
-                dq, ds_sum, pending, q, do, lse, delta, lo, hi, bits, biases, rows,
+            dq, ds_sum = _query_step(
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
                 k_ptr, v_ptr, k_desc, v_desc, k_table_ptr, rng_ptr,
-                Tk, head, kv_head, col_start, col, col_end, stride_kt, stride_vt, scale, drop_threshold,
-                keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False, LATE,
-            )  # fmt: skip
-        if LATE and full_end > col_start:
-            dq = _add_pending(
-                dq, pending, k_ptr, k_desc, stride_kt, full_end - BLOCK_K, kv_head, D, BLOCK_K, PRECISION
+                Tk, head, kv_head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, False,
             )  # fmt: skip
         for col in range(full_end, col_end, BLOCK_K):
-            dq, ds_sum, _ = _query_step(
-                dq, ds_sum, (), q, do, lse, delta, lo, hi, bits, biases, rows,
+            dq, ds_sum = _query_step(
+                dq, ds_sum, q, do, lse, delta, lo, hi, bits, biases, rows,
                 k_ptr, v_ptr, k_desc, v_desc, k_table_ptr, rng_ptr,
-                Tk, head, kv_head, col_start, col, col_end, stride_kt, stride_vt, scale, drop_threshold,
-                keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True, False,
+                Tk, head, kv_head, col, col_end, stride_kt, stride_vt,
+                scale, drop_threshold, keep_scale, D, BLOCK_K, MODALITIES, HAS_VISIBLE, PRECISION, ALIGNED, True,
             )  # fmt: skip
 
     if bias_ptr is not None:

@@ -8,13 +8,11 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton_tiles import (
     LOG2E,
-    as_bits,
     bias_of,
     dropout_keep_tile,
     load_block,
     modalities_of,
     seen_pairs,
-    zero_bits,
 )
 
 
@@ -23,7 +21,6 @@ def key_step(
     dk,
     dv,
     ds_of,
-    pending,
     k,
     v,
     lo,
@@ -41,7 +38,6 @@ def key_step(
     Tq,
     head,
     first_key,
-    col_start,
     col,
     col_end,
     stride_qt,
@@ -59,11 +55,10 @@ def key_step(
     LATE: tl.constexpr,
 ):
     """Adds what queries [col, col + BLOCK_Q) of one head give to dk, dv and ds_of; tiles are transposed,
-    [BLOCK_K, BLOCK_Q].  Also returns ds, in the dtype of q, and what is pending.
+    [BLOCK_K, BLOCK_Q].  Also returns ds, in the dtype of q.
 
-    LATE, of whole blocks only: products whose result is not needed in the step come behind those whose result is, so
-    that on sm_90 they run while p and ds are computed.  1: dv behind dp.  2: and dk behind the scores of the next
-    step.  3: both behind the products of the next step.  pending: their left factors, of the block before.
+    LATE, of whole blocks only: the product of dv, which nothing in the step needs, comes behind that of dp, so that on
+    sm_90 it runs while ds is computed: Triton 3.6 waits for dp and for all products before it.
 
     With a pair bias of MODALITIES query modalities, else 0, two tuples have a [BLOCK_K] for each: biases, and ds_of,
     the sums of ds over the queries of that modality.
@@ -73,21 +68,8 @@ def key_step(
     count = col_end - col
     cols = col + tl.arange(0, BLOCK_Q)
     q = load_block(q_ptr, q_desc, stride_qt, col, head, count, D, BLOCK_Q, BLOCK_D, MASKED)
-    if LATE >= 2:
-        # First of all: what no product of this step needs is loaded when it is asked for, not steps ahead.
-        lse = tl.load(lse_ptr + cols)
-        delta = tl.load(delta_ptr + cols)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if LATE >= 2:
-        # The first step has no block before it: zeros, times its own rows.
-        before = tl.maximum(col - BLOCK_Q, col_start)
-        if LATE == 3:
-            do = load_block(do_ptr, do_desc, stride_dot, col, head, count, D, BLOCK_Q, BLOCK_D, MASKED)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dk, dv = add_pending(
-            dk, dv, pending, q_ptr, do_ptr, q_desc, do_desc, head, before, stride_qt, stride_dot, D, BLOCK_Q, PRECISION
-        )  # fmt: skip
-    elif MASKED:
+    if MASKED:
         lse = tl.load(lse_ptr + cols, mask=cols < col_end, other=0.0)
     else:
         lse = tl.load(lse_ptr + cols)
@@ -102,25 +84,23 @@ def key_step(
         seen = seen_pairs(cols, col_end, lo, hi, bits, q_bits_ptr, HAS_VISIBLE)
         # After exp2, so that the inf of a row that sees nothing (lse = -inf) goes as well.
         p = tl.where(seen, p, 0.0)
-    if LATE < 3:
-        do = load_block(do_ptr, do_desc, stride_dot, col, head, count, D, BLOCK_Q, BLOCK_D, MASKED)
+    do = load_block(do_ptr, do_desc, stride_dot, col, head, count, D, BLOCK_Q, BLOCK_D, MASKED)
     dropped = p
     if rng_ptr is not None:
         keep = tl.trans(dropout_keep_tile(rng_ptr, drop_threshold, head, cols, first_key, BLOCK_K, ALIGNED))
         factor = tl.where(keep, keep_scale, 0.0)
         dropped = p * factor
     dropped = dropped.to(do.dtype)
-    if LATE == 0:
+    if not LATE:
         dv = tl.dot(dropped, do, dv, input_precision=PRECISION)
-    if LATE < 3:
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    if LATE == 1 or LATE == 2:
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    if LATE:
         dv = tl.dot(dropped, do, dv, input_precision=PRECISION)
     if rng_ptr is not None:
         dp *= factor
     if MASKED:
         delta = tl.load(delta_ptr + cols, mask=cols < col_end, other=0.0)
-    elif LATE < 2:
+    else:
         delta = tl.load(delta_ptr + cols)
     ds = p * (dp - delta[None, :])
     if MASKED:
@@ -129,50 +109,8 @@ def key_step(
     if MODALITIES > 0:
         ds_of = _add_by_modality(ds_of, ds, q_modality, MODALITIES)
     ds = ds.to(q.dtype)
-    if LATE < 2:
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    elif LATE == 2:
-        pending = (as_bits(ds),)
-    else:
-        pending = (as_bits(ds), as_bits(dropped))
-    return dk, dv, ds_of, ds, pending
-
-
-@triton.jit
-def nothing_pending(BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, DTYPE: tl.constexpr, LATE: tl.constexpr):
-    """What is pending before the first step."""
-    pending = ()
-    for _ in tl.static_range(LATE - 1):
-        pending = pending + (zero_bits(BLOCK_K, BLOCK_Q, DTYPE),)  # noqa: RUF005
-    return pending
-
-
-@triton.jit
-def add_pending(
-    dk,
-    dv,
-    pending,
-    q_ptr,
-    do_ptr,
-    q_desc,
-    do_desc,
-    head,
-    col,
-    stride_qt,
-    stride_dot,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dk and dv with what key_step left pending of queries [col, col + BLOCK_Q), a whole block."""
-    BLOCK_D: tl.constexpr = dk.shape[1]
-    if len(pending) > 1:
-        do = load_block(do_ptr, do_desc, stride_dot, col, head, BLOCK_Q, D, BLOCK_Q, BLOCK_D, False)
-        dv = tl.dot(pending[1].to(do.dtype, bitcast=True), do, dv, input_precision=PRECISION)
-    if len(pending) > 0:
-        q = load_block(q_ptr, q_desc, stride_qt, col, head, BLOCK_Q, D, BLOCK_Q, BLOCK_D, False)
-        dk = tl.dot(pending[0].to(q.dtype, bitcast=True), q, dk, input_precision=PRECISION)
-    return dk, dv
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    return dk, dv, ds_of, ds
 
 
 @triton.jit

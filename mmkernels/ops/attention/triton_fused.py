@@ -166,20 +166,20 @@ def attention_bwd_fused_kernel(
             masked = tl.load(spans_ptr + 3 * span + 2)
             full_end = tl.where(masked != 0, col_start, col_end)
             for col in range(col_start, full_end, BLOCK_Q):
-                dk, dv, _, ds, _ = key_step(
-                    dk, dv, (), (), k, v, lo, hi, bits, (),
+                dk, dv, _, ds = key_step(
+                    dk, dv, (), k, v, lo, hi, bits, (),
                     q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
-                    Tq, head, row_start, col_start, col, col_end, stride_qt, stride_dot,
-                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, False, 0,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, False, False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, False)
             for col in range(full_end, col_end, BLOCK_Q):
-                dk, dv, _, ds, _ = key_step(
-                    dk, dv, (), (), k, v, lo, hi, bits, (),
+                dk, dv, _, ds = key_step(
+                    dk, dv, (), k, v, lo, hi, bits, (),
                     q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
-                    Tq, head, row_start, col_start, col, col_end, stride_qt, stride_dot,
-                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, True, 0,
+                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
+                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, True, False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
                 _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, True)

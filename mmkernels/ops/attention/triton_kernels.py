@@ -117,6 +117,6 @@ def _forward(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> Launch | None:
     constants = dict(
         D=D, BLOCK_D=configs.padded(D), BLOCK_Q=config.rows, BLOCK_K=config.cols,
         MODALITIES=modalities, HAS_VISIBLE=lowered.has_visible,
-        ALIGNED=config.token and rng is not None, PRECISION=precision(q), LATE=config.late > 0,
+        ALIGNED=config.token and rng is not None, PRECISION=precision(q), LATE=config.late,
     )  # fmt: skip
     return Launch(attention_fwd_kernel, len(tiles) * H, args, constants, options(config))

@@ -85,7 +85,7 @@ def _dq(config, do, dlse, q, k, v, pair_bias, rng, out, lse, dq, delta, lowered)
     )  # fmt: skip
     constants = dict(
         BLOCK_Q=config.rows, BLOCK_K=config.cols, MODALITIES=_modalities(pair_bias, 2),
-        ALIGNED=config.token and rng is not None, LATE=config.late > 0, **_shared(q, lowered),
+        ALIGNED=config.token and rng is not None, **_shared(q, lowered),
     )  # fmt: skip
     return Launch(attention_bwd_dq_kernel, len(tiles) * H, args, constants, options(config))
 

@@ -12,14 +12,10 @@ from mmkernels import dispatch
 from mmkernels.ops.attention.configs import Config
 
 ORDERS = {
-    ("fwd", 0): "dot wait exp2 exp2 dot",
-    ("fwd", 1): "dot wait dot exp2 exp2",  # scores; the block before's values; p and alpha
-    ("dq", 0): "dot wait dot wait exp2 dot",
-    ("dq", 1): "dot wait dot wait dot exp2",  # scores; dp; the block before's dq
-    ("dkdv", 0): "dot wait exp2 dot dot wait dot",
-    ("dkdv", 1): "dot wait exp2 dot wait dot dot",  # scores; dp; dv, dk
-    ("dkdv", 2): "dot wait dot exp2 dot wait dot",  # scores; the block before's dk; dp; dv
-    ("dkdv", 3): "dot wait dot wait dot dot exp2",  # scores; dp; the block before's dv and dk
+    ("fwd", False): "dot wait exp2 exp2 dot",
+    ("fwd", True): "dot wait dot exp2 exp2",  # scores; the block before's values; p and alpha
+    ("dkdv", False): "dot wait exp2 dot dot wait dot",
+    ("dkdv", True): "dot wait exp2 dot wait dot dot",  # scores; dp; dv, dk
 }
 
 

@@ -1,7 +1,7 @@
 """Config.late of the Triton kernels through the interpreter: products that come a block later change no bit.
 
-The sums are the same in the same order, so that every level is compared bit for bit with none, and one of each dtype
-with float64.  That the products are then in flight while a softmax is computed, test_late_compiles.py shows.
+The sums are the same in the same order, so that they are compared bit for bit with those in their place, and with
+float64.  That the products are then in flight while a softmax is computed, test_late_compiles.py shows.
 """
 
 from dataclasses import replace
@@ -13,15 +13,14 @@ from attention_oracle import Case, check
 from mmkernels import AttentionMask, PackedLayout, attention
 from mmkernels.masks import MaskPlan
 from mmkernels.ops.attention import configs, triton_kernels
-from mmkernels.ops.attention.configs import LATEST, Candidates, Config
+from mmkernels.ops.attention.configs import KERNELS, NEVER_LATE, Candidates, Config
 from mmkernels.testing import poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
 # Unequal sides, so that rows and columns cannot be confused.
 WIDE, TALL = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
-KERNELS = {"fwd": TALL, "dkdv": TALL, "dq": WIDE}
-LATE = [{"fwd": 1, "dkdv": 1}, {"dq": 1, "dkdv": 2}, {"fwd": 1, "dq": 1, "dkdv": 3}]
+TILES = {"fwd": TALL, "dkdv": TALL, "dq": WIDE}
 # Loops of no, one and several whole blocks, before and after masked ones; a sample that ends within a block.
 COUNTS = [[64, 30, 40], [0, 16, 0], [9, 0, 17]]
 VISIBLE = AttentionMask(visible=[[True, True, False], [False, True, False], [False, False, False]])  # and blind rows
@@ -40,7 +39,8 @@ def _spans_of_their_own(monkeypatch):
 
 
 def overridden(late, tma=False):
-    return configs.override(**{name: replace(c, tma=tma, late=late.get(name, 0)) for name, c in KERNELS.items()})
+    moved = ("fwd", "dkdv") if late else ()
+    return configs.override(**{name: replace(c, tma=tma, late=name in moved) for name, c in TILES.items()})
 
 
 def results(name, dtype, late, schedule="sample", tma=False):
@@ -66,17 +66,15 @@ def results(name, dtype, late, schedule="sample", tma=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_bit_for_bit(name, dtype):
     schedule, tma = ("sample", True) if dtype == torch.float16 else ("token", False)
-    expected = results(name, dtype, {}, schedule, tma)
-    for late in LATE:
-        found = results(name, dtype, late, schedule, tma)
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), late
+    expected, found = (results(name, dtype, late, schedule, tma) for late in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["full", "visible, everything"])
 def test_error_rule(name, dtype):
     mask, options = CASES[name]
-    with overridden({"fwd": 1, "dq": 1, "dkdv": 3}), poisoned_empty():
+    with overridden(True), poisoned_empty():
         check(PackedLayout.from_counts(COUNTS), mask, impl="triton", dtype=dtype, **options)
 
 
@@ -88,10 +86,11 @@ def test_the_cases_have_spans_of_several_whole_blocks():
             assert any(end - start >= 2 * config.cols for start, end, masked in spans.tolist() if not masked)
 
 
-@pytest.mark.parametrize("kernel", LATEST)
-def test_levels_that_a_kernel_does_not_have_are_refused(kernel):
-    kept = dict.fromkeys(("fwd", "dkdv", "dq", "fused"), (TALL,))
-    Candidates(**kept | {kernel: (replace(TALL, late=LATEST[kernel]),)})
-    for level in (-1, LATEST[kernel] + 1):
-        with pytest.raises(ValueError, match=f"late is {level} for {kernel}"):
-            Candidates(**kept | {kernel: (replace(TALL, late=level),)})
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_that_have_none_refuse_it(kernel):
+    candidates = dict.fromkeys(KERNELS, (TALL,)) | {kernel: (replace(TALL, late=True),)}
+    if kernel in NEVER_LATE:
+        with pytest.raises(ValueError, match=f"late is True for {kernel}"):
+            Candidates(**candidates)
+    else:
+        Candidates(**candidates)
