@@ -92,8 +92,10 @@ C = Config
 SMALL = 1.1
 
 # Forward.  Keys: architecture, bytes per element, widest head of the bucket.
-# sm_90, D 64 and 128, bf16: the fastest of a sweep on an H100 (2026-11-27, docs/attention.md) that spill nothing. Whole
-# blocks by descriptors were 4 and 6 % slower than by pointers in the large tile, and faster in the small one.
+# sm_90, D 64 and 128, bf16: the fastest of sweeps on an H100 (2026-11-27, docs/attention.md) that spill nothing.
+# D 64: descriptors made the large tile slower and the small one faster. No one price fits what was timed of the two:
+# the large one takes 1.10 times as long in native 64, where it computes 1.09 times the pairs, and 1.11 in causal
+# longtail 32, for 1.13; at 1.07 both take the small one, and causal samples of 1,024 tokens (1.06) the large one.
 # All others are chosen from the inspector's report (Triton 3.6.0, 2026-11) and not timed: the largest tiles that spill
 # nothing (on sm_80, D 64: 12 bytes with `visible`, 64 with all extras); on sm_80 also at most 99 KiB of shared memory,
 # for sm_86, sm_89 and sm_120.  `python -m benchmarks tune attention` times, and what it writes comes first.
@@ -107,9 +109,15 @@ FWD: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_80", 4, 128): (C(32, 32, 8, 2),),
     ("sm_80", 4, 256): (C(16, 16, 8, 2),),
     ("sm_90", 2, 32): (C(128, 64, 8, 3, tma=True), C(64, 64, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 64): (C(128, 64, 8, 3, late=True, registers=128), C(64, 32, 4, 3, tma=True, price=1.07)),
+    ("sm_90", 2, 128): (C(64, 64, 4, 2, tma=True, late=True), C(64, 32, 4, 3, tma=True, price=SMALL)),
+    ("sm_90", 2, 256): (C(128, 64, 8, 2), C(64, 32, 8, 2, price=SMALL)),
+}
+
+# Where modalities are hidden, late tiles spill (8 and 12 bytes); and on sm_100 nobody looked at them.
+FWD_NOT_LATE: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("sm_90", 2, 64): (C(128, 64, 8, 3), C(64, 32, 4, 3, tma=True, price=1.07)),
     ("sm_90", 2, 128): (C(128, 64, 8, 3), C(64, 32, 4, 3, tma=True, price=SMALL)),
-    ("sm_90", 2, 256): (C(128, 64, 8, 2), C(64, 32, 8, 2, price=SMALL)),
 }
 
 # With pair bias, dropout and modality mass at once, by the same report (at D 256, 40 bytes spilled); dropout takes most
@@ -170,16 +178,17 @@ def select(
     Architectures that the table does not name take the nearest lower one of the same major number, then sm_80.
     """
     width = bucket(head_dim)
-    found = built_in(_family(arch), 4 if dtype == "fp32" else 2, width, extras)
+    found = built_in(_family(arch), 4 if dtype == "fp32" else 2, width, extras, mask == "visible")
     measured = tuned.lookup(arch, dtype, width, extras, mask, lengths)
     found = replace(found, **{kernel: (Config(**numbers),) for kernel, numbers in measured.items()})
     return replace(found, **_override) if _override else found
 
 
-def built_in(family: str, itemsize: int, width: int, extras: bool) -> Candidates:
+def built_in(family: str, itemsize: int, width: int, extras: bool, visible: bool) -> Candidates:
     """The tables' entry.  fp32 products use no tensor cores, so they fare alike on every architecture."""
     key = ("sm_80" if itemsize == 4 else min(family, "sm_90", key=_generation), itemsize, width)
-    fwd = FWD_EXTRAS.get(key, FWD[key]) if extras else FWD[key]
+    fwd = FWD_NOT_LATE.get(key, FWD[key]) if visible or family == "sm_100" else FWD[key]
+    fwd = FWD_EXTRAS.get(key, fwd) if extras else fwd
     if family == "sm_100":  # descriptors were looked at on sm_90 only
         fwd = tuple(replace(config, tma=False) for config in fwd)
     bwd = BWD.get((family, *key[1:]), BWD[key]) if itemsize == 2 else BWD[key]

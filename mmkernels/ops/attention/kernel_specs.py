@@ -42,7 +42,7 @@ def kernel_specs(arch: str) -> list[KernelSpec]:
     specs = []
     for dtype, D in shapes:
         for visible, extras in ((False, ()), (True, ()), (True, EXTRAS)):
-            found = configs.built_in(arch, 4 if dtype == "fp32" else 2, configs.bucket(D), bool(extras))
+            found = configs.built_in(arch, 4 if dtype == "fp32" else 2, configs.bucket(D), bool(extras), visible)
             for kernel in KERNELS:
                 specs += [spec(kernel, dtype, D, c, visible, extras) for c in getattr(found, kernel)]
     return specs + _measured(arch)

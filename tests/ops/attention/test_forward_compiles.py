@@ -1,5 +1,7 @@
 """What the two ways of the forward to load K and V compile to for sm_90: strides may ask for either."""
 
+import itertools
+
 import pytest
 
 from mmkernels import inspect
@@ -33,7 +35,7 @@ def test_defaults_fit_the_shared_memory_of_an_sm():
     for family, room in (("sm_80", 99), ("sm_90", 227)):
         for itemsize in (2, 4):
             for width in configs.BUCKETS:
-                for extras in (False, True):
-                    for c in configs.built_in(family, itemsize, width, extras).fwd:
+                for extras, visible in itertools.product((False, True), repeat=2):
+                    for c in configs.built_in(family, itemsize, width, extras, visible).fwd:
                         tiles = (c.rows + 2 * max(1, c.stages - 1) * c.cols) * configs.padded(width) * itemsize
                         assert tiles <= room * 1024, (family, itemsize, width, c)

@@ -98,8 +98,8 @@ def test_override_forces_configuration_and_schedule():
 
 
 def test_flat_and_back():
-    dkdv = Config(64, 32, 4, 2, token=True, late=2, registers=168)
-    made = Configs(Config(128, 64, 8, 3, tma=True), dkdv, Config(16, 16, 4, 1, late=1), fused=True)
+    dkdv = Config(64, 32, 4, 2, token=True, late=True, registers=168)
+    made = Configs(Config(128, 64, 8, 3, tma=True), dkdv, Config(16, 16, 4, 1), fused=True)
     assert Configs.from_flat(made.flat()) == made
     assert all(type(number) is int for number in made.flat())
 
@@ -114,7 +114,7 @@ def test_every_architecture_type_and_width_has_candidates(arch):
                 for kernel in ("fwd", "dkdv", "dq"):
                     assert getattr(found, kernel)
                 if arch != "sm_90":
-                    assert not any(config.tma for config in found.fwd)
+                    assert not any(config.tma or config.late for config in found.fwd)
 
 
 def entry(**changes):
@@ -147,7 +147,8 @@ def test_a_tuners_entry_comes_before_the_table(tuned_file):
     assert half.dq == found.dq
     assert configs.select("sm_90", "bf16", 50, **key).fwd == found.fwd  # the bucket of 64
     for other in ("document", "visible"):
-        assert configs.select("sm_90", "bf16", 64, mask=other, lengths="long") == built_in
+        expected = configs.built_in("sm_90", 2, 64, extras=False, visible=other == "visible")
+        assert configs.select("sm_90", "bf16", 64, mask=other, lengths="long") == expected
     assert configs.select("sm_80", "bf16", 64, **key).fwd != found.fwd
     with configs.override(fwd=Config(16, 16, 4, 1)):
         assert configs.select("sm_90", "bf16", 64, **key).fwd == (Config(16, 16, 4, 1),)
