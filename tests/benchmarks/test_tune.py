@@ -90,6 +90,20 @@ def test_what_is_wrong_or_hardly_faster_is_not_written(timed):
     assert timed(ms | {(128, 8): 1.99, (128, 4): 1.99}).entries == []
 
 
+def test_late_products_are_offered_to_the_kernels_that_have_them(monkeypatch):
+    tried = []
+    monkeypatch.setattr(tune, "candidate", lambda sweep, problem, kernel, config: tried.append(config) or config)
+    monkeypatch.setattr(tune, "_medians", lambda calls, sweep: dict.fromkeys(calls, 1.0))
+    problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
+    long = next(case for case in tune.CASES if (case.workload, case.mask, case.width) == ("uniform", "full", 64))
+    for kernel in configs.KERNELS:
+        tried.clear()
+        tune.tune_kernel(tune.Sweep(CPU, "sm_90", tune.AXES, 0.0, {"x": 1}), problem, long, kernel)
+        found = {(config.late, config.registers) for config in tried if config}
+        more = {(True, 0)} if kernel in ("fwd", "dkdv") else set()
+        assert found == {(False, 0)} | more | ({(True, 128)} if kernel == "fwd" else set())
+
+
 @pytest.mark.interpreter
 def test_dry_run(tmp_path, capsys, monkeypatch):
     """The whole walk on real kernels: every kernel is tried, and the file can be read."""
