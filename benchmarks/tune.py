@@ -3,9 +3,9 @@
     python -m benchmarks tune attention [--out PATH] [--budget-seconds N] [--head-dim 64 --head-dim 128]
     TRITON_INTERPRET=1 python -m benchmarks tune attention --dry-run --out PATH    the same walk, in the interpreter
 
-For each head width, dtype, mask class and length profile, each kernel's tile, warps, stages and loads are varied one
-after another from its default.  A candidate that fails, spills or is wrong is left out; one that is faster by
-MIN_GAIN is written with where and when it was measured.  Other entries of the file stay.
+For each head width, dtype, mask class and length profile, each kernel's tile, warps, stages, loads and late products
+are varied one after another from its default.  A candidate that fails, spills or is wrong is left out; one that is
+faster by MIN_GAIN is written with where and when it was measured.  Other entries of the file stay.
 """
 
 from __future__ import annotations
