@@ -120,7 +120,8 @@ def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
     """Appends the entry of the fastest configuration, where that is not the default."""
     mask, lengths = tuned.classify(problem.plan)
     found = configs.select(sweep.arch, case.dtype, case.width, mask=mask, lengths=lengths)
-    start = (getattr(found, kernel) or found.dkdv)[0]  # where no fused kernel is the default: its shape from dkdv
+    # Where no fused kernel is the default: its shape from dkdv.
+    start = (getattr(found, kernel) or (replace(found.dkdv[0], late=False),))[0]
     default = candidate(sweep, problem, kernel, None)
     if isinstance(default, str):
         print(f"  {kernel}: the default does not run: {default}")

@@ -95,7 +95,7 @@ def modes(device: torch.device, dtype: str, width: int, impl: str) -> list[Mode]
 
     arch = triton_kernels._arch(device)  # on a CPU the interpreter's, which has no TMA
     found = configs.select(arch, dtype, width)
-    fused = (found.fused or found.dkdv)[0]
+    fused = replace((found.fused or found.dkdv)[0], late=False)
     ways = [
         Mode("sample tiles", True, "sample"),
         Mode("token tiles", True, "token"),
