@@ -1,8 +1,7 @@
 """Launch sizes of the Triton modality_embed kernels, per width.
 
-Those of E 768 in bf16 are the fastest of a sweep on an H100 (2026-11-27; docs/modality_embed.md), about 24 for each
-kernel; other widths follow by cross-compiling for sm_90: 128-bit accesses, no spill, and registers that leave enough
-warps per SM to cover memory latency.
+Those of E 768 in bf16 are among the fastest of three sweeps on an H100 (2026-11-27; docs/modality_embed.md), and the
+fastest that spill nothing; other widths follow by cross-compiling for sm_90: 128-bit accesses and no spill.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class Config:
     registers: int | None = None
 
 
+EVERY = 1 << 30  # walks: each program has one tile
 # Without a norm: rows at a time, warps, walks.  Several rows are as many 128-bit loads a lane under way.  Each walk of
 # the backward leaves M partial rows of fp32, and is as many programs as there are column blocks (three for E = 768).
-EVERY = 1 << 30  # walks: each program has one tile
 PLAIN_FORWARD = (4, 1, EVERY)
 PLAIN_BACKWARD = (6, 1, 512)
 NORMED_FORWARD_WALKS = EVERY
