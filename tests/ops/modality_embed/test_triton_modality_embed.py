@@ -73,6 +73,8 @@ def test_few_long_walks_and_many_short_ones(case, monkeypatch):
 
 def test_table_sums_of_other_numbers_of_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(configs, "TABLES", (3, 2))
+    monkeypatch.setattr(configs, "CHUNK", CHUNK)
+    monkeypatch.setattr(configs, "SPANS", 2)  # a run of more chunks than are asked for at a time
     for name in ("everything", "long runs"):
         inputs = make(BY_NAME[name], torch.float32)
         check(inputs, run(inputs, "triton"))
