@@ -7,8 +7,9 @@
 
 namespace mm::cpu::attention::MM_ISA {
 
-constexpr int64_t kBand = 12;       // rows of a band: what is skipped or masked is decided per band and panel
-constexpr int64_t kMaxBlock = 256;  // keys of a block at most
+constexpr int64_t kBand = 12;             // rows of a band: what is skipped or masked is decided per band and panel
+constexpr int64_t kWideBand = 4 * kBand;  // where all rows see the same keys: fewer passes over the operands
+constexpr int64_t kMaxBlock = 256;        // keys of a block at most
 constexpr int64_t kMaxPanels = kMaxBlock / kPanel;
 static_assert(kBand % kRows == 0 && kMaxBlock % kPanel == 0);
 

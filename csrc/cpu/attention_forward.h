@@ -13,7 +13,8 @@ MM_INLINE int64_t forward_block(int64_t D) { return D <= 64 ? 256 : D <= 128 ? 1
 // All that a tile keeps while it walks over its keys.   n rows
 struct ForwardTile {
   const Forward& f;
-  int64_t begin, n, head, padded, block, ld_scores, ld_value;
+  int64_t begin, n, head, padded, block, ld_scores, ld_value, band;
+  bool fresh;                                     // `out` holds nothing yet
   float *query, *out, *row_max, *row_sum, *mass;  // [n, padded] twice, [n] twice, [n, Mk]
   float *rows, *key, *value, *scores, *bias, *keep;
   Ahead ahead;
@@ -32,19 +33,23 @@ struct ForwardTile {
     rows = scratch.take(kPanel * ld_value);
     key = scratch.take(block * D);
     value = scratch.take(block * ld_value);
-    scores = scratch.take(kBand * ld_scores);
+    scores = scratch.take(kWideBand * ld_scores);
     bias = f.in.bias ? scratch.take(f.in.Mq * ld_scores) : nullptr;
     keep = f.in.dropout ? scratch.take(block + 5 * W + 8) : nullptr;
   }
 
   void start(int64_t first, int64_t count, int64_t h) {
+    const Inputs& in = f.in;
     begin = first;
     n = count;
     head = h;
-    read_rows(f.in.dtype, f.in.q, begin, n, head, f.in.D, query, padded, f.in.scale);
-    std::memset(out, 0, sizeof(float) * n * padded);
+    fresh = true;
+    const bool same = !in.has_visible && in.kv_lo[begin] == in.kv_lo[begin + n - 1] &&
+                      in.kv_hi[begin] == in.kv_hi[begin + n - 1];  // both rise with the row
+    band = same ? kWideBand : kBand;
+    read_rows(in.dtype, in.q, begin, n, head, in.D, query, padded, in.scale);
     for (int64_t i = 0; i < n; ++i) row_max[i] = -kInfinity, row_sum[i] = 0.0f;
-    if (mass) std::memset(mass, 0, sizeof(float) * n * f.in.Mk);
+    if (mass) std::memset(mass, 0, sizeof(float) * n * in.Mk);
   }
 
   void attend(int64_t key_begin, int64_t count) {
@@ -58,8 +63,11 @@ struct ForwardTile {
     }
     read_rows(in.dtype, in.v, key_begin, count, kv_head, in.D, value, ld_value);
     if (bias) read_bias(in, head, keys, bias, ld_scores);
-    for (int64_t i = 0; i < n; i += kBand) attend_band(keys, i, least(kBand, n - i));
+    for (int64_t i = 0; i < n; i += band) attend_band(keys, i, least(band, n - i));
+    fresh = false;
   }
+
+  void clear(int64_t first, int64_t rows) { std::memset(out + first * padded, 0, sizeof(float) * rows * padded); }
 
   // Another tile's rows, a few for each row of this one.
   void look_ahead(int64_t tile, int64_t h) {
@@ -78,7 +86,10 @@ struct ForwardTile {
     const Inputs& in = f.in;
     Seen seen;
     find_seen(in, begin + first, begin + first + rows_here, keys, seen);
-    if (seen.stretches == 0) return;
+    if (seen.stretches == 0) {
+      if (fresh) clear(first, rows_here);
+      return;
+    }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       multiply<false, false>(rows_here, at.vecs(), in.D, query + first * padded, padded, key + at.begin * in.D, kPanel,
@@ -90,8 +101,9 @@ struct ForwardTile {
     }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      multiply<false, true>(rows_here, padded / W, at.end - at.begin, scores + at.begin, ld_scores,
-                            value + at.begin * ld_value, ld_value, kPanel, out + first * padded, padded);
+      const auto product = fresh && s == 0 ? multiply<false, false> : multiply<false, true>;
+      product(rows_here, padded / W, at.end - at.begin, scores + at.begin, ld_scores, value + at.begin * ld_value,
+              ld_value, kPanel, out + first * padded, padded);
     }
   }
 
@@ -147,6 +159,7 @@ struct ForwardTile {
   }
 
   void finish() {
+    if (fresh) clear(0, n);
     for (int64_t i = 0; i < n; ++i) {
       const bool blind = row_max[i] == -kInfinity && row_sum[i] == 0.0f;
       const float inverse = blind ? 0.0f : 1.0f / row_sum[i];
