@@ -119,7 +119,8 @@ def test_one_to_eight_modalities(modalities, impl):
     kinds = "pg-ppgpp"[:modalities]
     axes = tuple({"p": 1, "g": 2, "-": 1}[kind] for kind in kinds)
     case = Case("modalities", ragged(16, 3, kinds, 6), 40, axes, ids=(0,), vocab=7)
-    draws = [make(case, torch.float32, seed=seed) for seed in range(4)]
+    # As many as test_widths has of such a width: with 4, which rounds differently (the sanitizers' build) was luck.
+    draws = [make(case, torch.float32, seed=seed) for seed in range(16)]
     check_all([(run(inputs, impl), oracle(inputs), torch_same(inputs)) for inputs in draws])
 
 
