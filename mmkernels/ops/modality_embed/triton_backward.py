@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.ops.modality_embed.triton_forward import add_parts, dropped, load_parts, load_row, locate
+from mmkernels.ops.modality_embed.triton_forward import add_parts, dropped, load_parts, load_row, locate_tile
 
 
 @triton.jit
@@ -116,13 +116,10 @@ def modality_embed_bwd_rows_kernel(
             tl.store(modality_sums_ptr + m * E, d_modality, mask=inside)
     for i in tl.range(0, tl.minimum(TILES, tl.cdiv(T - begin, R)), num_stages=1):
         start = begin + i * R
-        places = ()
-        for r in tl.static_range(R):
-            place = locate(
-                streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start + r, T,
-                M, A, V, STREAMS, TABLES, ROWS_OF,
-            )  # fmt: skip
-            places = places + (place,)  # noqa: RUF005  Triton compiles no (*places, ...)
+        places = locate_tile(
+            streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start, T,
+            M, A, V, STREAMS, TABLES, ROWS_OF, R,
+        )  # fmt: skip
         rows = ()
         grads = ()
         for r in tl.static_range(R):

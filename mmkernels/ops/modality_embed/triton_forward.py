@@ -81,6 +81,23 @@ def locate(
 
 
 @triton.jit
+def locate_tile(
+    streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start, T,
+    M: tl.constexpr, A: tl.constexpr, V: tl.constexpr, STREAMS: tl.constexpr, TABLES: tl.constexpr,
+    ROWS_OF: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A tuple of what locate says of each of rows [start, start + R)."""
+    places = ()
+    for r in tl.static_range(R):
+        place = locate(
+            streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start + r, T,
+            M, A, V, STREAMS, TABLES, ROWS_OF,
+        )  # fmt: skip
+        places = places + (place,)  # noqa: RUF005
+    return places
+
+
+@triton.jit
 def load_row(table_ptr, row, cols, E: tl.constexpr):
     """Columns cols of a row of table [rows, E]; zeros if row is -1, and beyond E."""
     return tl.load(table_ptr + row * E + cols, mask=(cols < E) & (row >= 0), other=0.0)
@@ -187,13 +204,10 @@ def modality_embed_fwd_kernel(
     walkers = tl.num_programs(0) // column_blocks
     for tile in tl.range(tl.program_id(0) // column_blocks, tl.cdiv(T, R), walkers, num_stages=1):
         start = tl.cast(tile, tl.int64) * R  # int64: t * E passes 2**31
-        places = ()
-        for r in tl.static_range(R):
-            place = locate(
-                streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start + r, T,
-                M, A, V, STREAMS, TABLES, ROWS_OF,
-            )  # fmt: skip
-            places = places + (place,)  # noqa: RUF005
+        places = locate_tile(
+            streams, sizes, modality_ids_ptr, source_rows_ptr, positions_ptr, start, T,
+            M, A, V, STREAMS, TABLES, ROWS_OF, R,
+        )  # fmt: skip
         rows = ()
         for r in tl.static_range(R):
             parts = load_parts(
