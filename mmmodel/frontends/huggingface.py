@@ -6,6 +6,8 @@ length or shape, so nothing is padded; Whisper alone needs windows of fixed leng
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -117,6 +119,9 @@ class HuggingFaceImage(ImageFrontEnd):
         if not self.is_resnet:
             return theirs.patch_size
         return 4 * 2 ** (len(theirs.depths) - 1) * (2 if theirs.downsample_in_first_stage else 1)
+
+    def at_once(self, chunks: Sequence[Tensor]) -> Tensor:
+        return self.by_shape(chunks)  # their encoder takes one shape at a time
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> [n, rows, cols, E]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
 from mmmodel.data import media
+from mmmodel.frontends.windows import Conv
 
 CELL = 16
 KERNELS = ((7, 4), (3, 2), (3, 2))  # (width, stride) of each convolution
@@ -22,8 +24,9 @@ MAX_ASPECT = 8.0  # a longer strip is squeezed, or its short side would vanish
 class ImageFrontEnd(nn.Module):
     """A 7 x 7 convolution of stride 4 and two 3 x 3 of stride 2, with LayerNorm over the channels of a position.
 
-    Ragged images go through in groups of equal shape, in chunks of a power of two: no padding at all, and few enough
-    shapes for the convolution library to keep its compiled kernels.
+    Nothing is padded.  On a CPU ragged images go through in groups of equal shape, in chunks of a power of two; on a
+    GPU all at once, as matrix products over gathered windows (windows.py): there a call per shape would be thousands of
+    small kernels, and the host would take longer to ask for them than the GPU to compute them.
     """
 
     members = ("png", "jpg", "jpeg", "webp")
@@ -95,7 +98,9 @@ class ImageFrontEnd(nn.Module):
         for (h, w), members in sorted(groups.items()):
             tokens = (h // self.cell) * (w // self.cell)
             for chunk in _powers_of_two(members):
-                chunks.append(torch.from_numpy(np.stack([features[i] for i in chunk])))
+                # Pixel after pixel in memory, as both ways through the CNN want them; bytes are a quarter of the work.
+                stacked = torch.from_numpy(np.stack([features[i] for i in chunk]))
+                chunks.append(stacked.contiguous(memory_format=torch.channels_last))
                 for i in chunk:
                     starts[i] = start
                     start += tokens
@@ -111,16 +116,32 @@ class ImageFrontEnd(nn.Module):
         """[N_m, E], images in sample order, cells row by row."""
         if not chunks:
             return next(self.parameters()).new_zeros(0, self.width)
-        cells = [self.encode(chunk).flatten(0, 2) for chunk in chunks]
-        return torch.cat(cells).index_select(0, order)
+        states = self.at_once(chunks) if chunks[0].is_cuda else self.by_shape(chunks)
+        return states.index_select(0, order)
+
+    def by_shape(self, chunks: Sequence[Tensor]) -> Tensor:
+        """[N_m, E], images in the order of the chunks, each of which goes through by itself."""
+        return torch.cat([self.encode(chunk).flatten(0, 2) for chunk in chunks])
+
+    def at_once(self, chunks: Sequence[Tensor]) -> Tensor:
+        """The same in one go, whatever the shapes.  Calls as many operators for one image as for hundreds."""
+        x = self._scaled(torch.cat([chunk.permute(0, 2, 3, 1).reshape(-1, 3) for chunk in chunks]))
+        sizes = [chunk.shape[2:] for chunk in chunks for _ in range(len(chunk))]
+        for stage in self.stages:
+            stride = stage.conv.stride[0]
+            sizes = [(h // stride, w // stride) for h, w in sizes]
+            x = stage.on_positions(x, sizes)
+        return x
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] -> [n, rows, cols, E]."""
-        x = images.contiguous(memory_format=torch.channels_last)  # as bytes: a quarter of what it is to move afterwards
-        x = x.to(self.stages[0].conv.weight.dtype).sub_(MEAN).div_(DEVIATION)
+        x = self._scaled(images.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             x = stage(x)
         return x.permute(0, 2, 3, 1)
+
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.stages[0].conv.weight.dtype).sub_(MEAN).div_(DEVIATION)
 
 
 class _Stage(nn.Module):
@@ -128,13 +149,23 @@ class _Stage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.conv = Conv(inputs, outputs, kernel, stride, group=4 if inputs == 3 else 1)  # pixels: 12 bytes at a time
         self.norm = nn.LayerNorm(outputs)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, C, h, w] -> [n, outputs, h / stride, w / stride]."""
         x = self.conv(x).permute(0, 2, 3, 1)  # channels last in memory, so the norm reads rows
-        return nn.functional.gelu(self.norm(x), approximate="tanh").permute(0, 3, 1, 2)
+        return self._activated(x).permute(0, 3, 1, 2)
+
+    def on_positions(self, x: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """[P_in, C] -> [P_out, outputs], the positions of images that come out with these sizes."""
+        if torch.is_autocast_enabled(x.device.type):  # before a position is copied into each window that reads it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self._activated(self.conv(self.conv.windows(x, sizes)))
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.norm(x), approximate="tanh")
 
 
 def fit_grid(h: int, w: int, max_tokens: int, enlarge: bool, cell: int = CELL) -> tuple[int, int]:
