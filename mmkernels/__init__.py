@@ -12,6 +12,7 @@ _LAZY = {
     "AttentionMask": "mmkernels.masks",
     "MaskPlan": "mmkernels.masks",
     "attention": "mmkernels.ops.attention.api",
+    "attention_qkvpacked": "mmkernels.ops.attention.api",
     "prepare_attention": "mmkernels.ops.attention.api",
     "modality_embed": "mmkernels.ops.modality_embed.api",
     "pack": "mmkernels.ops.packing.api",
@@ -26,7 +27,7 @@ _LAZY = {
     "balance_ranks": "mmkernels.ranks",
 }
 __all__ += ["PackPlan", "PackStream", "balance_ranks"]
-__all__ += ["gather_rows", "pack", "prepare_attention", "segment_mean", "unpack"]
+__all__ += ["attention_qkvpacked", "gather_rows", "pack", "prepare_attention", "segment_mean", "unpack"]
 
 
 def __getattr__(name: str):

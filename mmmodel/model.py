@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.modules import ModalityEmbedding
-from mmkernels.ops.attention.api import attention
+from mmkernels.ops.attention.api import attention_qkvpacked
 from mmmodel import frontends, recompute
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError, ModelConfig
@@ -103,9 +103,9 @@ class Block(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, layout: PackedLayout, mask: AttentionMask | None) -> Tensor:
-        # one projection, viewed [T, 3, H, D]: the kernels take strided q, k, v without a copy
-        q, k, v = self.project(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
-        return self.mix(x, attention(q, k, v, layout=layout, mask=mask, impl=self.impl).flatten(1))
+        # one projection, viewed [T, 3, H, D]: the kernels take strided q, k, v and write one gradient, without a copy
+        qkv = self.project(x).view(x.shape[0], 3, self.heads, -1)
+        return self.mix(x, attention_qkvpacked(qkv, layout=layout, mask=mask, impl=self.impl).flatten(1))
 
     def project(self, x: Tensor) -> Tensor:
         """q, k and v side by side, [T, 3 E]."""

@@ -22,7 +22,7 @@ from benchmarks.limits import DTYPES
 from mmkernels import testing
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
-from mmkernels.ops.attention.api import attention
+from mmkernels.ops.attention.api import attention, attention_qkvpacked
 
 POISON = {"fp16": 6e4}  # finite, and far beyond what a sum could hide
 BIG = 1e30
@@ -117,27 +117,37 @@ def check_repeats(call: Call, mode: Mode, impl: str, repeats: int) -> None:
 def check_met_before(call: Call, mode: Mode, impl: str) -> None:
     """Plain calls that repeat earlier ones give what first calls give, bit for bit, on other tensors too.
 
-    All but dq where the order of its additions differs between runs.
+    All but dq where the order of its additions differs between runs.  With as many key heads, so do q, k and v as one
+    tensor, whose gradient is one.
     """
     layout = fresh(call.layout)
     others = [leaf.flip(0) for leaf in call.leaves]
 
-    def run(leaves: list[Tensor], layout: PackedLayout) -> list[Tensor]:
+    def run(leaves: list[Tensor], layout: PackedLayout) -> dict[str, Tensor]:
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         q, k, v, _ = call.inputs(leaves)
         options = {"layout": layout, "mask": call.mask, "deterministic": mode.deterministic, "impl": impl}
         with mode.enter():
             out = attention(q, k, v, **options)
-            found = [out.detach(), *torch.autograd.grad(out, leaves, call.do)]
+            found = {"out": out.detach()}
+            found |= {f"gradient {i}": g for i, g in enumerate(torch.autograd.grad(out, leaves, call.do))}
             with torch.no_grad():
-                return [*found, attention(q, k, v, **options)]
+                found["without gradients"] = attention(q, k, v, **options)
+            if q.shape == k.shape:
+                qkv = torch.stack([q, k, v], 1).detach().requires_grad_()
+                out = attention_qkvpacked(qkv, **options)
+                (gradient,) = torch.autograd.grad(out, [qkv], call.do)
+                found |= {"packed": out.detach(), "packed dq": gradient[:, 0], "packed dk, dv": gradient[:, 1:]}
+        return found
 
     first = {id(leaves): run(leaves, fresh(call.layout)) for leaves in (call.leaves, others)}
     for repeat in range(4):
         for leaves in (call.leaves, others):
-            for index, (a, b) in enumerate(zip(run(leaves, layout), first[id(leaves)], strict=True)):
-                same = _near(a, b) if mode.fused and index == 1 else torch.equal(a, b)
-                assert same, f"call {repeat}: result {index} differs from that of a first call"
+            expected, found = first[id(leaves)], run(leaves, layout)
+            for name, value in found.items():
+                unordered = mode.fused and name in ("gradient 0", "packed dq")
+                same = _near(value, expected[name]) if unordered else torch.equal(value, expected[name])
+                assert same, f"call {repeat}: {name} differs from that of a first call"
     if call.leaves[0].is_cuda:
         kept = [launches for known in layout.calls.values() for launches in known.launches()]
         assert kept, "no launch was kept: each of these calls was as a first one"

@@ -107,6 +107,29 @@ def attention(
     return out, *((lse,) if return_lse else ()), *((mass,) if return_modality_mass else ())
 
 
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    layout: PackedLayout,
+    mask: AttentionMask | None = None,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """attention(*qkv.unbind(1), ...) of one projection qkv [T, 3, H, D], contiguous inside a head; out [T, H, D].
+
+    Backward writes the gradient of qkv as one tensor.  With q, k and v apart autograd joins three by a copy of all of
+    them, which is about as much traffic as the gradients themselves.  Raises what `attention` does.
+    """
+    if not isinstance(qkv, Tensor) or qkv.ndim != 4 or qkv.shape[1] != 3:
+        came = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
+        raise ValueError(f"attention_qkvpacked: qkv is {came}, expected a tensor [T, 3, heads, head width]")
+    out = quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)
+    if out is not None:
+        return out
+    return attention(*qkv.unbind(1), layout=layout, mask=mask, scale=scale, deterministic=deterministic, impl=impl)
+
+
 def prepare_attention(
     layout: PackedLayout,
     *,

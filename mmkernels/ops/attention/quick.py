@@ -62,8 +62,8 @@ class ByTriton:
         self.triton.attention_fwd(q, k, v, None, None, out, lse, None, self.lowered, self.forward_launches)
 
     def backward(self, do, q, k, v, out, lse, dq, dk, dv) -> None:
-        # do comes as it likes, and hooks may have moved what was saved.
-        key = _traits(do, q, k, v, out, lse), uses_tf32(q)
+        # do comes as it likes, hooks may have moved what was saved, and gradients are apart or parts of one tensor.
+        key = _traits(do, q, k, v, out, lse, dq, dk, dv), uses_tf32(q)
         launches = self.backward_launches.setdefault(key, {})
         self.triton.attention_bwd(do, None, q, k, v, None, None, out, lse, dq, dk, dv, None, self.lowered, launches)
 
@@ -86,6 +86,43 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         ctx.known.backward(do, q, k, v, out, lse, dq, dk, dv)
         return dq, dk, dv, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The same for the views of one projection, whose gradient is then written into one tensor, not joined later."""
+
+    @staticmethod
+    def forward(ctx, qkv, known):
+        q, k, v = qkv.unbind(1)
+        lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        known.forward(q, k, v, out, lse)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.known = known
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        qkv, out, lse = ctx.saved_tensors
+        q, k, v = qkv.unbind(1)
+        if torch.is_grad_enabled() or not dispatch.unwatched(do):
+            return torch.stack(op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], 1), None
+        gradient = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        ctx.known.backward(do, q, k, v, out, lse, *gradient.unbind(1))
+        return gradient, None
+
+
+def attend_packed(qkv, layout, mask, scale, deterministic, impl) -> Tensor | None:
+    """attend(*qkv.unbind(1), ...) with one gradient; None where it takes the long way, or nothing learns."""
+    if torch.compiler.is_compiling() or type(layout) is not PackedLayout or type(scale) not in SCALES:
+        return None
+    if not dispatch.unwatched(qkv) or not (torch.is_grad_enabled() and qkv.requires_grad):
+        return None
+    try:
+        known = layout.calls.get(_key(*qkv.detach().unbind(1), mask, scale, deterministic, impl, True))
+        return None if known is None else _PackedAttention.apply(qkv, known)
+    except (RuntimeError, TypeError, ValueError):  # as below; ValueError: not three to unpack
+        return None
 
 
 def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:

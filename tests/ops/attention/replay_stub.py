@@ -11,7 +11,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.gpu import absent
-from mmkernels import AttentionMask, PackedLayout, attention
+from mmkernels import AttentionMask, PackedLayout, attention, attention_qkvpacked
 from mmkernels.ops.attention import configs, triton_kernels, triton_launch_backward, triton_replay
 from mmkernels.ops.attention.configs import Config
 
@@ -54,7 +54,10 @@ def install() -> list[str]:
 
 @dataclass
 class Call:
-    """One attention call on new tensors each time.   view: of one projection [T, H + 2 G, D]; offset: elements"""
+    """One attention call on new tensors each time.   view: of one projection [T, H + 2 G, D]; offset: elements
+
+    packed: attention_qkvpacked, which has one gradient.
+    """
 
     layout: PackedLayout
     mask: AttentionMask | None = None
@@ -66,6 +69,7 @@ class Call:
     offset: int = 0
     deterministic: bool | None = None
     broadcast: bool = False  # the gradient: one row for all tokens
+    packed: bool = False
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         T, heads = self.layout.total_tokens, (self.heads, self.kv_heads, self.kv_heads)
@@ -75,13 +79,17 @@ class Call:
         return tuple(x[self.offset :].view(T, n, self.width) for x, n in zip(flat, heads, strict=True))
 
     def __call__(self, learns: bool = True) -> None:
-        q, k, v = (x.detach().requires_grad_(learns) for x in self.tensors())
+        leaves = [x.detach().requires_grad_(learns) for x in self.tensors()]
         options = {"layout": self.layout, "mask": self.mask, "deterministic": self.deterministic}
-        out = attention(q, k, v, **options, impl="triton")
+        if self.packed:
+            leaves = [torch.stack([x.detach() for x in leaves], 1).requires_grad_(learns)]
+            out = attention_qkvpacked(*leaves, **options, impl="triton")
+        else:
+            out = attention(*leaves, **options, impl="triton")
         if learns:
             rows = 1 if self.broadcast else len(out)
             gradient = torch.zeros(rows, self.heads, self.width, dtype=self.dtype).expand_as(out)
-            torch.autograd.grad(out, (q, k, v), gradient)
+            torch.autograd.grad(out, leaves, gradient)
 
 
 def layout() -> PackedLayout:
@@ -101,6 +109,8 @@ CASES = {
     "pair, descriptors of views": (Call(layout(), VISIBLE, view=True, deterministic=True), DESCRIPTORS, PAIR),
     "unaligned, so no descriptors": (Call(layout(), offset=1), POINTERS | {"fwd": TMA}, FUSED),
     "padded width": (Call(layout(), width=40, kv_heads=4), DESCRIPTORS, FUSED),
+    "fused, one projection": (Call(layout(), kv_heads=4, packed=True), DESCRIPTORS, FUSED),
+    "pair, one projection": (Call(layout(), kv_heads=4, packed=True, deterministic=True), DESCRIPTORS, PAIR),
     "fp32": (Call(layout(), dtype=torch.float32, width=32, deterministic=True), POINTERS, PAIR),
 }
 
@@ -135,6 +145,11 @@ def check_what_changes(repeated: list[str]) -> None:
         assert repeats(replace(call, **change)) == [], change
         assert repeats(call) == FUSED, change
     assert repeats(replace(call, broadcast=True)) == FUSED[:1]  # backward met other strides
+    apart = replace(call, kv_heads=4, view=True)
+    assert repeats(apart, 3) == FUSED
+    assert repeats(replace(apart, packed=True)) == FUSED[:1]  # its gradients have other strides
+    assert repeats(replace(apart, packed=True)) == FUSED
+    assert repeats(apart) == FUSED
     torch.use_deterministic_algorithms(True)
     assert repeats(call) == []
     assert repeats(call, 2) == PAIR

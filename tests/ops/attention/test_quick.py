@@ -8,7 +8,7 @@ from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.ops.attention import op, quick
-from mmkernels.ops.attention.api import attention
+from mmkernels.ops.attention.api import attention, attention_qkvpacked
 
 pytestmark = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="the extension is not built")
 MASKS = [None, AttentionMask(causal=True), AttentionMask.isolated(2)]
@@ -41,6 +41,57 @@ def test_equal_to_the_long_way(dtype, mask, learns, monkeypatch):
         grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         for ours, theirs in zip(*(torch.autograd.grad(x, leaves, grad) for x in (found, expected)), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_one_projection_has_one_gradient_and_the_same_numbers(dtype, mask, monkeypatch):
+    layout, (q, _, _) = inputs(dtype, learns=False)
+    generator = torch.Generator().manual_seed(2)
+    qkv, grad = (torch.randn(*shape, *q.shape[1:], generator=generator).to(dtype) for shape in ((55, 3), (55,)))
+    leaves = [x.detach().requires_grad_() for x in qkv.unbind(1)]
+    expected = attention(*leaves, layout=layout, mask=mask)
+    wanted = torch.stack(torch.autograd.grad(expected, leaves, grad), 1)
+    qkv.requires_grad_()
+    for recognised in (False, True):
+        if recognised:
+            monkeypatch.setattr(op, "attention_fwd", None)
+            monkeypatch.setattr(torch, "stack", None)
+        else:
+            layout.calls.clear()
+        out = attention_qkvpacked(qkv, layout=layout, mask=mask)
+        (found,) = torch.autograd.grad(out, [qkv], grad)
+        assert torch.equal(out, expected)
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous()
+
+
+def test_one_projection_without_gradients_and_errors():
+    layout, (q, _, _) = inputs(learns=False)
+    qkv = q.unsqueeze(1).repeat(1, 3, 1, 1)
+    for _ in range(2):
+        assert torch.equal(attention_qkvpacked(qkv, layout=layout), attention(q, q, q, layout=layout))
+        for wrong in (qkv[:, :2], qkv.flatten(1), [q, q, q]):
+            with pytest.raises(ValueError, match=r"qkv is .*, expected a tensor \[T, 3, heads, head width\]"):
+                attention_qkvpacked(wrong, layout=layout)
+        with pytest.raises(ValueError, match="q has 54 tokens, expected the layout's 55"):
+            attention_qkvpacked(qkv[1:].requires_grad_(), layout=layout)
+
+
+def test_one_projection_has_no_second_order_and_is_seen_by_who_looks_on():
+    layout, (q, _, _) = inputs(learns=False)
+    qkv = q.unsqueeze(1).repeat(1, 3, 1, 1).requires_grad_()
+    for _ in range(2):
+        (first,) = torch.autograd.grad(attention_qkvpacked(qkv, layout=layout).sum(), [qkv], create_graph=True)
+        with pytest.raises(NotImplementedError, match="only first-order"):
+            first.sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        attention_qkvpacked(qkv, layout=layout).sum().backward()
+    flops = counter.get_total_flops()
+    out = attention_qkvpacked(qkv, layout=layout)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == flops * 10 // 14 > 0
 
 
 def test_a_call_is_recognised_by_all_that_decides_it(monkeypatch):
