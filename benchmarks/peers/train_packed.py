@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ class PackedModel(Model):
         super().__init__(config, tokenizer)
         self.attend = attend
 
-    def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
-        x = self.embedding(streams, layout)
+    def through_blocks(self, x: Tensor, layout: PackedLayout, mask: AttentionMask | None) -> Tensor:
         for block in self.blocks:
             q, k, v = block.project(x).view(len(x), 3, block.heads, -1).unbind(1)
             x = block.mix(x, self.attend(q, k, v, layout, mask).flatten(1))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmmodel.frontends.image import CELL, DEVIATION, MEAN
-from mmmodel.model import Block, Model
+from mmmodel.model import Block, Model, View
 
 
 class PaddedModel(Model):
@@ -41,6 +41,10 @@ class PaddedModel(Model):
         places = self._places(layout, isolated)
         results = [self._encode_group(streams, layout, group) for group in places.groups]
         return Gather.apply(torch.cat(results), places.rows)
+
+    def encode_views(self, views: Sequence[View]) -> list[Tensor]:
+        """Each padded to its own longest: together they would be padded to the longest of all."""
+        return [self.encode(*view) for view in views]
 
     def _encode_group(self, streams, layout, group: Group) -> Tensor:
         """Padded states of the modalities of a group, flat [B L, E]."""

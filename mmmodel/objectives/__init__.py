@@ -7,7 +7,7 @@ and, where it draws something for a batch, one of
     prepare(batch, rng) -> inputs     host, in the data worker; rng is seeded by (seed, step)
     hides, hide(features, front_end, rng) -> Hidden   name of the modality in which it hides parts of the masked view
 `Views` computes what several of them read: the isolated view serves alignment and the scores behind hard negatives, the
-masked view serves every masking objective, each in one packed forward.
+masked view serves every masking objective, both in one packed forward.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmkernels.layout import PackedLayout
 from mmmodel.batches import Batch
+from mmmodel.model import View
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,28 @@ class Views:
     def streams(self) -> list[Tensor]:
         return self.model.streams(self.batch)
 
-    @cached_property
+    @property
     def isolated(self) -> Tensor:
         """Packed [T, E], every segment read alone: the unimodal encoders in one pass."""
-        return self.model.encode(self.streams, self.batch.layout, self.model.isolated())
+        return self._together[0]
 
     @cached_property
     def masked(self) -> Tensor:
-        """Packed states of the masked batch, each sample read whole: one pass for all masking objectives."""
+        """Packed states of the masked batch, each sample read whole: one pass for all masking objectives.
+
+        The same pass as the isolated view's, where that was asked for before.
+        """
+        if "_together" in self.__dict__:
+            return self._together[1]
+        return self.model.encode(*self._masked_view())
+
+    @cached_property
+    def _together(self) -> list[Tensor]:
+        """The isolated view and, if parts are hidden in this step, the masked one: what hides them will ask for it."""
+        views = [(self.streams, self.batch.layout, self.model.isolated())]
+        return self.model.encode_views(views if self.masked_batch is None else [*views, self._masked_view()])
+
+    def _masked_view(self) -> View:
         masked = self.masked_batch
         streams = []
         for (name, front_end), stream, length in zip(
@@ -111,4 +126,4 @@ class Views:
                 rows = masked.stream_rows[name]
                 stream = stream.index_copy(0, rows, self.covers[name].to(stream.dtype).expand(len(rows), -1))
             streams.append(stream)
-        return self.model.encode(streams, masked.layout)
+        return streams, masked.layout, None

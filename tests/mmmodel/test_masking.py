@@ -5,6 +5,7 @@ import pytest
 import torch
 from builders import batch_of, objective_learner, samples
 
+from mmkernels import AttentionMask
 from mmmodel.features import Features
 from mmmodel.objectives import weight_at
 from mmmodel.objectives.hiding import draw_hidden
@@ -131,19 +132,34 @@ def test_masked_features_loss_and_gradients_against_the_plain_definition():
         torch.testing.assert_close(ours, expected)
 
 
-def test_one_packed_pass_serves_all_masking_objectives_and_one_all_unimodal_views():
+def test_one_packed_pass_serves_all_masking_objectives_and_all_unimodal_views():
     _, learned = objective_learner(*MASKING, "objectives.matching.weight=1")
     items, features = samples()
     batch, prepared = prepared_with(learned, items, features)
     calls = []
-    encode = learned.model.encode
-    learned.model.encode = lambda *args: calls.append(args) or encode(*args)
+    through_blocks = learned.model.through_blocks
+    learned.model.through_blocks = lambda *args: calls.append(args) or through_blocks(*args)
     loss, figures = learned(batch, prepared)
     loss.backward()
-    assert len(calls) == 3  # isolated, masked, and the pairs, whose negatives need the first
+    assert len(calls) == 2  # both views, and the pairs, whose negatives need the first
+    rows = batch.layout.total_tokens, prepared.masked.layout.total_tokens
+    assert len(calls[0][0]) == sum(rows)
     assert {name.split("/")[0] for name in figures} == set(learned.objectives)
     missing = [name for name, p in learned.named_parameters() if p.grad is None]
     assert not missing
+
+
+def test_views_in_one_pass_are_those_of_passes_of_their_own():
+    """The samples of several batches, each seen in its own way; also where one has to go by itself."""
+    _, learned = objective_learner(*MASKING)
+    model = learned.model
+    batch = batch_of(learned, *samples())
+    streams, layout = model.streams(batch), batch.layout
+    text_sees_all = AttentionMask(visible=[[1, 1, 1], [0, 1, 0], [0, 0, 1]])
+    for masks in ((model.isolated(), None), (None,), (None, text_sees_all)):
+        views = [(streams, layout, mask) for mask in masks]
+        for found, view in zip(model.encode_views(views), views, strict=True):
+            torch.testing.assert_close(found, model.encode(*view), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -97,17 +97,16 @@ class _PackedAttention(torch.autograd.Function):
         lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         known.forward(q, k, v, out, lse)
-        ctx.save_for_backward(qkv, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse)  # as the long way does: checkpointing counts them
         ctx.known = known
         return out
 
     @staticmethod
     def backward(ctx, do):
-        qkv, out, lse = ctx.saved_tensors
-        q, k, v = qkv.unbind(1)
+        q, k, v, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled() or not dispatch.unwatched(do):
             return torch.stack(op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], 1), None
-        gradient = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        gradient = q.new_empty((q.shape[0], 3, *q.shape[1:]))
         ctx.known.backward(do, q, k, v, out, lse, *gradient.unbind(1))
         return gradient, None
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import dispatch
@@ -64,6 +65,22 @@ def test_one_projection_has_one_gradient_and_the_same_numbers(dtype, mask, monke
         assert torch.equal(out, expected)
         assert torch.equal(found, wanted)
         assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_meets_a_new_layout(packed):
+    """Forward goes the long way and its repetition the short one: they must keep the same tensors."""
+    layout, (q, _, _) = inputs(learns=False)
+    qkv = q.unsqueeze(1).repeat(1, 3, 1, 1).requires_grad_()
+
+    def attend(qkv):
+        if packed:
+            return attention_qkvpacked(qkv, layout=layout)
+        return attention(*qkv.unbind(1), layout=layout)
+
+    (found,) = torch.autograd.grad(checkpoint(attend, qkv, use_reentrant=False).sum(), [qkv])
+    (expected,) = torch.autograd.grad(attend(qkv).sum(), [qkv])
+    assert torch.equal(found, expected)
 
 
 def test_one_projection_without_gradients_and_errors():
