@@ -28,10 +28,10 @@ KINDS = {
 
 
 def of(call: Callable, device: torch.device) -> dict:
-    """{"wall_ms", "busy_ms", "kinds": {kind: percent}, "top": [{"name", "calls", "ms", "percent"}]}, longest first.
+    """wall_ms, busy_ms, launches, kinds {kind: percent} and top [{"name", "calls", "ms", "percent"}], longest first.
 
     Kernels on a GPU, operators on a CPU.  wall_ms: of a call without the profiler, until the device is done; busy_ms:
-    of all kernels.  What lies between is the time in which the GPU waited for the host.
+    of all kernels, `launches` of them.  What lies between is the time in which the GPU waited for the host.
     """
     on_gpu = device.type == "cuda"
     for _ in range(2):  # compiles, fills the allocator
@@ -56,6 +56,7 @@ def of(call: Callable, device: torch.device) -> dict:
     return {
         "wall_ms": round(wall, 3),
         "busy_ms": round(busy, 3),
+        "launches": sum(count for _, count in spent.values()),
         "kinds": {name: round(percent, 1) for name, percent in kinds.most_common()},
         "top": sorted(rows, key=lambda row: -row["ms"])[:TOP],
     }

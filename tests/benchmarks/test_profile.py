@@ -31,5 +31,6 @@ def test_a_call_on_the_cpu():
     found = profile.of(lambda: (x @ x).sum(), torch.device("cpu"))
     assert found["wall_ms"] > 0
     assert found["busy_ms"] > 0
+    assert found["launches"] >= len(found["top"])
     assert sum(found["kinds"].values()) == pytest.approx(100, abs=1)
     assert {"aten::mm", "aten::sum"} <= {row["name"] for row in found["top"]}

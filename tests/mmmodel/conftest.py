@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from mmmodel import configs, train
 from mmmodel.data import synthetic
@@ -25,6 +26,15 @@ def run(shards, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def one_thread():
+    """With several the BLAS library rounds a product of a dozen rows or fewer in another way than one of more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

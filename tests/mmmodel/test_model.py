@@ -80,7 +80,7 @@ def long_samples():
 
 
 @pytest.mark.skipif("not __import__('mmkernels').dispatch.cpp_missing() is None", reason="needs mmkernels._C")
-def test_isolated_view_is_bit_equal_to_each_modality_alone():
+def test_isolated_view_is_bit_equal_to_each_modality_alone(one_thread):
     """All samples with one modality taken out and run with no mask at all: the same bits as in the isolated pass."""
     model = configs.tiny().model
     sizes = {
