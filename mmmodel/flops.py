@@ -26,10 +26,11 @@ class StepFlops:
         self.total = 0.0
 
     def __enter__(self) -> StepFlops:
-        blocks = [module for module in self.learner.modules() if isinstance(module, Block)]
-        inside = {child for block in blocks for child in block.modules()}
-        self.hooks = [block.register_forward_pre_hook(self._block) for block in blocks]
-        for module in self.learner.modules():
+        modules = list(self.learner.modules())
+        self.weights = {block: _weights(block) for block in modules if isinstance(block, Block)}
+        inside = {layer for block in self.weights for layer in block.children()}
+        self.hooks = [block.register_forward_pre_hook(self._block) for block in self.weights]
+        for module in modules:
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module not in inside:
                 self.hooks.append(module.register_forward_hook(self._layer))
         return self
@@ -41,14 +42,17 @@ class StepFlops:
     def _block(self, block: Block, inputs: tuple) -> None:
         # Whole blocks, not their layers: a compiled block runs no hooks inside.
         x, layout, mask = inputs
-        weights = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
         pairs = MaskPlan.lower(layout, mask).visible_pairs
-        self.total += 3 * 2 * len(x) * weights + 3.5 * 4 * x.shape[1] * pairs
+        self.total += 3 * 2 * len(x) * self.weights[block] + 3.5 * 4 * x.shape[1] * pairs
 
     def _layer(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # Each output element takes as many multiplications as one output channel has weights.
         forward = 2 * output.numel() * layer.weight[0].numel()
         self.total += forward * (3 if inputs[0].requires_grad else 2)  # pixels and frames need no gradient
+
+
+def _weights(block: Block) -> int:
+    return sum(layer.weight.numel() for layer in block.children() if isinstance(layer, nn.Linear))
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
