@@ -3,17 +3,19 @@
 from mmkernels.dispatch import explain
 from mmkernels.layout import PackedLayout
 
-__all__ = ["AttentionMask", "MaskPlan", "PackedLayout", "attention", "explain", "modality_embed", "plan_packs"]
+__all__ = ["PackedLayout", "explain"]
 __version__ = "0.1.0"
 
 # Operators register themselves with torch when first used, so that `import mmkernels` stays quick; and a module that
 # this package had imported could not be run by `python -m mmkernels.masks` without a warning.
 _LAZY = {
     "AttentionMask": "mmkernels.masks",
+    "KeyIntervals": "mmkernels.masks",
     "MaskPlan": "mmkernels.masks",
     "attention": "mmkernels.ops.attention.api",
     "attention_qkvpacked": "mmkernels.ops.attention.api",
     "prepare_attention": "mmkernels.ops.attention.api",
+    "ModalityEmbedding": "mmkernels.modules",
     "modality_embed": "mmkernels.ops.modality_embed.api",
     "pack": "mmkernels.ops.packing.api",
     "unpack": "mmkernels.ops.packing.api",
@@ -26,8 +28,11 @@ _LAZY = {
     "PackStream": "mmkernels.pack_stream",
     "balance_ranks": "mmkernels.ranks",
 }
-__all__ += ["PackPlan", "PackStream", "balance_ranks"]
-__all__ += ["attention_qkvpacked", "gather_rows", "pack", "prepare_attention", "segment_mean", "unpack"]
+__all__ = sorted({*__all__, *_LAZY})
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def __getattr__(name: str):

@@ -158,17 +158,19 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.n
     if right >= 0:
         hi = np.minimum(hi, own + right + 1)
     if mask.intervals is not None:
-        given_lo, given_hi = _given(mask.intervals, layout)
+        given_lo, given_hi = _given(mask.intervals, layout, k_layout)
         lo, hi = np.maximum(lo, start + given_lo), np.minimum(hi, start + given_hi)
     lo, hi = np.clip(lo, start, stop), np.clip(hi, start, stop)
     return lo, np.maximum(lo, hi)
 
 
-def _given(intervals, layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
+def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:
     bounds = []
     first = layout.cu_seqlens.numpy()[:-1]
     for name, value in (("lo", intervals.lo), ("hi", intervals.hi)):
         array = np.asarray(value)
+        if array.dtype.kind in "iu":
+            array = np.clip(array, 0, k_layout.total_tokens)  # who means "unlimited" may say what int64 cannot add to
         if array.shape != (layout.total_tokens,) or array.dtype.kind not in "iu":
             raise ValueError(
                 f"AttentionMask: intervals.{name} is {array.dtype} {array.shape}, expected whole numbers "

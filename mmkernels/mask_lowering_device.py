@@ -120,7 +120,8 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
     if right >= 0:
         hi = torch.minimum(hi, own + right + 1)
     if mask.intervals is not None:
-        given = (torch.as_tensor(b).to(device, torch.int64) for b in (mask.intervals.lo, mask.intervals.hi))
+        bounds = mask.intervals.lo, mask.intervals.hi
+        given = (torch.as_tensor(b).to(device, torch.int64).clamp(0, k_layout.total_tokens) for b in bounds)
         lo, hi = torch.maximum(lo, start + next(given)), torch.minimum(hi, start + next(given))
     lo, hi = torch.clamp(lo, start, stop), torch.clamp(hi, start, stop)
     return lo, torch.maximum(lo, hi)

@@ -20,6 +20,9 @@ from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
 SCHEDULES = ("sample", "token")
+FAR = 1 << 31  # beyond every token: more is said by people who mean "unlimited", and int64 would overflow
+MOST_PLANS = 64  # of different masks that a layout keeps: a model's layers ask for a few
+MOST_KEY_LAYOUTS = 16  # for each of which it keeps a mask's plan in cross-attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +74,19 @@ class AttentionMask:
             raise ValueError(f"AttentionMask: align is {self.align!r}, expected one of {', '.join(ALIGN)}")
         if self.window_scope not in ("all", "causal"):
             raise ValueError(f"AttentionMask: window_scope is {self.window_scope!r}, expected 'all' or 'causal'")
+        if (causal := _zero_or_one(self.causal)) is None:
+            raise ValueError(f"AttentionMask: causal is {self.causal!r}, expected a bool")
+        object.__setattr__(self, "causal", causal)
         # Tensors, arrays and lists become tuples, so that equal masks are equal and hash alike.
         window = _whole_numbers("window", self.window, "(left, right)")
         if len(window) != 2:
             raise ValueError(f"AttentionMask: window is {self.window!r}, expected (left, right)")
-        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "window", tuple(min(side, FAR) for side in window))
         bidirectional = _whole_numbers("bidirectional", self.bidirectional, "modalities")
         object.__setattr__(self, "bidirectional", bidirectional)
         if self.prefix is not None:
-            object.__setattr__(self, "prefix", _whole_numbers("prefix", self.prefix, "lengths, one per sample"))
+            prefix = _whole_numbers("prefix", self.prefix, "lengths, one per sample")
+            object.__setattr__(self, "prefix", tuple(min(length, FAR) for length in prefix))
         if (self.prefix is not None or self.bidirectional) and not self.causal:
             raise ValueError("AttentionMask: prefix and bidirectional widen a causal mask; set causal=True")
         if self.visible is not None:
@@ -148,8 +155,9 @@ class MaskPlan:
                 "MaskPlan: inside torch.compile the layout must have met this mask before; call "
                 "mmkernels.prepare_attention, or attention itself, on it once outside"
             )
-        plan = cls(layout, mask, keys)
-        layout.cache[mask] = (*plans, plan)
+        with torch._C._DisableFuncTorch():  # under torch.func a new tensor has no data that numpy could read
+            plan = cls(layout, mask, keys)
+        _keep(layout.cache, mask, (*plans, plan)[-MOST_KEY_LAYOUTS:])
         return plan
 
     def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
@@ -258,6 +266,15 @@ class MaskPlan:
         return TileSchedule(torch.from_numpy(tiles), torch.from_numpy(spans), pairs)
 
 
+def _keep(cache: dict, mask: AttentionMask, plans: tuple[MaskPlan, ...]) -> None:
+    """A mask that is new in every step must not fill the memory of a layout that stays."""
+    if mask not in cache:
+        met = [key for key in cache if isinstance(key, AttentionMask)]
+        for oldest in met[: len(met) + 1 - MOST_PLANS]:
+            del cache[oldest]
+    cache[mask] = plans
+
+
 def _whole_numbers(name: str, values, expected: str) -> tuple[int, ...]:
     try:
         return tuple(index(value) for value in _listed(values))
@@ -266,10 +283,24 @@ def _whole_numbers(name: str, values, expected: str) -> tuple[int, ...]:
 
 
 def _table_of_bools(visible) -> tuple[tuple[bool, ...], ...]:
+    """Of bools or 0 and 1 alone: an additive mask of 0 and -inf would come out as its opposite."""
     try:
-        return tuple(tuple(bool(v) for v in row) for row in _listed(visible))
+        table = tuple(tuple(_zero_or_one(v) for v in row) for row in _listed(visible))
     except TypeError:
-        raise ValueError(f"AttentionMask: visible is {visible!r}, expected bool [M, M]") from None
+        table = ((None,),)
+    if any(v is None for row in table for v in row):
+        raise ValueError(f"AttentionMask: visible is {visible!r}, expected bool [M, M]")
+    return table
+
+
+def _zero_or_one(value) -> bool | None:
+    """None for anything but True, False, 0 and 1."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    try:
+        return bool(value) if index(value) in (0, 1) else None
+    except TypeError:
+        return None
 
 
 def _listed(values):

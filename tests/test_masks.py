@@ -9,7 +9,7 @@ import torch
 
 from mmkernels import mask_lowering_device
 from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask, KeyIntervals, MaskPlan
+from mmkernels.masks import MOST_KEY_LAYOUTS, MOST_PLANS, AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import assert_tile_order, random_layout, reference_mask
 
 
@@ -178,6 +178,11 @@ def test_joined_spans_of_a_short_sample():
         (lambda: AttentionMask(causal=True, prefix=(1.5, 2)), ValueError, "prefix is"),
         (lambda: AttentionMask(causal=True, bidirectional=1), ValueError, "bidirectional is 1, expected"),
         (lambda: AttentionMask(visible=(True, False)), ValueError, "visible is"),
+        (lambda: AttentionMask(visible=[[0.0, -np.inf], [0.0, 0.0]]), ValueError, "visible is .*, expected bool"),
+        (lambda: AttentionMask(visible=[["no", "yes"], ["no", "no"]]), ValueError, "visible is .*, expected bool"),
+        (lambda: AttentionMask(visible=[[2, 1], [1, 1]]), ValueError, "visible is .*, expected bool"),
+        (lambda: AttentionMask(visible=np.ones((2, 2, 2), bool)), ValueError, r"visible is (?s:.)*, expected bool"),
+        (lambda: AttentionMask(causal="False"), ValueError, "causal is 'False', expected a bool"),
         (lambda: AttentionMask(align="left"), ValueError, "align is 'left'"),
         (lambda: AttentionMask(window_scope="some"), ValueError, "window_scope is 'some'"),
         (lambda: AttentionMask(prefix=(1,)), ValueError, "set causal=True"),
@@ -195,6 +200,41 @@ def test_bad_masks_are_refused_by_name(make, error, message):
     layout = PackedLayout.from_counts([[3, 2], [1, 1]])
     with pytest.raises(error, match=message):
         MaskPlan.lower(layout, make())
+
+
+@pytest.mark.parametrize("far", [2**31, 2**62, 2**63 - 1, 2**70])
+@pytest.mark.parametrize("host", [True, False])
+def test_what_means_unlimited_is_unlimited(far, host):
+    """Numbers to which int64 cannot add a place in the batch."""
+    lengths, total = [3, 5, 1], 9
+    layout = PackedLayout.from_counts([[n] for n in lengths])
+    if not host:
+        layout = device_bounds(layout)
+    first = np.zeros(total, np.int64)
+    masks = [AttentionMask(window=(far, far)), AttentionMask(causal=True, prefix=(far,) * 3)]
+    if far < 2**63:
+        masks.append(AttentionMask(intervals=KeyIntervals(first, np.full(total, far))))
+    masks.append(
+        AttentionMask(intervals=KeyIntervals(first, np.full(total, 2**64 - 1, np.uint64))) if host else masks[0]
+    )
+    expected = MaskPlan.lower(layout, None)
+    for mask in masks:
+        plan = MaskPlan.lower(layout, mask)
+        assert torch.equal(plan.kv_lo, expected.kv_lo)
+        assert torch.equal(plan.kv_hi, expected.kv_hi)
+
+
+def test_a_layout_keeps_a_limited_number_of_plans():
+    layout = PackedLayout.from_counts([[3], [2]])
+    first = MaskPlan.lower(layout)
+    for i in range(2 * MOST_PLANS):
+        MaskPlan.lower(layout, AttentionMask(causal=True, window=(i, 0)))
+        MaskPlan.lower(layout, AttentionMask(), PackedLayout.from_counts([[1], [i]]))
+    plans = [found for key, found in layout.cache.items() if isinstance(key, AttentionMask)]
+    assert len(plans) <= MOST_PLANS
+    assert max(map(len, plans)) <= MOST_KEY_LAYOUTS
+    again = MaskPlan.lower(layout)
+    assert torch.equal(again.q_table, first.q_table)
 
 
 def random_cross_mask(rng, layout):

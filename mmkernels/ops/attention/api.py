@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,9 @@ from mmkernels.ops.attention import quick
 from mmkernels.ops.attention.inputs import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 
 
 def attention(
@@ -34,15 +37,17 @@ def attention(
     return_lse: bool = False,
     return_modality_mass: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(q k^T scale + pair_bias) v over the keys that `mask` lets each query see, per sample of `layout`.
 
     q [Tq, H, D], k and v [Tk, G, D], H % G == 0, D in 8..256, of one dtype: fp32, bf16 or fp16 (fp64 by the reference).
     Any strides with the last dimension contiguous: views of one [T, 3, H, D] projection are taken as they are.
-    scale is positive; None means 1/sqrt(D).  Sums and softmax are in fp32.
+    Under autocast they are brought to its dtype, but for fp64.  scale is a positive number, not learned; None means
+    1/sqrt(D).  Sums and softmax are in fp32.
 
     k_layout     layout of k and v in cross-attention, with as many samples; None: self-attention
-    pair_bias    [H, Mq, Mk], added to the scaled score by the modalities of query and key; differentiable
+    pair_bias    [H, Mq, Mk], added to the scaled score by the modalities of query and key; differentiable.  Finite:
+                 what may not be seen is the mask's to say
     dropout_p    fraction of probabilities set to 0, the rest divided by 1 - dropout_p.  By Philox on (seed, offset,
                  head, query, key), seed and offset drawn from torch's generator of the device
     deterministic  True: gradients repeat bit by bit.  None follows torch.are_deterministic_algorithms_enabled(), False
@@ -59,7 +64,8 @@ def attention(
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for masks that cannot
     be expressed, RuntimeError when `impl` cannot run here.
     """
-    plain = k_layout is None and pair_bias is None and not (dropout_p or return_lse or return_modality_mass)
+    q, k, v = _in_autocasts_dtype(q, k, v)
+    plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
     asked = scale, deterministic, impl
@@ -68,10 +74,14 @@ def attention(
     _check(q, k, v, layout, keys)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[2])
-    elif not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"attention: scale is {scale}, expected a positive finite number")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
+    elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
+        raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
+    elif not (isinstance(scale, NUMBERS) and scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
+    if not (isinstance(dropout_p, NUMBERS) and 0.0 <= dropout_p < 1.0):
+        raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
+    if deterministic not in (None, True, False):
+        raise ValueError(f"attention: deterministic is {deterministic!r}, expected True, False or None")
     if pair_bias is not None:
         pair_bias = _checked_bias(pair_bias, q, layout, keys)
     plan = MaskPlan.lower(layout, mask, k_layout)
@@ -81,7 +91,8 @@ def attention(
     learns = (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     )
-    learns = learns and torch.is_grad_enabled()
+    # Under torch.func.vmap a tensor does not say that what is behind it requires a gradient.
+    learns = (learns or torch._C._are_functorch_transforms_active()) and torch.is_grad_enabled()
     impl, schedule = prepared(
         plan,
         impl,
@@ -115,19 +126,22 @@ def attention_qkvpacked(
     scale: float | None = None,
     deterministic: bool | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """attention(*qkv.unbind(1), ...) of one projection qkv [T, 3, H, D], contiguous inside a head; out [T, H, D].
+    **others,
+) -> Tensor | tuple[Tensor, ...]:
+    """attention(*qkv.unbind(1), ...) of one projection qkv [T, 3, H, D], contiguous inside a head.
 
     Backward writes the gradient of qkv as one tensor.  With q, k and v apart autograd joins three by a copy of all of
-    them, which is about as much traffic as the gradients themselves.  Raises what `attention` does.
+    them, which is about as much traffic as the gradients themselves.  others: options of `attention` beyond these,
+    with which the gradient is joined after all.  Raises what `attention` does.
     """
     if not isinstance(qkv, Tensor) or qkv.ndim != 4 or qkv.shape[1] != 3:
         came = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
         raise ValueError(f"attention_qkvpacked: qkv is {came}, expected a tensor [T, 3, heads, head width]")
-    out = quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)
-    if out is not None:
+    (qkv,) = _in_autocasts_dtype(qkv)
+    if not others and (out := quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    return attention(*qkv.unbind(1), layout=layout, mask=mask, scale=scale, deterministic=deterministic, impl=impl)
+    options = {"layout": layout, "mask": mask, "scale": scale, "deterministic": deterministic, "impl": impl}
+    return attention(*qkv.unbind(1), **options, **others)
 
 
 def prepare_attention(
@@ -147,6 +161,10 @@ def prepare_attention(
     For torch.compile, whose regions cannot hold this host code, and for data workers.  extras: the call will have a
     pair_bias, dropout or return_modality_mass.  Raises what `attention` would.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {DTYPE_NAMES}")
+    if not (isinstance(head_dim, int) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"prepare_attention: head_dim is {head_dim!r}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     request = Request(dtype, head_dim, needs_backward, deterministic, extras)
@@ -164,10 +182,20 @@ def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
                 "requires_grad before; call mmkernels.prepare_attention, or attention itself, on it once outside"
             )
         impl = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
-        schedule = dispatch.load("attention", impl).schedule(plan, request)
+        with torch._C._DisableFuncTorch():  # as in MaskPlan.lower
+            schedule = dispatch.load("attention", impl).schedule(plan, request)
         _leave_lengths_open(schedule)
         prepared = plan.cache[key] = (impl, schedule)
     return prepared
+
+
+def _in_autocasts_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's own attention does: all but fp64 to the dtype of autocast, where it is on."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES[:3] else t for t in tensors)
 
 
 def _leave_lengths_open(schedule: tuple) -> None:
@@ -223,7 +251,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys: PackedLa
         if t.device != side.device:
             raise ValueError(f"attention: {name} is on {t.device}, expected the layout's {side.device}")
     if dtype not in DTYPES:
-        raise ValueError(f"attention: q is {dtype}, expected float32, bfloat16, float16 or float64")
+        raise ValueError(f"attention: q is {dtype}, expected {DTYPE_NAMES}")
     _, heads, width = q.shape
     _, kv_heads, k_width = k.shape
     if k_width != width or k.shape != v.shape:

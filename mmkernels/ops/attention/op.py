@@ -92,12 +92,49 @@ class _Attention(torch.autograd.Function):
         return *_gradients_of(ctx, *gradients), None, None
 
 
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func: its grad asks for setup_context, which costs eager callers time, and vmap for a rule."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, pair_bias, rng, rest):
+        return _fwd_op(q, k, v, pair_bias, rng, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, rest = inputs
+        _setup_context(ctx, (*tensors, *rest), output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return *_gradients_of(ctx, *gradients), None, None
+
+
+class _TransformedBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return _bwd_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _refuse_second_order(ctx, *gradients)
+
+
 def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.mm.attention_fwd for eager callers: the same operator and gradients for less host time per call.
 
     `python -m benchmarks attention --host` shows by how much.  Not for torch.compile, which traces the operator itself
     and knows its autograd from the registration below.
     """
+    if torch._C._are_functorch_transforms_active():  # under vmap nothing says that it requires a gradient
+        return _Transformed.apply(q, k, v, pair_bias, rng, rest)
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
@@ -128,7 +165,9 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
     if do is None:
         do = torch.zeros_like(out)
     inputs = (do, dlse, q, k, v, pair_bias, rng, out, lse, *lowered, impl)
-    if torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
+    if torch._C._are_functorch_transforms_active():
+        dq, dk, dv, dbias = _TransformedBackward.apply(*inputs)
+    elif torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
         dq, dk, dv, dbias = dispatch.below_autograd(_bwd, _bwd_op, inputs, do)

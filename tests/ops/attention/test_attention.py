@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_oracle import CPU_IMPLS, MASKS, NUM_MODALITIES, Case, check, dense_oracle, make_qkv, shared_layout
 
-from mmkernels import AttentionMask, PackedLayout, attention, dispatch
+from mmkernels import AttentionMask, PackedLayout, attention, attention_qkvpacked, dispatch, prepare_attention
 from mmkernels.masks import MaskPlan
 from mmkernels.ops.attention.inputs import Request
 from mmkernels.ops.attention.op import visible_pairs
@@ -170,7 +170,12 @@ def _call(**changes):
         ({"q": torch.randn(8, 4, 4), "k": torch.randn(8, 2, 4), "v": torch.randn(8, 2, 4)}, "width is 4, expected 8"),
         ({"scale": 0.0}, "scale is 0.0, expected a positive finite number"),
         ({"scale": -1.0}, "scale is -1.0"),
-        ({"dropout_p": 1.0}, "dropout_p is 1.0, expected 0 <= dropout_p < 1"),
+        ({"scale": "1"}, "scale is '1', expected a positive finite number"),
+        ({"scale": torch.nn.Parameter(torch.tensor(0.25))}, "scale is a tensor, expected a number; multiply q by it"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0, expected a number, 0 <= dropout_p < 1"),
+        ({"dropout_p": None}, "dropout_p is None, expected a number"),
+        ({"dropout_p": torch.tensor(0.5)}, "dropout_p is tensor"),
+        ({"deterministic": "yes"}, "deterministic is 'yes', expected True, False or None"),
         ({"pair_bias": torch.zeros(4, 1, 2)}, r"pair_bias is \(4, 1, 2\), expected floating point \(4, 1, 1\)"),
         ({"pair_bias": 0.5}, "pair_bias is float, expected"),
         ({"k_layout": PackedLayout.from_counts([[8]])}, "k_layout has 1 samples, expected layout's 2"),
@@ -187,6 +192,65 @@ def _call(**changes):
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         _call(**changes)
+
+
+def test_bad_arguments_of_prepare_attention():
+    layout = PackedLayout.from_counts([[5], [3]])
+    for dtype in ("float32", torch.int32):
+        with pytest.raises(ValueError, match=r"prepare_attention: dtype is .*, expected float32, bfloat16"):
+            prepare_attention(layout, dtype=dtype, head_dim=16)
+    for width in (4, 1000, 16.5):
+        with pytest.raises(ValueError, match=f"head_dim is {width}, expected 8 to 256"):
+            prepare_attention(layout, dtype=torch.float32, head_dim=width)
+
+
+def test_autocast_decides_the_dtype_as_in_torchs_attention():
+    q, k, v = (torch.randn(8, 4, 16) for _ in range(3))
+    layout = PackedLayout.from_counts([[5], [3]])
+    expected = attention(*(t.bfloat16() for t in (q, k, v)), layout=layout)
+    for _ in range(2):  # a call that was met before, too
+        attention(q, k, v, layout=layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attention(q, k, v, layout=layout), expected)
+            assert torch.equal(attention(q, k.bfloat16(), v, layout=layout), expected)
+            packed = attention_qkvpacked(torch.stack([q, k, v], 1).requires_grad_(), layout=layout)
+            assert torch.equal(packed, expected)
+            exact = [t.double() for t in (q, k, v)]
+            assert attention(*exact, layout=layout, impl="reference").dtype == torch.float64
+
+
+@pytest.mark.parametrize("met", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_torch_func(impl, met):
+    """vmap passes gradients on, grad and jacrev work, and what has no rule is refused."""
+    layout = PackedLayout.from_counts([[6], [4]])
+    xs = torch.randn(3, 10, 2, 16, requires_grad=True)
+    k, v = torch.randn(2, 10, 2, 16)
+
+    def attend(q, layout=layout):
+        return attention(q, k, v, layout=layout, impl=impl)
+
+    def squares(q):
+        return attend(q).square().sum()
+
+    fresh = PackedLayout.from_counts([[6], [4]])
+    expected = torch.stack([attend(x, fresh) for x in xs])
+    (wanted,) = torch.autograd.grad(expected.square().sum(), xs)
+    if met:
+        attend(xs[0])
+    found = torch.vmap(attend)(xs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), xs)[0], wanted)
+    layout.cache.clear()
+    torch.testing.assert_close(torch.func.grad(squares)(xs[0].detach()), wanted[0])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(squares))(xs.detach()), wanted)
+    jacobian = torch.func.jacrev(lambda q: attend(q)[0, 0])(xs[0].detach())
+    (row,) = torch.autograd.grad(attend(xs[0])[0, 0, 3], xs)
+    torch.testing.assert_close(jacobian[3], row[0])
+    with pytest.raises(NotImplementedError):  # forward mode would give zeros
+        torch.func.jvp(attend, (xs[0].detach(),), (xs[0].detach(),))
+    with pytest.raises(NotImplementedError):
+        torch.func.hessian(squares)(xs[0].detach())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

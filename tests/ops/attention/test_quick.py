@@ -184,13 +184,14 @@ def test_no_second_order():
             first.sum().backward()
 
 
-def test_a_scale_that_is_a_tensor_is_read_each_time():
+def test_what_is_refused_does_not_depend_on_what_was_met():
     layout, leaves = inputs(learns=False)
-    scale = torch.tensor(0.1)
-    first = [attention(*leaves, layout=layout, scale=scale) for _ in range(2)]
-    scale.fill_(1.0)
-    assert torch.equal(attention(*leaves, layout=layout, scale=scale), attention(*leaves, layout=layout, scale=1.0))
-    assert torch.equal(first[0], first[1])
+    for _ in range(2):
+        attention(*leaves, layout=layout)
+        with pytest.raises(ValueError, match="dropout_p is None"):
+            attention(*leaves, layout=layout, dropout_p=None)
+        with pytest.raises(ValueError, match="scale is a tensor"):
+            attention(*leaves, layout=layout, scale=torch.tensor(0.1))
 
 
 def test_a_layout_keeps_a_limited_number_of_calls():
