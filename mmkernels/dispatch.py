@@ -96,6 +96,25 @@ def load(op: str, impl: str) -> ModuleType:
     return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
 
 
+def host_code(why: str) -> Callable[[Callable], Callable]:
+    """A function that torch.compile leaves as it is: a graph breaks there, or where it may not the error says why.
+
+    torch.compiler.disable does that, but imports the compiler, a second that who does not compile need not wait.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def outside(*args, **kwargs):
+            dynamo = sys.modules.get("torch._dynamo")
+            return (function if dynamo is None else dynamo.disable(function))(*args, **kwargs)
+
+        outside._torchdynamo_disable = True
+        outside._torchdynamo_disable_msg = why
+        return outside
+
+    return decorate
+
+
 def below_autograd(compute: Callable, operator: Callable, inputs: tuple, example: torch.Tensor):
     """operator(*inputs) without its autograd.  Where nobody looks on, straight to what it computes: the dispatcher
     would turn 20 arguments into its own kind and back."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import planner
+from mmkernels import dispatch, planner
 
 MAX_MODALITIES = 32  # visibility is a 32-bit set
+WHOLE = (int, np.integer, torch.SymInt)
+_BUILT_OUTSIDE = "PackedLayout: a layout is built on the host, outside of a graph"
 
 Length = int | tuple[int, int] | tuple[int, int, int]
 
@@ -61,6 +63,7 @@ class PackedLayout:
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
+    @dispatch.host_code(_BUILT_OUTSIDE)
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
         """One segment per present modality, in modality order.  counts [B, M]: rows of each modality per sample.
 
@@ -76,6 +79,7 @@ class PackedLayout:
         return cls._build(segments, grids, special, special_tokens, len(counts), num_modalities, 1)
 
     @classmethod
+    @dispatch.host_code(_BUILT_OUTSIDE)
     def from_segments(
         cls,
         samples: Sequence[Sequence[tuple[int, Length]]],
@@ -90,7 +94,12 @@ class PackedLayout:
         """
         _check_modalities("from_segments", num_modalities)
         special = _special_ids(special_tokens, num_modalities)
-        segments, grids, axes = _tables(samples, num_modalities, special)
+        try:
+            segments, grids, axes = _tables(samples, num_modalities, special)
+        except TypeError as error:  # what does not unpack, or is no index
+            raise ValueError(
+                f"from_segments: {error} among the samples, expected per sample a list of (modality, length)"
+            ) from error
         return cls._build(segments, grids, special, special_tokens, len(samples), num_modalities, axes)
 
     @classmethod
@@ -115,6 +124,11 @@ class PackedLayout:
                 f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
             )
         _check_modalities("from_cu_seqlens", num_modalities)
+        for name, value in (("total_tokens", total_tokens), ("max_seqlen", max_seqlen)):
+            if not isinstance(value, WHOLE) or value < 0:
+                raise ValueError(f"from_cu_seqlens: {name} is {value!r}, expected a whole number >= 0")
+        if not isinstance(modality_ids, Tensor | None):
+            raise ValueError(f"from_cu_seqlens: modality_ids is {type(modality_ids).__name__}, expected a uint8 tensor")
         device = cu_seqlens.device
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
@@ -208,16 +222,8 @@ class PackedLayout:
             return self
         if device.type == "cpu" and self._host is not None:
             return self._host
-        if self._buffer is None:
-            tensors = {name: getattr(self, name) for name in _TENSORS}
-            moved = {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
-        else:
-            buffer = self._buffer
-            if device.type == "cuda" and not buffer.is_pinned():
-                buffer = buffer.pin_memory()
-            buffer = buffer.to(device, non_blocking=non_blocking)
-            moved = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
-            moved["_buffer"] = buffer
+        with torch.inference_mode(False):  # as in _build
+            moved = self._moved(device, non_blocking)
         return PackedLayout(
             **moved,
             segments=self.segments,
@@ -227,6 +233,25 @@ class PackedLayout:
             special_tokens=self.special_tokens,
             _host=self.host,
         )
+
+    def _moved(self, device: torch.device, non_blocking: bool) -> dict[str, Any]:
+        if self._buffer is None:
+            tensors = {name: getattr(self, name) for name in _TENSORS}
+            return {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
+        buffer = self._buffer
+        if device.type == "cuda" and not buffer.is_pinned():
+            buffer = buffer.pin_memory()
+        buffer = buffer.to(device, non_blocking=non_blocking)
+        views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
+        return {**views, "_buffer": buffer}
+
+    def pin_memory(self) -> PackedLayout:
+        """For DataLoader(pin_memory=True): the layout in pinned memory, from which `to` needs no copy in between."""
+        if self._buffer is None or self.device.type != "cpu" or self._buffer.is_pinned():
+            return self
+        buffer = self._buffer.pin_memory()
+        views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
+        return replace(self, **views, _buffer=buffer, _host=None, cache={}, calls={})
 
     def __repr__(self) -> str:
         segments = "unknown" if self.segment_cu_seqlens is None else self.num_segments
@@ -254,9 +279,10 @@ class PackedLayout:
     @classmethod
     def _build(cls, segments, grids, special, special_tokens, num_samples, num_modalities, axes) -> PackedLayout:
         array = planner.build_layout(segments, grids, special, num_samples, axes)
-        buffer = torch.from_numpy(array)
         total = int(segments[:, 2].sum(dtype=np.int64))
-        views = _views(buffer, num_samples, len(segments), total, axes)
+        with torch.inference_mode(False):  # made while evaluating, it may be trained on later
+            buffer = torch.from_numpy(array)
+            views = _views(buffer, num_samples, len(segments), total, axes)
         lengths = np.diff(views["cu_seqlens"].numpy())
         segments.flags.writeable = False
         return cls(
@@ -303,8 +329,8 @@ def _host_array(values, name: str) -> np.ndarray:
 
 
 def _check_modalities(function: str, num_modalities: int) -> None:
-    if not 1 <= num_modalities <= MAX_MODALITIES:
-        raise ValueError(f"{function}: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}")
+    if not isinstance(num_modalities, WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
+        raise ValueError(f"{function}: num_modalities is {num_modalities!r}, expected 1 to {MAX_MODALITIES}")
 
 
 def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: int) -> np.ndarray:

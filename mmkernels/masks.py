@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import mask_lowering, mask_lowering_device, planner
+from mmkernels import dispatch, mask_lowering, mask_lowering_device, planner
 from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
@@ -149,16 +149,7 @@ class MaskPlan:
         for plan in plans:
             if plan.k_layout is keys:
                 return plan
-        if torch.compiler.is_compiling():
-            # Host code that Dynamo cannot trace; lowering before the region also keeps it out of the graph.
-            raise RuntimeError(
-                "MaskPlan: inside torch.compile the layout must have met this mask before; call "
-                "mmkernels.prepare_attention, or attention itself, on it once outside"
-            )
-        with torch._C._DisableFuncTorch():  # under torch.func a new tensor has no data that numpy could read
-            plan = cls(layout, mask, keys)
-        _keep(layout.cache, mask, (*plans, plan)[-MOST_KEY_LAYOUTS:])
-        return plan
+        return _lowered_anew(layout, mask, keys, plans)
 
     def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
         self.layout, self.mask = layout, mask
@@ -264,6 +255,19 @@ class MaskPlan:
             cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows=rows
         )
         return TileSchedule(torch.from_numpy(tiles), torch.from_numpy(spans), pairs)
+
+
+@dispatch.host_code(
+    "MaskPlan: in one graph the layout must have met this mask before; call mmkernels.prepare_attention, or attention "
+    "itself, on it once outside"
+)
+def _lowered_anew(
+    layout: PackedLayout, mask: AttentionMask, keys: PackedLayout, plans: tuple[MaskPlan, ...]
+) -> MaskPlan:
+    with torch._C._DisableFuncTorch():  # under torch.func a new tensor has no data that numpy could read
+        plan = MaskPlan(layout, mask, keys)
+    _keep(layout.cache, mask, (*plans, plan)[-MOST_KEY_LAYOUTS:])
+    return plan
 
 
 def _keep(cache: dict, mask: AttentionMask, plans: tuple[MaskPlan, ...]) -> None:

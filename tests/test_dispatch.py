@@ -73,3 +73,11 @@ def test_the_package_works_without_triton():
     code = "import sys; sys.modules['triton'] = None; import mmkernels; mmkernels.attention; mmkernels.modality_embed"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_all_that_the_package_exports_is_there_and_listed():
+    import mmkernels
+
+    assert {"attention", "pad", "unpad", "KeyIntervals", "ModalityEmbedding"} <= set(mmkernels.__all__)
+    assert set(mmkernels.__all__) <= set(dir(mmkernels))
+    assert all(callable(getattr(mmkernels, name)) for name in mmkernels.__all__)

@@ -106,6 +106,23 @@ def test_to_the_same_device_is_the_layout_itself_and_meta_keeps_the_host():
     assert moved.modality_ids.dtype == torch.uint8
 
 
+def test_pin_memory_pins_the_one_buffer(monkeypatch):
+    """What DataLoader(pin_memory=True) calls; without a GPU nothing can be pinned, so a copy stands for it."""
+    layout = PackedLayout.from_segments([[(0, 2), (1, (2, 3))], [(1, (1, 1))]], num_modalities=2)
+    layout.cache["something"] = 1
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in pinned))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    moved = layout.pin_memory()
+    assert len(pinned) == 1
+    assert moved.pin_memory() is moved
+    assert moved.cache == {} != layout.cache
+    assert moved.host is moved
+    for name in ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows", "segment_cu_seqlens"):
+        assert torch.equal(getattr(moved, name), getattr(layout, name))
+        assert getattr(moved, name).untyped_storage().data_ptr() == pinned[0].untyped_storage().data_ptr()
+
+
 def test_repr_is_one_line():
     assert repr(PackedLayout.from_counts([[2, 1]])) == (
         "PackedLayout(1 samples, 2 segments, 3 tokens, longest 3, 2 modalities, cpu)"
@@ -114,7 +131,7 @@ def test_repr_is_one_line():
 
 def two_tokens(**arguments):
     bounds = torch.tensor([0, 2], dtype=torch.int32)
-    return PackedLayout.from_cu_seqlens(bounds, total_tokens=2, max_seqlen=2, **arguments)
+    return PackedLayout.from_cu_seqlens(bounds, **{"total_tokens": 2, "max_seqlen": 2, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -126,6 +143,17 @@ def two_tokens(**arguments):
         (lambda: PackedLayout.from_segments([[(0, 2**31)]], num_modalities=1), "2\\*\\*31"),
         (lambda: PackedLayout.from_segments([[(0, 2.5)]], num_modalities=1), "sample 0 has length 2.5, expected n"),
         (lambda: PackedLayout.from_segments([[(0.5, 1)]], num_modalities=1), "sample 0 has modality 0.5"),
+        (
+            lambda: PackedLayout.from_segments([(0, 5)], num_modalities=1),
+            r"per sample a list of \(modality, length\)",
+        ),
+        (
+            lambda: PackedLayout.from_segments([[(0.0, 5)]], num_modalities=1),
+            r"per sample a list of \(modality",
+        ),
+        (lambda: PackedLayout.from_segments([], num_modalities="2"), "num_modalities is '2', expected 1 to 32"),
+        (lambda: two_tokens(max_seqlen="6"), "max_seqlen is '6', expected a whole number >= 0"),
+        (lambda: two_tokens(modality_ids=np.zeros(2, np.uint8)), "modality_ids is ndarray, expected a uint8 tensor"),
         (lambda: PackedLayout.from_counts([[0.5]]), "counts is float64, expected integers"),
         (lambda: PackedLayout.from_counts([1, 2]), "counts has shape"),
         (lambda: PackedLayout.from_counts([[1, 2], [3, -1]]), r"counts\[1, 1\] is -1, expected 0 to 2\*\*31 - 1"),

@@ -173,20 +173,21 @@ def prepare_attention(
 
 def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
     """The implementation that runs, and what it makes of the plan: once, then shared by all layers."""
-    key = (impl, request)
-    prepared = plan.cache.get(key)
-    if prepared is None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "attention: inside torch.compile the layout must have met this mask, dtype, head width and "
-                "requires_grad before; call mmkernels.prepare_attention, or attention itself, on it once outside"
-            )
-        impl = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
-        with torch._C._DisableFuncTorch():  # as in MaskPlan.lower
-            schedule = dispatch.load("attention", impl).schedule(plan, request)
-        _leave_lengths_open(schedule)
-        prepared = plan.cache[key] = (impl, schedule)
-    return prepared
+    found = plan.cache.get((impl, request))
+    return _prepared_anew(plan, impl, request) if found is None else found
+
+
+@dispatch.host_code(
+    "attention: in one graph the layout must have met this mask, dtype, head width and requires_grad before; call "
+    "mmkernels.prepare_attention, or attention itself, on it once outside"
+)
+def _prepared_anew(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
+    chosen = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
+    with torch._C._DisableFuncTorch():  # as in MaskPlan.lower
+        schedule = dispatch.load("attention", chosen).schedule(plan, request)
+    _leave_lengths_open(schedule)
+    plan.cache[impl, request] = chosen, schedule
+    return chosen, schedule
 
 
 def _in_autocasts_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from mmkernels.ops.modality_embed import op
 NORMS = ("layernorm", "rmsnorm", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = ", ".join(map(str, DTYPES))
+NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 MAX_TABLES = 3  # the most axes that a layout has
 PositionTables = Tensor | Sequence[Tensor] | None
 
@@ -69,6 +70,7 @@ def modality_embed(
         )  # fmt: skip
         if found is not None:
             return found
+    _check_types(streams, layout, modality_weight, token_weight, position_weights, norm_weight, norm_bias)
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
     out_dtype = _check_tensors(streams, layout, modality_weight, token_weight, tables, norm_weight, norm_bias)
@@ -108,6 +110,8 @@ def _quick(
     """
     if (
         dispatch.cpp_missing() is not None
+        or type(layout) is not PackedLayout
+        or not isinstance(modality_weight, Tensor)
         or torch.compiler.is_compiling()
         or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
         or torch._C._are_functorch_transforms_active()
@@ -152,10 +156,28 @@ def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -
         raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
     if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
+    for name, value in (("eps", eps), ("dropout_p", dropout_p)):
+        if not isinstance(value, NUMBERS):
+            raise ValueError(f"modality_embed: {name} is {value!r}, expected a number")
     if not 0 <= eps < math.inf:  # not isfinite: under torch.compile(dynamic=True) eps is a symbol
         raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"modality_embed: dropout_p is {dropout_p}, expected 0 <= p < 1")
+
+
+def _check_types(streams, layout, modality_weight, token_weight, position_weights, norm_weight, norm_bias) -> None:
+    if not isinstance(layout, PackedLayout):
+        raise ValueError(f"modality_embed: layout is {type(layout).__name__}, expected PackedLayout")
+    if not isinstance(modality_weight, Tensor):
+        raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
+    named = [(f"stream {m}", stream) for m, stream in enumerate(streams)]
+    named += [("token_weight", token_weight), ("norm_weight", norm_weight), ("norm_bias", norm_bias)]
+    for m, entry in enumerate(position_weights or ()):
+        tables = entry if isinstance(entry, tuple | list) else (entry,)
+        named += [(f"a position table of modality {m}", table) for table in tables]
+    for name, value in named:
+        if not isinstance(value, Tensor | None):
+            raise ValueError(f"modality_embed: {name} is {type(value).__name__}, expected a tensor or None")
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:

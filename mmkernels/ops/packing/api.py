@@ -33,7 +33,7 @@ def pack(
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for a layout from cu_seqlens (it does not know its streams).
     """
-    if impl in _QUICK and not is_dynamo_compiling():
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         table = layout.cache.get("quick_segments")
         if table is not None and (packed := quick.pack(streams, table, out)) is not None:
             return packed
@@ -50,7 +50,7 @@ def unpack(
     packed: Tensor, layout: PackedLayout, *, out: Sequence[Tensor] | None = None, impl: str = "auto"
 ) -> list[Tensor]:
     """The M streams [N_m, E] whose pack is packed [T, E], any dtype.  Errors as `pack`."""
-    if impl in _QUICK and not is_dynamo_compiling():
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         table = layout.cache.get("quick_segments")
         if table is not None and (streams := quick.unpack(packed, table, out)) is not None:
             return streams
@@ -79,7 +79,7 @@ def pad(
     The inverse of `unpad`, which is also its gradient.  Needs only the samples' bounds: any layout will do.
     Raises ValueError for packed of another length and for a sample longer than L.
     """
-    if impl in _QUICK and not is_dynamo_compiling():
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         longest = layout.max_seqlen if length is None else length
         if (padded := quick.pad(packed, layout.cu_seqlens, longest, out)) is not None:
             return padded
@@ -98,7 +98,7 @@ def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, im
     What lies beyond a sample is not read; its gradient is zero.  No index tensor, no host synchronisation.
     Raises ValueError for padded of another shape.
     """
-    if impl in _QUICK and not is_dynamo_compiling():
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         packed = quick.unpad(padded, layout.cu_seqlens, layout.total_tokens, out)
         if packed is not None:
             return packed
@@ -128,7 +128,7 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  For a layout from cu_seqlens a segment
     is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
     """
-    if impl in _QUICK and not is_dynamo_compiling():
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         means = quick.segment_mean(packed, layout.segment_cu_seqlens, out)
         if means is not None:
             return means

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 
 SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,9 +17,15 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 def segments(function: str, layout: PackedLayout) -> Tensor:
     """The layout's segment table as a host tensor, made once."""
+    _is_layout(function, layout)
     table = layout.cache.get("segment_table")
-    if table is not None:
-        return table
+    return _segments_anew(function, layout) if table is None else table
+
+
+@dispatch.host_code(
+    "pack, unpack: in one graph the layout must have met one of them before; call it on the layout once outside"
+)
+def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
     if layout.segments is None:
         raise ValueError(f"{function}: the layout comes from cu_seqlens and does not know its streams")
     special = [m for m, token in enumerate(layout.special_tokens or ()) if token is not None]
@@ -27,7 +34,8 @@ def segments(function: str, layout: PackedLayout) -> Tensor:
             f"{function}: segments of modality {special[0]} start with a special token, whose row is in no stream; "
             "modality_embed packs such a layout"
         )
-    table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
+    with torch.inference_mode(False):  # or no call that learns could keep it for its backward
+        table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
     if layout.device.type == "cpu":
         # What quick.pack and quick.unpack take.  As bytes: a tensor is four objects away from its first number, each a
         # wait for memory where a call is the first in a while.
@@ -37,6 +45,9 @@ def segments(function: str, layout: PackedLayout) -> Tensor:
 
 def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor]:
     """Every stream as a tensor, checked against the layout and one another."""
+    for m, stream in enumerate(given):
+        if not isinstance(stream, Tensor | None):
+            raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
     if len(given) != layout.num_modalities:
         raise ValueError(f"pack: got {len(given)} streams, expected {layout.num_modalities} as in the layout")
     present = next((s for s in given if s is not None), None)
@@ -59,6 +70,8 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
 
 
 def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
+    _is_layout(function, layout)
+    _is_tensor(function, "packed", tensor)
     if tensor.ndim != 2 or tensor.shape[0] != layout.total_tokens:
         raise ValueError(f"{function}: packed has shape {list(tensor.shape)}, expected [{layout.total_tokens}, E]")
     if tensor.device != layout.device:
@@ -66,6 +79,8 @@ def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
 
 
 def padded(tensor: Tensor, layout: PackedLayout) -> None:
+    _is_layout("unpad", layout)
+    _is_tensor("unpad", "padded", tensor)
     samples, longest = layout.num_samples, layout.max_seqlen
     if tensor.ndim != 3 or tensor.shape[0] != samples or tensor.shape[1] < longest:
         raise ValueError(
@@ -76,6 +91,8 @@ def padded(tensor: Tensor, layout: PackedLayout) -> None:
 
 
 def rows(tensor: Tensor, index: Tensor) -> None:
+    _is_tensor("gather_rows", "packed", tensor)
+    _is_tensor("gather_rows", "rows", index)
     if tensor.ndim != 2:
         raise ValueError(f"gather_rows: packed has shape {list(tensor.shape)}, expected [T, E]")
     if index.ndim != 1 or index.dtype not in INDEX_DTYPES:
@@ -127,6 +144,16 @@ def padded_out(given: tuple[Tensor, Tensor], shape: tuple[int, int, int], like: 
         raise ValueError(f"pad: out has {len(given)} tensors, expected two: padded and mask")
     out("pad", given[0], shape, like, name="out[0]")
     out("pad", given[1], shape[:2], like, name="out[1]", dtype=torch.bool)
+
+
+def _is_layout(function: str, layout: PackedLayout) -> None:
+    if not isinstance(layout, PackedLayout):
+        raise ValueError(f"{function}: layout is {type(layout).__name__}, expected PackedLayout")
+
+
+def _is_tensor(function: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{function}: {name} is {type(tensor).__name__}, expected a tensor")
 
 
 def _names(dtypes) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention_oracle import CPU_IMPLS
 
-from mmkernels import AttentionMask, PackedLayout, attention, prepare_attention
+from mmkernels import AttentionMask, PackedLayout, attention, pack, prepare_attention
 
 ISOLATED = AttentionMask.isolated(3)
 CAUSAL = AttentionMask(causal=True)
@@ -84,6 +84,38 @@ def test_an_unprepared_layout_is_named_and_a_prepared_one_runs():
         compiled(qkv)
     prepare_attention(layout, dtype=torch.float32, head_dim=16, needs_backward=False)
     assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout))
+
+
+def test_a_new_layout_breaks_the_graph_where_it_may_break():
+    """torch.compile as most people call it: host code runs outside, and the results are those of eager calls."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, layout, mask: attention(*x.unbind(1), layout=layout, mask=mask) * 2, backend="aot_eager"
+    )
+    packing = torch.compile(lambda streams, layout: pack(streams, layout) + 1, backend="aot_eager")
+    building = torch.compile(
+        lambda x: attention(*x.unbind(1), layout=PackedLayout.from_counts([[4], [2]])), backend="aot_eager"
+    )
+    for counts in ([[5, 12], [3, 0]], [[1, 2]], [[0, 3], [4, 4], [1, 0]]):
+        layout, fresh = PackedLayout.from_counts(counts), PackedLayout.from_counts(counts)
+        qkv = torch.randn(layout.total_tokens, 3, 2, 16)
+        for mask in (None, CAUSAL):
+            assert torch.equal(compiled(qkv, fresh, mask), attention(*qkv.unbind(1), layout=layout, mask=mask) * 2)
+        streams = [torch.randn(rows, 3) for rows in layout.stream_lengths]
+        assert torch.equal(packing(streams, fresh), pack(streams, layout) + 1)
+    qkv = torch.randn(6, 3, 2, 16)
+    assert torch.equal(building(qkv), attention(*qkv.unbind(1), layout=PackedLayout.from_counts([[4], [2]])))
+
+
+def test_what_one_graph_cannot_hold_is_named():
+    torch._dynamo.reset()
+    streams = [torch.randn(2, 3)]
+    compiled = torch.compile(lambda s, layout: pack(s, layout), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="in one graph the layout must have met one of them before"):
+        compiled(streams, PackedLayout.from_counts([[2]]))
+    built = torch.compile(lambda s: pack(s, PackedLayout.from_counts([[2]])), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="a layout is built on the host, outside of a graph"):
+        built(streams)
 
 
 def test_another_k_layout_is_not_taken_for_the_prepared_one():

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -390,6 +391,12 @@ BAD = [
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected 0 <= p < 1"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected"),
     ({"impl": "fast"}, ValueError, "impl is 'fast'"),
+    ({"eps": None}, ValueError, "eps is None, expected a number"),
+    ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1', expected a number"),
+    ({"layout": None}, ValueError, "layout is NoneType, expected PackedLayout"),
+    ({"modality_weight": np.zeros((2, 8), np.float32)}, ValueError, "modality_weight is ndarray, expected a tensor"),
+    ({"token_weight": np.zeros((4, 8), np.float32)}, ValueError, "token_weight is ndarray, expected a tensor or None"),
+    ({"streams": [np.zeros(3), None]}, ValueError, "stream 0 is ndarray, expected a tensor or None"),
 ]
 
 

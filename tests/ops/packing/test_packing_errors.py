@@ -1,5 +1,6 @@
 """What the packing operators refuse, and the words for it."""
 
+import numpy as np
 import pytest
 import torch
 from ops.packing.packing_cases import IMPLS
@@ -65,11 +66,28 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: gather_rows(A, torch.tensor([-1])), "gather_rows: rows run from -1 to -1, expected 0 to 2"),
         (lambda: gather_rows(A, torch.tensor([0.0])), "gather_rows: rows is torch.float32"),
         (lambda: gather_rows(A[0], torch.tensor([0])), r"gather_rows: packed has shape \[4\]"),
+        (lambda: gather_rows(A, np.zeros(1, np.int64)), "gather_rows: rows is ndarray, expected a tensor"),
+        (lambda: pack([A.numpy(), B], LAYOUT), "pack: stream 0 is ndarray, expected a tensor or None"),
+        (lambda: unpad(PADDED.numpy(), LAYOUT), "unpad: padded is ndarray, expected a tensor"),
+        (lambda: pack([A, B], None), "pack: layout is NoneType, expected PackedLayout"),
+        (lambda: unpack(WHOLE, ROW), "unpack: layout is Tensor, expected PackedLayout"),
+        (lambda: pad(WHOLE, None), "pad: layout is NoneType, expected PackedLayout"),
+        (lambda: unpad(PADDED, None), "unpad: layout is NoneType, expected PackedLayout"),
+        (lambda: segment_mean(WHOLE, None), "segment_mean: layout is NoneType, expected PackedLayout"),
     ],
 )
 def test_errors_say_who_expected_what(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_layout_made_and_met_under_inference_mode_can_be_trained_on():
+    with torch.inference_mode():
+        layout = PackedLayout.from_counts([[2, 1], [1, 3]])
+        assert torch.equal(pack([A, B], layout), pack([A, B], LAYOUT))
+    streams = [x.clone().requires_grad_() for x in (A, B)]
+    pack(streams, layout).sum().backward()
+    assert all(torch.equal(x.grad, torch.ones_like(x)) for x in streams)
 
 
 def test_special_tokens_are_refused():
