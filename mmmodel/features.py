@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset
+from mmmodel.data.shards import shard_stamps
 from mmmodel.frontends import FRONT_ENDS
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ def _items(dataset: ShardDataset, tables: dict[str, _Table], missing: dict[str, 
 
 def _fingerprint(dataset: ShardDataset, front_end, table: _Table) -> str:
     """Changes with the data, the selection of samples, and how the front end prepares them."""
+    stamps = shard_stamps(dataset.path)
     about = {
         "recipe": getattr(front_end, "recipe", ""),
         "members": [
@@ -198,6 +200,6 @@ def _fingerprint(dataset: ShardDataset, front_end, table: _Table) -> str:
             for i in table.sources
         ],
         "folder": str(dataset.path.resolve()),
-        "written": max(path.stat().st_mtime_ns for path in dataset.path.glob("*.tar")),
+        "shards": {name: stamps[name] for name in sorted({dataset.entries[i].shard for i in table.sources})},
     }
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 A sample is the members that share a key: `KEY.txt`, `KEY.png|jpg`, `KEY.flac|ogg|wav`, `KEY.json`, any subset of them.
 The index (`index.json` beside the shards) holds the byte offset of each member and the sample's metadata, so opening a
-data set reads one file, and reading a sample is one `pread` per member, safe in any number of worker processes.
+data set reads one file, and reading a sample is one `pread` per member, safe in any number of worker processes. It
+also has size and time of each shard: an index of shards that were written since, or of an older form, is made anew.
 """
 
 import json
@@ -20,7 +21,7 @@ TEXT = ("txt",)
 IMAGE = ("png", "jpg", "jpeg", "webp")
 AUDIO = ("flac", "ogg", "wav")
 INDEX = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ def scan_shard(path: Path) -> list[Entry]:
     return entries
 
 
-def write_index(folder: Path, entries: Iterable[Entry]) -> None:
-    """Write `index.json`, atomically."""
+def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[int]] | None = None) -> None:
+    """Write `index.json`, atomically.  stamps: of the shards that the entries were read from; by default as of now."""
     entries = sorted(entries, key=lambda entry: (entry.shard, entry.key))
     rows = [[entry.key, entry.shard, entry.members, entry.meta] for entry in entries]
-    content = {"version": INDEX_VERSION, "shards": _shard_sizes(folder), "samples": rows}
+    content = {"version": INDEX_VERSION, "shards": stamps or shard_stamps(folder), "samples": rows}
     partial = folder / f".{INDEX}.{os.getpid()}"
     partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     partial.replace(folder / INDEX)
@@ -98,30 +99,32 @@ def read_index(folder: Path) -> list[Entry]:
 
     Raises FileNotFoundError if the folder has no shards, ValueError if two samples share a key.
     """
-    sizes = _shard_sizes(folder)
-    if not sizes:
+    stamps = shard_stamps(folder)
+    if not stamps:
         raise FileNotFoundError(f"shards: no *.tar under {folder}; prepare a data set first (mmmodel data --help)")
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if content["version"] == INDEX_VERSION and content["shards"] == sizes:
+        if content["version"] == INDEX_VERSION and content["shards"] == stamps:
             return [
                 Entry(key, shard, {extension: (offset, size) for extension, (offset, size) in members.items()}, meta)
                 for key, shard, members, meta in content["samples"]
             ]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
-    entries = [entry for shard in sorted(sizes) for entry in sorted(scan_shard(folder / shard), key=lambda e: e.key)]
+    entries = [entry for shard in sorted(stamps) for entry in sorted(scan_shard(folder / shard), key=lambda e: e.key)]
     seen: dict[str, str] = {}
     for entry in entries:
         if entry.key in seen:
             raise ValueError(f"shards: key {entry.key!r} is in both {seen[entry.key]} and {entry.shard}")
         seen[entry.key] = entry.shard
     try:
-        write_index(folder, entries)
+        write_index(folder, entries, stamps)
     except OSError as error:
         logger.info("%s: index not kept: %s", folder, error)
     return entries
 
 
-def _shard_sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.tar"))}
+def shard_stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and time of each shard.  The size alone says little: tar fills its files up to a multiple of 10 KiB."""
+    found = {path.name: path.stat() for path in sorted(folder.glob("*.tar"))}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}

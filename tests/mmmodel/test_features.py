@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 
 import numpy as np
 import pytest
@@ -73,6 +74,23 @@ def test_another_recipe_is_another_file(folder, tmp_path):
     image = dataclasses.replace(config.model.image, max_tokens=1)
     _, other = prepared(folder, tmp_path / "cache", learner(image=image)[1].model.front_ends)
     assert other.get("image", 0).shape == (3, 16, 16)
+
+
+def test_features_are_made_anew_when_one_of_their_shards_was_written(tmp_path):
+    """Also when it is not the newest one; a shard that has none of them does not count."""
+    rng = np.random.default_rng(0)
+    for name, time in (("a", 1), ("b", 2), ("c", 3)):
+        members = {"txt": "words"} if name == "c" else {"png": png(rng)}
+        write_shard(tmp_path / f"{name}.tar", [{"__key__": name, **members}])
+        os.utime(tmp_path / f"{name}.tar", (time, time))
+    prepared(tmp_path, tmp_path / "cache")
+    kept = set((tmp_path / "cache" / "features").iterdir())
+    os.utime(tmp_path / "c.tar", (4, 4))
+    prepared(tmp_path, tmp_path / "cache")
+    assert set((tmp_path / "cache" / "features").iterdir()) == kept
+    os.utime(tmp_path / "a.tar", (1.5, 1.5))
+    prepared(tmp_path, tmp_path / "cache")
+    assert len(set((tmp_path / "cache" / "features").iterdir()) - kept) == 1
 
 
 def test_sound_that_decodes_to_nothing_usable_is_left_out_by_name(tmp_path, caplog):

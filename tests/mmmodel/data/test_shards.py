@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -47,6 +48,43 @@ def test_index_is_made_for_a_folder_without_one_and_remade_when_shards_change(tm
     assert [entry.key for entry in read_index(tmp_path)] == ["x", "y"]
     (tmp_path / INDEX).write_text("{broken")
     assert [entry.key for entry in read_index(tmp_path)] == ["x", "y"]
+
+
+def tar_of(path, members, mtime_ns):
+    """A tar as `tar` makes it: without times in it that differ, filled up to 10 KiB."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def test_a_rewritten_shard_of_the_same_size_is_read_anew(tmp_path):
+    """Labels and places of captions are another's: the index must not be the old one."""
+    before = {"x.json": b'{"split": "train", "category": "cat"}', "x.txt": b"short", "y.txt": b"y"}
+    tar_of(tmp_path / "a.tar", before, 10**18)
+    size = (tmp_path / "a.tar").stat().st_size
+    assert read_index(tmp_path)[0].meta["category"] == "cat"
+    after = {**before, "x.json": b'{"split": "test", "category": "dog"}', "x.txt": b"a caption that is longer"}
+    tar_of(tmp_path / "a.tar", after, 10**18 + 4_000_000)
+    assert (tmp_path / "a.tar").stat().st_size == size
+    x, y = read_index(tmp_path)
+    assert x.meta == {"split": "test", "category": "dog"}
+    assert (x.members["txt"][1], y.members["txt"][1]) == (len(after["x.txt"]), 1)
+
+
+def test_an_index_of_the_older_form_is_made_anew(tmp_path):
+    """It held sizes alone, so it may be that of another shard."""
+    write_shard(tmp_path / "a.tar", [sample("x", txt="1")])
+    old = {
+        "version": 1,
+        "shards": {"a.tar": (tmp_path / "a.tar").stat().st_size},
+        "samples": [["old", "a.tar", {}, {}]],
+    }
+    (tmp_path / INDEX).write_text(json.dumps(old))
+    assert [entry.key for entry in read_index(tmp_path)] == ["x"]
+    assert json.loads((tmp_path / INDEX).read_text())["samples"][0][0] == "x"
 
 
 def test_index_of_a_read_only_folder_is_not_kept(tmp_path, monkeypatch):
@@ -95,4 +133,6 @@ def test_a_folder_without_shards_is_named(tmp_path):
 
 def test_index_is_json_without_surprises(tmp_path):
     write_index(tmp_path, write_shard(tmp_path / "a.tar", [sample("x", txt="1")]))
-    assert json.loads((tmp_path / INDEX).read_text())["shards"] == {"a.tar": (tmp_path / "a.tar").stat().st_size}
+    status = (tmp_path / "a.tar").stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    assert json.loads((tmp_path / INDEX).read_text())["shards"] == {"a.tar": stamp}
