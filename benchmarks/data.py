@@ -164,7 +164,7 @@ def build(samples: int, seed: int) -> Iterator[ShardProblem | BatchProblem]:
 
     config = configs.preset("quick").model
     dataset = ShardDataset(folder)
-    tokenizer = train_tokenizer(features.read_captions(dataset, "train"), config.text.vocab_size)
+    tokenizer = train_tokenizer([text for _, text in features.read_captions(dataset, "train")], config.text.vocab_size)
     front_ends = frontends.build(config, tokenizer)
     special = frontends.special_tokens(front_ends, tokenizer)
     items, stored = features.prepare(dataset, front_ends, Path(keep.name) / "cache", threads=2)

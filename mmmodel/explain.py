@@ -127,15 +127,14 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
         complete = [
             entry
             for entry in entries
-            if str(entry.meta.get("split", "train")) == split
+            if entry.split == split
             and all(entry.member(features.MEMBERS[name]) for name in names & set(features.MEMBERS))
         ]
         if not complete:
             raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {sorted(names)}; name a key")
         known = [entry for entry in complete if entry.meta.get("lang") in learner.config.languages]
         chosen = (known or complete)[0]
-    language = chosen.meta.get("lang")
-    dataset = ShardDataset(path, chosen.meta.get("split"), None if language is None else (language,))
+    dataset = ShardDataset(path, chosen.split, (chosen.language,))
     at = dataset.keys.index(chosen.key)
     kept = sorted({at, *range(min(len(dataset), GALLERY))})
     dataset.entries = [dataset.entries[i] for i in kept]

@@ -65,10 +65,10 @@ class Features:
         return self.flat[name][end - shape.prod() : end].reshape(shape)
 
 
-def read_captions(dataset: ShardDataset, split: str) -> list[str]:
-    """All captions of a split, for training the tokenizer."""
-    rows = [i for i, entry in enumerate(dataset.entries) if entry.meta.get("split") == split]
-    return [text for i in rows if (text := dataset.read_text(i))]
+def read_captions(dataset: ShardDataset, split: str) -> list[tuple[str, str]]:
+    """Concept and caption of each sample of a split that has one: for the tokenizer, and what learns from words."""
+    rows = [i for i, entry in enumerate(dataset.entries) if entry.split == split]
+    return [(dataset.entries[i].concept, text) for i in rows if (text := dataset.read_text(i))]
 
 
 def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> tuple[list[Item], Features]:
@@ -115,7 +115,7 @@ class _Table:
         for i, entry in enumerate(dataset.entries):
             if entry.member(self.members) is None:
                 continue
-            key = _group(entry) if name == "image" else entry.key
+            key = entry.group if name == "image" else entry.key
             if key not in seen:
                 seen[key] = len(self.sources)
                 self.sources.append(i)
@@ -123,10 +123,6 @@ class _Table:
 
     def read(self, row: int):
         return self.dataset.read(self.sources[row], self.members, self.decode)
-
-
-def _group(entry) -> str:
-    return entry.meta.get("image", entry.key)
 
 
 def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:
@@ -184,9 +180,7 @@ def _items(dataset: ShardDataset, tables: dict[str, _Table], missing: dict[str, 
         rows = {name: table.row_of[i] for name, table in tables.items() if i in table.row_of}
         rows = {name: row for name, row in rows.items() if row not in missing[name]}
         if rows:
-            meta = entry.meta
-            language, split = str(meta.get("lang", "")), str(meta.get("split", "train"))
-            items.append(Item(entry.key, _group(entry), language, str(meta.get("concept", entry.key)), split, rows))
+            items.append(Item(entry.key, entry.group, entry.language, entry.concept, entry.split, rows))
     return items
 
 

@@ -121,7 +121,8 @@ def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
     special = special_names(config.model.modalities)
     if folder := config.language_model or config.model.text.encoder:
         return load_language_model_tokenizer(Path(folder) / "tokenizer.json", special)
-    return train_tokenizer(features.read_captions(dataset, "train"), config.model.text.vocab_size, special)
+    captions = [text for _, text in features.read_captions(dataset, "train")]
+    return train_tokenizer(captions, config.model.text.vocab_size, special)
 
 
 def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:
@@ -143,7 +144,8 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
         dataset = ShardDataset(find_data(config.data), "train", (chosen.language,))
     except ValueError as error:
         raise ConfigError(f"objectives: meaning has no captions to read: {error}") from error
-    said = [(meta["concept"], text) for i, meta in enumerate(dataset.metas) if (text := dataset.read_text(i))]
+    if not (said := features.read_captions(dataset, "train")):
+        raise ConfigError(f"objectives: meaning has no captions to read: none in {chosen.language!r} in {dataset.path}")
     vectors = language_model.sentence_vectors(chosen.teacher, [text for _, text in said])
     names = sorted({concept for concept, _ in said})
     row = {name: i for i, name in enumerate(names)}

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from mmmodel.configs import ConfigError
 from mmmodel.data import media
-from mmmodel.data.shards import AUDIO, IMAGE, TEXT, Entry, read_index
+from mmmodel.data.shards import AUDIO, IMAGE, TEXT, Entry, read_index, split_name
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class BrokenSampleError(ValueError):
 class ShardDataset(Dataset):
     """The samples of a folder of shards, or of one split and some languages of it, in index order.
 
+    A sample without a split in KEY.json, or without that, is of train.
+
     Metadata (`keys`, `metas`) is read without decoding. `dataset[i]` decodes a sample; `read_text`, `read_image` and
     `read_waveform` decode one member of it, for who wants to decode an image once for all its languages.
-    Raises ValueError if nothing is selected, saying what there is.
+    Raises ConfigError if nothing is selected, saying what there is.
     """
 
     def __init__(self, path: Path | str, split: str | None = None, languages: Sequence[str] | None = None) -> None:
@@ -44,15 +47,16 @@ class ShardDataset(Dataset):
         self.entries: list[Entry] = [
             entry
             for entry in entries
-            if (split is None or entry.meta.get("split") == split)
-            and (languages is None or entry.meta.get("lang") in languages)
+            if (split is None or entry.split == split_name(split))
+            and (languages is None or entry.language in languages)
         ]
         if not self.entries:
-            splits = sorted({str(entry.meta.get("split")) for entry in entries})
-            known = sorted({str(entry.meta.get("lang")) for entry in entries})
-            raise ValueError(
+            splits = sorted({entry.split for entry in entries})
+            known = sorted({entry.language for entry in entries})
+            hint = " ('': KEY.json has no lang; languages= takes all)" if "" in known else ""
+            raise ConfigError(
                 f"ShardDataset: no sample of {self.path} has split {split!r} and a language in {languages}; "
-                f"there are splits {splits} and languages {known}"
+                f"there are splits {splits} and languages {known}{hint}"
             )
         self._files: dict[str, BufferedReader] = {}
 

@@ -22,6 +22,7 @@ IMAGE = ("png", "jpg", "jpeg", "webp")
 AUDIO = ("flac", "ogg", "wav")
 INDEX = "index.json"
 INDEX_VERSION = 2
+VALIDATION = ("val", "valid", "dev")  # what others call the split "validation"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,35 @@ class Entry:
     members: dict[str, tuple[int, int]]  # extension -> offset, size in bytes
     meta: dict[str, Any]  # KEY.json, or empty
 
+    @property
+    def split(self) -> str:
+        return split_name(self._said("split", "train"))
+
+    @property
+    def language(self) -> str:
+        return self._said("lang", "")
+
+    @property
+    def concept(self) -> str:
+        return self._said("concept", self.key)
+
+    @property
+    def group(self) -> str:
+        """Samples of a group show the same picture."""
+        return self._said("image", self.key)
+
+    def _said(self, field: str, otherwise: str) -> str:
+        value = self.meta.get(field)
+        return otherwise if value in (None, "") else str(value)
+
     def member(self, extensions: Iterable[str]) -> tuple[int, int] | None:
         return next((self.members[extension] for extension in extensions if extension in self.members), None)
+
+
+def split_name(said: str) -> str:
+    """One name for each split, however it is written: "Train" is train; "val", "valid" and "dev" are validation."""
+    name = said.strip().lower()
+    return "validation" if name in VALIDATION else name
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:

@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from mmmodel import cli, configs, embed, evaluate, export, train
 from mmmodel.data.loader import ShardDataset
+from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
 from mmmodel.pretraining import Corpus
@@ -55,6 +56,11 @@ def test_vectors_are_what_evaluate_compares(run, shards, tmp_path):
     for i, item in enumerate(items):
         for modality in item.rows:
             np.testing.assert_allclose(found[item.key, modality], points[modality][i], atol=1e-5)
+
+
+def test_a_sample_that_names_no_split_is_of_train(run, tmp_path):
+    write_shard(tmp_path / "a.tar", [{"__key__": "x", "txt": "red"}])
+    assert embed.write(tmp_path / "v.parquet", run, str(tmp_path), split="train", joint=False) == 1
 
 
 def test_the_joint_vector_of_one_modality_alone_is_its_mean_state():

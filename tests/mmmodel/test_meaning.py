@@ -10,6 +10,7 @@ from builders import batch_of, objective_learner, samples
 from mmmodel import configs, held_out, language_model, pretraining, train
 from mmmodel.batches import concept_number
 from mmmodel.configs import ConfigError
+from mmmodel.data.shards import write_shard
 from mmmodel.export import from_pretrained
 
 MEANING = ("objectives.meaning.weight=1", "objectives.meaning.width=6")
@@ -117,6 +118,14 @@ def test_a_run_is_taught_and_read_again_without_the_language_model(tiny, tmp_pat
     assert {"contrastive/loss", "masked_text/accuracy", "matching/accuracy"} < found.keys()
     assert not any(name.startswith("meaning") for name in found)
     assert found == held_out.figures(trained, corpus, corpus.split("test"), batches=2)
+
+
+def test_own_data_without_concepts_teaches_each_caption_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "sentence_vectors", lambda *args: of_texts(*args).float())
+    write_shard(tmp_path / "a.tar", [{"__key__": f"k{i}", "txt": f"caption {i}"} for i in range(3)])
+    config, learned = objective_learner(*MEANING, "objectives.meaning.language=", f"data={tmp_path}")
+    pretraining.teach(learned, config)
+    assert set(learned.objectives["meaning"].concepts.tolist()) == {concept_number(f"k{i}") for i in range(3)}
 
 
 def test_a_language_without_captions_is_named(tiny):

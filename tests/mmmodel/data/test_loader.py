@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmmodel.configs import ConfigError
 from mmmodel.data import media
 from mmmodel.data.loader import BrokenSampleError, ShardDataset
 from mmmodel.data.shards import write_shard
@@ -53,6 +54,41 @@ def test_selection_by_split_and_language(tmp_path):
     assert ShardDataset(tmp_path, languages=["fr"]).metas[0]["i"] == 1
     with pytest.raises(ValueError, match=r"split 'test' and a language in \['fr'\].*\['train'\].*\['en', 'fr'\]"):
         ShardDataset(tmp_path, split="test", languages=["fr"])
+
+
+@pytest.mark.parametrize(
+    ("meta", "split"),
+    [
+        (None, "train"),  # no KEY.json
+        ({"lang": "fr"}, "train"),
+        ({"split": None}, "train"),
+        ({"split": "Train"}, "train"),
+        ({"split": "val"}, "validation"),
+        ({"split": "VALID"}, "validation"),
+        ({"split": "dev "}, "validation"),
+        ({"split": "Fold-3"}, "fold-3"),
+    ],
+)
+def test_a_split_has_one_name_however_it_is_written(tmp_path, meta, split):
+    write_shard(tmp_path / "a.tar", [{"__key__": "x", "txt": "a", **({} if meta is None else {"json": meta})}])
+    (entry,) = ShardDataset(tmp_path, split).entries
+    assert entry.split == split
+    if meta and meta.get("split"):
+        assert len(ShardDataset(tmp_path, meta["split"])) == 1  # and so is who asks for it
+    with pytest.raises(ConfigError, match=rf"has split 'no'.*there are splits \['{split}'\]"):
+        ShardDataset(tmp_path, "no")
+
+
+def test_metadata_that_says_nothing_leaves_the_defaults(tmp_path):
+    """Null and a number where a name belongs are what a table's export gives."""
+    meta = {"split": None, "lang": None, "concept": None, "image": None}
+    numbers = {"concept": 7, "image": 12}
+    write_shard(tmp_path / "a.tar", [{"__key__": "x", "json": meta}, {"__key__": "y", "json": numbers}])
+    x, y = ShardDataset(tmp_path).entries
+    assert (x.language, x.concept, x.group) == ("", "x", "x")
+    assert (y.language, y.concept, y.group) == ("", "7", "12")
+    with pytest.raises(ConfigError, match=r"languages \[''\] \('': KEY.json has no lang; languages= takes all\)"):
+        ShardDataset(tmp_path, languages=("fr",))
 
 
 def test_a_broken_member_is_named_and_the_others_still_read(tmp_path):
