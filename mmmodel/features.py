@@ -22,7 +22,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 
 from mmmodel.data.array_file import ArrayWriter
-from mmmodel.data.loader import BrokenSampleError, ShardDataset
+from mmmodel.data.loader import BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
 from mmmodel.frontends import FRONT_ENDS
 
@@ -133,9 +133,9 @@ def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> I
             return front_end.prepare(table.read(row))
         except BrokenSampleError as error:
             return error
-        except Exception as error:  # it decodes to something that no features can be made of, such as NaN
-            key = table.dataset.entries[table.sources[row]].key
-            return BrokenSampleError(f"{key}: {table.name}: {type(error).__name__}: {error}")
+        except Exception as error:  # it decodes to something that no features can be made of
+            entry = table.dataset.entries[table.sources[row]]
+            return BrokenSampleError(f"{entry.shard}: {entry.key}: {table.name}: {in_words(error)}")
 
     rows = range(len(table.sources))
     in_a_row = 0

@@ -31,6 +31,11 @@ class BrokenSampleError(ValueError):
     """A member of a sample does not decode; names the sample."""
 
 
+def in_words(error: Exception) -> str:
+    """What went wrong; with the kind of the error where its message was not meant for people."""
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+
+
 class ShardDataset(Dataset):
     """The samples of a folder of shards, or of one split and some languages of it, in index order.
 
@@ -94,11 +99,11 @@ class ShardDataset(Dataset):
         try:
             data = os.pread(self._file(entry.shard).fileno(), size, offset)
             if len(data) != size:
-                raise ValueError(f"{entry.shard} ends after {len(data)} of {size} bytes")
+                raise ValueError(f"the shard ends after {len(data)} of {size} bytes")
             return decode(data)
         except Exception as error:  # decoders raise what they like
             kind = next(extension for extension in extensions if extension in entry.members)
-            raise BrokenSampleError(f"{entry.key}.{kind}: {type(error).__name__}: {error}") from error
+            raise BrokenSampleError(f"{entry.shard}: {entry.key}.{kind}: {in_words(error)}") from error
 
     def _file(self, shard: str) -> BufferedReader:
         if shard not in self._files:  # of two threads that open at once, one file is dropped and so closed

@@ -5,11 +5,12 @@ are both better and faster than what a page of numpy would give.  Both are impor
 machine that only times steps or decodes pictures need not have them.
 """
 
+import contextlib
 import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SAMPLE_RATE = 16_000
 
@@ -18,8 +19,7 @@ def open_image(path: Path) -> Image.Image:
     """An image file as pillow sees it; SVG is drawn by resvg at its own size."""
     if path.suffix != ".svg":
         with Image.open(path) as image:
-            image.load()
-            return image
+            return upright(image)
     import resvg_py  # only the stamps need it
 
     # 96 dpi as in CSS: the default of 0 makes every drawing sized in pt, mm or cm "invalid". Without width, height and
@@ -27,10 +27,28 @@ def open_image(path: Path) -> Image.Image:
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), dpi=96))))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Loaded, and turned as EXIF's orientation says; EXIF that does not read says nothing."""
+    image.load()
+    with contextlib.suppress(Exception):  # SyntaxError, struct.error ... for broken EXIF of a picture that is good
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Composite palette, grey and alpha images on white; RGB."""
-    image = image.convert("RGBA")
+    image = _eight_bits(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey by value, where pillow would clip it at 255.  Raises ValueError for values that say no brightness."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are 32-bit numbers, expected 8 or 16 bits per channel")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def limit_area(image: Image.Image, max_area: int) -> Image.Image:
@@ -55,9 +73,18 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def opened(data: bytes) -> Image.Image:
+    """Encoded bytes as pillow sees them.  Raises ValueError for what it does not know."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # says where the bytes lie in memory
+        raise ValueError("it is no picture of a kind that pillow reads") from None
+
+
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] from encoded bytes of any kind pillow reads; transparency becomes white."""
-    with Image.open(io.BytesIO(data)) as image:
+    """uint8 [H, W, 3] from encoded bytes of any kind pillow reads, upright; transparency becomes white."""
+    with opened(data) as image:
+        image = upright(image)
         opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
         return np.array(image.convert("RGB") if opaque else flatten(image))
 
@@ -67,9 +94,14 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
     import soundfile
 
     stream = str(source) if isinstance(source, Path) else io.BytesIO(source)
-    waveform, rate = soundfile.read(stream, dtype="float32", always_2d=True)
+    try:
+        waveform, rate = soundfile.read(stream, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:  # its message says where the bytes lie in memory
+        raise ValueError(f"it does not read as sound: {error.error_string}") from None
     if waveform.shape[0] == 0:
-        raise ValueError("audio: the file holds no samples")
+        raise ValueError("the file holds no samples")
+    if not np.isfinite(waveform).all():
+        raise ValueError("the sound holds samples that are not numbers, or infinite")
     channels = waveform.T
     mono = sum(channels[1:], channels[0]) / np.float32(
         len(channels)

@@ -4,7 +4,7 @@ A front end is an nn.Module with
     members                         names of the sample's members that it reads, as in KEY.png
     decode(bytes) -> raw            host
     prepare(raw) -> features        host, once per sample; numpy
-    recipe                          string that changes when `prepare` does; names the cached features (text: none)
+    recipe                          string that changes when decode or prepare does, and names their cache (text: none)
     shape(features) -> int or grid  rows of the segment, without its special token
     augment(features, rng)          host, per step
     collate([features]) -> inputs   host, per batch; a tuple of tensors

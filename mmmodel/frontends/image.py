@@ -38,7 +38,8 @@ class ImageFrontEnd(nn.Module):
         self.width = config.width
         self.cell = self.build(config)
         self.max_tokens, self.enlarge = config.image.max_tokens, config.image.enlarge
-        self.recipe = f"image 1: {self.cell} {self.max_tokens} {self.enlarge}"  # what `prepare` gives; names the cache
+        # What decode and prepare give; names the cache.
+        self.recipe = f"image 2: {self.cell} {self.max_tokens} {self.enlarge}"
         side = self.max_tokens + 1  # + 1: the special token sits at position 0
         self.positions = (side, side)
         self.patches = next(side for side in (PATCHES, 2, 1) if self.cell % side == 0)

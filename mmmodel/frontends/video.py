@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import ImageSequence
 from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
+from mmmodel.data import media
 from mmmodel.frontends.image import ImageFrontEnd
 
 
@@ -35,7 +35,7 @@ class VideoFrontEnd(nn.Module):
     @staticmethod
     def decode(data: bytes) -> np.ndarray:
         """uint8 [F, h, w, 3]."""
-        with Image.open(io.BytesIO(data)) as clip:
+        with media.opened(data) as clip:
             return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(clip)])
 
     def prepare(self, clip: np.ndarray) -> np.ndarray:

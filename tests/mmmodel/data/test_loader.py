@@ -93,7 +93,7 @@ def test_metadata_that_says_nothing_leaves_the_defaults(tmp_path):
 
 def test_a_broken_member_is_named_and_the_others_still_read(tmp_path):
     dataset = make_shards(tmp_path, broken=[3])
-    with pytest.raises(BrokenSampleError, match=r"s003\.png: UnidentifiedImageError"):
+    with pytest.raises(BrokenSampleError, match=r"a\.tar: s003\.png: it is no picture"):
         dataset[3]
     assert dataset.read_text(3) == "text 3"
 
@@ -102,7 +102,7 @@ def test_a_truncated_shard_is_named(tmp_path):
     dataset = make_shards(tmp_path)
     with (tmp_path / "b.tar").open("r+b") as file:
         file.truncate(dataset.entries[15].members["png"][0] + 1)
-    with pytest.raises(BrokenSampleError, match=r"s015\.png: ValueError: b\.tar ends after 1 of"):
+    with pytest.raises(BrokenSampleError, match=r"b\.tar: s015\.png: the shard ends after 1 of"):
         dataset.read_image(15)
 
 

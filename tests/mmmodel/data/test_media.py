@@ -30,6 +30,67 @@ def test_every_mode_decodes_to_rgb(mode):
     assert pixels.dtype == np.uint8
 
 
+def encoded(image, kind, **how):
+    data = io.BytesIO()
+    image.save(data, kind, **how)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
+def test_16_bits_become_8_by_value(dtype, kind):
+    """pillow's own conversion clips at 255: a scan in 16 bits would be white.  I;16 and I are its two modes for it."""
+    values = np.array([[0, 128, 129, 257], [32768, 40000, 65407, 65535]], dtype)
+    pixels = media.decode_image(encoded(Image.fromarray(values), kind))
+    assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [128, 156, 255, 255]]
+    assert (pixels == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int32(70_000), np.int32(-1)])
+def test_32_bit_pixels_are_refused(value):
+    """Nobody says what is white."""
+    with pytest.raises(ValueError, match=r"pixels are 32-bit numbers, expected 8 or 16 bits per channel"):
+        media.decode_image(encoded(Image.fromarray(np.full((2, 2), value)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_stands_upright(kind, tmp_path):
+    """A phone writes what its sensor sees and, in EXIF's orientation, how it was held: 6 is a quarter turn."""
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, :16] = 255  # the left third, which is the top of the upright picture
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(pixels), kind, exif=exif)
+    upright = media.decode_image(data)
+    assert upright.shape == (48, 16, 3)
+    assert upright[2:14].min() > 200
+    assert upright[18:].max() < 50
+    (tmp_path / "photo").write_bytes(data)
+    assert media.open_image(tmp_path / "photo").size == (16, 48)
+
+
+def test_broken_exif_of_a_good_picture_says_nothing():
+    data = encoded(Image.new("RGB", (3, 2), "green"), "PNG", exif=b"Exif\0\0nonsense")
+    assert media.decode_image(data).shape == (2, 3, 3)
+
+
+def test_what_is_wrong_is_said_in_words():
+    """Both libraries name the object in memory that they were given."""
+    for decode in (media.decode_image, media.decode_speech):
+        with pytest.raises(ValueError, match=r"no picture|as sound") as caught:
+            decode(b"nonsense")
+        assert " at 0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sound_that_is_not_finite_is_refused(value):
+    waveform = np.zeros(800)
+    waveform[3] = value
+    file = io.BytesIO()
+    soundfile.write(file, waveform, 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(ValueError, match="not numbers, or infinite"):
+        media.decode_speech(file.getvalue())
+
+
 def test_palette_transparency_is_composited_on_decode():
     image = Image.new("P", (3, 3), 0)
     image.putpalette([0, 0, 0, 255, 0, 0])
