@@ -13,6 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from rich.progress import track
 from safetensors.torch import load_file
 
+from mmmodel.configs import ConfigError
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
@@ -66,15 +68,23 @@ class Features:
 
 
 def read_captions(dataset: ShardDataset, split: str) -> list[tuple[str, str]]:
-    """Concept and caption of each sample of a split that has one: for the tokenizer, and what learns from words."""
-    rows = [i for i, entry in enumerate(dataset.entries) if entry.split == split]
-    return [(dataset.entries[i].concept, text) for i in rows if (text := dataset.read_text(i))]
+    """Concept and caption of each sample of a split that has one: for the tokenizer, and what learns from words.
+
+    A caption that does not decode is passed over: it is `prepare` that says so.
+    """
+    found = []
+    for i, entry in enumerate(dataset.entries):
+        with suppress(BrokenSampleError):
+            if entry.split == split and (text := dataset.read_text(i)):
+                found.append((entry.concept, text))
+    return found
 
 
 def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> tuple[list[Item], Features]:
     """Every sample of the dataset as features.  Images and audio are mapped from files in `cache`, made if missing.
 
-    A member that does not decode is logged and its sample goes without that modality.
+    A member that does not decode is logged and its sample goes without that modality, as it does with a blank caption.
+    Raises ConfigError if many in a row do not decode.
     """
     tables = {name: _Table(dataset, name, front_end) for name, front_end in front_ends.items()}
     arrays, missing = {}, {}
@@ -126,11 +136,12 @@ class _Table:
 
 
 def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:
-    """Features in row order; None for what does not decode, whose row is added to `missing`."""
+    """Features in row order; None for what does not decode or is blank, whose row is added to `missing`."""
 
-    def one(row: int) -> np.ndarray | BrokenSampleError:
+    def one(row: int) -> np.ndarray | BrokenSampleError | None:
         try:
-            return front_end.prepare(table.read(row))
+            raw = table.read(row)
+            return None if raw is None else front_end.prepare(raw)
         except BrokenSampleError as error:
             return error
         except Exception as error:  # it decodes to something that no features can be made of
@@ -147,9 +158,10 @@ def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> I
             in_a_row = in_a_row + 1 if broken else 0
             if broken:
                 logger.warning("left out: %s", result)
+            if broken or result is None:
                 missing.add(row)
             if in_a_row > MAX_BROKEN_IN_A_ROW:
-                raise RuntimeError(
+                raise ConfigError(
                     f"features: more than {MAX_BROKEN_IN_A_ROW} samples in a row do not decode; the last: {result}"
                 )
             yield None if broken else result

@@ -81,7 +81,7 @@ class ShardDataset(Dataset):
         return Sample(self.entries[index].key, text, image, waveform, self.entries[index].meta)
 
     def read_text(self, index: int) -> str | None:
-        return self.read(index, TEXT, lambda data: data.decode("utf-8").strip())
+        return self.read(index, TEXT, media.decode_text)
 
     def read_image(self, index: int) -> np.ndarray | None:
         return self.read(index, IMAGE, media.decode_image)
@@ -90,7 +90,10 @@ class ShardDataset(Dataset):
         return self.read(index, AUDIO, media.decode_speech)
 
     def read(self, index: int, extensions: tuple[str, ...], decode: Callable[[bytes], Any]) -> Any:
-        """What `decode` makes of the sample's member with one of the extensions; None if it has none."""
+        """What `decode` makes of the sample's member with one of the extensions; None if it has none.
+
+        Raises BrokenSampleError.
+        """
         entry = self.entries[index]
         where = entry.member(extensions)
         if where is None:

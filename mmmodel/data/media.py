@@ -89,6 +89,14 @@ def decode_image(data: bytes) -> np.ndarray:
         return np.array(image.convert("RGB") if opaque else flatten(image))
 
 
+def decode_text(data: bytes) -> str | None:
+    """A caption, UTF-8 with or without a byte order mark; None where it is blank, which says nothing about a sample."""
+    try:
+        return data.decode("utf-8-sig").strip() or None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+
+
 def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.  Raises ValueError if it holds no sound."""
     import soundfile

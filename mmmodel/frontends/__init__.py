@@ -2,7 +2,7 @@
 
 A front end is an nn.Module with
     members                         names of the sample's members that it reads, as in KEY.png
-    decode(bytes) -> raw            host
+    decode(bytes) -> raw            host; None: there is nothing in it
     prepare(raw) -> features        host, once per sample; numpy
     recipe                          string that changes when decode or prepare does, and names their cache (text: none)
     shape(features) -> int or grid  rows of the segment, without its special token

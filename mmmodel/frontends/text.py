@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 from mmmodel.configs import ConfigError, ModelConfig
+from mmmodel.data import media
 
 SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
 
@@ -69,6 +70,7 @@ class TextFrontEnd(nn.Module):
     """The stream is ids; the model's embedding operator reads their rows from the token table."""
 
     members = ("txt",)
+    decode = staticmethod(media.decode_text)
     special = None  # [CLS] is an ordinary first id: the stream has it already
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -78,10 +80,6 @@ class TextFrontEnd(nn.Module):
         self.cls_id = tokenizer.token_to_id("[CLS]")
         self.sep_id = tokenizer.token_to_id("[SEP]")  # of a pretrained language model; None in a tokenizer of our own
         self.positions = (self.max_tokens,)
-
-    @staticmethod
-    def decode(data: bytes) -> str:
-        return data.decode("utf-8").strip()
 
     def prepare(self, caption: str) -> np.ndarray:
         """Ids, int32 [n], [CLS] first and [SEP], if there is one, last; at most max_tokens."""

@@ -1,6 +1,8 @@
-"""A tiny learner and hand-made batches for it.  M = 3: text, image, audio."""
+"""A tiny learner and hand-made batches for it, and shards as others write them.  M = 3: text, image, audio."""
 
 import dataclasses
+import io
+import tarfile
 
 import numpy as np
 
@@ -42,6 +44,15 @@ def samples(seed=0, present=PRESENT):
             arrays[name].append(_feature(name, i, rng))
         items.append(Item(f"k{i}", f"g{i}", "xx", f"c{i % 4}", "train", rows))
     return items, Features.of(arrays)
+
+
+def write_tar(path, members):
+    """File name -> bytes, as `tar` writes them: in that order, filled up to 10 KiB."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
 
 
 def _feature(name, i, rng):

@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 import soundfile
-from builders import learner
+from builders import learner, write_tar
 
 from mmmodel import configs, features, pretraining
+from mmmodel.configs import ConfigError
 from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.shards import write_index, write_shard
@@ -105,10 +106,34 @@ def test_sound_that_decodes_to_nothing_usable_is_left_out_by_name(tmp_path, capl
     assert "a-00000.tar: bad.wav: the sound holds samples that are not numbers" in caplog.text
 
 
+def test_captions_that_are_broken_or_blank_are_left_out(tmp_path, caplog):
+    """One file in another encoding must not end a run, and blank ones would all be the same text."""
+    texts = {
+        "bad": "caf\u00e9".encode("latin-1"),
+        "blank": b" \n",
+        "empty": b"",
+        "mark": b"\xef\xbb\xbfsea",
+        "fine": "caf\u00e9".encode(),
+    }
+    picture = png(np.random.default_rng(0))
+    write_tar(
+        tmp_path / "a.tar", {f"{k}.txt": data for k, data in texts.items()} | {f"{k}.png": picture for k in texts}
+    )
+    dataset = ShardDataset(tmp_path)
+    assert features.read_captions(dataset, "train") == [("fine", "caf\u00e9"), ("mark", "sea")]
+    items, _ = prepared(tmp_path, tmp_path / "cache")
+    assert {item.key for item in items if "text" in item.rows} == {"fine", "mark"}
+    assert all("image" in item.rows for item in items)
+    assert len(items) == 5
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "left out: a.tar: bad.txt: it is not UTF-8: byte 0xe9 at 3"
+    ]
+
+
 def test_data_that_never_decodes_stops_the_run(tmp_path):
     rows = [{"__key__": f"k{i}", "txt": "a", "png": b"no"} for i in range(20)]
     write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
-    with pytest.raises(RuntimeError, match="in a row do not decode"):
+    with pytest.raises(ConfigError, match="in a row do not decode"):
         prepared(tmp_path, tmp_path / "cache")
 
 

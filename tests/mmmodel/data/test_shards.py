@@ -6,6 +6,7 @@ import os
 import tarfile
 
 import pytest
+from builders import write_tar
 
 from mmmodel.data.shards import INDEX, read_index, scan_shard, write_index, write_shard
 
@@ -50,24 +51,16 @@ def test_index_is_made_for_a_folder_without_one_and_remade_when_shards_change(tm
     assert [entry.key for entry in read_index(tmp_path)] == ["x", "y"]
 
 
-def tar_of(path, members, mtime_ns):
-    """A tar as `tar` makes it: without times in it that differ, filled up to 10 KiB."""
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    os.utime(path, ns=(mtime_ns, mtime_ns))
-
-
 def test_a_rewritten_shard_of_the_same_size_is_read_anew(tmp_path):
     """Labels and places of captions are another's: the index must not be the old one."""
     before = {"x.json": b'{"split": "train", "category": "cat"}', "x.txt": b"short", "y.txt": b"y"}
-    tar_of(tmp_path / "a.tar", before, 10**18)
+    write_tar(tmp_path / "a.tar", before)
     size = (tmp_path / "a.tar").stat().st_size
     assert read_index(tmp_path)[0].meta["category"] == "cat"
     after = {**before, "x.json": b'{"split": "test", "category": "dog"}', "x.txt": b"a caption that is longer"}
-    tar_of(tmp_path / "a.tar", after, 10**18 + 4_000_000)
+    time = (tmp_path / "a.tar").stat().st_mtime_ns + 1_000_000
+    write_tar(tmp_path / "a.tar", after)
+    os.utime(tmp_path / "a.tar", ns=(time, time))
     assert (tmp_path / "a.tar").stat().st_size == size
     x, y = read_index(tmp_path)
     assert x.meta == {"split": "test", "category": "dog"}
