@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmmodel.configs import ConfigError
+
 logger = logging.getLogger(__name__)
 
 TEXT = ("txt",)
@@ -22,6 +24,7 @@ IMAGE = ("png", "jpg", "jpeg", "webp")
 AUDIO = ("flac", "ogg", "wav")
 INDEX = "index.json"
 INDEX_VERSION = 2
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 VALIDATION = ("val", "valid", "dev")  # what others call the split "validation"
 
 
@@ -86,15 +89,21 @@ def _encode(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def scan_shard(path: Path) -> list[Entry]:
-    """Entries of one tar, in order.  A KEY.json that is not an object leaves the metadata empty and is logged."""
+    """Entries of one tar, in order.  A KEY.json that is not an object leaves the metadata empty and is logged.
+
+    Raises ConfigError for a file that is no tar, is compressed or cut, or that holds a member twice.
+    """
     members: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            folder, _, name = info.name.rpartition("/")
-            stem, dot, extension = name.partition(".")
-            if info.isfile() and stem and dot:
-                key = f"{folder}/{stem}" if folder else stem
-                members.setdefault(key, {})[extension.lower()] = (info.offset_data, info.size)
+    for info in _files(path):
+        folder, _, name = info.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        if not (stem and dot):
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        own = members.setdefault(key, {})
+        if extension.lower() in own:
+            raise ConfigError(f"shards: {path} holds {key}.{extension.lower()} twice, expected one member of each kind")
+        own[extension.lower()] = (info.offset_data, info.size)
     entries = []
     with path.open("rb") as file:
         for key, where in members.items():
@@ -112,6 +121,25 @@ def scan_shard(path: Path) -> list[Entry]:
     return entries
 
 
+def _files(path: Path) -> list[tarfile.TarInfo]:
+    """Its ordinary files.  tarfile takes a tar that is cut between two members for a whole one: we do not."""
+    try:
+        with tarfile.open(path, "r:", errors="backslashreplace") as archive:  # names in another encoding stay apart
+            files = [info for info in archive if info.isfile()]
+            archive.fileobj.seek(archive.offset)
+            if not (end := archive.fileobj.read(tarfile.BLOCKSIZE)):
+                logger.warning("%s: no end mark: is it cut?  It is read as far as it goes", path)
+            elif end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut, or something else follows")
+    except tarfile.TarError as error:
+        with path.open("rb") as file:
+            start = file.read(6)
+        packed = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), "")
+        hint = f"; it is packed by {packed}: unpack it, or members could not be read at random" if packed else ""
+        raise ConfigError(f"shards: {path} does not read as a tar: {error}{hint}") from error
+    return files
+
+
 def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[int]] | None = None) -> None:
     """Write `index.json`, atomically.  stamps: of the shards that the entries were read from; by default as of now."""
     entries = sorted(entries, key=lambda entry: (entry.shard, entry.key))
@@ -125,7 +153,7 @@ def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[i
 def read_index(folder: Path) -> list[Entry]:
     """Entries of all `*.tar` in a folder, by shard and key; a missing or stale index is made, and kept if it can be.
 
-    Raises FileNotFoundError if the folder has no shards, ValueError if two samples share a key.
+    Raises FileNotFoundError if the folder has no shards, ConfigError if two samples share a key, or as scan_shard does.
     """
     stamps = shard_stamps(folder)
     if not stamps:
@@ -143,7 +171,7 @@ def read_index(folder: Path) -> list[Entry]:
     seen: dict[str, str] = {}
     for entry in entries:
         if entry.key in seen:
-            raise ValueError(f"shards: key {entry.key!r} is in both {seen[entry.key]} and {entry.shard}")
+            raise ConfigError(f"shards: key {entry.key!r} is in both {seen[entry.key]} and {entry.shard}")
         seen[entry.key] = entry.shard
     try:
         write_index(folder, entries, stamps)

@@ -1,5 +1,6 @@
 """Shards and their index: round trip, staleness, and folders that others made."""
 
+import gzip
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import tarfile
 import pytest
 from builders import write_tar
 
+from mmmodel.configs import ConfigError
 from mmmodel.data.shards import INDEX, read_index, scan_shard, write_index, write_shard
 
 
@@ -110,6 +112,53 @@ def test_tars_made_by_others(tmp_path, broken):
     assert entry.key == "./d/x"
     assert set(entry.members) == {"jpg", "txt", "json"}
     assert entry.meta == {}
+
+
+@pytest.mark.parametrize("again", ["x.txt", "x.TXT"])  # as `tar -r` appends it; the same to us
+def test_a_member_that_a_shard_holds_twice_is_an_error(tmp_path, again):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("x.txt", "x.png", again):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ConfigError, match=r"a\.tar holds x\.txt twice"):
+        read_index(tmp_path)
+
+
+def whole(folder):
+    write_tar(folder / "whole", {f"{i}.txt": bytes(700) for i in range(3)})  # 1,536 bytes each, with the header
+    return (folder / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda data: b"", "empty file"),
+        (lambda data: b"junk " * 1000, "invalid header"),
+        (gzip.compress, r"packed by gzip: unpack it"),
+        (lambda data: data[:1800], "it is cut"),  # within a header
+        (lambda data: data[:2200], "unexpected end of data"),  # within a member
+        (lambda data: data[:1536] + b"junk" * 1000, "it is cut, or something else follows"),
+    ],
+)
+def test_what_is_no_tar_is_named(tmp_path, made, reason):
+    (tmp_path / "a.tar").write_bytes(made(whole(tmp_path)))
+    with pytest.raises(ConfigError, match=rf"a\.tar does not read as a tar: .*{reason}"):
+        read_index(tmp_path)
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_a_tar_without_an_end_mark_is_read_and_logged(tmp_path, caplog):
+    """Some writers leave it out; or it was cut just there."""
+    (tmp_path / "a.tar").write_bytes(whole(tmp_path)[: 2 * 1536])
+    assert [entry.key for entry in read_index(tmp_path)] == ["0", "1"]
+    assert "a.tar: no end mark" in caplog.text
+
+
+def test_names_that_are_not_utf_8_stay_apart(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        for name in ("caf\xe9.txt", "caf\xe8.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert [entry.key for entry in read_index(tmp_path)] == ["caf\\xe8", "caf\\xe9"]
+    assert len(read_index(tmp_path)) == 2  # from the index
 
 
 def test_equal_keys_in_two_shards_are_an_error(tmp_path):
