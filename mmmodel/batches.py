@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.layout import PackedLayout
+from mmmodel.configs import ConfigError
 from mmmodel.features import Features, Item
 
 Segments = list[list[tuple[int, int | tuple[int, int]]]]
@@ -50,8 +51,8 @@ class Sampler:
         for i, item in enumerate(items):
             groups.setdefault(item.group, {}).setdefault(item.language, []).append(i)
         if len(groups) < batch_size:
-            raise ValueError(
-                f"batch_size is {batch_size}, expected at most the {len(groups)} distinct items of the data"
+            raise ConfigError(
+                f"batch_size is {batch_size}, expected at most the {len(groups)} distinct items of the training data"
             )
         self.groups = [groups[name] for name in sorted(groups)]
         self.languages = sorted({item.language for item in items})

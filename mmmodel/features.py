@@ -22,7 +22,9 @@ import numpy as np
 from rich.progress import track
 from safetensors.torch import load_file
 
+from mmmodel import distributed
 from mmmodel.configs import ConfigError
+from mmmodel.data import summary
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
@@ -110,7 +112,11 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
         {name: flat for name, (flat, _) in arrays.items() if flat is not None},
         {name: shapes for name, (_, shapes) in arrays.items() if shapes is not None},
     )
-    return _items(dataset, tables, missing), features
+    read = {name: {i for i, row in table.row_of.items() if row not in missing[name]} for name, table in tables.items()}
+    if not distributed.rank():
+        for line in summary.lines(dataset, {name: table.members for name, table in tables.items()}, read):
+            logger.info("%s: %s", dataset.path, line)
+    return _items(dataset, tables, read), features
 
 
 class _Table:
@@ -186,12 +192,10 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable, rows: Iterable[int],
         yield waiting.popleft().result()
 
 
-def _items(dataset: ShardDataset, tables: dict[str, _Table], missing: dict[str, set[int]]) -> list[Item]:
+def _items(dataset: ShardDataset, tables: dict[str, _Table], read: dict[str, set[int]]) -> list[Item]:
     items = []
     for i, entry in enumerate(dataset.entries):
-        rows = {name: table.row_of[i] for name, table in tables.items() if i in table.row_of}
-        rows = {name: row for name, row in rows.items() if row not in missing[name]}
-        if rows:
+        if rows := {name: table.row_of[i] for name, table in tables.items() if i in read[name]}:
             items.append(Item(entry.key, entry.group, entry.language, entry.concept, entry.split, rows))
     return items
 

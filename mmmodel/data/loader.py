@@ -63,6 +63,7 @@ class ShardDataset(Dataset):
                 f"ShardDataset: no sample of {self.path} has split {split!r} and a language in {languages}; "
                 f"there are splits {splits} and languages {known}{hint}"
             )
+        self.others = len(entries) - len(self.entries)  # samples of other splits or languages
         self._files: dict[str, BufferedReader] = {}
 
     @property

@@ -5,6 +5,7 @@ import pytest
 from builders import batch_of, learner, samples
 
 from mmmodel.batches import Sampler, collate
+from mmmodel.configs import ConfigError
 from mmmodel.features import Item
 
 
@@ -47,7 +48,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ValueError, match="batch_size is 11, expected at most the 10"):
+    with pytest.raises(ConfigError, match="batch_size is 11, expected at most the 10"):
         Sampler(corpus(), batch_size=11, seed=0)
 
 

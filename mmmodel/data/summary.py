@@ -1,0 +1,45 @@
+"""What a run reads of its samples and what it leaves out, in a few lines for the log."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from mmmodel.data.loader import ShardDataset
+
+SPLITS = ("train", "validation", "test")  # those that a command reads by itself
+SHOWN = 8  # kinds of members, at most
+
+
+def lines(dataset: ShardDataset, members: Mapping[str, Sequence[str]], read: Mapping[str, set[int]]) -> Iterator[str]:
+    """members: modality -> its extensions.  read: modality -> numbers of the entries from which it was read."""
+    entries = dataset.entries
+    some = set().union(*read.values())
+    splits = Counter(entries[i].split for i in some)
+    names = [*(name for name in SPLITS if name in splits), *sorted(set(splits) - set(SPLITS))]
+    yield f"{len(some)} samples: {', '.join(f'{name} {splits[name]}' for name in names)}"
+    parts = []
+    for name, extensions in members.items():
+        lost = sum(entry.member(extensions) is not None for entry in entries) - len(read[name])
+        parts.append(f"{name} {len(read[name])}" + (f" ({lost} left out, broken or blank)" if lost else ""))
+    yield f"they hold {', '.join(parts)}"
+    if dataset.others:
+        yield f"left out: {dataset.others} samples of other languages or splits"
+    if len(some) < len(entries):
+        yield f"left out: {len(entries) - len(some)} samples with nothing to read"
+    unread = Counter()
+    dotted = []
+    for entry in entries:
+        used = {next((e for e in extensions if e in entry.members), "") for extensions in members.values()}
+        for extension in entry.members.keys() - used - {"json"}:
+            if "." in extension:
+                dotted.append(f"{entry.key}.{extension}")
+            else:
+                unread[extension] += 1
+    if unread:
+        kinds = sorted(unread, key=lambda name: (-unread[name], name))[:SHOWN]
+        yield f"files that nobody reads: {', '.join(f'{name} {unread[name]}' for name in kinds)}"
+    if dotted:
+        yield f"files that nobody reads: {len(dotted)} such as {dotted[0]}: a key ends at the first dot of the name"
+    if others := [f"{name} {splits[name]}" for name in names if name not in SPLITS]:
+        yield f"splits that are read only where they are named: {', '.join(others)}"
