@@ -86,7 +86,7 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
     """Every sample of the dataset as features.  Images and audio are mapped from files in `cache`, made if missing.
 
     A member that does not decode is logged and its sample goes without that modality, as it does with a blank caption.
-    Raises ConfigError if many in a row do not decode.
+    Raises ConfigError if many in a row do not decode, or if the cache cannot be written.
     """
     tables = {name: _Table(dataset, name, front_end) for name, front_end in front_ends.items()}
     arrays, missing = {}, {}
@@ -101,10 +101,13 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
         path = cache / "features" / f"{name}-{_fingerprint(dataset, front_end, table)}.safetensors"
         if not path.exists():
             lost: set[int] = set()
-            with ArrayWriter(path) as writer:
-                for feature in _prepare_all(table, front_end, threads, lost):
-                    writer.add(feature)
-                writer.finish({"missing": np.array(sorted(lost), np.int64)})
+            try:
+                with ArrayWriter(path) as writer:
+                    for feature in _prepare_all(table, front_end, threads, lost):
+                        writer.add(feature)
+                    writer.finish({"missing": np.array(sorted(lost), np.int64)})
+            except OSError as error:  # writing: what does not read is a broken sample
+                raise ConfigError(f"features: {error.strerror}: {path} (MMMODEL_CACHE names the folder)") from error
         stored = {key: tensor.numpy() for key, tensor in load_file(path).items()}  # a memory map
         missing[name] = set(stored["missing"].tolist())
         arrays[name] = (stored["flat"], stored["shapes"])

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import struct
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +21,30 @@ DTYPES = {"uint8": "U8", "int32": "I32", "int64": "I64", "float16": "F16", "floa
 class ArrayWriter:
     """Context manager: `add` each array, then `finish`; without it nothing is left behind.
 
-    The file appears whole, under its name, in `finish`: another run may be looking for it, or writing the same.
+    The file appears whole, under its name, in `finish`: another run may be looking for it, or writing the same.  Until
+    then the arrays lie beside it in a file without a name, of which nothing stays however the process ends.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.payload = path.with_name(f".{path.name}.{os.getpid()}.payload")
         self.partial = path.with_name(f".{path.name}.{os.getpid()}")
         self.shapes: list[tuple[int, ...] | None] = []
         self.dtype: np.dtype | None = None
         self.total = 0
 
     def __enter__(self) -> ArrayWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.payload.open("wb")
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.safetensors.*"):
+            if not owner_runs(stale):
+                stale.unlink(missing_ok=True)
+        self.file = tempfile.TemporaryFile(dir=folder)
         return self
 
     def __exit__(self, *error) -> None:
-        self.file.close()
-        self.payload.unlink(missing_ok=True)
         self.partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk, on which the last arrays find no room: they are not wanted any more
+            self.file.close()
 
     def add(self, array: np.ndarray | None) -> None:
         """None: an empty array stands there.  Raises ValueError for another dtype or rank than the first one's."""
@@ -55,7 +61,6 @@ class ArrayWriter:
         self.shapes.append(None if array is None else array.shape)
 
     def finish(self, extra: dict[str, np.ndarray]) -> None:
-        self.file.close()
         rank = next((len(shape) for shape in self.shapes if shape is not None), 1)
         shapes = np.array([shape or (0,) * rank for shape in self.shapes], np.int64).reshape(-1, rank)
         small = {"shapes": shapes, **extra}
@@ -72,9 +77,21 @@ class ArrayWriter:
             file.write(struct.pack("<Q", len(text)) + text)
             for array in small.values():
                 file.write(np.ascontiguousarray(array).tobytes())
-            with self.payload.open("rb") as payload:
-                shutil.copyfileobj(payload, file, 1 << 24)
+            self.file.seek(0)
+            shutil.copyfileobj(self.file, file, 1 << 24)
         self.partial.replace(self.path)
+
+
+def owner_runs(path: Path) -> bool:
+    """Whether the process that made `.NAME.PID` still runs, in which case the file or folder is its business."""
+    try:
+        # Earlier versions gave the payload a name.
+        os.kill(int(path.name.removesuffix(".payload").rpartition(".")[2]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _entry(dtype: np.dtype, shape: tuple[int, ...], start: int, size: int) -> dict:

@@ -146,8 +146,11 @@ def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[i
     rows = [[entry.key, entry.shard, entry.members, entry.meta] for entry in entries]
     content = {"version": INDEX_VERSION, "shards": stamps or shard_stamps(folder), "samples": rows}
     partial = folder / f".{INDEX}.{os.getpid()}"
-    partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    partial.replace(folder / INDEX)
+    try:
+        partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        partial.replace(folder / INDEX)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> list[Entry]:

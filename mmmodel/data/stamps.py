@@ -21,6 +21,7 @@ from typing import Any
 
 from mmmodel import settings
 from mmmodel.data import media, tuxpaint
+from mmmodel.data.array_file import owner_runs
 from mmmodel.data.concepts import CONCEPT_LANGUAGES, SPLITS, assign_concepts, split_of
 from mmmodel.data.shards import Entry, read_index, write_index, write_shard
 
@@ -74,7 +75,7 @@ def prepare(
 
     cache.mkdir(parents=True, exist_ok=True)
     for stale in cache.glob(f".{folder.name}.*"):
-        if not _alive(stale.name.rsplit(".", 1)[-1]):
+        if not owner_runs(stale):
             shutil.rmtree(stale, ignore_errors=True)
     work = cache / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
@@ -129,17 +130,6 @@ def _folder_name(languages: tuple[str, ...]) -> str:
     if languages == CONCEPT_LANGUAGES:
         return "stamps"
     return "stamps-" + "-".join(languages) if len(languages) <= 12 else f"stamps-{len(languages)}-languages"
-
-
-def _alive(pid: str) -> bool:
-    """Whether the process that made a temporary folder still runs (in which case the folder is its business)."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _source(cache: Path, work: Path, deb: Path | None, tree: Path | None) -> tuple[Path, dict[str, str]]:

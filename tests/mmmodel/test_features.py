@@ -137,6 +137,12 @@ def test_data_that_never_decodes_stops_the_run(tmp_path):
         prepared(tmp_path, tmp_path / "cache")
 
 
+def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path / "cache").touch()  # where a folder belongs
+    with pytest.raises(ConfigError, match=r"cache/features/image-.* \(MMMODEL_CACHE names the folder\)"):
+        prepared(folder, tmp_path / "cache")
+
+
 def test_a_tokenizer_learns_from_training_captions_alone(tmp_path):
     """The words of the test set, and those of validation, must stay unseen; a sample without a split is of training."""
     rows = [

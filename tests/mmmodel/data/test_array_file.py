@@ -1,6 +1,7 @@
 """Arrays written one by one: read back by the safetensors library, mapped instead of loaded, whole or not at all."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,48 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
         writer.add(np.zeros(3, np.uint8))
         with pytest.raises(ValueError, match=r"array 1 is uint8 of rank 2, expected uint8 of rank 1"):
             writer.add(np.zeros((3, 1), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_nothing(tmp_path):
+    """At any moment, by a signal that nobody can catch."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; import numpy as np\n"
+        "from mmmodel.data.array_file import ArrayWriter\n"
+        "with ArrayWriter(Path(sys.argv[1])) as writer:\n"
+        "    writer.add(np.zeros(1 << 20, np.uint8))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.safetensors")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rest_of_a_dead_process_is_removed_and_that_of_a_live_one_stays(tmp_path):
+    """`.NAME.PID` is what `finish` fills; earlier versions left `.NAME.PID.payload`."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        for name in (f".b.safetensors.{pid}", f".b.safetensors.{pid}.payload"):
+            (tmp_path / name).touch()
+    with ArrayWriter(tmp_path / "a.safetensors") as writer:
+        writer.finish({})
+    left = {f".b.safetensors.{os.getppid()}", f".b.safetensors.{os.getppid()}.payload"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", *left}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_full_disk_is_the_error_that_is_raised_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "w+b"))  # noqa: SIM115
+
+    def fill():
+        with ArrayWriter(tmp_path / "a.safetensors") as writer:
+            writer.add(np.zeros(10, np.uint8))  # fits the buffer, so that closing fails too
+            writer.partial.touch()
+            writer.finish({})
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
     assert list(tmp_path.iterdir()) == []
 
 
