@@ -55,7 +55,7 @@ def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> d
     corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split(split)
     if not items:
-        raise ValueError(f"evaluate: the data has no samples of split {split!r}")
+        raise ConfigError(f"evaluate: the data has no samples of split {split!r}")
     untrained = ranks(embed(learner, corpus, items), items)
     export.load_weights(run / "model.safetensors", learner)
     pretrained = ranks(embed(learner, corpus, items), items)

@@ -56,11 +56,13 @@ class ShardDataset(Dataset):
             and (languages is None or entry.language in languages)
         ]
         if not self.entries:
+            wanted = [f"split {split!r}"] if split is not None else []
+            wanted += [f"a language in {list(languages)}"] if languages is not None else []
             splits = sorted({entry.split for entry in entries})
             known = sorted({entry.language for entry in entries})
-            hint = " ('': KEY.json has no lang; languages= takes all)" if "" in known else ""
+            hint = " ('': KEY.json has no lang; languages= takes all)" if languages is not None and "" in known else ""
             raise ConfigError(
-                f"ShardDataset: no sample of {self.path} has split {split!r} and a language in {languages}; "
+                f"ShardDataset: {self.path} holds no sample{' of ' * bool(wanted)}{' and '.join(wanted)}; "
                 f"there are splits {splits} and languages {known}{hint}"
             )
         self.others = len(entries) - len(self.entries)  # samples of other splits or languages

@@ -85,6 +85,6 @@ def test_a_classifier_without_the_common_space_gives_mean_states(run, shards, tm
 def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         cli.main(["embed", "--from", str(tmp_path), "--out", str(tmp_path / "v.parquet")])
-    with pytest.raises(SystemExit, match=r"embed: .* has split 'none'"):
+    with pytest.raises(SystemExit, match=r"embed: .* holds no sample of split 'none'; there"):
         cli.main(["embed", "--from", str(run), "--split", "none", "--out", str(tmp_path / "v.parquet")])
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import torch
 from builders import batch_of, learner, samples
 
 from mmmodel import evaluate, retrieval
+from mmmodel.configs import ConfigError
 from mmmodel.features import Item
 from mmmodel.pretraining import Corpus
 
@@ -33,6 +34,11 @@ def test_report_has_the_promised_form(report):
         low, high = task["gain_r10_ci95"]
         assert low <= task["pretrained"]["r10"] - task["untrained"]["r10"] <= high
     evaluate.show(report)
+
+
+def test_a_split_without_samples_is_one_line(run):
+    with pytest.raises(ConfigError, match="no samples of split 'recordings'"):
+        evaluate.evaluate(run, split="recordings")
 
 
 def test_embed_equals_the_head_on_each_item_and_shares_features():
