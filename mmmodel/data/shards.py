@@ -69,12 +69,17 @@ def split_name(said: str) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:
-    """Write samples (`{"__key__": str, "json": dict, "txt": str, "png": bytes, ...}`) as one tar; their entries."""
+    """Write samples (`{"__key__": str, "json": dict, "txt": str, "png": bytes, ...}`) as one tar; their entries.
+
+    Raises ValueError for a key with a dot after its last slash, where readers would end it.
+    """
     from webdataset import TarWriter  # imports torch, which a worker that only converts should not wait for
 
     # No times in the archive: the same samples give the same bytes.
     with TarWriter(str(path), encoder=_encode, mtime=0) as writer:
         for sample in samples:
+            if "." in (key := sample["__key__"]).rpartition("/")[2]:
+                raise ValueError(f"write_shard: key {key!r} holds a dot, expected none: a reader would end it there")
             writer.write(sample)
     return scan_shard(path)
 
@@ -122,22 +127,24 @@ def scan_shard(path: Path) -> list[Entry]:
 
 
 def _files(path: Path) -> list[tarfile.TarInfo]:
-    """Its ordinary files.  tarfile takes a tar that is cut between two members for a whole one: we do not."""
+    """Its ordinary files.  To tarfile a tar that is cut within a header, or the first of several joined, is whole."""
     try:
         with tarfile.open(path, "r:", errors="backslashreplace") as archive:  # names in another encoding stay apart
-            files = [info for info in archive if info.isfile()]
+            members = list(archive)
             archive.fileobj.seek(archive.offset)
-            if not (end := archive.fileobj.read(tarfile.BLOCKSIZE)):
+            if not (end := archive.fileobj.read(2 * tarfile.RECORDSIZE)):
                 logger.warning("%s: no end mark: is it cut?  It is read as far as it goes", path)
             elif end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it is cut, or something else follows")
+                raise tarfile.ReadError("it is cut, or something follows its end, as where tars were joined")
     except tarfile.TarError as error:
         with path.open("rb") as file:
             start = file.read(6)
         packed = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), "")
         hint = f"; it is packed by {packed}: unpack it, or members could not be read at random" if packed else ""
         raise ConfigError(f"shards: {path} does not read as a tar: {error}{hint}") from error
-    return files
+    if links := sum(info.islnk() or info.issym() for info in members):
+        logger.warning("%s: left out: %d links; tar -h --hard-dereference writes files in their place", path, links)
+    return [info for info in members if info.isfile()]
 
 
 def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[int]] | None = None) -> None:

@@ -27,6 +27,8 @@ def lines(dataset: ShardDataset, members: Mapping[str, Sequence[str]], read: Map
         yield f"left out: {dataset.others} samples of other languages or splits"
     if len(some) < len(entries):
         yield f"left out: {len(entries) - len(some)} samples with nothing to read"
+    if bare := sum("json" in entry.members and not entry.meta for entry in entries):
+        yield f"{bare} KEY.json are empty or do not read: their samples are of train"
     unread = Counter()
     dotted = []
     for entry in entries:

@@ -136,7 +136,8 @@ def whole(folder):
         (gzip.compress, r"packed by gzip: unpack it"),
         (lambda data: data[:1800], "it is cut"),  # within a header
         (lambda data: data[:2200], "unexpected end of data"),  # within a member
-        (lambda data: data[:1536] + b"junk" * 1000, "it is cut, or something else follows"),
+        (lambda data: data[:1536] + b"junk" * 1000, "something follows its end"),
+        (lambda data: data + data, "something follows its end, as where tars were joined"),
     ],
 )
 def test_what_is_no_tar_is_named(tmp_path, made, reason):
@@ -151,6 +152,23 @@ def test_a_tar_without_an_end_mark_is_read_and_logged(tmp_path, caplog):
     (tmp_path / "a.tar").write_bytes(whole(tmp_path)[: 2 * 1536])
     assert [entry.key for entry in read_index(tmp_path)] == ["0", "1"]
     assert "a.tar: no end mark" in caplog.text
+
+
+def test_links_are_counted(tmp_path, caplog):
+    """A second name of a file that tar has already written is a link; the bytes lie elsewhere, or nowhere."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("x.txt", tarfile.REGTYPE), ("y.txt", tarfile.LNKTYPE), ("z.txt", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x.txt"
+            archive.addfile(info)
+    assert [entry.key for entry in read_index(tmp_path)] == ["x"]
+    assert "left out: 2 links" in caplog.text
+
+
+def test_a_key_that_readers_would_cut_is_refused(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample("v1.2/x", txt="1")])
+    with pytest.raises(ValueError, match=r"key 'v1\.2/x\.y' holds a dot"):
+        write_shard(tmp_path / "b.tar", [sample("v1.2/x.y", txt="1")])
 
 
 def test_names_that_are_not_utf_8_stay_apart(tmp_path):
