@@ -140,8 +140,8 @@ def _files(path: Path) -> list[tarfile.TarInfo]:
         with path.open("rb") as file:
             start = file.read(6)
         packed = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), "")
-        hint = f"; it is packed by {packed}: unpack it, or members could not be read at random" if packed else ""
-        raise ConfigError(f"shards: {path} does not read as a tar: {error}{hint}") from error
+        reason = f"it is packed by {packed}, expected it unpacked: members are read at random" if packed else error
+        raise ConfigError(f"shards: {path} does not read as a tar: {reason}") from error
     if links := sum(info.islnk() or info.issym() for info in members):
         logger.warning("%s: left out: %d links; tar -h --hard-dereference writes files in their place", path, links)
     return [info for info in members if info.isfile()]
