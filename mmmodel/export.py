@@ -6,6 +6,7 @@ The file holds everything that `from_pretrained` needs; it is data, so a strange
 from __future__ import annotations
 
 import json
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,14 +32,18 @@ class CheckpointError(ConfigError):
 def export(path: Path, learner: Pretraining, config: PretrainConfig) -> None:
     """Encoder, front ends and heads; atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "config": json.dumps(configs.to_dict(config)),
-        "tokenizer": learner.model.tokenizer.to_str(),
-        "crc32": str(checksum(tensors)),
-    }
+    write(path, tensors, config, learner.model.tokenizer)
+
+
+def write(path: Path, tensors: dict[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:
+    """The file itself, with `more` metadata; whole or not at all, and readable by whom the umask lets read."""
+    metadata = {"format": "pt", "config": json.dumps(configs.to_dict(config)), "tokenizer": tokenizer.to_str()}
     partial = path.with_name(f".{path.name}")
-    save_file(tensors, partial, metadata=metadata)
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    save_file(tensors, partial, metadata={**metadata, **more, "crc32": str(checksum(tensors))})
+    partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
     partial.replace(path)
 
 

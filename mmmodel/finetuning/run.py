@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from mmmodel import configs, export, pretraining, settings
+from mmmodel import export, pretraining, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -159,16 +158,8 @@ def save(
 ) -> None:
     """As a pretrained run's file, with what the head means beside it; atomically."""
     tensors = {_file_name(learner, n): t.detach().cpu().contiguous() for n, t in learner.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "config": json.dumps(configs.to_dict(pretrain)),
-        "tokenizer": learner.model.tokenizer.to_str(),
-        "finetune": json.dumps({"config": asdict(config), "labels": asdict(labels)}),
-        "crc32": str(export.checksum(tensors)),
-    }
-    partial = path.with_name(f".{path.name}")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    about = json.dumps({"config": asdict(config), "labels": asdict(labels)})
+    export.write(path, tensors, pretrain, learner.model.tokenizer, finetune=about)
 
 
 def load(path: Path | str) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:

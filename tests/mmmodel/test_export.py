@@ -66,6 +66,14 @@ def test_a_file_alone_is_enough(written, tmp_path):
     assert from_pretrained(copy).model.tokenizer.get_vocab_size() == 280
 
 
+def test_the_file_may_be_read_by_whom_the_umask_lets_read(tmp_path):
+    """safetensors writes through a temporary file, which only its owner may read."""
+    (plain := tmp_path / "plain").touch()
+    config, learned = learner()
+    export(path := tmp_path / "model.safetensors", learned, config)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_names_what_is_missing_extra_or_misshapen(written, tmp_path):
     def change(tensors):
         tensors["model.surplus"] = torch.zeros(3)
