@@ -193,12 +193,12 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Embed:
-    """Write a vector for each modality of each sample, and one of the sample, as parquet: key, modality, vector."""
+    """Write a vector for each modality of each sample, and one of the sample: a table of key, modality, vector."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="from")]
     """Folder of a pretrained or fine-tuned run, or its safetensors file."""
     out: Path
-    """The file to write, FILE.parquet."""
+    """The file to write; its suffix is the format: .parquet, .csv or .jsonl."""
     data: str = ""
     """stamps, synthetic, or a folder of shards; empty: what the run was trained on."""
     split: str = ""

@@ -5,7 +5,6 @@ P width of the space in which modalities are compared, E model width, T tokens, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel import features as feature_store
-from mmmodel import pretraining, settings
+from mmmodel import pretraining, settings, tables
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
@@ -27,6 +26,7 @@ from mmmodel.model import Model
 
 BATCH = 64
 JOINT = "joint"
+COLUMNS = {"key": "text", "modality": "text", "vector": "vector"}
 Read = Callable[[Batch], Tensor]
 
 
@@ -127,47 +127,38 @@ def write(
     joint: bool = True,
     device: str = "cpu",
 ) -> int:
-    """Write a parquet file with columns key, modality and vector, a row for each modality of each sample, and with
-    `joint` one for the sample; returns the number of rows.
+    """Write a table of key, modality and vector, a row for each modality of each sample, and with `joint` one for the
+    sample; returns the number of rows.  path ends in .parquet, .csv or .jsonl.
 
     data: as in `pretraining.find_data`; empty: what the run was trained on.  The file appears whole or not at all.
-    Raises ConfigError if no sample has the split and a language.
+    Raises ConfigError if no sample has the split and a language, or for another suffix.
     """
-    import pyarrow
-    from pyarrow import parquet
-
+    tables.check(path)
     embedder = Embedder(run, device=device)
     torch.set_num_threads(embedder.config.threads)
     languages = tuple(languages) or (embedder.config.languages if not data else ())
-    try:
-        dataset = ShardDataset(pretraining.find_data(data or embedder.config.data), split, languages or None)
-    except ValueError as error:  # nothing has this split or language
-        raise ConfigError(f"embed: {error}") from error
+    dataset = selected("embed", data or embedder.config.data, split, languages)
     items, features = embedder.prepare(dataset)
-    schema = pyarrow.schema(
-        {"key": pyarrow.string(), "modality": pyarrow.string(), "vector": pyarrow.list_(pyarrow.float32())},
-        metadata={"run": str(run), "data": str(dataset.path)},
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    count = 0
+    about = {"run": str(run), "data": str(dataset.path)}
+    return tables.write(path, COLUMNS, _rows(embedder, items, features, joint), about)
+
+
+def selected(who: str, data: str, split: str | None, languages: Sequence[str]) -> ShardDataset:
+    """The samples of one split and some languages; None and none: all.  Raises ConfigError where there are none."""
     try:
-        with parquet.ParquetWriter(partial, schema) as writer:
-            for keys, modalities, vectors in _columns(embedder, items, features, joint):
-                writer.write_table(pyarrow.table([keys, modalities, vectors], schema=schema))
-                count += len(keys)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+        return ShardDataset(pretraining.find_data(data), split, languages or None)
+    except ValueError as error:  # nothing has this split or language
+        raise ConfigError(f"{who}: {error}") from error
 
 
-def _columns(
-    embedder: Embedder, items: list[Item], features: Features, joint: bool
-) -> Iterator[tuple[list[str], list[str], list[np.ndarray]]]:
-    """One modality after the other."""
-    for name, vectors in embedder.vectors(items, features).items():
-        rows = [i for i, item in enumerate(items) if name in item.rows]
-        yield [items[i].key for i in rows], [name] * len(rows), [vectors[i] for i in rows]
+def segment_rows(items: Sequence[Item], vectors: dict[str, np.ndarray]) -> Iterator[list[tuple[str, str, np.ndarray]]]:
+    """Rows of COLUMNS for what `segment_vectors` gave, one modality after the other."""
+    for name, found in vectors.items():
+        yield [(item.key, name, found[i]) for i, item in enumerate(items) if name in item.rows]
+
+
+def _rows(embedder: Embedder, items: list[Item], features: Features, joint: bool) -> Iterator[tables.Rows]:
+    yield from segment_rows(items, embedder.vectors(items, features))
     if joint:
-        yield [item.key for item in items], [JOINT] * len(items), list(embedder.joint(items, features))
+        keys = [item.key for item in items]
+        yield [(key, JOINT, vector) for key, vector in zip(keys, embedder.joint(items, features), strict=True)]

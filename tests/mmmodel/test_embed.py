@@ -1,6 +1,8 @@
 """`mmmodel embed`: the file has a row for each modality and each sample, and its vectors are the model's."""
 
+import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -82,9 +84,30 @@ def test_a_classifier_without_the_common_space_gives_mean_states(run, shards, tm
     assert {len(vector) for vector in rows(tmp_path / "v.parquet").values()} == {width}
 
 
+def test_the_suffix_is_the_format(run, tmp_path):
+    """The vectors are the same to the bit: floats are written with digits enough."""
+    read = {}
+    for suffix in ("parquet", "csv", "jsonl"):
+        path = tmp_path / "deeper" / f"v.{suffix}"
+        assert embed.write(path, run, split="test") > 0
+        if suffix == "parquet":
+            read[suffix] = parquet.read_table(path).to_pylist()
+        elif suffix == "csv":
+            with path.open(newline="") as file:
+                read[suffix] = [{**row, "vector": json.loads(row["vector"])} for row in csv.DictReader(file)]
+        else:
+            read[suffix] = [json.loads(line) for line in path.read_text().splitlines()]
+    for suffix in ("csv", "jsonl"):
+        for expected, found in zip(read["parquet"], read[suffix], strict=True):
+            assert (found["key"], found["modality"]) == (expected["key"], expected["modality"])
+            np.testing.assert_array_equal(np.float32(found["vector"]), np.float32(expected["vector"]))
+
+
 def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         cli.main(["embed", "--from", str(tmp_path), "--out", str(tmp_path / "v.parquet")])
     with pytest.raises(SystemExit, match=r"embed: .* holds no sample of split 'none'; there"):
         cli.main(["embed", "--from", str(run), "--split", "none", "--out", str(tmp_path / "v.parquet")])
+    with pytest.raises(SystemExit, match=r"v.xlsx: its suffix is '.xlsx', expected .parquet, .csv, .jsonl"):
+        cli.main(["embed", "--from", str(run), "--out", str(tmp_path / "v.xlsx")])
     assert list(tmp_path.iterdir()) == []
