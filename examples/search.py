@@ -13,9 +13,7 @@ import numpy as np
 import tyro
 from pyarrow import parquet
 
-from mmmodel.data.media import decode_speech
-from mmmodel.embed import Embedder
-from mmmodel.features import Features, Item
+from mmmodel.embed import Embedder, embed_one
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,13 @@ def main(args: list[str] | None = None) -> list[tuple[str, float]]:
     if bool(search.text) == bool(search.speech):
         raise SystemExit("search: give either --text or --speech")
     embedder = Embedder(search.run_folder)
-    if search.text:
-        query = embed_query(embedder, "text", search.text)
-    else:
-        query = embed_query(embedder, "audio", decode_speech(search.speech))
+    query = embed_one(embedder, text=search.text) if search.text else embed_one(embedder, audio=search.speech)
     keys, points = pictures(search.vectors)
     scores = points @ query  # both have unit length
     best = [(keys[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[: search.top]]
     for key, score in best:
         print(f"{score:.3f}  {key}")
     return best
-
-
-def embed_query(embedder: Embedder, modality: str, raw) -> np.ndarray:
-    """The point of one text or one waveform, [P]."""
-    features = Features.of({modality: [embedder.model.front_ends[modality].prepare(raw)]})
-    item = Item("query", "query", "", "query", "", {modality: 0})
-    return embedder.vectors([item], features)[modality][0]
 
 
 def pictures(path: Path) -> tuple[list[str], np.ndarray]:

@@ -27,6 +27,8 @@ from mmmodel.model import Model
 BATCH = 64
 JOINT = "joint"
 COLUMNS = {"key": "text", "modality": "text", "vector": "vector"}
+EXPECTED = {"text": "a str", "image": "a path or uint8 [h, w, 3]", "audio": "a path or float [n] at 16 kHz"}
+RAW = {"image": (3, (3,), "u"), "audio": (1, (), "f")}  # rank, further axes and kind of dtype of an array
 Read = Callable[[Batch], Tensor]
 
 
@@ -69,6 +71,42 @@ class Embedder:
         if self.contrastive is None:
             return segment_mean(packed, batch.layout)
         return self.contrastive.points(packed, batch.layout, batch.modality)
+
+
+def embed_one(embedder: Embedder, **raw: str | Path | np.ndarray) -> np.ndarray:
+    """The vector of one text, picture or sound, as `Embedder.vectors` has it: embed_one(embedder, text="a red star").
+
+    raw: one modality by its name, as in `one_sample`.  For a whole sample there is `embedder.joint([item], features)`.
+    """
+    if len(raw) != 1:
+        raise ConfigError(f"embed_one: got {', '.join(raw) or 'nothing'}, expected one of text=, image=, audio=")
+    item, features = one_sample(embedder.model, **raw)
+    return embedder.vectors([item], features)[next(iter(raw))][0]
+
+
+def one_sample(model: Model, **raw: str | Path | np.ndarray) -> tuple[Item, Features]:
+    """A sample that is in no data set, its modalities by name, and its features.
+
+    text is a str; image a path, or uint8 [h, w, 3]; audio a path, or float [n] at 16 kHz, mono.  Raises ConfigError
+    for a modality that the model does not read and for what does not decode, FileNotFoundError for no file.
+    """
+    arrays = {}
+    for name, value in raw.items():
+        if name not in model.front_ends:
+            raise ConfigError(f"embed: the model reads {', '.join(model.front_ends)}, not {name}")
+        front_end = model.front_ends[name]
+        try:
+            if name != "text" and isinstance(value, str | Path):
+                value = front_end.decode(Path(value).read_bytes())
+            if name in RAW and (value.ndim, value.shape[2:], value.dtype.kind) != RAW[name]:
+                raise ValueError(f"it is {value.dtype} {list(value.shape)}")
+            arrays[name] = [front_end.prepare(value)]
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # decoders raise what they like
+            expected = EXPECTED.get(name, "a path")
+            raise ConfigError(f"embed: {name} does not read, expected {expected}: {error}") from error
+    return Item("", "", "", "", "", dict.fromkeys(raw, 0)), Features.of(arrays)
 
 
 @torch.no_grad()

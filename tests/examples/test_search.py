@@ -39,7 +39,7 @@ def test_text_finds_pictures_in_the_order_of_their_cosine(search, vectors, capsy
     assert len(best) == 3
     assert capsys.readouterr().out.splitlines()[0].endswith(best[0][0])
     keys, points = search.pictures(vectors / "vectors.parquet")
-    query = search.embed_query(embed.Embedder(vectors / "run"), "text", "a red circle")
+    query = embed.embed_one(embed.Embedder(vectors / "run"), text="a red circle")
     scores = dict(zip(keys, points @ query, strict=True))
     assert best[0][1] == pytest.approx(max(scores.values()), abs=1e-6)
     assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)

@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 from builders import learner, samples
+from PIL import Image
 from pyarrow import parquet
 
 from mmmodel import cli, configs, embed, evaluate, export, train
+from mmmodel.configs import ConfigError
+from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
@@ -101,6 +104,51 @@ def test_the_suffix_is_the_format(run, tmp_path):
         for expected, found in zip(read["parquet"], read[suffix], strict=True):
             assert (found["key"], found["modality"]) == (expected["key"], expected["modality"])
             np.testing.assert_array_equal(np.float32(found["vector"]), np.float32(expected["vector"]))
+
+
+def test_one_thing_has_the_vector_that_it_has_in_the_data(run, shards, tmp_path):
+    """From its file or as an array."""
+    embedder, read = embed.Embedder(run), ShardDataset(shards, "test")
+    items, features = embedder.prepare(read)
+    vectors = embedder.vectors(items, features)
+    assert len(items) == len(read)
+    (tmp_path / "a.png").write_bytes(media.encode_png(Image.fromarray(read.read_image(0))))
+    (tmp_path / "a.flac").write_bytes(media.encode_flac(read.read_waveform(0)))
+    for raw in (
+        {"text": read.read_text(0)},
+        {"image": read.read_image(0)},
+        {"image": tmp_path / "a.png"},
+        {"audio": read.read_waveform(0)},
+        {"audio": str(tmp_path / "a.flac")},
+    ):
+        (name,) = raw
+        np.testing.assert_allclose(embed.embed_one(embedder, **raw), vectors[name][0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({}, "got nothing, expected one of text=, image=, audio="),
+        ({"text": "red", "image": "a.png"}, "got text, image, expected one of"),
+        ({"smell": "rose"}, "the model reads text, image, audio, not smell"),
+        (
+            {"image": np.zeros((3, 16, 16), np.uint8)},
+            r"a path or uint8 \[h, w, 3\]: it is uint8 \[3, 16, 16\]",
+        ),
+        ({"image": np.zeros((16, 16, 3), np.float32)}, "it is float32"),
+        (
+            {"audio": np.zeros((900, 2), np.float32)},
+            r"or float \[n\] at 16 kHz: it is float32 \[900, 2\]",
+        ),
+        ({"image": __file__}, "image does not read"),
+        ({"audio": __file__}, "audio does not read"),
+        ({"text": 3}, "text does not read, expected a str"),
+    ],
+    ids=str,
+)
+def test_what_is_no_text_picture_or_sound_is_refused(run, raw, message):
+    with pytest.raises(ConfigError, match=message):
+        embed.embed_one(embed.Embedder(run), **raw)
 
 
 def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
