@@ -192,6 +192,38 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Write what a fine-tuned model says of samples, labelled or not: a table of key, predicted, and scores."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="from")]
+    """Folder of a fine-tuned run, or its safetensors file."""
+    out: Path
+    """The file to write; its suffix is the format: .parquet, .csv or .jsonl."""
+    data: str = ""
+    """stamps, synthetic, or a folder of shards; empty: what the run was fine-tuned on."""
+    split: str = ""
+    """Samples of one split alone; empty: all."""
+    languages: tuple[str, ...] = ()
+    """Language tags of the samples; empty: all, or with no --data those of the run."""
+    device: str = "cpu"
+    """Where the model runs."""
+
+    def run(self) -> None:
+        from mmmodel.finetuning import predict
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        rows, left = predict.write(
+            self.out,
+            self.run_folder,
+            self.data,
+            split=self.split or None,
+            languages=self.languages,
+            device=self.device,
+        )
+        print(f"{self.out}: {rows} rows" + (f"; {left} samples have nothing that the model reads" if left else ""))
+
+
+@dataclass(frozen=True)
 class Embed:
     """Write a vector for each modality of each sample, and one of the sample: a table of key, modality, vector."""
 
@@ -362,6 +394,7 @@ Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]

@@ -63,7 +63,7 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
 
 def read_config(path: Path) -> PretrainConfig:
     """The configuration inside a file.  Raises CheckpointError as `from_pretrained` does."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     if "config" not in metadata:
         raise CheckpointError(f"{path}: holds tensors but no configuration, expected a file that mmmodel exported")
     try:
@@ -74,7 +74,7 @@ def read_config(path: Path) -> PretrainConfig:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer inside a file."""
-    text = _metadata(path).get("tokenizer")
+    text = read_metadata(path).get("tokenizer")
     if text is None:
         raise CheckpointError(f"{path}: holds no tokenizer, expected a file that mmmodel exported")
     try:
@@ -85,7 +85,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def load_weights(path: Path, learner: Pretraining) -> None:
     """Into a learner of the same configuration.  Raises CheckpointError naming what is missing, extra or misshapen."""
-    expected_crc = _metadata(path).get("crc32")
+    expected_crc = read_metadata(path).get("crc32")
     tensors = load_file(path)
     if expected_crc is not None and int(expected_crc) != checksum(tensors):
         raise CheckpointError(f"{path}: damaged, its tensors do not match their checksum")
@@ -116,7 +116,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a finished `mmmodel pretrain` writes {FILE}")
     try:

@@ -44,6 +44,15 @@ class Labels:
             return (torch.tensor(values, dtype=torch.float32).unsqueeze(1) - self.mean) / self.deviation
         return torch.tensor([number.get(value, UNSEEN) for value in values], dtype=torch.int64)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """What the model's outputs [B, C] say.  classification, qa: probabilities that add up to 1.  multilabel: the
+        probability of each label.  regression: the number, in the label's unit."""
+        if self.task == "multilabel":
+            return outputs.sigmoid()
+        if self.task == "regression":
+            return outputs * self.deviation + self.mean
+        return outputs.softmax(dim=-1)
+
 
 def read(items: Sequence[Item], metas: Mapping[str, Mapping[str, Any]], task: str, field: str) -> dict[str, Any]:
     """key -> label of each item that has one; metas: key -> KEY.json.

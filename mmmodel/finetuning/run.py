@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from mmmodel import export, pretraining, settings
@@ -117,17 +116,10 @@ def read_labelled(
     """
     languages = config.languages or (() if config.data else pretrain.languages)
     dataset = ShardDataset(pretraining.find_data(config.data or pretrain.data), languages=languages or None)
-    threads = max(2, config.threads)
-    items, features = feature_store.prepare(dataset, model.front_ends, settings.current().cache, threads=threads)
-    metas = dict(zip(dataset.keys, dataset.metas, strict=True))
-    if config.task == "qa" and config.question:
-        items, features = with_questions(items, features, metas, model, config.question)
-    if config.modalities:
-        if unknown := set(config.modalities) - set(model.front_ends):
-            raise ConfigError(f"finetune: the model reads {', '.join(model.front_ends)}, not {', '.join(unknown)}")
-        items = label_rules.limited_to(items, config.modalities)
+    items, features = read_samples(dataset, model, config)
     if config.one_per_group:
         items = label_rules.first_of_groups(items)
+    metas = dict(zip(dataset.keys, dataset.metas, strict=True))
     values = label_rules.read(items, metas, config.task, config.label)
     splits = _by_split([item for item in items if item.key in values])
     if config.labels_per_class:
@@ -136,6 +128,20 @@ def read_labelled(
     counts = {name: len(splits[name]) for name in ("train", "validation", "test")}
     counts["without_label"] = len(items) - len(values)
     return Labelled(features, splits["train"], splits["validation"], splits["test"], values, labels), counts
+
+
+def read_samples(dataset: ShardDataset, model: nn.Module, config: FinetuneConfig) -> tuple[list[Item], Features]:
+    """Samples as the fine-tuned model sees them: config.modalities alone, and for qa the question as text."""
+    threads = max(2, config.threads)
+    items, features = feature_store.prepare(dataset, model.front_ends, settings.current().cache, threads=threads)
+    if config.task == "qa" and config.question:
+        metas = dict(zip(dataset.keys, dataset.metas, strict=True))
+        items, features = with_questions(items, features, metas, model, config.question)
+    if config.modalities:
+        if unknown := set(config.modalities) - set(model.front_ends):
+            raise ConfigError(f"finetune: the model reads {', '.join(model.front_ends)}, not {', '.join(unknown)}")
+        items = label_rules.limited_to(items, config.modalities)
+    return items, features
 
 
 def with_questions(
@@ -164,13 +170,15 @@ def save(
 
 def load(path: Path | str) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
     """What `save` wrote, in eval mode.  Raises CheckpointError for a file that is damaged or not fine-tuned."""
-    source = weights.open_run(path)
-    with safe_open(source.path, "pt") as file:
-        about = file.metadata().get("finetune")
-    if about is None:
+    return restore(weights.open_run(path))
+
+
+def restore(source: Run) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
+    """`load`, of a file that is open."""
+    if source.finetuning is None:
         raise CheckpointError(f"{source.path}: is not fine-tuned; `mmmodel finetune` writes such files")
     try:
-        read = json.loads(about)
+        read = json.loads(source.finetuning)
         config = FinetuneConfig(**_tuples(read["config"]))
         labels = Labels(**_tuples(read["labels"]))
     except (ValueError, TypeError, KeyError) as error:

@@ -32,9 +32,9 @@ def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, f
     the labels that a sample has, micro_f1 at probability 0.5.  regression, in the label's unit: mae, rmse, r2.
     """
     if labels.task == "multilabel":
-        return _multilabel(labels.encode(values).numpy(), outputs.sigmoid().numpy())
+        return _multilabel(labels.encode(values).numpy(), labels.scores(outputs).numpy())
     if labels.task == "regression":
-        found = outputs[:, 0].double().numpy() * labels.deviation + labels.mean
+        found = labels.scores(outputs.double())[:, 0].numpy()
         truth = np.asarray(values, np.float64)
         return {
             "mae": float(metrics.mean_absolute_error(truth, found)),

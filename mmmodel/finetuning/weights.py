@@ -28,6 +28,7 @@ class Run:
     config: PretrainConfig
     tokenizer: Tokenizer
     tensors: dict[str, Tensor]
+    finetuning: str | None = None  # of a fine-tuned run: its configuration and labels, as `run.save` writes them
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_run(path: Path | str) -> Run:
     if file.suffix in PICKLED:
         raise CheckpointError(f"{file}: a pickle can run any code when it is read, so none is; expected safetensors")
     config = export.read_config(file)
-    return Run(file, config, _tokenizer(file), read_tensors(file))
+    return Run(file, config, _tokenizer(file), read_tensors(file), export.read_metadata(file).get("finetune"))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -18,28 +18,6 @@ from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
 from mmmodel.finetuning.loop import evaluate_on
 from mmmodel.finetuning.weights import open_run
 
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    """Captions from which each task's label can be read; 96 samples without pictures, so that epochs take no time."""
-    folder = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    made = []
-    for i in range(96):
-        colour, count = str(rng.choice(["red", "blue", "pink"])), int(rng.integers(1, 4))
-        meta = {
-            "split": "train" if i < 64 else "validation" if i < 80 else "test",
-            "colour": colour,
-            "names": [colour, f"n{count}"],
-            "size": float(count),
-            "about": f"which colour? {colour}",
-            "concept": f"{count} {colour}",
-        }
-        made.append({"__key__": f"s{i:03d}", "txt": " ".join([colour] * count), "json": meta})
-    write_index(folder, write_shard(folder / "labelled-00000.tar", made))
-    return folder
-
-
 QUICK = FinetuneConfig(epochs=12, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05)
 
 

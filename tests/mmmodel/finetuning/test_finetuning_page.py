@@ -1,5 +1,6 @@
 """docs/finetuning.md is true: its commands and its Python run as they stand, on a smaller set and a smaller model."""
 
+import json
 import re
 import runpy
 import shlex
@@ -32,5 +33,10 @@ def test_the_page_runs(shards, tmp_path, monkeypatch, capsys):
             searched = len(capsys.readouterr().out.splitlines()) == 5
     assert searched
     capsys.readouterr()
-    exec(blocks("python")[0], {})
-    assert capsys.readouterr().out.startswith("['")
+    classes = json.loads(Path("runs/shapes/report.json").read_text())["classes"]
+    for block in blocks("python"):
+        exec(block.replace('find_data("synthetic")', f"{str(shards)!r}"), {})
+    said, rows, cosine = capsys.readouterr().out.splitlines()
+    assert said.split()[0] in classes
+    assert rows.startswith("['")
+    assert cosine.startswith("(16,) ")
