@@ -328,24 +328,30 @@ class Complexity:
 class Export:
     """Write the encoder of a run as ONNX, for runtimes without PyTorch: one sample of any length.
 
-    The run's own model.safetensors is complete already: mmmodel.export.from_pretrained reads it.
+    The tokenizer comes beside it. The run's own model.safetensors is complete already: mmmodel.export.from_pretrained
+    reads it.
     """
 
     out: Path
     """The .onnx file."""
     run_folder: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/demo")
-    """Folder of a finished run, or its model.safetensors."""
+    """Folder of a pretrained or fine-tuned run, or its model.safetensors; a fine-tuned one also gives its scores."""
     modalities: tuple[str, ...] = ()
-    """Those that a sample has; empty: all of the model.  One alone also gives its point in the common space."""
+    """Those that a sample has; empty: all that the run reads.  One alone also gives its point in the common space."""
 
     def run(self) -> None:
-        from mmmodel import export
+        from mmmodel.finetuning import run, weights
 
-        learner = export.from_pretrained(self.run_folder)
+        source = weights.open_run(self.run_folder)
+        learner, tuned, modalities = weights.learner_of(source), None, source.config.model.modalities
+        if source.finetuning is not None:
+            made, labels, config = run.restore(source)
+            tuned = None if labels.task == "retrieval" else (made, labels)  # its points are the learner's
+            modalities = config.modalities or modalities
         try:
             from mmmodel.export_onnx import export_onnx
 
-            encoder = export_onnx(self.out, learner, self.modalities or learner.config.model.modalities)
+            encoder = export_onnx(self.out, learner, self.modalities or modalities, tuned)
         except ImportError as error:
             sys.exit(f"export: needs the packages of the onnx extra, pip install 'mmkernels[onnx]': {error}")
         print(f"{self.out}: {', '.join(encoder.modalities)} -> {', '.join(encoder.outputs)}")

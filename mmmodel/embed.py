@@ -42,14 +42,9 @@ class Embedder:
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
         opened = weights.open_run(run)
         self.config = opened.config
-        learner = pretraining.Pretraining(opened.config, opened.tokenizer)
-        weights.load_into(learner.model, opened.tensors, where=str(opened.path), prefix="model.")
-        self.model: Model = learner.model.to(device).eval()
-        self.contrastive: nn.Module | None = None
-        prefix = "objectives.contrastive."
-        if "contrastive" in learner.objectives and any(name.startswith(prefix) for name in opened.tensors):
-            self.contrastive = learner.objectives["contrastive"].to(device).eval()
-            weights.load_into(self.contrastive, opened.tensors, where=str(opened.path), prefix=prefix)
+        learner = weights.learner_of(opened).to(device)
+        self.model: Model = learner.model
+        self.contrastive: nn.Module | None = dict(learner.objectives.items()).get("contrastive")
 
     def prepare(self, dataset: ShardDataset) -> tuple[list[Item], Features]:
         """Items and features of a data set, from the cache where they are there."""

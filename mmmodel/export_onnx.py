@@ -1,14 +1,17 @@
 """The encoder as an ONNX graph, for runtimes without PyTorch: one sample of any length, attention written out.
 
-n word ids, h x w pixels, F mel frames; T tokens, E width, H heads, P common width.
+n word ids, h x w pixels, F mel frames; T tokens, E width, H heads, P common width, C outputs of a fine-tuned model.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from mmmodel.configs import ConfigError
-from mmmodel.frontends.audio import AudioFrontEnd
+from mmmodel.finetuning.labels import Labels
+from mmmodel.finetuning.learner import FineTuned
+from mmmodel.frontends.audio import FFT, HOP, SAMPLE_RATE, WINDOW, AudioFrontEnd
 from mmmodel.frontends.image import CELL, DEVIATION, MEAN, ImageFrontEnd
 from mmmodel.frontends.text import TextFrontEnd
 from mmmodel.pretraining import Pretraining
@@ -29,12 +34,16 @@ class PlainEncoder(nn.Module):
 
     modalities  those that the sample has, in the model's order.  With one of them the view is that of the contrastive
                 objective, and `point` [P] comes out too where the model has that head.
+    tuned       of a fine-tuned run: its learner and labels.  `scores` [C] comes out too, as `Labels.scores` has them,
+                and the modalities see each other only if they did in the fine-tuning.
 
     Inputs, of the modalities given: text int64 [n], [CLS] first; image float or uint8 [1, 3, h, w], sides multiples of
     16, values 0 to 255; audio float [F, mels].  As each front end's `prepare` gives them.
     """
 
-    def __init__(self, learner: Pretraining, modalities: Sequence[str]) -> None:
+    def __init__(
+        self, learner: Pretraining, modalities: Sequence[str], tuned: tuple[FineTuned, Labels] | None = None
+    ) -> None:
         super().__init__()
         model = learner.model
         unknown = [name for name in modalities if name not in model.front_ends]
@@ -46,23 +55,33 @@ class PlainEncoder(nn.Module):
                 kind = type(model.front_ends[name]).__name__
                 raise ConfigError(f"onnx: no plain form of {name}'s front end, {kind}; leave {name} out")
         self.model = model
-        self.contrastive = dict(learner.objectives.items()).get("contrastive")
+        self.contrastive = dict(learner.objectives.items()).get("contrastive") if len(self.modalities) == 1 else None
+        self.head, self.labels = (tuned[0].head, tuned[1]) if tuned else (None, None)
+        self.isolated = tuned is not None and tuned[0].visibility == "isolated"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """hidden [T, E]; with one modality and a contrastive head also point [P]."""
+        """hidden [T, E]; joint [E], the mean over modalities of their mean; then point [P] and scores [C], if any."""
         parts = [self._embedded(name, features) for name, features in zip(self.modalities, inputs, strict=True)]
-        x = torch.cat(parts)
-        for block in self.model.blocks:
-            x = _block(block, x)
-        hidden = self.model.norm(x)
-        if len(self.modalities) > 1 or self.contrastive is None:
-            return (hidden,)
-        head = self.contrastive.heads[list(self.model.front_ends).index(self.modalities[0])]
-        return hidden, F.normalize(hidden.mean(0) @ head, dim=-1)
+        hidden = torch.cat([self._encoded(x) for x in (parts if self.isolated else [torch.cat(parts)])])
+        each = [torch.ones_like(part[:, 0]) for part in parts]
+        joint = torch.cat([ones / ones.sum() for ones in each]) @ hidden / len(parts)
+        found = [hidden, joint]
+        if self.contrastive is not None:
+            head = self.contrastive.heads[list(self.model.front_ends).index(self.modalities[0])]
+            found.append(F.normalize(joint @ head, dim=-1))
+        if self.head is not None:
+            found.append(self.labels.scores(self.head(joint)))
+        return tuple(found)
 
     @property
     def outputs(self) -> list[str]:
-        return ["hidden"] if len(self.modalities) > 1 or self.contrastive is None else ["hidden", "point"]
+        extra = {"point": self.contrastive, "scores": self.head}
+        return ["hidden", "joint", *(name for name, part in extra.items() if part is not None)]
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        for block in self.model.blocks:
+            x = _block(block, x)
+        return self.model.norm(x)
 
     def _embedded(self, name: str, features: Tensor) -> Tensor:
         """norm(row + W_m + position rows) of one segment, its special token in front."""
@@ -80,29 +99,63 @@ class PlainEncoder(nn.Module):
         return F.layer_norm(x, x.shape[-1:], embedding.norm_weight, embedding.norm_bias, embedding.eps)
 
 
-def export_onnx(path: Path, learner: Pretraining, modalities: Sequence[str]) -> PlainEncoder:
+def export_onnx(
+    path: Path, learner: Pretraining, modalities: Sequence[str], tuned: tuple[FineTuned, Labels] | None = None
+) -> PlainEncoder:
     """Write the encoder of these modalities as an ONNX file whose lengths stay free; returns what was traced.
 
-    Inputs carry the modalities' names, outputs are `hidden` and perhaps `point`.  Raises ConfigError for a modality
-    without a plain form, ImportError where onnx and onnxscript are not installed.
+    Inputs carry the modalities' names, outputs those of `PlainEncoder.outputs`.  The file's metadata_props say how
+    inputs are made; the tokenizer that they name is written beside it.  Raises ConfigError for a modality without a
+    plain form, ImportError where onnx and onnxscript are not installed.
     """
-    encoder = PlainEncoder(learner, modalities).eval().cpu()
+    encoder = PlainEncoder(learner, modalities, tuned).eval().cpu()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(
+        program = torch.onnx.export(
             encoder,
             tuple(_EXAMPLES[name](learner) for name in encoder.modalities),
-            str(path),
             dynamo=True,
-            external_data=False,
             opset_version=OPSET,
             input_names=encoder.modalities,
             output_names=encoder.outputs,
             dynamic_shapes=((*(_FREE[name]() for name in encoder.modalities),),),
             verbose=False,
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "text" in encoder.modalities:
+        learner.model.tokenizer.save(str(tokenizer_beside(path)))
+    program.model.metadata_props.update(_about(path, encoder))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        program.save(str(partial), external_data=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return encoder
+
+
+def tokenizer_beside(path: Path) -> Path:
+    return path.with_suffix(".tokenizer.json")
+
+
+def _about(path: Path, encoder: PlainEncoder) -> dict[str, str]:
+    """What the file says of itself: enough to make its inputs and to read its outputs without mmmodel."""
+    about: dict[str, Any] = {"modalities": ",".join(encoder.modalities)}
+    front_ends = encoder.model.front_ends
+    if "text" in encoder.modalities:
+        text = front_ends["text"]
+        about |= {"text.tokenizer": tokenizer_beside(path).name, "text.max_tokens": text.max_tokens}
+        about |= {"text.cls_id": text.cls_id} | ({} if text.sep_id is None else {"text.sep_id": text.sep_id})
+    if "image" in encoder.modalities:
+        about |= {"image.cell": CELL, "image.max_cells": front_ends["image"].max_tokens}
+    if "audio" in encoder.modalities:
+        audio = front_ends["audio"]
+        about |= {"audio.sample_rate": SAMPLE_RATE, "audio.hop": HOP, "audio.window": WINDOW, "audio.fft": FFT}
+        about |= {"audio.mels": audio.mels, "audio.max_frames": audio.max_frames}
+    if encoder.labels is not None:
+        about |= {"task": encoder.labels.task, "classes": json.dumps(encoder.labels.classes, ensure_ascii=False)}
+    return {name: str(value) for name, value in about.items()}
 
 
 def _block(block: nn.Module, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from mmmodel import export
 from mmmodel.configs import PretrainConfig
 from mmmodel.export import CheckpointError
 from mmmodel.frontends.text import load_tokenizer
+from mmmodel.pretraining import Pretraining
 
 NAMED = 6  # tensors that a summary lists by name
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -65,6 +66,22 @@ def open_run(path: Path | str) -> Run:
         raise CheckpointError(f"{file}: a pickle can run any code when it is read, so none is; expected safetensors")
     config = export.read_config(file)
     return Run(file, config, _tokenizer(file), read_tensors(file), export.read_metadata(file).get("finetune"))
+
+
+def learner_of(run: Run) -> Pretraining:
+    """Its encoder, with those of the objectives whose weights it holds, in eval mode.
+
+    A fine-tuned run has none, or for retrieval `contrastive`.  Raises CheckpointError for weights that do not fit.
+    """
+    learner = Pretraining(run.config, run.tokenizer)
+    load_into(learner.model, run.tensors, where=str(run.path), prefix="model.")
+    for name, objective in list(learner.objectives.items()):
+        prefix = f"objectives.{name}."
+        if any(tensor.startswith(prefix) for tensor in run.tensors):
+            load_into(objective, run.tensors, where=str(run.path), prefix=prefix)
+        else:
+            del learner.objectives[name]
+    return learner.eval()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

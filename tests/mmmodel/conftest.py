@@ -1,18 +1,41 @@
-"""A small synthetic data set, shared by the tests of the model."""
+"""A small synthetic data set, and a labelled one, shared by the tests of the model."""
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from mmmodel import configs, train
 from mmmodel.data import synthetic
+from mmmodel.data.shards import write_index, write_shard
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """80 procedural samples, some without text, image or audio."""
     return synthetic.prepare(tmp_path_factory.mktemp("data") / "synthetic", samples=80, seed=0)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Captions from which each task's label can be read; 96 samples without pictures, so that epochs take no time."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(96):
+        colour, count = str(rng.choice(["red", "blue", "pink"])), int(rng.integers(1, 4))
+        meta = {
+            "split": "train" if i < 64 else "validation" if i < 80 else "test",
+            "colour": colour,
+            "names": [colour, f"n{count}"],
+            "size": float(count),
+            "about": f"which colour? {colour}",
+            "concept": f"{count} {colour}",
+        }
+        made.append({"__key__": f"s{i:03d}", "txt": " ".join([colour] * count), "json": meta})
+    write_index(folder, write_shard(folder / "labelled-00000.tar", made))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,25 @@
 """The ONNX graph, run by onnxruntime, computes what the packed model computes, at lengths it was not traced with."""
 
 import dataclasses
+import json
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from builders import batch_of, learner, samples
+from tokenizers import Tokenizer
 
-from mmmodel import cli
+from mmmodel import cli, embed
 from mmmodel.configs import ConfigError
 from mmmodel.export import export
 from mmmodel.export_onnx import PlainEncoder, export_onnx
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.labels import Labels
+from mmmodel.finetuning.learner import FineTuned
+from mmmodel.finetuning.loop import predict
+from mmmodel.finetuning.predict import Predictor
+from mmmodel.finetuning.run import finetune
 
 ALL = ("text", "image", "audio")
 
@@ -36,6 +44,12 @@ def expected(learned, item, features, names):
     return hidden.numpy(), points.numpy()
 
 
+def as_embed_has_it(learned, item, features):
+    reader = object.__new__(embed.Embedder)
+    reader.model = learned.model.eval()
+    return reader.joint([item], features)[0]
+
+
 def with_all(items, names):
     """Samples that have these modalities: the lengths of builders, from one frame and one cell upwards."""
     return [item for item in items if set(names) <= set(item.rows)]
@@ -54,7 +68,7 @@ def test_plain_encoder_equals_the_packed_model(names):
             found = encoder(*inputs)
         np.testing.assert_allclose(found[0].numpy(), hidden, atol=1e-5)
         if len(names) == 1:
-            np.testing.assert_allclose(found[1].numpy(), points[0], atol=1e-5)
+            np.testing.assert_allclose(found[2].numpy(), points[0], atol=1e-5)
 
 
 def test_onnxruntime_equals_the_packed_model_at_every_length(tmp_path):
@@ -66,23 +80,91 @@ def test_onnxruntime_equals_the_packed_model_at_every_length(tmp_path):
     lengths = set()
     for item in with_all(items, ALL):
         hidden, _ = expected(learned, item, features, ALL)
-        (found,) = session.run(["hidden"], fed(item, features, ALL))
+        found, joint = session.run(["hidden", "joint"], fed(item, features, ALL))
         np.testing.assert_allclose(found, hidden, atol=2e-5)
+        np.testing.assert_allclose(joint, as_embed_has_it(learned, item, features), atol=2e-5)
         lengths.add(len(hidden))
     assert len(lengths) > 1
 
 
-def test_the_command_writes_one_modality_with_its_point(tmp_path, capsys):
+def test_the_command_writes_one_modality_with_its_point_and_its_tokenizer(tmp_path, capsys):
+    """What the file says of itself is enough to make its input."""
     config, learned = learner()
-    items, features = samples()
     export(tmp_path / "model.safetensors", learned, config)
-    path = tmp_path / "text.onnx"
+    path = tmp_path / "deeper" / "text.onnx"
     cli.main(["export", "--from", str(tmp_path), "--out", str(path), "--modalities", "text"])
-    assert "text -> hidden, point" in capsys.readouterr().out
+    assert "text -> hidden, joint, point" in capsys.readouterr().out
+    assert sorted(p.name for p in path.parent.iterdir()) == ["text.onnx", "text.tokenizer.json"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for item in with_all(items, ("text",)):
-        _, points = expected(learned, item, features, ("text",))
-        np.testing.assert_allclose(session.run(["point"], fed(item, features, ("text",)))[0], points[0], atol=2e-5)
+    about = session.get_modelmeta().custom_metadata_map
+    assert {name: about[name] for name in ("modalities", "text.tokenizer", "text.cls_id", "text.max_tokens")} == {
+        "modalities": "text",
+        "text.tokenizer": "text.tokenizer.json",
+        "text.cls_id": "0",
+        "text.max_tokens": "24",
+    }
+    ids = [
+        int(about["text.cls_id"]),
+        *Tokenizer.from_file(str(path.parent / about["text.tokenizer"])).encode("two red").ids,
+    ]
+    (point,) = session.run(["point"], {"text": np.array(ids, np.int64)})
+    np.testing.assert_allclose(point, embed.embed_one(embed.Embedder(tmp_path), text="two red"), atol=2e-5)
+
+
+def test_pixels_and_frames_are_described_in_the_file(tmp_path):
+    _, learned = learner()
+    export_onnx(tmp_path / "a.onnx", learned, ("audio", "image"))
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    assert (
+        session.get_modelmeta().custom_metadata_map.items()
+        >= {
+            "modalities": "image,audio",
+            "image.cell": "16",
+            "image.max_cells": "6",
+            "audio.sample_rate": "16000",
+            "audio.hop": "160",
+            "audio.mels": "8",
+            "audio.max_frames": "100",
+        }.items()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]  # no words, no tokenizer
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize("visibility", ["full", "isolated"])
+def test_a_fine_tuned_model_gives_the_scores_of_predict(task, visibility):
+    _, learned = learner()
+    items, features = samples()
+    labels = Labels(task, mean=3.0, deviation=2.0) if task == "regression" else Labels(task, classes=("a", "b", "c"))
+    tuned = FineTuned(learned.model, labels.outputs, visibility=visibility, dropout=0.5).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    encoder = PlainEncoder(learned, ALL, (tuned, labels)).eval()
+    assert encoder.outputs == ["hidden", "joint", "scores"]
+    for item in with_all(items, ALL):
+        inputs = [torch.from_numpy(value) for value in fed(item, features, ALL).values()]
+        with torch.no_grad():
+            found = encoder(*inputs)[2]
+            scores = labels.scores(predict(tuned, features, [item]))[0]
+        np.testing.assert_allclose(found.numpy(), scores.numpy(), atol=1e-5)
+
+
+def test_the_command_exports_fine_tuned_runs(run, labelled, tmp_path, capsys):
+    for task, label, outputs in (("classification", "colour", "scores"), ("retrieval", "concept", "point")):
+        config = FinetuneConfig(task=task, label=label, epochs=1, modalities=() if task == "retrieval" else ("text",))
+        finetune(run, dataclasses.replace(config, data="" if task == "retrieval" else str(labelled)), tmp_path / task)
+        capsys.readouterr()
+        chosen = ["--modalities", "text"] if task == "retrieval" else []  # the other was fine-tuned on text alone
+        cli.main(["export", "--from", str(tmp_path / task), "--out", str(tmp_path / f"{task}.onnx"), *chosen])
+        assert f"text -> hidden, joint, {outputs}" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "classification.onnx", providers=["CPUExecutionProvider"])
+    predictor = Predictor(tmp_path / "classification")
+    ids = predictor.learner.model.front_ends["text"].prepare("red blue").astype(np.int64)
+    (scores,) = session.run(["scores"], {"text": ids})
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["task"] == "classification"
+    said = predictor.one(text="red blue")
+    for name, score in zip(json.loads(about["classes"]), scores, strict=True):
+        assert score == pytest.approx(said[f"score_{name}"], abs=1e-5)
 
 
 def test_refuses_what_has_no_plain_form(monkeypatch):

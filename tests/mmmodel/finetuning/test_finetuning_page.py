@@ -36,7 +36,8 @@ def test_the_page_runs(shards, tmp_path, monkeypatch, capsys):
     classes = json.loads(Path("runs/shapes/report.json").read_text())["classes"]
     for block in blocks("python"):
         exec(block.replace('find_data("synthetic")', f"{str(shards)!r}"), {})
-    said, rows, cosine = capsys.readouterr().out.splitlines()
+    said, rows, cosine, by_onnx = capsys.readouterr().out.splitlines()
     assert said.split()[0] in classes
+    assert by_onnx == said.split()[0]
     assert rows.startswith("['")
     assert cosine.startswith("(16,) ")
