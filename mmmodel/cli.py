@@ -281,7 +281,7 @@ class Explain:
     out: Path
     """Folder for index.html, the pictures and explanation.json."""
     run_folder: Annotated[Path, tyro.conf.arg(name="from")] = Path("runs/demo")
-    """Folder of a finished run."""
+    """Folder of a pretrained or fine-tuned run, or its safetensors file."""
     data: str = ""
     """stamps, synthetic or a folder of shards; empty: what the run was trained on."""
     key: str = ""

@@ -48,6 +48,7 @@ class Ranks:
 def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> dict[str, Any]:
     """Score the exported model of a run against its own initialisation; writes run/report.json and returns it."""
     started = time.perf_counter()
+    export.refuse_finetuned(run / "model.safetensors")
     config = export.read_config(run / "model.safetensors")
     torch.set_num_threads(threads or config.threads)
     dataset = pretraining.open_data(config)

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import evaluate, export, features, pretraining, settings
+from mmmodel import evaluate, features, pretraining, settings
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
 from mmmodel.explaining.ablation import Search, WordLoss
 from mmmodel.explaining.sample import Sample, content, pieces_of, tokens_of, words_of
+from mmmodel.finetuning import weights
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE
 from mmmodel.frontends.text import special_ids
 from mmmodel.pretraining import Corpus, Pretraining
@@ -62,11 +63,13 @@ class Explanation:
 def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str = "test") -> Explanation:
     """Explain sample `key` of `data` by the model of a run: writes index.html, PNGs and explanation.json into `out`.
 
+    Of a fine-tuned run the encoder is explained, its modalities seeing each other.  What needs an objective that it no
+    longer has is left out: hidden words, and search unless it was fine-tuned for retrieval.
     data: as in `pretraining.find_data`, empty: the run's own.  key empty: the first sample of `split` with every
     modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
     CheckpointError for a run that does not load.
     """
-    learner = export.from_pretrained(run)
+    learner = weights.learner_of(weights.open_run(run))
     config = learner.config
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)

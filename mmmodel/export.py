@@ -51,10 +51,12 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     """The learner that `export` wrote, bit by bit, in eval mode.  path: the file, or the folder of a run.
 
     `learner.model` is the encoder, `learner.objectives` the heads, `learner.config` the configuration.  Raises
-    CheckpointError for a file that is missing, damaged or of another model.
+    CheckpointError for a file that is missing, damaged or of another model, and for a fine-tuned one, which
+    `finetuning.run.load` reads.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
+    refuse_finetuned(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
     learner = Pretraining(config, tokenizer)
     load_weights(path, learner)
@@ -92,6 +94,14 @@ def load_weights(path: Path, learner: Pretraining) -> None:
     if wrong := misfits(tensors, learner.state_dict()):
         raise CheckpointError(f"{path}: does not fit the model: {'; '.join(wrong)}")
     learner.load_state_dict(tensors, strict=True)
+
+
+def refuse_finetuned(path: Path) -> None:
+    """Raises CheckpointError for a file whose heads of pretraining are gone, saying what reads it."""
+    if "finetune" in read_metadata(path):
+        raise CheckpointError(
+            f"{path}: is fine-tuned, the heads of its pretraining are gone; predict, embed, explain and export read it"
+        )
 
 
 def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -16,6 +16,8 @@ from mmmodel.data.loader import ShardDataset
 from mmmodel.data.shards import write_index, write_shard
 from mmmodel.explaining import page
 from mmmodel.explaining.sample import Sample
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.run import finetune
 from mmmodel.pretraining import Corpus
 
 
@@ -63,6 +65,18 @@ def test_writes_a_page_with_everything_inside(run, shards, tmp_path, members):
         np.testing.assert_allclose(np.sum([rows[name] for name in rows], axis=0), 1, atol=1e-5)
     assert ("hidden-words.png" in {p.name for p in drawn}) == ("txt" in members)
     assert ("ranks.png" in {p.name for p in drawn}) == (len(members) > 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "has_search"), [("classification", "category", False), ("retrieval", "concept", True)]
+)
+def test_the_encoder_of_a_fine_tuned_run_is_explained(run, tmp_path, task, label, has_search):
+    finetune(run, FinetuneConfig(task=task, label=label, epochs=1), tmp_path / "tuned")
+    cli.main(["explain", "--from", str(tmp_path / "tuned"), "--out", str(tmp_path / "page")])
+    summary = json.loads((tmp_path / "page" / "explanation.json").read_text())
+    assert set(summary["mass"]) == {"text", "image", "audio"}
+    assert summary["hidden_words"] == []
+    assert bool(summary["searches"]) == has_search
 
 
 def test_without_a_key_the_first_complete_sample_of_the_split(run, shards, tmp_path):

@@ -11,6 +11,7 @@ from builders import batch_of, learner, samples
 from mmmodel import cli
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
+from mmmodel.export import CheckpointError, from_pretrained
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
@@ -70,6 +71,15 @@ def test_a_frozen_encoder_stays_as_it_was_and_the_head_learns(run, labelled, tmp
         if name.startswith("model."):
             assert torch.equal(after[name], tensor), name
     assert after["head.weight"].abs().sum() > 0
+
+
+def test_what_needs_the_heads_of_pretraining_says_that_they_are_gone(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=1)
+    finetuning.finetune(run, config, tmp_path)
+    with pytest.raises(CheckpointError, match="is fine-tuned, the heads of its pretraining are gone; predict, embed,"):
+        from_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="is fine-tuned, the heads of its pretraining are gone"):
+        cli.main(["evaluate", "--from", str(tmp_path)])
 
 
 def test_the_best_epoch_is_kept_and_patience_stops(run, labelled, tmp_path):
