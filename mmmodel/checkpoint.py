@@ -62,8 +62,18 @@ def clean(folder: Path) -> None:
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
     """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields.
 
-    Raises CheckpointError for one that is damaged, of another model, or holds more than data.
+    Raises CheckpointError for one that is damaged, of another model, or holds more than data; it says what deleting it
+    would do, for a step back is the user's to choose.
     """
+    try:
+        return _load(path, module, optimizer, progress)
+    except CheckpointError as error:
+        before = [older for older in saved(path.parent) if older.name < path.name]
+        back = f"goes back to {before[-1].name}" if before else "begins the run anew"
+        raise CheckpointError(f"{error}; deleting the folder {path} {back}") from error
+
+
+def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(module, optimizer)
     state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
     with warnings.catch_warnings():

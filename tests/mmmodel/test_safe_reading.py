@@ -94,3 +94,20 @@ def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no \.metadata"):
         resume(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_the_message_names_the_folder_and_what_deleting_it_does(saved, damage):
+    """The run does not go back by itself: what was trained since would be lost without a word."""
+    folder = saved[0]
+    values = folder / "__0_0.distcp"
+    if damage == "cut":
+        values.write_bytes(values.read_bytes()[:100])
+    else:
+        values.unlink()
+    with pytest.raises(CheckpointError, match=f"; deleting the folder {folder} begins the run anew$"):
+        resume(folder)
+    (folder.parent / "step-00000003").mkdir()
+    (folder.parent / "step-00000009").mkdir()
+    with pytest.raises(CheckpointError, match=f"; deleting the folder {folder} goes back to step-00000003$"):
+        resume(folder)
