@@ -96,19 +96,26 @@ class Data:
 class Pretrain:
     """Pretrain on a data set, or continue where the same command was stopped (SIGTERM, Ctrl-C or kill -9)."""
 
-    preset: Literal["demo", "stamps", "native", "quick", "base", "tiny"] = "demo"
-    """Configuration to start from; mmmodel/configs.py lists them."""
+    preset: Literal["demo", "stamps", "native", "quick", "base", "tiny"] | None = None
+    """Configuration to start from; mmmodel/configs.py lists them. By default demo, or with --from that run's own."""
     out: Path = Path("runs/demo")
     """Folder of the run: config, metrics, curves, checkpoints, weights."""
     set: tuple[str, ...] = ()
-    """Fields that differ from the preset: --set steps=100 model.width=64 languages=fr,es"""
+    """Fields that differ from it: --set steps=100 model.width=64 languages=fr,es"""
     language_model: Path | None = None
     """Folder of a BERT-like model in Hugging Face format to start the encoder from; its shape replaces the preset's."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """An earlier run, or its safetensors file, whose weights and tokenizer this one starts from, at step 0."""
 
     def run(self) -> None:
         from mmmodel import configs
 
-        config = configs.preset(self.preset)
+        if self.run_folder is not None:
+            from mmmodel import start
+
+            config = start.configured(self.run_folder, self.preset and configs.preset(self.preset))
+        else:
+            config = configs.preset(self.preset or "demo")
         if self.language_model is not None:
             from mmmodel import language_model
 

@@ -120,6 +120,9 @@ class PretrainConfig:
     # Folder of a BERT-like model in Hugging Face format, whose tokenizer and weights the encoder starts from; empty:
     # none.  `mmmodel pretrain --language-model` sets it, and the shape of the encoder with it.
     language_model: str = ""
+    # Folder of an earlier run, or its safetensors file, whose weights and tokenizer this one starts from; empty: none.
+    # `mmmodel pretrain --from` sets it.
+    start: str = ""
     load_language_model: bool = True  # False: its shape and tokenizer, but random weights, to compare with
     languages: tuple[str, ...] = ()  # tags of the samples to read; empty: all that the data has
     hold_out_speech: str = ""  # es:0.25 keeps Spanish recordings of a quarter of the training images out; empty: none

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, configs, distributed, language_model, pretraining
+from mmmodel import checkpoint, configs, distributed, language_model, pretraining, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -54,12 +54,14 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
 
 def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     started = time.perf_counter()
-    tokenizer = out / "tokenizer.json"
+    tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
+    earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():
         _claim(out, config)
         dataset = pretraining.open_data(config)
         if not tokenizer.exists():
-            pretraining.make_tokenizer(config, dataset).save(str(partial := tokenizer.with_suffix(".partial")))
+            made = earlier.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
+            made.save(str(partial := tokenizer.with_suffix(".partial")))
             partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
         learner = Pretraining(config, load_tokenizer(tokenizer))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
@@ -68,7 +70,6 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     prepare_modules(learner, config)
     optimizer = make_optimizer(learner, config)
     progress = {"step": 0, "skipped": 0}
-    checkpoints = out / "checkpoints"
     with distributed.first_alone():
         checkpoint.clean(checkpoints)
         found = checkpoint.saved(checkpoints)
@@ -76,7 +77,9 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         progress = checkpoint.load(found[-1], learner, optimizer, progress)
         _log("continuing at step %d of %d", progress["step"], config.steps)
     else:
-        if config.language_model and config.load_language_model:
+        if earlier:
+            _log("%s", start.load(learner, earlier))
+        elif config.language_model and config.load_language_model:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))

@@ -1,0 +1,92 @@
+"""A run that starts from an earlier one has its weights and tokenizer, and nothing else of it."""
+
+import dataclasses
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmmodel import cli, configs, metrics, start, train
+from mmmodel.data import synthetic
+from mmmodel.export import CheckpointError
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.run import finetune
+
+STILL = ("lr=0", "weight_decay=0", "steps=1")  # a step that changes nothing: what was loaded is what is written
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Other captions, from which another tokenizer would be made."""
+    return synthetic.prepare(tmp_path_factory.mktemp("others") / "synthetic", samples=40, seed=1)
+
+
+def tensors(run):
+    return load_file(run / "model.safetensors")
+
+
+def test_weights_and_tokenizer_are_the_earlier_runs_on_other_data(run, others, tmp_path):
+    out = tmp_path / "next"
+    cli.main(["pretrain", "--from", str(run), "--out", str(out), "--set", *STILL, f"data={others}"])
+    before, after = tensors(run), tensors(out)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (out / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+    assert [line["step"] for line in metrics.read(out / "metrics.jsonl")] == [1]
+
+
+def test_it_learns_from_step_0_and_is_resumed_without_the_earlier_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "earlier")
+    config = dataclasses.replace(start.configured(tmp_path / "earlier"), steps=3, checkpoint_every=2)
+    assert train.pretrain(config, tmp_path / "whole")
+    assert train.pretrain(config, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000003")
+    assert train.pretrain(config, tmp_path / "stopped")
+    whole, stopped = tensors(tmp_path / "whole"), tensors(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert not torch.equal(whole["model.blocks.0.qkv.weight"], tensors(run)["model.blocks.0.qkv.weight"])
+    assert [line["step"] for line in metrics.read(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("field", ["objectives.masked_image.weight=1", "model.embed_width=8"])
+def test_objectives_that_do_not_fit_begin_anew_and_the_log_says_so(run, tmp_path, caplog, field):
+    caplog.set_level(logging.INFO)
+    config = configs.override(start.configured(run), (*STILL, field))
+    train.pretrain(config, tmp_path)
+    anew = "masked_image" if "image" in field else "contrastive"
+    line = next(record.message for record in caplog.records if record.message.startswith("from "))
+    assert line.endswith(f"; begin anew: {anew}")
+    assert "encoder, " in line
+    before, after = tensors(run), tensors(tmp_path)
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith(f"objectives.{anew}."))
+
+
+def test_a_fine_tuned_run_gives_its_encoder(run, tmp_path):
+    finetune(run, FinetuneConfig(label="category", epochs=1), tmp_path / "tuned")
+    train.pretrain(configs.override(start.configured(tmp_path / "tuned"), STILL), tmp_path / "next")
+    before, after = tensors(tmp_path / "tuned"), tensors(tmp_path / "next")
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("model."))
+
+
+def test_another_shape_is_one_line_and_nothing_is_written(run, tmp_path):
+    arguments = ["--from", str(run), "--out", str(tmp_path / "next")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["pretrain", *arguments, "--set", "model.width=32", "model.text.max_tokens=30"])
+    words = "has another shape: model.width is 32, there 16; model.text.max_tokens is 30, there 24"
+    assert str(stopped.value) == f"pretrain: {run / 'model.safetensors'} {words}"
+    with pytest.raises(SystemExit, match=r"has another shape: model\.width is 64, there 16; "):
+        cli.main(["pretrain", *arguments, "--preset", "quick"])
+    with pytest.raises(SystemExit, match="no such file"):
+        cli.main(["pretrain", "--from", str(tmp_path), "--out", str(tmp_path / "next")])
+    assert not (tmp_path / "next").exists()
+
+
+def test_two_starts_are_refused(run, tmp_path):
+    config = dataclasses.replace(start.configured(run), language_model="bert")
+    with pytest.raises(configs.ConfigError, match="from an earlier run or from a language model, not from both"):
+        train.pretrain(config, tmp_path / "next")
+    with pytest.raises(CheckpointError, match="no such file"):
+        start.configured(tmp_path)
