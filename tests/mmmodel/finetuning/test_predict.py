@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run, tuned, unlabelled, tmp_pa
     for arguments, message in (
         (["--from", str(run), "--out", str(out / "p.csv")], "is not fine-tuned; `mmmodel finetune` writes such files"),
         (["--from", folder, "--out", str(out / "p.xls")], r"suffix is '.xls', expected .parquet, .csv, .jsonl"),
-        (["--from", folder, "--split", "none", "--out", str(out / "p.csv")], r"predict: .* has split 'none'"),
+        (["--from", folder, "--split", "none", "--out", str(out / "p.csv")], r"holds no sample of split 'none'"),
     ):
         with pytest.raises(SystemExit, match=message):
             cli.main(["predict", *arguments])
