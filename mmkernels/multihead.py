@@ -213,10 +213,10 @@ def _mask(
             mask, neutral = added[0] if len(added) == 1 else added[0] + added[1], 0.0
         return F.pad(mask, (extra, 0), value=neutral) if extra else mask
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (attn is not None and attn.is_inference()):  # as once: it has no version
         return build()
     if padding is None:
         return plans.once(attn, ("multihead", batch, heads, extra), build)
-    version = None if attn is None or attn.is_inference() else attn._version
+    version = None if attn is None else attn._version
     # With attn beside the result no other tensor takes its id while that is kept.
     return plans.once(padding, ("multihead", id(attn), version, batch, heads, extra), lambda: (build(), attn))[0]

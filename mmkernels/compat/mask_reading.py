@@ -33,8 +33,9 @@ class Bounds(NamedTuple):
             return "full"
         return "causal" if (self.hi == np.minimum(np.arange(self.hi.shape[1]) + 1, keys)).all() else None
 
-    def key(self) -> tuple[bytes | None, ...]:
-        return tuple(None if part is None else part.tobytes() for part in self)
+    def key(self) -> tuple[tuple | None, ...]:
+        # With the shapes: bounds [n, 1] and [1, Lq] may have equal bytes.
+        return tuple(None if part is None else (part.shape, part.tobytes()) for part in self)
 
 
 def of_lengths(

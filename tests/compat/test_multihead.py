@@ -101,6 +101,33 @@ def test_forward_and_backward_equal_the_original(options):
     assert_error_rule("all outputs and gradients", *(torch.cat(part) for part in pool))
 
 
+def test_attn_mask_and_padding_of_like_sizes_do_not_take_one_anothers_plans():
+    theirs, ours = pair()
+    n = 6
+    x = torch.randn(n, n, E)
+    causal = torch.ones(n, n, dtype=torch.bool).triu(1)
+    padding = torch.arange(n) > torch.arange(n)[:, None]
+    calls = [{"attn_mask": causal}, {"key_padding_mask": padding}, {"attn_mask": causal, "key_padding_mask": padding}]
+    for order in itertools.permutations(calls):
+        for masks in order:
+            given = {name: mask.clone() for name, mask in masks.items()}
+            out = ours(x, x, x, need_weights=False, **given)[0]
+            torch.testing.assert_close(out, theirs(x, x, x, need_weights=False, **given)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_inference_attn_mask_is_read_at_every_call():
+    """It has no version, so a change in place would not be seen."""
+    theirs, ours = pair()
+    x, padding = torch.randn(B, L, E), torch.arange(L) >= torch.tensor([[10], [4], [7]])
+    with torch.inference_mode():
+        attn = torch.ones(L, L, dtype=torch.bool).triu(1)
+    for _ in range(2):
+        given = {"key_padding_mask": padding, "attn_mask": attn, "need_weights": False}
+        torch.testing.assert_close(ours(x, x, x, **given)[0], theirs(x, x, x, **given)[0], rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():
+            attn[:] = False
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_weights_are_the_originals(batch_first, average):

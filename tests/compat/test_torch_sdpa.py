@@ -1,5 +1,7 @@
 """scaled_dot_product_attention against torch's: masks that stretches can hold, layouts of memory, refusals."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -316,6 +318,56 @@ def test_a_mask_is_read_once_per_version(monkeypatch):
     out = ours(q, k, v, mask)
     assert len(reads) == 2
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_of_like_sizes_do_not_take_one_anothers_plans():
+    """B = H = Lq = Lk, so that bounds per sample, per head and per query have equally many numbers, and often equal."""
+    n = 4
+    q, k, v = heads("projection", n, n, n)
+    place = torch.arange(n)
+    rows = torch.cartesian_prod(*[torch.arange(n + 1)] * 2)  # first and end of a stretch
+    rising = [torch.ones(n, n).tril(d).bool() for d in range(-2, 3)] + [torch.eye(n).bool()]
+    kinds = []
+    for lengths in (place + 1, torch.tensor([4, 1, 2, 2]), torch.tensor([0, 4, 4, 1])):
+        real = place < lengths[:, None]
+        for one in (real, real.flip(-1), ~real):
+            kinds += [one[:, None, None], one[None, None, :1], one[:, None, :, None], one[None, :, None]]
+            kinds += [one[:, None, None] & one[:, None, :, None]]
+            kinds += [one[:, None, None] & m for m in rising]
+    kinds += [(place >= lo) & (place < hi) for lo, hi in rows] + rising
+    kinds = [m.expand(m.shape if m.ndim == 4 else (1, 1, n, n)).clone() for m in kinds]
+    expected = [dense(q, k, v, m.expand(n, n, n, n))[0] for m in kinds]
+    torch.manual_seed(0)
+    for order in (range(len(kinds)), reversed(range(len(kinds))), *(torch.randperm(len(kinds)) for _ in range(3))):
+        for i in order:
+            for options in ({"attn_mask": kinds[i].clone()}, {"attn_mask": kinds[i]}):
+                torch.testing.assert_close(ours(q, k, v, **options), expected[i], rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_and_places_of_like_sizes_do_not_take_one_anothers_plans():
+    n = 3
+    q, k, v = heads("projection", n, H, n)
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    every = [torch.tensor(t) for t in itertools.product(range(n + 1), repeat=n)]
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    for _ in range(400):
+        lengths, keys, causal = pick([None, *every]), pick([None, *every]), pick([False, True])
+        left, right = pick([-1, 0, 1]), pick([-1, 0, 1])
+        align = pick(["top_left", "bottom_right"])
+        own = torch.full((n,), n) if lengths is None else lengths
+        ends = own if keys is None else keys
+        places = i + (ends - own)[:, None, None] if align == "bottom_right" else i.expand(n, n, 1)
+        seen = (j < ends[:, None, None]) & (i < own[:, None, None])
+        seen &= (places - j <= left) | (left < 0)
+        seen &= (j - places <= right) | (right < 0)
+        seen = seen & (j <= places) if causal else seen
+        options = {"lengths": pick([lengths, None if lengths is None else lengths.tolist()]), "key_lengths": keys}
+        out = ours(q, k, v, **options, is_causal=causal, window=(left, right), align=align)
+        torch.testing.assert_close(out, dense(q, k, v, seen[:, None])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_capture_and_compiled_regions_on_a_gpu_refuse_by_name(monkeypatch):
