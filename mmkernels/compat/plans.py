@@ -188,6 +188,7 @@ class _Plans:
 
 _plans = _Plans()
 _by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {(view of it, what else counts): result})
+_by_tensor_lock = threading.Lock()
 
 
 def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
@@ -198,23 +199,28 @@ def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
     if tensor.is_inference():  # has no version: read every time
         return build()
     owner, version = tensor if tensor._base is None else tensor._base, tensor._version
-    entry = _by_tensor.get(id(owner))
-    if entry is None or entry[0]() is not owner or entry[1] != version:
-        entry = _by_tensor[id(owner)] = (weakref.ref(owner, _forget(id(owner))), version, {})
     key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, content)
-    found = entry[2].get(key)
+    with _by_tensor_lock:
+        entry = _by_tensor.get(id(owner))
+        if entry is None or entry[0]() is not owner or entry[1] != version:
+            entry = _by_tensor[id(owner)] = (weakref.ref(owner, _forget(id(owner))), version, {})
+        results = entry[2]
+        found = results.get(key)
     if found is None:
-        if len(entry[2]) >= MAX_RESULTS:  # a mask kept for good, of which each call takes another part
-            del entry[2][next(iter(entry[2]))]
-        found = entry[2][key] = build()
+        built = build()
+        with _by_tensor_lock:
+            found = results.setdefault(key, built)  # of two threads that built it the first
+            if len(results) > MAX_RESULTS:  # a mask kept for good, of which each call takes another part
+                del results[next(iter(results))]
     return found
 
 
 def _forget(number: int) -> Callable[[weakref.ref], None]:
     # kept: at exit, when the last masks go, the module's own name for it is gone.
     def forget(reference: weakref.ref, kept: dict[int, tuple] = _by_tensor) -> None:
+        # Without the lock: this runs wherever a tensor happens to go, also where its thread holds it.
         entry = kept.get(number)
         if entry is not None and entry[0] is reference:  # not that of a later tensor with the same id
-            del kept[number]
+            kept.pop(number, None)
 
     return forget

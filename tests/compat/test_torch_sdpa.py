@@ -1,6 +1,8 @@
 """scaled_dot_product_attention against torch's: masks that stretches can hold, layouts of memory, refusals."""
 
 import itertools
+import sys
+import threading
 
 import pytest
 import torch
@@ -397,6 +399,31 @@ def test_kept_plans_do_not_keep_masks_alive_nor_grow():
         ours(q, k, v, torch.arange(L).expand(L, L) < 1 + n % 30)
     assert len(plans._plans._kept) <= plans.MAX_PLANS
     assert len(plans._by_tensor) <= before + 1
+
+
+def test_threads_may_share_a_mask_of_which_each_call_takes_another_part():
+    from mmkernels.compat import plans
+
+    rows, failed, interval = torch.ones(400, 4, dtype=torch.bool), [], sys.getswitchinterval()
+
+    def take():
+        try:
+            for i in torch.randint(400, (4000,)).tolist():
+                assert plans.once(rows[i], "row", lambda i=i: i + 1) == i + 1
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert len(plans._by_tensor[id(rows)][2]) == plans.MAX_RESULTS
 
 
 def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
