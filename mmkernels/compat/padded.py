@@ -111,9 +111,8 @@ def plan_bounds(bounds: Bounds, samples: int, queries: int, keys: int, device: t
 def plan_device_bounds(lo: Tensor, hi: Tensor, samples: int, keys: int, by_head: bool) -> PaddedPlan:
     """The plan of bounds [B or 1, Lq] that must not be read."""
     queries, device = lo.shape[1], lo.device
-    if lo.shape[0] > 1:
-        lo, hi = (t.repeat_interleave(samples // lo.shape[0], 0) for t in (lo, hi))
-    intervals = KeyIntervals(*(t.expand(samples, -1).reshape(-1) for t in (lo, hi)))
+    # Copies: a view of the lengths would keep them alive, and so what is kept by them.
+    intervals = KeyIntervals(*(t.repeat_interleave(samples // max(t.shape[0], 1), 0).view(-1) for t in (lo, hi)))
     return _plan(samples, queries, keys, device, intervals, by_head, None)
 
 

@@ -446,6 +446,13 @@ def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
         assert bounds(lengths, keys)[0] == 8
     del lengths, keys, given
     assert len(plans._by_tensor) == before
+    one = torch.tensor([9])  # of one sample, whose bounds are its own length
+    plans._device_plan(
+        plans.Seen(False, (-1, -1), False, None, one, None), None, one, shape._replace(batch=1), cpu, False
+    )
+    assert len(plans._by_tensor) == before + 1
+    del one
+    assert len(plans._by_tensor) == before
 
 
 def test_inference_mode_and_no_grad():
