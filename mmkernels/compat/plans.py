@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.compat import mask_reading
+from mmkernels.compat.arguments import is_whole
 from mmkernels.compat.mask_reading import Bounds
 from mmkernels.compat.padded import PaddedPlan, plan_bounds, plan_device_bounds
+
+Lengths = tuple[int, ...] | Tensor | None
 
 MAX_RESULTS = 8  # kept per tensor
 MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a step, and a few hundred MB at most
@@ -49,31 +53,62 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
     by_head: take each head for a sample, as padded.goes_by_head advises; masks that differ between heads need it.
     Raises ValueError for lengths that do not fit.
     """
-    lengths, key_lengths = seen.lengths, seen.key_lengths
-    if key_lengths is None and lengths is not None:
-        if shape.queries != shape.keys:
-            raise ValueError(
-                f"lengths: queries have {shape.queries} places and keys {shape.keys}, expected key_lengths too"
-            )
-        key_lengths = lengths
-    if seen.mask is None and any(isinstance(n, Tensor) and n.device.type != "cpu" for n in (lengths, key_lengths)):
+    lengths, key_lengths = checked_lengths(seen, shape)
+    if any(isinstance(n, Tensor) for n in (lengths, key_lengths)):
         return _device_plan(seen, lengths, key_lengths, shape, device, by_head)
-    content = (seen[:3], shape, device, by_head, _content(lengths), _content(key_lengths))
+    content = (seen[:3], shape, device, by_head, lengths, key_lengths)
 
     def build() -> PaddedPlan | Refused:
-        given = (
-            _on_host("lengths", lengths, shape.batch, shape.queries),
-            _on_host("key_lengths", key_lengths, shape.batch, shape.keys),
-        )
         if seen.mask is None:
-            return _host_plan(seen, None, *given, shape, device, by_head)
-        return _masked_plan(seen, *given, shape, device, by_head)
+            return _host_plan(seen, None, lengths, key_lengths, shape, device, by_head)
+        return _masked_plan(seen, lengths, key_lengths, shape, device, by_head)
 
     if seen.mask is not None:
         return once(seen.mask, content, build)
     if content not in _plans and _captures(device):
         return Refused("lengths on the host cannot be planned while a graph is captured; give them on the device")
     return _plans.get(content, build)
+
+
+def checked_lengths(seen: Seen, shape: Shape) -> tuple[Lengths, Lengths]:
+    """lengths and key_lengths: None, ints, or the tensor as it came where it is on a device and need not be read.
+
+    Raises ValueError naming the one that does not fit; of a tensor that is not read, by dtype and shape alone.
+    """
+    lengths = _checked("lengths", seen.lengths, shape.batch, shape.queries, seen.mask)
+    if seen.key_lengths is not None:
+        return lengths, _checked("key_lengths", seen.key_lengths, shape.batch, shape.keys, seen.mask)
+    if lengths is not None and shape.queries != shape.keys:
+        raise ValueError(
+            f"lengths: queries have {shape.queries} places and keys {shape.keys}, expected key_lengths too"
+        )
+    return lengths, lengths
+
+
+def _checked(name: str, values, batch: int, most: int, mask: Tensor | None) -> Lengths:
+    expected = f"expected {batch} whole numbers, one per sample"
+    if values is None:
+        return None
+    if isinstance(values, Tensor) and (torch.compiler.is_compiling() or (mask is None and values.device.type != "cpu")):
+        if not is_whole(values) or values.shape != (batch,):
+            raise ValueError(f"{name}: {values.dtype} {tuple(values.shape)}, {expected}")
+        return values
+    listed = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"{name}: {type(values).__name__}, {expected}")
+    found = []
+    for place, n in enumerate(listed):
+        try:
+            if isinstance(n, bool):
+                raise TypeError
+            found.append(index(n))
+        except TypeError:  # never rounds 2.5 to 2
+            raise ValueError(f"{name}: entry {place} is {n!r}, {expected}") from None
+    if len(found) != batch:
+        raise ValueError(f"{name}: {len(found)} entries, {expected}")
+    if found and (min(found) < 0 or max(found) > most):
+        raise ValueError(f"{name}: from {min(found)} to {max(found)}, expected 0 to {most}")
+    return tuple(found)
 
 
 def _captures(device: torch.device) -> bool:
@@ -92,14 +127,15 @@ def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         if shape.heads != shape.kv_heads:
             return Refused("attn_mask differs between heads, of which several share keys")
         by_head = True
-    content = (seen[:3], shape, device, by_head, _content(lengths), _content(key_lengths), read.key())
+    content = (seen[:3], shape, device, by_head, lengths, key_lengths, read.key())
     return _plans.get(content, lambda: _host_plan(seen, read, lengths, key_lengths, shape, device, by_head))
 
 
 def _host_plan(
     seen: Seen, read: Bounds | None, lengths, key_lengths, shape: Shape, device, by_head: bool
 ) -> PaddedPlan:
-    bounds = mask_reading.of_lengths(shape.queries, shape.keys, lengths, key_lengths, *seen[:3])
+    given = (None if n is None else torch.tensor(n, dtype=torch.int64) for n in (lengths, key_lengths))
+    bounds = mask_reading.of_lengths(shape.queries, shape.keys, *given, *seen[:3])
     bounds = Bounds(*(t.numpy() for t in bounds))
     if read is not None:
         bounds = mask_reading.intersect(_per_sample(bounds, read), read)
@@ -115,19 +151,14 @@ def _per_sample(bounds: Bounds, like: Bounds) -> Bounds:
 
 
 def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan:
-    """Lengths of which one is on the device at least are not read, so nothing waits for them."""
-    for name, value in (("lengths", lengths), ("key_lengths", key_lengths)):
-        if value is not None and len(value) != shape.batch:
-            raise ValueError(f"{name} has {len(value)} entries, expected {shape.batch}, one per sample")
+    """Lengths of which one is on the device at least are not read there, so nothing waits for them."""
     tensors = [n for n in (lengths, key_lengths) if isinstance(n, Tensor)]
     owner = next((n for n in tensors if n.device.type != "cpu"), tensors[0])
     other = key_lengths if owner is lengths else lengths
     # A second tensor counts by identity and version, and is kept beside the plan, so that no other takes its id.
     apart = isinstance(other, Tensor) and other is not owner
     unversioned = apart and other.is_inference()
-    known = (
-        (id(other), None if unversioned else other._version) if apart else None if other is owner else _content(other)
-    )
+    known = (id(other), None if unversioned else other._version) if apart else None if other is owner else other
     content = (seen[:3], shape, device, by_head, owner is lengths, owner is key_lengths, known)
 
     def build() -> tuple[PaddedPlan, Tensor | None]:
@@ -137,29 +168,6 @@ def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         return plan_device_bounds(lo, hi, samples, shape.keys, by_head), other if apart else None
 
     return (build() if unversioned else once(owner, content, build))[0]
-
-
-def _content(lengths) -> Hashable:
-    """What a plan depends on.  With the type, as 3 == 3.0 and floats must reach the check."""
-    if lengths is None:
-        return None
-    if np.ndim(lengths) != 1:
-        raise ValueError(f"lengths: {np.ndim(lengths)} dimensions, expected whole numbers [B], one per sample")
-    values = tuple(lengths if isinstance(lengths, list | tuple) else lengths.tolist())
-    return (*values, type(values[0])) if values else values
-
-
-def _on_host(name: str, values, batch: int, most: int) -> Tensor | None:
-    """int64 [B] on the CPU, checked."""
-    if values is None:
-        return None
-    found = torch.as_tensor(values).cpu()
-    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool or found.shape != (batch,):
-        raise ValueError(f"{name}: {found.dtype} {tuple(found.shape)}, expected {batch} whole numbers, one per sample")
-    found = found.long()
-    if batch and (int(found.min()) < 0 or int(found.max()) > most):
-        raise ValueError(f"{name}: from {int(found.min())} to {int(found.max())}, expected 0 to {most}")
-    return found
 
 
 class _Plans:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.compat import mask_reading, padded_op, plans
+from mmkernels.compat.arguments import FALLBACKS, one_of, refuse_tensors
+from mmkernels.compat.arguments import window as checked_window
 from mmkernels.compat.notes import note
 from mmkernels.compat.padded import attend, goes_by_head
 from mmkernels.compat.plans import Refused, Seen, Shape
@@ -44,7 +46,7 @@ def scaled_dot_product_attention(
     torch's.  A boolean mask says True where a key takes part; a float mask may hold 0 and -inf (or the dtype's lowest
     value).  is_causal is aligned top-left.  Queries that see nothing give 0, as in torch.
 
-    lengths      [B], host numbers or a tensor: tokens of each sample, the rest is padding on its right.  Of keys too,
+    lengths      [B], whole numbers or a tensor: tokens of each sample, the rest is padding on its right.  Of keys too,
                  unless key_lengths is given.  Padding queries give 0 and get no gradient
     key_lengths  [B]: real keys of each sample.  Alone: every query is computed, as with a padding mask
     window       flash-attn's (left, right), about the query's place among the keys
@@ -60,13 +62,18 @@ def scaled_dot_product_attention(
 
     Raises ValueError for shapes and dtypes that do not fit, NotImplementedError as said.
     """
-    if fallback not in (None, "torch"):
-        raise ValueError(f"{NAME}: fallback is {fallback!r}, expected None or 'torch'")
-    if align not in ALIGN:
-        raise ValueError(f"{NAME}: align is {align!r}, expected one of {', '.join(ALIGN)}")
+    one_of(NAME, "fallback", fallback, FALLBACKS)
+    one_of(NAME, "align", align, ALIGN)
+    refuse_tensors(NAME, {"scale": scale}, dropout_p)
+    window = checked_window(NAME, "window", window)
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise ValueError(
+            f"{NAME}: attn_mask is {type(attn_mask).__name__}, expected a tensor or None; mmkernels.attention and "
+            "varlen_attn take an AttentionMask"
+        )
     call = _TorchCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     bottom_right = align == "bottom_right"
-    plain = attn_mask is None and lengths is None and key_lengths is None and tuple(window) == (-1, -1)
+    plain = attn_mask is None and lengths is None and key_lengths is None and window == (-1, -1)
     if plain and impl == "auto" and not (is_causal and bottom_right):
         return call.run("nothing to skip")
     if query.is_nested or key.is_nested or value.is_nested:
@@ -74,7 +81,7 @@ def scaled_dot_product_attention(
     q, k, v, mask, lead = _checked(call)
     if not q.shape[1]:
         return call.run("there are no heads")
-    seen = Seen(is_causal, tuple(window), bottom_right, lengths, key_lengths, mask)
+    seen = Seen(is_causal, window, bottom_right, lengths, key_lengths, mask)
     compiling = torch.compiler.is_compiling()
     refused = _refused(q, k, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}
@@ -212,11 +219,12 @@ def _dense_call(call: _TorchCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -
     mask, is_causal = seen.mask, seen.is_causal
     if seen.lengths is None and seen.key_lengths is None and seen.window == (-1, -1) and not seen.bottom_right:
         return call
-    lengths, key_lengths = (
-        None if n is None else torch.as_tensor(n, device=q.device) for n in (seen.lengths, seen.key_lengths)
+    shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    lengths = (
+        None if n is None else torch.as_tensor(n, dtype=torch.int64, device=q.device)
+        for n in plans.checked_lengths(seen, shape)
     )
-    key_lengths = lengths if key_lengths is None else key_lengths
-    lo, hi = mask_reading.of_lengths(q.shape[2], k.shape[2], lengths, key_lengths, *seen[:3])
+    lo, hi = mask_reading.of_lengths(q.shape[2], k.shape[2], *lengths, *seen[:3])
     keys = torch.arange(k.shape[2], device=q.device)
     inside = ((keys >= lo.to(q.device).unsqueeze(2)) & (keys < hi.to(q.device).unsqueeze(2))).unsqueeze(1)
     if mask is None or mask.dtype == torch.bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dense import attention as dense
 from dense import check
 
-from mmkernels import dispatch
+from mmkernels import AttentionMask, dispatch
 from mmkernels.compat import padded
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
 
@@ -255,9 +255,23 @@ def test_grouped_heads_with_masks_per_head_are_refused():
     ("options", "message"),
     [
         ({"lengths": [1, 2]}, "lengths: .* expected 3 whole numbers"),
-        ({"lengths": [[1, 2, 3]]}, "lengths: 2 dimensions"),
+        ({"lengths": 5}, "lengths: int, expected 3 whole numbers"),
+        ({"lengths": torch.tensor(5)}, "lengths: Tensor, expected 3 whole numbers"),
+        ({"lengths": [[1, 2, 3]]}, r"lengths: entry 0 is \[1, 2, 3\], expected 3"),
+        ({"lengths": [[1, 2], [3]]}, r"lengths: entry 0 is \[1, 2\]"),
         ({"lengths": [1, 2, 38]}, "lengths: from 1 to 38, expected 0 to 37"),
-        ({"lengths": [1.0, 2.0, 3.0]}, "lengths: torch.float32"),
+        ({"lengths": [1, 2.0, 3.0]}, "lengths: entry 1 is 2.0, expected 3 whole numbers"),
+        ({"lengths": [True, False, True]}, "lengths: entry 0 is True"),
+        ({"lengths": torch.ones(3)}, "lengths: entry 0 is 1.0"),
+        ({"lengths": torch.ones(3), "dtype": torch.float64, "fallback": "torch"}, "lengths: entry 0 is 1.0"),
+        ({"key_lengths": [1, 2, -1]}, "key_lengths: from -1 to 2, expected 0 to 37"),
+        ({"scale": torch.tensor(0.3), "lengths": [1, 2, 3]}, "scale is a tensor, expected a number; multiply the quer"),
+        ({"scale": torch.tensor(0.3)}, "scale is a tensor"),
+        ({"dropout_p": torch.tensor(0.3)}, "dropout_p is a tensor, expected a number"),
+        ({"window": None}, r"window is None, expected \(left, right\) as integers"),
+        ({"window": (1, 2, 3)}, r"window is \(1, 2, 3\), expected \(left, right\)"),
+        ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected"),
+        ({"attn_mask": AttentionMask()}, "attn_mask is AttentionMask, expected a tensor or None; mmkernels.attention"),
         ({"attn_mask": torch.ones(L, L, dtype=torch.int32)}, "attn_mask is torch.int32"),
         ({"attn_mask": torch.ones(2, 1, L, L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
         ({"attn_mask": torch.ones(1, 1, 1, L, L, dtype=torch.bool)}, "attn_mask is .* does not broadcast"),
@@ -267,8 +281,41 @@ def test_grouped_heads_with_masks_per_head_are_refused():
     ],
 )
 def test_what_does_not_fit_is_named(options, message):
+    options = dict(options)
+    tensors = heads("projection", dtype=options.pop("dtype", torch.float32))
     with pytest.raises(ValueError, match=message):
-        ours(*heads("projection"), **options)
+        ours(*tensors, **options)
+
+
+def test_what_does_not_fit_is_named_also_after_what_does():
+    """3 == 3.0 == True and so on, but a kept plan answers for whole numbers alone."""
+    tensors = heads("projection", 2, 1, 4)
+    ours(*tensors, lengths=[1, 3])
+    for lengths in ([1, 3.0], [True, 3], (1, 3.0)):
+        with pytest.raises(ValueError, match="lengths: entry"):
+            ours(*tensors, lengths=lengths)
+
+
+@pytest.mark.parametrize("lengths", [[], (), torch.tensor([]), torch.tensor([], dtype=torch.int32)], ids=repr)
+def test_a_batch_of_no_samples_has_no_lengths(lengths):
+    tensors = [t.requires_grad_() for t in heads("projection", 0)]
+    out = ours(*tensors, lengths=lengths)
+    assert out.shape == tensors[0].shape
+    out.sum().backward()
+
+
+def test_lengths_on_a_device_are_checked_by_what_needs_no_reading():
+    q = heads("projection")[0]
+    for lengths in (torch.ones(B), torch.ones(B, dtype=torch.bool), torch.ones(B + 1, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"lengths: torch\..* expected 3 whole numbers, one per sample"):
+            ours(q, q, q, lengths=lengths.to("meta"))
+
+
+def test_a_window_may_be_wider_than_any_sample():
+    q, k, v = heads("projection")
+    expected = ours(q, k, v, lengths=LENGTHS)
+    for window in ((2**63 - 1, 2**63 - 1), (2**80, -(2**70)), (-7, -7)):
+        assert torch.equal(ours(q, k, v, lengths=LENGTHS, window=window), expected)
 
 
 def test_where_nothing_is_hidden_torch_runs(monkeypatch):
@@ -438,7 +485,7 @@ def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
 
     for n in range(1, 5):
         lengths, keys = torch.tensor([n, 9]), torch.tensor([9, n])
-        for given in ((lengths, keys), (lengths, lengths), (None, keys), ([n, 9], keys), (lengths, [9, n])):
+        for given in ((lengths, keys), (lengths, lengths), (None, keys), ((n, 9), keys), (lengths, (9, n))):
             first = bounds(*given)
             assert bounds(*given) == first
             assert first[0] == int(given[1][0])

@@ -1,0 +1,40 @@
+"""Arguments that several faces take, checked alike."""
+
+from __future__ import annotations
+
+from operator import index
+
+import torch
+from torch import Tensor
+
+FALLBACKS = (None, "torch")
+FARTHEST = 2**31 - 1  # a window's sides: no sample is longer, and sums with places stay far from int64's end
+
+
+def refuse_tensors(face: str, scale: dict, dropout_p: float) -> None:
+    """Their gradients would be lost.   scale: by the name that the face gives it"""
+    for name, value in scale.items():
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"{face}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
+            )
+    if isinstance(dropout_p, Tensor):
+        raise ValueError(f"{face}: dropout_p is a tensor, expected a number")
+
+
+def window(face: str, name: str, value) -> tuple[int, int]:
+    """(left, right), where every negative side is -1: unlimited."""
+    try:
+        left, right = map(index, value)
+    except (TypeError, ValueError):  # no sequence, not whole, or not two
+        raise ValueError(f"{face}: {name} is {value!r}, expected (left, right) as integers") from None
+    return max(-1, min(left, FARTHEST)), max(-1, min(right, FARTHEST))
+
+
+def one_of(face: str, name: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{face}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def is_whole(t: Tensor) -> bool:
+    return not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)
