@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.compat import plans
+from mmkernels.compat.arguments import refuse_tensors, window
 from mmkernels.compat.packed import attend_packed
 from mmkernels.compat.padded import attend, goes_by_head
 from mmkernels.compat.plans import Seen, Shape
@@ -47,15 +48,15 @@ def flash_attn_func(
     A query that sees nothing gives 0.  With return_attn_probs: (out, lse, None), lse the natural logarithm of the
     softmax denominators, fp32 [B, H, Sq], -inf where a query sees nothing (flash_attn says +inf).
     """
-    options = _options(
-        "flash_attn_func", dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    name = "flash_attn_func"
+    options = _options(name, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs)
+    seen = Seen(causal, window(name, "window_size", window_size), True, None, None, None)
+    for argument, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 4:
-            raise ValueError(f"flash_attn_func: {name} has shape {tuple(t.shape)}, expected [B, S, heads, D]")
+            raise ValueError(f"{name}: {argument} has shape {tuple(t.shape)}, expected [B, S, heads, D]")
     if k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(
-            f"flash_attn_func: q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, expected k and v "
+            f"{name}: q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, expected k and v "
             "alike, of q's batch size"
         )
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -63,11 +64,8 @@ def flash_attn_func(
     if torch.compiler.is_compiling():
         from mmkernels.compat import padded_op
 
-        result = padded_op.attend(
-            q, k, v, Seen(causal, tuple(window_size), True, None, None, None), impl="auto", **options
-        )
+        result = padded_op.attend(q, k, v, seen, impl="auto", **options)
     else:
-        seen = Seen(causal, tuple(window_size), True, None, None, None)
         plan = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
         result = attend(q, k, v, plan, **options)
     if return_attn_probs:
@@ -140,7 +138,7 @@ def flash_attn_varlen_func(
         raise NotImplementedError(f"{name}: block_table, paged keys are not taken")
     result = attend_packed(
         name, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        mask=AttentionMask(causal=causal, window=tuple(window_size)), **options,
+        mask=AttentionMask(causal=causal, window=window(name, "window_size", window_size)), **options,
     )  # fmt: skip
     return (*result, None) if return_attn_probs else result
 
@@ -218,6 +216,7 @@ def index_first_axis(rows: Tensor, indices: Tensor) -> Tensor:
 
 def _options(name: str, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs) -> dict:
     """The options of mmkernels.attention, where there are such."""
+    refuse_tensors(name, {"softmax_scale": softmax_scale}, dropout_p)
     if softcap:
         raise NotImplementedError(f"{name}: softcap is {softcap}, taken is 0.0 alone")
     if alibi_slopes is not None:

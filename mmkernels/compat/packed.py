@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.compat import plans
+from mmkernels.compat.arguments import FARTHEST, is_whole
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, KeyIntervals
 from mmkernels.ops.attention.api import attention
@@ -27,19 +28,20 @@ def layouts(
     name: str, q: Tensor, k: Tensor, bounds_q: Bounds, bounds_k: Bounds, max_q: int, max_k: int
 ) -> tuple[PackedLayout, PackedLayout | None]:
     """The layouts of queries and keys (None: the same), kept with their bounds.  max_q, max_k may be None."""
-    layout = _layout(name, q, bounds_q, max_q)
+    layout = _layout(name, "queries", q, bounds_q, max_q)
     if bounds_k is bounds_q and q.shape[0] == k.shape[0]:
         return layout, None
-    return layout, _layout(name, k, bounds_k, max_k)
+    return layout, _layout(name, "keys", k, bounds_k, max_k)
 
 
-def _layout(name: str, tokens: Tensor, bounds: Bounds, longest: int | None) -> PackedLayout:
+def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int | None) -> PackedLayout:
     if isinstance(bounds, PackedLayout):
         return bounds
+    expected = "expected an int32 tensor [N + 1] or PackedLayout"
     if not isinstance(bounds, Tensor):
-        raise ValueError(
-            f"{name}: bounds are {type(bounds).__name__}, expected an int32 tensor [N + 1] or PackedLayout"
-        )
+        raise ValueError(f"{name}: the bounds of {whose} are {type(bounds).__name__}, {expected}")
+    if not is_whole(bounds) or bounds.ndim != 1 or not len(bounds):
+        raise ValueError(f"{name}: the bounds of {whose} are {bounds.dtype} {tuple(bounds.shape)}, {expected}")
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{name}: inside torch.compile bounds cannot be planned; give a PackedLayout in their place, "
@@ -48,7 +50,13 @@ def _layout(name: str, tokens: Tensor, bounds: Bounds, longest: int | None) -> P
     total = tokens.shape[0]
 
     def build() -> PackedLayout:
-        on_device = bounds.to(tokens.device, torch.int32)
+        if bounds.device.type == "cpu" and not 0 <= int(bounds.min()) <= int(bounds.max()) <= total:  # none may wrap
+            raise ValueError(
+                f"{name}: the bounds of {whose} are from {int(bounds.min())} to {int(bounds.max())}, expected 0 to "
+                f"the {total} tokens"
+            )
+        # A copy: a layout of device bounds holds them, and one that held the caller's would be kept by itself.
+        on_device = bounds.to(tokens.device, torch.int32, copy=True)
         # Longer than any sample where it is not known: only the tile choice of device-side bounds looks at it.
         most = int(longest) if isinstance(longest, int) else total
         return PackedLayout.from_cu_seqlens(on_device, total_tokens=total, max_seqlen=most)
@@ -57,23 +65,48 @@ def _layout(name: str, tokens: Tensor, bounds: Bounds, longest: int | None) -> P
 
 
 def seqused_mask(
-    name: str, mask: AttentionMask, bounds_q: Bounds, bounds_k: Bounds, q: Tensor, k: Tensor, seqused: Tensor
+    name: str, mask: AttentionMask, layout: PackedLayout, keys: PackedLayout, seqused: Tensor
 ) -> AttentionMask:
-    """The mask over the first `seqused` [N] keys of each sample, at whose end its last query stands."""
-    if mask.causal or mask.align != "bottom_right":
-        raise NotImplementedError(f"{name}: seqused_k with a mask of its own place or causality; use window_size")
-    layout, keys = layouts(name, q, k, bounds_q, bounds_k, None, None)
-    keys = layout if keys is None else keys
-    if seqused.shape != (layout.num_samples,):
-        raise ValueError(f"{name}: seqused_k has shape {tuple(seqused.shape)}, expected [{layout.num_samples}]")
-    seqused = seqused.to(layout.device).long()
+    """The mask over the first `seqused` [N] keys of each sample, at whose end its last query stands.
+
+    Kept with seqused, so that all layers have one mask.
+    """
+    if mask.causal or mask.align != "bottom_right" or mask.intervals is not None:
+        raise NotImplementedError(f"{name}: seqused_k with a mask of its own place, causality or intervals")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{name}: seqused_k inside torch.compile, where it cannot be planned")
+    expected = f"expected an int32 tensor [{layout.num_samples}]"
+    if not isinstance(seqused, Tensor):
+        raise ValueError(f"{name}: seqused_k is {type(seqused).__name__}, {expected}")
+    if not is_whole(seqused) or seqused.shape != (layout.num_samples,):
+        raise ValueError(f"{name}: seqused_k is {seqused.dtype} {tuple(seqused.shape)}, {expected}")
+
+    def build() -> tuple[AttentionMask, PackedLayout, PackedLayout]:
+        if seqused.device.type == "cpu":
+            _check_used(name, seqused, keys)
+        intervals = _used_intervals(mask.window, layout, seqused.to(layout.device).long())
+        return replace(mask, window=(-1, -1), intervals=intervals), layout, keys  # beside it, so their ids stay theirs
+
+    return plans.once(seqused, ("seqused", mask, id(layout), id(keys)), build)[0]
+
+
+def _check_used(name: str, seqused: Tensor, keys: PackedLayout) -> None:
+    most = torch.tensor(FARTHEST) if keys.host is None else keys.host.cu_seqlens.diff()
+    wrong = (seqused < 0) | (seqused > most)
+    if bool(wrong.any()):
+        sample = int(wrong.int().argmax())
+        most = int(most.expand(len(seqused))[sample])
+        raise ValueError(f"{name}: seqused_k of sample {sample} is {int(seqused[sample])}, expected 0 to {most}")
+
+
+def _used_intervals(window: tuple[int, int], layout: PackedLayout, seqused: Tensor) -> KeyIntervals:
     cu = layout.cu_seqlens.long()
     token = torch.arange(layout.total_tokens, device=cu.device)
     sample = torch.searchsorted(cu, token, right=True) - 1
     place = token - cu[sample] + (seqused - cu.diff())[sample]
-    left, right = mask.window
+    left, right = window
     lo = (place - left).clamp(min=0) if left >= 0 else torch.zeros_like(place)
     hi = seqused[sample]
     if right >= 0:
         hi = torch.minimum(hi, (place + right + 1).clamp(min=0))
-    return replace(mask, window=(-1, -1), intervals=KeyIntervals(lo, hi))
+    return KeyIntervals(lo, hi)

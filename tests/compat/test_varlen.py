@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen as original
@@ -22,6 +23,7 @@ from mmkernels.compat.flash_attn import (
     unpad_input,
 )
 from mmkernels.compat.torch_varlen import varlen_attn
+from mmkernels.masks import KeyIntervals
 
 D = 16
 Q_LENGTHS, K_LENGTHS = [9, 0, 4, 17], [9, 5, 12, 3]  # equal, no queries, more keys, fewer (queries that see nothing)
@@ -205,14 +207,91 @@ def test_dropped_probabilities_are_not_returned():
         ("num_splits", 4, NotImplementedError),
         ("cu_seq_k", None, NotImplementedError),
         ("seqused_k", torch.tensor([1, 2]), ValueError),
-        ("enable_gqa", False, ValueError),
+        ("seqused_k", torch.tensor([2.5]), ValueError),
+        ("seqused_k", torch.tensor([True]), ValueError),
+        ("seqused_k", [2], ValueError),
+        ("seqused_k", np.array([2]), ValueError),
+        ("seqused_k of sample 0 is -1, expected 0 to 6", {"seqused_k": torch.tensor([-1])}, ValueError),
+        ("seqused_k of sample 0 is 7, expected 0 to 6", {"seqused_k": torch.tensor([7])}, ValueError),
+        ("bounds of queries are list, expected an int32 tensor", {"cu_seq_q": [0, 6]}, ValueError),
+        ("bounds of keys are ndarray, expected an int32 tensor", {"cu_seq_k": np.array([0, 6])}, ValueError),
+        ("bounds of keys are torch.float32", {"cu_seq_k": torch.tensor([0.0, 5.9])}, ValueError),
+        ("bounds of keys are torch.bool", {"cu_seq_k": torch.tensor([False, True])}, ValueError),
+        (r"bounds of queries are torch.int64 \(1, 2\)", {"cu_seq_q": torch.tensor([[0, 6]])}, ValueError),
+        ("bounds of queries are from 0 to 4294967298, ex", {"cu_seq_q": torch.tensor([0, 2**32 + 2, 6])}, ValueError),
+        ("bounds of queries are from -1 to 6, expected 0 to the 6", {"cu_seq_q": torch.tensor([-1, 6])}, ValueError),
+        ("scale is a tensor", {"scale": torch.tensor(0.3)}, ValueError),
+        ("dropout_p is a tensor", {"dropout_p": torch.tensor(0.3)}, ValueError),
+        ("window_size", None, ValueError),
+        ("window_size", (1, 2, 3), ValueError),
     ],
+    ids=str,
 )
 def test_varlen_arguments_that_are_not_taken(argument, value, error):
     q, k = torch.randn(6, 4, D), torch.randn(6, 2, D)
     call = {"cu_seq_q": bounds([6]), "cu_seq_k": bounds([6]), "max_q": 6, "max_k": 6, "enable_gqa": True}
     with pytest.raises(error, match=argument):
-        varlen_attn(q, k, k, **(call | {argument: value}))
+        varlen_attn(q, k, k, **(call | (value if isinstance(value, dict) else {argument: value})))
+
+
+@pytest.mark.parametrize("window", [None, (1, 2, 3), (1.5, 0)])
+def test_flash_windows_are_two_integers(window):
+    x, cu = torch.randn(1, 6, 3, 2, D), bounds([6])
+    for call in (lambda: flash_attn_qkvpacked_func(x, window_size=window),
+                 lambda: flash_attn_varlen_qkvpacked_func(x[0], cu, 6, window_size=window)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"func: window_size is .*, expected \(left, right\) as integers"):
+            call()
+
+
+def test_flash_scales_are_numbers():
+    x, cu, scale = torch.randn(1, 6, 3, 2, D), bounds([6]), torch.tensor(0.3, requires_grad=True)
+    for call in (lambda: flash_attn_qkvpacked_func(x, softmax_scale=scale),
+                 lambda: flash_attn_varlen_qkvpacked_func(x[0], cu, 6, softmax_scale=scale)):  # fmt: skip
+        with pytest.raises(ValueError, match="softmax_scale is a tensor, expected a number; multiply the queries"):
+            call()
+
+
+def test_bounds_and_used_keys_on_a_device_are_checked_by_what_needs_no_reading():
+    q = torch.randn(6, 4, D)
+    with pytest.raises(ValueError, match=r"bounds of queries are torch.float32 \(2,\)"):
+        varlen_attn(q, q, q, bounds([6]).float().to("meta"), bounds([6]), 6, 6)
+    with pytest.raises(ValueError, match=r"seqused_k is torch.float32 \(1,\)"):
+        varlen_attn(q, q, q, bounds([6]), bounds([6]), 6, 6, seqused_k=torch.ones(1, device="meta"))
+
+
+def test_one_seqused_makes_one_mask_per_version():
+    q, cu, used = torch.randn(30, 4, D), bounds([13, 17]), torch.tensor([5, 9])
+    call = lambda window: varlen_attn(q, q, q, cu, cu, 17, 17, seqused_k=used, window_size=window)  # noqa: E731
+    expected = [call(window) for window in WINDOWS]
+    layout, _ = packed.layouts("test", q, q, cu, cu, 17, 17)
+    lowered = len(layout.cache)
+    for window, out in zip(WINDOWS, expected, strict=True):
+        assert torch.equal(call(window), out)
+    assert len(layout.cache) == lowered
+    used[0] = 12
+    assert not torch.equal(call((-1, -1)), expected[0])
+
+
+def test_seqused_with_intervals_of_ones_own_is_refused():
+    q, cu = torch.randn(6, 4, D), bounds([6])
+    mask = AttentionMask(intervals=KeyIntervals(torch.zeros(6, dtype=torch.long), torch.arange(6)))
+    with pytest.raises(NotImplementedError, match="seqused_k with a mask of its own place, causality or intervals"):
+        varlen_attn(q, q, q, cu, cu, 6, 6, mask=mask, seqused_k=torch.tensor([3]))
+
+
+def test_layouts_and_masks_do_not_keep_bounds_alive():
+    """Also those of device bounds, which a layout holds."""
+    from mmkernels.compat import plans
+
+    before = len(plans._by_tensor)
+    for device in ("cpu", "meta"):
+        x, cu = torch.randn(18, 2, D, device=device), bounds([9, 9]).to(device)
+        packed.layouts("test", x, x, cu, cu, 9, 9)
+    x, cu, used = torch.randn(18, 2, D), bounds([9, 9]), torch.tensor([4, 5])
+    varlen_attn(x, x, x, cu, cu, 9, 9, seqused_k=used)
+    assert len(plans._by_tensor) == before + 2
+    del x, cu, used
+    assert len(plans._by_tensor) == before
 
 
 def test_signature_of_varlen_attn_is_torchs():
