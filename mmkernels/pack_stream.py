@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmkernels import packs_numpy
-from mmkernels.packs import OPEN_STREAM, budgets_of, check_max_items, lengths_and_budgets, reject_long
+from mmkernels.packs import OPEN_STREAM, at_least_one, budgets_of, lengths_and_budgets, reject_long
 from mmkernels.planner_backend import _planner
 
 _backend = _planner if _planner is not None else packs_numpy
@@ -22,12 +22,10 @@ class PackStream:
     """
 
     def __init__(self, budget: int | Sequence[int], *, max_items: int | None = None, open_packs: int = OPEN_STREAM):
-        """Raises ValueError for a budget, max_items or open_packs below 1."""
-        check_max_items("PackStream", max_items)
-        if open_packs != int(open_packs) or open_packs < 1:
-            raise ValueError(f"PackStream: open_packs is {open_packs}, expected at least 1")
+        """Raises ValueError for a budget, max_items or open_packs that is not a whole number of at least 1."""
         self._budgets = budgets_of("PackStream", budget)
-        self._max_items, self._max_open = max_items, int(open_packs)
+        self._max_items = None if max_items is None else at_least_one("PackStream", "max_items", max_items, " or None")
+        self._max_open = at_least_one("PackStream", "open_packs", open_packs)
         self._arrived, self._next_pack = 0, 0
         self._items: dict[int, list[int]] = {}  # of each open pack, by its number, in order of opening
         self._room = np.zeros((0, len(self._budgets)), np.int64)  # [open, K]

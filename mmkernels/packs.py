@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def plan_packs(
         raise ValueError(f"plan_packs: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if long not in LONG:
         raise ValueError(f"plan_packs: long is {long!r}, expected one of {', '.join(LONG)}")
-    check_max_items("plan_packs", max_items)
+    max_items = None if max_items is None else at_least_one("plan_packs", "max_items", max_items, " or None")
     lengths, budgets = lengths_and_budgets("plan_packs", lengths, budget)
     if long == "split" and (len(budgets) > 1 or costs is not None):
         raise ValueError(f"plan_packs: long='split' needs one budget and no costs, got {len(budgets)} budgets")
@@ -174,9 +175,13 @@ def _in_rounds(falling: np.ndarray) -> np.ndarray:
     return np.concatenate([falling[start::rounds] for start in range(rounds)])
 
 
-def check_max_items(function: str, max_items: int | None) -> None:
-    if max_items is not None and (max_items != int(max_items) or max_items < 1):  # never rounds 2.5 to 2
-        raise ValueError(f"{function}: max_items is {max_items}, expected at least 1 or None")
+def at_least_one(function: str, name: str, value, rest: str = "") -> int:
+    try:
+        if index(value) >= 1:  # never rounds 2.5 to 2
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{function}: {name} is {value!r}, expected a whole number of at least 1{rest}")
 
 
 def budgets_of(function: str, budget) -> np.ndarray:
@@ -262,7 +267,11 @@ def _costs(costs, n: int) -> np.ndarray:
     wrong = ~np.isfinite(costs) | (costs < 0)
     if wrong.any():
         raise ValueError(f"plan_packs: item {np.argmax(wrong)} costs {costs[np.argmax(wrong)]}, expected >= 0")
-    return costs.astype(np.float64)
+    costs = costs.astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not costs.sum() < 2.0**1023:  # twice of it, which no cap reaches, is infinite
+            raise ValueError("plan_packs: costs sum to 2**1023 or more, which float64 does not hold safely")
+    return costs
 
 
 def _cost_column(costs: np.ndarray, packs: int) -> tuple[np.ndarray, int, float]:

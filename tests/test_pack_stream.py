@@ -97,6 +97,8 @@ def test_errors():
         PackStream(8, max_items=0)
     with pytest.raises(ValueError, match="PackStream: open_packs is 0"):
         PackStream(8, open_packs=0)
+    with pytest.raises(ValueError, match="PackStream: open_packs is '4', expected a whole number of at least 1"):
+        PackStream(8, open_packs="4")
     with pytest.raises(ValueError, match="PackStream: lengths is float64"):
         PackStream(8).push([1.5])
     with pytest.raises(ValueError, match=r"the state has budget \[8\], this stream \[9\]"):

@@ -187,8 +187,10 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
         (([1], 0), {}, "budget is 0, expected at least 1"),
         (([1, -1], 8), {}, "item 1 has a negative length"),
         (([2**62, 2**62], 2**62), {}, r"lengths sum to 2\*\*62 or more"),
-        (([1], 8), {"max_items": 0}, "max_items is 0, expected at least 1"),
-        (([1], 8), {"max_items": 2.5}, "max_items is 2.5, expected at least 1"),
+        (([1], 8), {"max_items": 0}, "max_items is 0, expected a whole number of at least 1 or None"),
+        (([1], 8), {"max_items": 2.5}, "max_items is 2.5, expected a whole number"),
+        (([1], 8), {"max_items": "2"}, "max_items is '2', expected a whole number"),
+        (([1], 8), {"max_items": "two"}, "max_items is 'two', expected a whole number"),
         (([1], 8), {"policy": "worst"}, "policy is 'worst', expected one of best_fit, first_fit, stream"),
         (([1], 8), {"long": "truncate"}, "long is 'truncate', expected one of error, split, drop"),
         (([[1, 2]], 8), {}, r"lengths has shape \[1, 2\] for 1 budgets"),
@@ -240,6 +242,8 @@ def test_a_costly_item_sets_the_cap():
         ([1.0, -2.0], "item 1 costs -2.0, expected >= 0"),
         ([np.inf, 1.0], "item 0 costs inf"),
         ([np.nan, 1.0], "item 0 costs nan"),
+        ([1e308, 1e308], r"costs sum to 2\*\*1023 or more"),
+        ([0.9e308, 0.8e308], r"costs sum to 2\*\*1023 or more"),  # a float64, but not with what a pack may be over
         (["a", "b"], "expected numbers"),
     ],
 )

@@ -81,8 +81,10 @@ def test_swaps_improve_on_giving_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1, 2], 0), "world_size is 0, expected at least 1"),
-        (([1, 2], 1.5), "world_size is 1.5, expected at least 1"),
+        (([1, 2], 0), "world_size is 0, expected a whole number of at least 1"),
+        (([1, 2], 1.5), "world_size is 1.5, expected a whole number"),
+        (([1, 2], "2"), "world_size is '2', expected a whole number"),
+        (([1, 2], None), "world_size is None, expected a whole number"),
         (([1, -2], 2), r"item 1 costs \[-2.0\], expected finite numbers >= 0"),
         (([[1, 2], [3, np.nan]], 2), r"item 1 costs \[3.0, nan\]"),
         (([np.inf], 2), r"item 0 costs \[inf\]"),
