@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.layout import PackedLayout
+from mmkernels.dispatch import IMPLS
+from mmkernels.layout import MAX_MODALITIES, PackedLayout
 from mmkernels.multihead import MultiheadAttention, replace_attention
-from mmkernels.ops.modality_embed.api import NORMS, modality_embed
+from mmkernels.ops.modality_embed.api import MAX_TABLES, NORMS, modality_embed
+from mmkernels.packs import at_least_one
 
 __all__ = ["ModalityEmbedding", "MultiheadAttention", "replace_attention"]
 
+NAME = "ModalityEmbedding"
 INIT_STD = 0.02
 
 
@@ -32,6 +36,8 @@ class ModalityEmbedding(nn.Module):
 
     Parameters: modality_weight [M, E], token_weight [V, E], position_weights.{m}.{j} [P_j, E], norm_weight and
     norm_bias [E].  Tables start normal with std 0.02, the norm as the identity.
+
+    Raises ValueError naming the argument that does not fit.
     """
 
     def __init__(
@@ -50,18 +56,25 @@ class ModalityEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        positions = [None] * num_modalities if positions is None else list(positions)
-        if len(positions) != num_modalities:
+        width, num_modalities = at_least_one(NAME, "width", width), at_least_one(NAME, "num_modalities", num_modalities)
+        if num_modalities > MAX_MODALITIES:
             raise ValueError(
-                f"ModalityEmbedding: positions has {len(positions)} entries, expected one for each of {num_modalities}"
+                f"{NAME}: num_modalities is {num_modalities}, expected 1 to {MAX_MODALITIES}; the number of token ids "
+                "is vocab_size"
             )
+        if vocab_size is not None:
+            vocab_size = at_least_one(NAME, "vocab_size", vocab_size, " or None")
         if norm not in NORMS:
-            raise ValueError(f"ModalityEmbedding: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
+            raise ValueError(f"{NAME}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{NAME}: eps is {eps}, expected a finite number >= 0")
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"ModalityEmbedding: dropout is {dropout}, expected 0 <= p < 1")
+            raise ValueError(f"{NAME}: dropout is {dropout}, expected 0 <= p < 1")
+        if impl not in IMPLS:
+            raise ValueError(f"{NAME}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
         self.width, self.num_modalities, self.impl = width, num_modalities, impl
         self.norm, self.eps, self.dropout = norm, eps, dropout
-        lengths = [() if p is None else (p,) if isinstance(p, int) else tuple(p) for p in positions]
+        lengths = _table_rows(positions, num_modalities)
 
         def table(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -109,3 +122,22 @@ class ModalityEmbedding(nn.Module):
             f"{self.width}, {self.num_modalities}, vocab_size={vocab}, positions={positions}, norm={self.norm!r}, "
             f"bias={self.norm_bias is not None}, dropout={self.dropout}, eps={self.eps}"
         )
+
+
+def _table_rows(positions, num_modalities: int) -> list[list[int]]:
+    """Per modality the rows of each of its position tables."""
+    if positions is None:
+        return [[]] * num_modalities
+    if not hasattr(positions, "__len__") or len(positions) != num_modalities:
+        came = f"has {len(positions)} entries" if hasattr(positions, "__len__") else f"is {positions!r}"
+        raise ValueError(f"{NAME}: positions {came}, expected one for each of {num_modalities}")
+    found = []
+    for m, entry in enumerate(positions):
+        axes = () if entry is None else entry if hasattr(entry, "__len__") else (entry,)
+        if len(axes) > MAX_TABLES:
+            raise ValueError(
+                f"{NAME}: positions[{m}] has {len(axes)} tables, expected at most {MAX_TABLES}, the most axes that a "
+                "layout has"
+            )
+        found.append([at_least_one(NAME, f"positions[{m}]", rows, " for each table, or None") for rows in axes])
+    return found

@@ -1,5 +1,6 @@
 """ModalityEmbedding: parameters, initial values, and that it is modality_embed and nothing else."""
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -101,10 +102,39 @@ def test_repr_and_errors():
         embedding(norm="batchnorm")
     with pytest.raises(ValueError, match="expected 0 <= p < 1"):
         embedding(dropout=1.0)
-    with pytest.raises(ValueError, match="positions has 1 entries, expected one for each of 3"):
-        ModalityEmbedding(16, 3, positions=[4])
     with pytest.raises(ValueError, match="table 0 of modality 0 has 2 rows, the layout needs 4"):
         ModalityEmbedding(16, 3, vocab_size=300, positions=[2, None, None])(streams(), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((8, 40), {}, "num_modalities is 40, expected 1 to 32; the number of token ids is vocab_size"),
+        ((8, 0), {}, "num_modalities is 0, expected a whole number of at least 1"),
+        ((8.0, 1), {}, "width is 8.0, expected a whole number"),
+        ((0, 1), {}, "width is 0"),
+        ((8, 1), {"vocab_size": 0}, "vocab_size is 0, expected a whole number of at least 1 or None"),
+        ((8, 1), {"eps": -1}, "eps is -1, expected a finite number >= 0"),
+        ((8, 1), {"impl": "nope"}, "impl is 'nope', expected one of auto, "),
+        ((8, 3), {"positions": [4]}, "positions has 1 entries, expected one for each of 3"),
+        ((8, 3), {"positions": 4}, "positions is 4, expected one for each of 3"),
+        ((8, 2), {"positions": [5.0, 3]}, r"positions\[0\] is 5.0, expected a whole number of at least 1 for each"),
+        ((8, 2), {"positions": [5, (3, -1)]}, r"positions\[1\] is -1"),
+        (
+            (8, 2),
+            {"positions": [(2, 2, 2, 2), None]},
+            r"positions\[0\] has 4 tables, expected at most 3, the most axes",
+        ),
+    ],
+)
+def test_constructor_arguments_that_do_not_fit(arguments, options, message):
+    with pytest.raises(ValueError, match=f"ModalityEmbedding: {message}"):
+        ModalityEmbedding(*arguments, **options)
+
+
+def test_positions_may_be_numpys():
+    module = ModalityEmbedding(8, 3, positions=[np.int64(5), None, np.array([2, 3])])
+    assert "positions=[(5,), (), (2, 3)]" in repr(module)
 
 
 def test_compiles_with_its_parameters():
