@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.compat import plans
+from mmkernels.compat.arguments import FALLBACKS, one_of
 from mmkernels.compat.torch_sdpa import DTYPES, scaled_dot_product_attention
+from mmkernels.dispatch import IMPLS
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 
@@ -29,6 +31,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     impl: str = "auto"
 
     def __init__(self, *args, fallback: str | None = None, impl: str = "auto", **kwargs) -> None:
+        _check_choices("MultiheadAttention", fallback, impl)
         super().__init__(*args, **kwargs)
         self.fallback, self.impl = fallback, impl
 
@@ -134,8 +137,10 @@ def replace_attention(model: nn.Module, *, fallback: str | None = None, impl: st
     """Make every torch.nn.MultiheadAttention of `model` a MultiheadAttention of this package, in place.
 
     Modules keep their identity, parameters, hooks and state_dict: only their class changes.  fallback and impl as in
-    MultiheadAttention.  Returns what was swapped, what was left and why.
+    MultiheadAttention.  Returns what was swapped, what was left and why.  Raises ValueError for a fallback or impl that
+    there is not, and then changes nothing.
     """
+    _check_choices("replace_attention", fallback, impl)
     report = Replaced()
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -152,6 +157,11 @@ def replace_attention(model: nn.Module, *, fallback: str | None = None, impl: st
                 "torch.backends.mha.set_fastpath_enabled(False) makes it"
             )
     return report
+
+
+def _check_choices(who: str, fallback: str | None, impl: str) -> None:
+    one_of(who, "fallback", fallback, FALLBACKS)
+    one_of(who, "impl", impl, IMPLS)
 
 
 def _unfit(module: nn.MultiheadAttention) -> str | None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmkernels.compat import plans
+from mmkernels.compat.arguments import FALLBACKS, one_of
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
+from mmkernels.dispatch import IMPLS
 
 _CALL = "scaled_dot_product_attention"
 
@@ -60,8 +62,10 @@ def patch(model: nn.Module, *, fallback: str | None = None, impl: str = "auto") 
     fallback, impl   of torch_sdpa.scaled_dot_product_attention; fallback="torch" for models that add a bias to the
                      scores (BEiT, Swin), which otherwise raise NotImplementedError
 
-    Raises ValueError if there is nothing in `model` to swap.
+    Raises ValueError if there is nothing in `model` to swap, and for a fallback or impl that there is not.
     """
+    one_of("timm.patch", "fallback", fallback, FALLBACKS)
+    one_of("timm.patch", "impl", impl, IMPLS)
     swapped, left, modules = [], [], []
     for name, module in model.named_modules():
         kind = type(module)

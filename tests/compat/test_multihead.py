@@ -190,6 +190,17 @@ def test_what_masks_cannot_say_is_refused_or_handed_over():
         ours(q[..., :30], q, q, need_weights=False)
 
 
+@pytest.mark.parametrize("options", [{"fallback": "x"}, {"impl": "x"}])
+def test_choices_that_there_are_not_are_refused_at_once(options):
+    """Not only where a mask needs them; and the model stays as it was."""
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    with pytest.raises(ValueError, match=f"replace_attention: {next(iter(options))} is 'x', expected one of"):
+        replace_attention(model, **options)
+    assert type(model[0]) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match=f"MultiheadAttention: {next(iter(options))} is 'x', expected one of"):
+        MultiheadAttention(E, H, **options)
+
+
 def test_self_attention_is_views_of_one_projection(monkeypatch):
     from mmkernels.compat import padded
 
