@@ -9,6 +9,7 @@ what a kernel would compute.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -39,7 +40,7 @@ class Block(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         plan = _plan(options)
         names = _names(options.names, plan)
@@ -237,9 +238,22 @@ def _color(modality: int) -> str:
     return COLORS[modality % len(COLORS)]
 
 
+def _joined(argv: Sequence[str]) -> list[str]:
+    """ "--window -1,0" as "--window=-1,0": argparse takes a value that begins with a sign for an option."""
+    joined: list[str] = []
+    for word in argv:
+        if re.match(r"-\d", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mmkernels.masks", description=__doc__.split("\n")[0])
-    parser.add_argument("--segments", required=True, help='samples of modality:length, such as "0:5,1:12;0:3"')
+    parser.add_argument(
+        "--segments", required=True, help='samples of modality:length, such as "0:5,1:12;0:3"; 1:3x4 is a grid'
+    )
     parser.add_argument("--k-segments", help="samples of the keys, for cross-attention; default: self-attention")
     parser.add_argument("--causal", action="store_true", help="a query sees the keys at or before it")
     parser.add_argument("--window", default="-1,-1", help="left,right in tokens; negative: unlimited (default -1,-1)")
@@ -282,16 +296,19 @@ def _plan(options: argparse.Namespace) -> MaskPlan:
     return MaskPlan.lower(layout, mask, keys)
 
 
-def _samples(option: str, value: str) -> list[list[tuple[int, int]]]:
-    """ "0:5,1:12;0:3" as [[(0, 5), (1, 12)], [(0, 3)]]; a sample may be empty."""
+def _samples(option: str, value: str) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """ "0:5,1:3x4;0:3" as [[(0, (5,)), (1, (3, 4))], [(0, (3,))]]; a sample may be empty."""
     try:
         return [
-            [(int(m), int(n)) for m, n in (part.split(":") for part in sample.split(",") if part.strip())]
+            [
+                (int(m), tuple(int(n) for n in length.split("x")))
+                for m, length in (part.split(":") for part in sample.split(",") if part.strip())
+            ]
             for sample in value.split(";")
         ]
     except ValueError:
         raise ValueError(
-            f'mask drawing: {option} is {value!r}, expected modality:length as in "0:5,1:12;0:3"'
+            f'mask drawing: {option} is {value!r}, expected modality:length as in "0:5,1:3x4;0:3"'
         ) from None
 
 

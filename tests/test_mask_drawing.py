@@ -75,6 +75,7 @@ def test_every_option_reaches_the_mask(capsys):
     assert drawn(capsys)[0] == "####  .."
     assert drawn(capsys, "--causal", "--prefix", "3,0")[0] == "###.  .."
     assert drawn(capsys, "--window", "1,0")[2] == ".##.  .."
+    assert drawn(capsys, "--window", "-1,0")[2] == drawn(capsys, "--window=-1,0")[2] == "###.  .."
     assert drawn(capsys, "--isolated")[:3] == ["##..  ..", "##..  ..", "..##  .."]
     assert drawn(capsys, "--visible", "0>1")[:3] == ["..##  ..", "..##  ..", "####  .."]  # 1 is not named: sees all
     assert drawn(capsys, "--visible", "0>")[0] == "....  .."
@@ -93,6 +94,11 @@ def test_every_option_reaches_the_mask(capsys):
     assert drawn(capsys, *cross, "top_left")[:2] == ["#....  .", "##...  ."]
 
 
+def test_lengths_may_be_grids(capsys):
+    assert main(["--segments", "0:1,1:2x3;1:2x1x2", "--k-segments", "0:2;1:3"]) == 0
+    assert capsys.readouterr().out.startswith("11 queries x 5 keys")
+
+
 def test_tiles_are_counted(capsys):
     assert main(["--segments", "0:8;0:3", "--causal", "--tiles", "4x4"]) == 0
     assert "tiles: 1 empty, 3 partial, 1 full" in capsys.readouterr().out
@@ -104,6 +110,8 @@ def test_tiles_are_counted(capsys):
     ("arguments", "message"),
     [
         (["--segments", "0:2,nonsense"], "--segments is '0:2,nonsense'"),
+        (["--segments", "0:2x"], "--segments is '0:2x', expected modality:length as in"),
+        (["--segments", "0:1x2x3x4"], "sample 0 has length (1, 2, 3, 4), expected n >= 0, (rows, cols) or"),
         (["--segments", "0:2", "--visible", "0"], "--visible is '0'"),
         (["--segments", "0:2", "--isolated", "--visible", "0>0"], "exclude one another"),
         (["--segments", "0:2", "--window", "a,b"], "--window is 'a,b'"),
