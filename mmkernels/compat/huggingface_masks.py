@@ -8,14 +8,13 @@ of keys around the query itself, or nothing, so unions and intersections are int
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkernels.compat.mask_reading import Bounds
 from mmkernels.compat.padded import PaddedPlan, plan_bounds
+from mmkernels.compat.plans import by_content
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, KeyIntervals
 
@@ -100,11 +99,11 @@ class PaddedMask:
         samples = self.batch * max(by_head, 1)
         lo, hi = (t if t.shape[1] == queries else t.expand(-1, queries) for t in (self.lo, self.hi))
         if not self.is_padded:
-            if lo.shape[0] == 1:
-                rows = np.stack([lo[0].numpy(), hi[0].numpy()])
-                return _same_for_all(samples, queries, self.keys, device, bool(by_head), rows.tobytes())
             bounds = Bounds(lo.numpy(), hi.numpy())
-            return plan_bounds(bounds, samples, queries, self.keys, device, bool(by_head))
+            shape = samples, queries, self.keys, device, bool(by_head)
+            if lo.shape[0] > 1:
+                return plan_bounds(bounds, *shape)
+            return by_content(("same for all", *shape, bounds.key()), lambda: plan_bounds(bounds, *shape))
         home = self.first.device
         first, stop = self.first.unsqueeze(1), self.stop.unsqueeze(1)
         lo, hi = (torch.minimum(torch.maximum(t.to(home), first), stop) for t in (lo, hi))
@@ -116,12 +115,6 @@ class PaddedMask:
             return plan_on_device(lo, hi, self.hidden, samples, by_head)
         hidden = None if self.hidden is None else self.hidden.numpy()
         return plan_bounds(Bounds(lo.numpy(), hi.numpy(), hidden), samples, queries, self.keys, device, bool(by_head))
-
-
-@lru_cache(maxsize=32)
-def _same_for_all(samples: int, queries: int, keys: int, device: torch.device, by_head: bool, rows: bytes):
-    lo, hi = np.frombuffer(rows, np.int64).reshape(2, 1, queries)
-    return plan_bounds(Bounds(lo, hi), samples, queries, keys, device, by_head)
 
 
 def plan_on_device(lo: Tensor, hi: Tensor, hidden: Tensor, samples: int, by_head: int) -> PaddedPlan:

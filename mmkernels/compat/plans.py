@@ -195,6 +195,7 @@ class _Plans:
 
 
 _plans = _Plans()
+by_content = _plans.get
 _by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {(view of it, what else counts): result})
 _by_tensor_lock = threading.Lock()
 

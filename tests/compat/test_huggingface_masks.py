@@ -230,3 +230,20 @@ def test_importing_mmkernels_imports_neither_transformers_nor_timm():
         "bad = {'transformers', 'timm', 'torchvision'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plans_without_padding_are_kept_with_all_others_within_their_limit(monkeypatch):
+    from mmkernels.compat import plans
+
+    monkeypatch.setattr(plans, "MAX_PLANNED_TOKENS", 500)
+    cpu = torch.device("cpu")
+
+    def plan(n):
+        place = torch.arange(n).unsqueeze(0)
+        mask = PaddedMask(torch.zeros_like(place), place + 1, n, None, batch=2, offset=0, parts=set())
+        return mask.plan(n, cpu, skip=True, by_head=4)
+
+    assert plan(7) is plan(7)
+    for n in range(20, 30):
+        plan(n)
+    assert sum(p.layout.total_tokens for p in plans._plans._kept.values()) <= 500
