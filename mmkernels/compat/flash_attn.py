@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mmkernels.compat import plans
 from mmkernels.compat.arguments import refuse_tensors, window
-from mmkernels.compat.packed import attend_packed
-from mmkernels.compat.padded import attend, goes_by_head
-from mmkernels.compat.plans import Seen, Shape
+from mmkernels.compat.packed import attend_packed, layouts
+from mmkernels.compat.padded import PaddedPlan, attend, goes_by_head
+from mmkernels.compat.plans import Refused, Seen, Shape
+from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
+from mmkernels.ops.attention.api import attention_qkvpacked
 
 __all__ = [
     "flash_attn_func",
@@ -66,7 +68,7 @@ def flash_attn_func(
 
         result = padded_op.attend(q, k, v, seen, impl="auto", **options)
     else:
-        plan = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
+        plan = _plan(name, seen, shape, q.device, goes_by_head(q, k, v))
         result = attend(q, k, v, plan, **options)
     if return_attn_probs:
         return result[0].transpose(1, 2), result[1], None
@@ -85,8 +87,15 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ):
     """flash_attn_func of the three views of qkv [B, S, 3, H, D], which are not copied."""
+    q, k, v = _unpacked("qkv", qkv, 5, 2, 3)
+    if qkv.is_contiguous() and not (dropout_p or return_attn_probs or torch.compiler.is_compiling()):
+        name, (batch, length, _, heads, _) = "flash_attn_qkvpacked_func", qkv.shape
+        options = _options(name, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs)
+        seen = Seen(causal, window(name, "window_size", window_size), True, None, None, None)
+        plan = _plan(name, seen, Shape(batch, heads, heads, length, length), qkv.device, False)
+        return _one_gradient(qkv.flatten(0, 1), plan.layout, plan.mask, options).unflatten(0, (batch, length))
     return flash_attn_func(
-        *_unpacked("qkv", qkv, 5, 2, 3), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -157,8 +166,15 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ):
     """flash_attn_varlen_func of the three views of qkv [T, 3, H, D]."""
+    q, k, v = _unpacked("qkv", qkv, 4, 1, 3)
+    if not (dropout_p or return_attn_probs):
+        name = "flash_attn_varlen_qkvpacked_func"
+        options = _options(name, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs)
+        mask = AttentionMask(causal=causal, window=window(name, "window_size", window_size))
+        layout, _ = layouts(name, q, k, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return _one_gradient(qkv, layout, mask, options)
     return flash_attn_varlen_func(
-        *_unpacked("qkv", qkv, 4, 1, 3), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -229,6 +245,20 @@ def _options(name: str, dropout_p, softmax_scale, softcap, alibi_slopes, determi
         "deterministic": True if deterministic else None,  # None follows torch's switch
         "return_lse": return_attn_probs,
     }
+
+
+def _plan(name: str, seen: Seen, shape: Shape, device: torch.device, by_head: bool) -> PaddedPlan:
+    plan = plans.plan(seen, shape, device, by_head=by_head)
+    if isinstance(plan, Refused):
+        raise NotImplementedError(f"{name}: {plan.reason}")
+    return plan
+
+
+def _one_gradient(qkv: Tensor, layout: PackedLayout, mask: AttentionMask, options: dict) -> Tensor:
+    """Plain self-attention of qkv [T, 3, H, D], for which autograd need not join three gradients."""
+    return attention_qkvpacked(
+        qkv, layout=layout, mask=mask, scale=options["scale"], deterministic=options["deterministic"]
+    )
 
 
 def _unpacked(name: str, packed: Tensor, ndim: int, dim: int, count: int) -> tuple[Tensor, ...]:

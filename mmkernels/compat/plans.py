@@ -66,7 +66,10 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
     if seen.mask is not None:
         return once(seen.mask, content, build)
     if content not in _plans and _captures(device):
-        return Refused("lengths on the host cannot be planned while a graph is captured; give them on the device")
+        return Refused(
+            "lengths on the host, or none, cannot be planned while a graph is captured; give them on the device, or "
+            "call once before"
+        )
     return _plans.get(content, build)
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from dense import attention as dense
 from dense import check
 
-from mmkernels import AttentionMask, PackedLayout
-from mmkernels.compat import flash_attn, packed
+from mmkernels import AttentionMask, PackedLayout, dispatch
+from mmkernels.compat import flash_attn, packed, plans
 from mmkernels.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -153,6 +153,25 @@ def test_qkvpacked_forms_and_scale():
     assert torch.equal(out, expected.flatten(0, 1))
 
 
+@pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="the shortest way through attention is C++'s")
+@pytest.mark.parametrize("causal", [False, True])
+def test_qkvpacked_forms_have_one_gradient(causal):
+    """From the second call on, as mmkernels.attention_qkvpacked: not three that autograd joins by a copy."""
+    x, cu = torch.randn(2, 9, 3, 4, D, requires_grad=True), bounds([9, 9])
+    for call in (lambda: flash_attn_qkvpacked_func(x, causal=causal),
+                 lambda: flash_attn_varlen_qkvpacked_func(x.flatten(0, 1), cu, 9, causal=causal)):  # fmt: skip
+        expected = flash_attn_func(*x.unbind(2), causal=causal).flatten(0, 1)
+        g = torch.randn_like(expected)
+        (wanted,) = torch.autograd.grad(expected, x, g)
+        for _ in range(2):
+            out = call()
+            last = out.grad_fn
+            while "View" in last.name() or "Unflatten" in last.name():
+                last = last.next_functions[0][0]
+            torch.testing.assert_close(torch.autograd.grad(out, x, g.view(out.shape))[0], wanted, rtol=0, atol=0)
+        assert "PackedAttention" in last.name()
+
+
 def test_dropout_and_determinism():
     x = torch.randn(2, 40, 3, 4, D, requires_grad=True)
     torch.manual_seed(1)
@@ -251,6 +270,15 @@ def test_flash_scales_are_numbers():
             call()
 
 
+def test_what_is_not_planned_before_a_capture_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(plans, "_captures", lambda device: True)
+    x = torch.randn(1, 37, 3, 2, D)
+    for call in (lambda: flash_attn_qkvpacked_func(x, window_size=(31, 0)),
+                 lambda: flash_attn_func(*x.unbind(2), window_size=(31, 0))):  # fmt: skip
+        with pytest.raises(NotImplementedError, match="func: lengths on the host, or none, cannot be planned"):
+            call()
+
+
 def test_bounds_and_used_keys_on_a_device_are_checked_by_what_needs_no_reading():
     q = torch.randn(6, 4, D)
     with pytest.raises(ValueError, match=r"bounds of queries are torch.float32 \(2,\)"):
@@ -281,8 +309,6 @@ def test_seqused_with_intervals_of_ones_own_is_refused():
 
 def test_layouts_and_masks_do_not_keep_bounds_alive():
     """Also those of device bounds, which a layout holds."""
-    from mmkernels.compat import plans
-
     before = len(plans._by_tensor)
     for device in ("cpu", "meta"):
         x, cu = torch.randn(18, 2, D, device=device), bounds([9, 9]).to(device)
@@ -311,7 +337,7 @@ def test_packed_views_are_not_copied(monkeypatch):
         packed, "attention", lambda *t, **o: seen_pointers.extend(x.data_ptr() for x in t) or real(*t, **o)
     )
     x = torch.randn(18, 3, 4, D)
-    flash_attn_varlen_qkvpacked_func(x, bounds([9, 9]), 9)
+    flash_attn_varlen_func(*x.unbind(1), bounds([9, 9]), bounds([9, 9]), 9, 9)
     assert seen_pointers == [t.data_ptr() for t in x.unbind(1)]
 
 
