@@ -11,15 +11,16 @@ FALLBACKS = (None, "torch")
 FARTHEST = 2**31 - 1  # a window's sides: no sample is longer, and sums with places stay far from int64's end
 
 
-def refuse_tensors(face: str, scale: dict, dropout_p: float) -> None:
-    """Their gradients would be lost.   scale: by the name that the face gives it"""
-    for name, value in scale.items():
-        if isinstance(value, Tensor):
-            raise ValueError(
-                f"{face}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
-            )
-    if isinstance(dropout_p, Tensor):
-        raise ValueError(f"{face}: dropout_p is a tensor, expected a number")
+def refuse_tensors(face: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
+    """Their gradients would be lost.   scale, dropout: each by the name that the face gives it"""
+    name, value = scale
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{face}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
+        )
+    name, value = dropout
+    if isinstance(value, Tensor):
+        raise ValueError(f"{face}: {name} is a tensor, expected a number")
 
 
 def window(face: str, name: str, value) -> tuple[int, int]:

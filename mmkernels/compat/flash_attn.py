@@ -232,7 +232,7 @@ def index_first_axis(rows: Tensor, indices: Tensor) -> Tensor:
 
 def _options(name: str, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs) -> dict:
     """The options of mmkernels.attention, where there are such."""
-    refuse_tensors(name, {"softmax_scale": softmax_scale}, dropout_p)
+    refuse_tensors(name, ("softmax_scale", softmax_scale), ("dropout_p", dropout_p))
     if softcap:
         raise NotImplementedError(f"{name}: softcap is {softcap}, taken is 0.0 alone")
     if alibi_slopes is not None:

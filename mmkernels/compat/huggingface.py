@@ -94,7 +94,7 @@ def attention_forward(
         value_given = kwargs.get(argument)
         if value_given is not None and value_given is not False:
             raise NotImplementedError(f"{NAME}: {argument} is given, but {why}; use attn_implementation='eager'")
-    refuse_tensors(NAME, {"scaling": scaling}, dropout)
+    refuse_tensors(NAME, ("scaling", scaling), ("dropout", dropout))
     if value.shape[3] != query.shape[3]:
         raise NotImplementedError(f"{NAME}: value has width {value.shape[3]}, taken is query's {query.shape[3]}")
     device = query.device

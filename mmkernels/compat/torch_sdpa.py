@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
     """
     one_of(NAME, "fallback", fallback, FALLBACKS)
     one_of(NAME, "align", align, ALIGN)
-    refuse_tensors(NAME, {"scale": scale}, dropout_p)
+    refuse_tensors(NAME, ("scale", scale), ("dropout_p", dropout_p))
     window = checked_window(NAME, "window", window)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ValueError(

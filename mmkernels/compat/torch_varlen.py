@@ -54,7 +54,7 @@ def varlen_attn(
         raise NotImplementedError(f"{NAME}: cu_seq_k is None, which only paged keys allow")
     if num_splits not in (None, 1):
         raise NotImplementedError(f"{NAME}: num_splits is {num_splits}, taken are None and 1: keys are never split")
-    refuse_tensors(NAME, {"scale": scale}, dropout_p)
+    refuse_tensors(NAME, ("scale", scale), ("dropout_p", dropout_p))
     heads, kv_heads = query.shape[1], key.shape[1]
     if not enable_gqa and heads != kv_heads:
         raise ValueError(f"{NAME}: key has {kv_heads} heads, expected query's {heads}, or enable_gqa=True")

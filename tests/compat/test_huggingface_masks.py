@@ -247,3 +247,11 @@ def test_plans_without_padding_are_kept_with_all_others_within_their_limit(monke
     for n in range(20, 30):
         plan(n)
     assert sum(p.layout.total_tokens for p in plans._plans._kept.values()) <= 500
+
+
+def test_scaling_and_dropout_are_numbers():
+    q = torch.randn(1, 2, 5, 16)
+    with pytest.raises(ValueError, match="mmkernels: scaling is a tensor, expected a number; multiply the queries"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, None, scaling=torch.tensor(0.3))
+    with pytest.raises(ValueError, match="mmkernels: dropout is a tensor"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, None, dropout=torch.tensor(0.3))
