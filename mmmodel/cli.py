@@ -7,6 +7,7 @@ decoders are imported in `run`, so that --help answers at once.
 import logging
 import sys
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,11 @@ import tyro
 from mmmodel import settings
 from mmmodel.configs import ConfigError
 from mmmodel.finetuning.config import FinetuneConfig
+
+# One tuple for each time that the flag is given: tyro alone would keep the last.
+Assignments = Annotated[
+    tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE ...")
+]
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Pretrain:
     """Configuration to start from; mmmodel/configs.py lists them. By default demo, or with --from that run's own."""
     out: Path = Path("runs/demo")
     """Folder of the run: config, metrics, curves, checkpoints, weights."""
-    set: tuple[str, ...] = ()
+    set: Assignments = ()
     """Fields that differ from it: --set steps=100 model.width=64 languages=fr,es"""
     language_model: Path | None = None
     """Folder of a BERT-like model in Hugging Face format to start the encoder from; its shape replaces the preset's."""
@@ -120,7 +126,7 @@ class Pretrain:
             from mmmodel import language_model
 
             config = language_model.shaped(config, self.language_model)
-        config = configs.override(config, self.set)
+        config = configs.override(config, tuple(chain(*self.set)))
         from torch import distributed
 
         from mmmodel import complexity, train
@@ -315,13 +321,13 @@ class Complexity:
     """Rows and columns of cells of a sample's image, 16 pixels each; 0 0: none."""
     seconds: float | None = None
     """Seconds of sound of a sample; 0: none."""
-    set: tuple[str, ...] = ()
+    set: Assignments = ()
     """Fields that differ from the preset: --set batch_size=16 model.width=64"""
 
     def run(self) -> None:
         from mmmodel import complexity, configs
 
-        config = configs.override(configs.preset(self.preset), self.set)
+        config = configs.override(configs.preset(self.preset), tuple(chain(*self.set)))
         shape = complexity.SampleShape.longest(config.model)
         shape = complexity.SampleShape(
             text=shape.text if self.text is None else self.text,
@@ -374,7 +380,7 @@ class Ablate:
     """Folder of the runs and of STUDY.json; finished variants are not run again."""
     only: tuple[str, ...] = ()
     """Variants to run now; by default all."""
-    set: tuple[str, ...] = ()
+    set: Assignments = ()
     """Fields that every variant shares: --set steps=160"""
     language_model: Path | None = None
     """Folder of the language model, for the study of that name."""
@@ -383,7 +389,7 @@ class Ablate:
         from mmmodel import ablation
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        ablation.run(self.study, self.out, only=self.only, shared=self.set, folder=self.language_model)
+        ablation.run(self.study, self.out, only=self.only, shared=tuple(chain(*self.set)), folder=self.language_model)
 
 
 @dataclass(frozen=True)

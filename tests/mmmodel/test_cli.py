@@ -11,6 +11,10 @@ from mmmodel import cli, configs
     ("arguments", "message"),
     [
         (["pretrain", "--set", "bogus=3"], "config: no field 'bogus', expected one of model"),
+        # the first --set counts too, in every command that has the flag
+        (["pretrain", "--set", "bogus=3", "--set", "steps=1", "seed=1"], "config: no field 'bogus'"),
+        (["complexity", "--set", "bogus=3", "--set", "steps=1"], "config: no field 'bogus'"),
+        (["ablate", "objectives", "--set", "bogus=3", "--set", "steps=1"], "config: no field 'bogus'"),
         (["pretrain", "--set", "steps=many"], "config: steps is 'many', expected a whole number"),
         (
             ["pretrain", "--preset", "tiny", "--set", "schedule=wsd", "--out", "other"],
