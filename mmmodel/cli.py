@@ -256,8 +256,9 @@ class Embed:
     """Where the model runs."""
 
     def run(self) -> None:
-        from mmmodel import embed
+        from mmmodel import embed, limits
 
+        limits.check_device(self.device, "embed")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         rows = embed.write(
             self.out,

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmmodel import limits
 from mmmodel.configs import ConfigError, ModelConfig, PretrainConfig
 from mmmodel.frontends import special_names
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE, STRIDE
@@ -38,6 +39,7 @@ class SampleShape:
     @classmethod
     def longest(cls, config: ModelConfig) -> SampleShape:
         """What no sample exceeds: the bound that a run must fit in."""
+        limits.check(config, "config", "model.")
         rows = math.isqrt(config.image.max_tokens)
         return cls(
             text=config.text.max_tokens,
@@ -106,6 +108,7 @@ def complexity(config: PretrainConfig, shape: SampleShape | None = None) -> Comp
     encoder and heads by formula.  Memory is that of fp32 without checkpointing, the batch in one chunk.  Raises
     ConfigError for a shape beyond the configuration's limits.
     """
+    limits.check(config, "config")
     shape = shape or SampleShape.longest(config.model)
     _check(config.model, shape)
     with torch.device("meta"):

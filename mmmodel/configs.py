@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be: the command line prints it as one line."""
+from mmmodel.limits import (
+    ConfigError,
+    Count,
+    Device,
+    LearningRate,
+    Names,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    SomeShare,
+    Whole,
+)
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """Subword tokens.  A small vocabulary keeps near-letter pieces, which unseen words can be spelt with."""
 
-    vocab_size: int = 384
-    max_tokens: int = 96  # longer captions are cut
+    vocab_size: Count = 384
+    max_tokens: Annotated[int, Range(2)] = 96  # longer captions are cut
     encoder: str = ""  # folder of a BERT-like Hugging Face model whose states are the stream; empty: word embeddings
     freeze: bool = False  # of a Hugging Face encoder: only the map to the width E learns
 
@@ -25,9 +36,9 @@ class TextConfig:
 class ImageConfig:
     """A CNN of total stride 16 at native aspect ratio."""
 
-    max_tokens: int = 36  # cells of 16 x 16 pixels after resizing
+    max_tokens: Count = 36  # cells of 16 x 16 pixels after resizing
     enlarge: bool = True  # small images grow to max_tokens; False leaves them at their own size
-    channels: tuple[int, int] = (48, 96)  # of the first two stages; the third has E
+    channels: tuple[Count, Count] = (48, 96)  # of the first two stages; the third has E
     encoder: str = ""  # folder or hub name of a Hugging Face ViT or ResNet; empty: a CNN of our own
     freeze: bool = False
 
@@ -36,9 +47,9 @@ class ImageConfig:
 class AudioConfig:
     """16 kHz log-mel at 10 ms and convolutions of total time stride 4."""
 
-    mels: int = 40
-    max_seconds: float = 5.0  # longer clips are cut
-    channels: int = 96
+    mels: Count = 40
+    max_seconds: Annotated[float, Range(0.04)] = 5.0  # longer clips are cut; four frames are one token
+    channels: Count = 96
     encoder: str = ""  # folder or hub name of a Hugging Face Whisper or wav2vec2; empty: convolutions of our own
     freeze: bool = False
 
@@ -47,23 +58,25 @@ class AudioConfig:
 class VideoConfig:
     """Frames through an image front end; sizes of a frame are ImageConfig's but for max_tokens."""
 
-    max_frames: int = 8  # evenly spaced over the clip
-    max_tokens: int = 16  # cells of a frame
+    max_frames: Count = 8  # evenly spaced over the clip
+    max_tokens: Count = 16  # cells of a frame
     time_positions: bool = True  # False: a bag of frames
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    modalities: tuple[str, ...] = ("text", "image", "audio")
-    width: int = 96  # E
-    layers: int = 3
-    heads: int = 3  # H
-    mlp_width: int = 256
-    embed_width: int = 128  # of the space in which modalities are compared
-    norm: str = "pre"  # or post: BERT's order, which a pretrained language model needs
-    norm_eps: float = 1e-5
-    activation: str = "gelu_tanh"  # or gelu
-    impl: str = "auto"  # implementation of every operator; see mmkernels.explain()
+    modalities: Annotated[tuple[str, ...], Names()] = ("text", "image", "audio")
+    width: Count = 96  # E
+    layers: Count = 3
+    heads: Count = 3  # H
+    mlp_width: Count = 256
+    embed_width: Count = 128  # of the space in which modalities are compared
+    norm: Literal["pre", "post"] = "pre"  # post: BERT's order, which a pretrained language model needs
+    norm_eps: Positive = 1e-5
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    impl: Literal["auto", "reference", "torch", "cpp", "triton"] = (
+        "auto"  # implementation of every operator; see mmkernels.explain()
+    )
     text: TextConfig = field(default_factory=TextConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -74,29 +87,29 @@ class ModelConfig:
 class ObjectiveConfig:
     """When one objective's loss counts, and how much.  Shares are of the run's steps."""
 
-    weight: float = 0.0  # of its loss in the sum; 0: the objective is not built
-    begin: float = 0.0  # share of the steps before its first
-    ramp: float = 0.0  # share of the steps over which the weight then rises linearly from 0
-    every: int = 1  # steps from one to the next at which it counts
+    weight: NotNegative = 0.0  # of its loss in the sum; 0: the objective is not built
+    begin: Share = 0.0  # share of the steps before its first
+    ramp: Share = 0.0  # share of the steps over which the weight then rises linearly from 0
+    every: Count = 1  # steps from one to the next at which it counts
 
 
 @dataclass(frozen=True)
 class MaskedConfig(ObjectiveConfig):
-    probability: float = 0.3  # share of a segment's tokens that are hidden
-    span: int = 1  # mean length of a hidden run, geometric; 1: single tokens
+    probability: SomeShare = 0.3  # share of a segment's tokens that are hidden
+    span: Count = 1  # mean length of a hidden run, geometric; 1: single tokens
 
 
 @dataclass(frozen=True)
 class MatchingConfig(ObjectiveConfig):
     pairs: tuple[str, ...] = ("image-text", "audio-text")
-    share: float = 0.25  # of the batch's samples that serve as true pairs; each brings two negatives
-    hardness: float = 1.0  # negatives are drawn by softmax(hardness * scores); 0: any is equally likely
+    share: SomeShare = 0.25  # of the batch's samples that serve as true pairs; each brings two negatives
+    hardness: NotNegative = 1.0  # negatives are drawn by softmax(hardness * scores); 0: any is equally likely
 
 
 @dataclass(frozen=True)
 class MeaningConfig(ObjectiveConfig):
     teacher: str = ""  # folder of a BERT-like model in Hugging Face format, or a package that carries one
-    width: int = 384  # of the teacher's states
+    width: Count = 384  # of the teacher's states
     language: str = "en"  # of the captions that it reads
 
 
@@ -108,7 +121,7 @@ class ObjectivesConfig:
     masked_audio: MaskedConfig = MaskedConfig(probability=0.4, span=4)
     matching: MatchingConfig = MatchingConfig()
     meaning: MeaningConfig = MeaningConfig()
-    masked_share: float = 0.25  # of the batch's samples that are also read jointly, with parts hidden
+    masked_share: Share = 0.25  # of the batch's samples that are also read jointly, with parts hidden
 
 
 @dataclass(frozen=True)
@@ -126,28 +139,28 @@ class PretrainConfig:
     load_language_model: bool = True  # False: its shape and tokenizer, but random weights, to compare with
     languages: tuple[str, ...] = ()  # tags of the samples to read; empty: all that the data has
     hold_out_speech: str = ""  # es:0.25 keeps Spanish recordings of a quarter of the training images out; empty: none
-    steps: int = 480
-    batch_size: int = 64  # samples per step
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    schedule: str = "cosine"  # or wsd: constant, then linear to zero over the last fifth
-    warmup_steps: int = 30
-    clip_norm: float = 1.0  # 0: off
+    steps: Count = 480
+    batch_size: Count = 64  # samples per step
+    lr: LearningRate = 2e-3
+    weight_decay: NotNegative = 0.05
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear to zero over the last fifth
+    warmup_steps: Whole = 30
+    clip_norm: NotNegative = 1.0  # 0: off
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     augment: bool = True
-    seed: int = 0
+    seed: Seed = 0
     # One: on two cores the second thread gained a fifth when nothing else ran, and cost more than that when something
     # did, because a step is thousands of small operators.  The other core prepares the next batch.
-    threads: int = 1
-    device: str = "cpu"
-    precision: str = "fp32"  # or bf16: autocast; weights and optimizer stay fp32
+    threads: Count = 1
+    device: Device = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights and optimizer stay fp32
     # Tokens whose activations are held at one time; 0: those of the whole batch.  The loss is the whole batch's all the
     # same, negatives included: each chunk of samples is computed again in backward, a third more work.
-    chunk_tokens: int = 0
+    chunk_tokens: Whole = 0
     checkpointing: bool = False  # activations of a block and of a front end are computed again in backward, not held
     compile: bool = False  # torch.compile of the blocks around attention
-    checkpoint_every: int = 100  # steps; 0: only at the end
-    keep_checkpoints: int = 2
+    checkpoint_every: Whole = 100  # steps; 0: only at the end
+    keep_checkpoints: Count = 2
 
 
 def demo() -> PretrainConfig:
@@ -236,7 +249,7 @@ def tiny() -> PretrainConfig:
 PRESETS = {preset.__name__: preset for preset in (demo, stamps, native, quick, base, tiny)}
 
 
-_NAMES = {int: "a whole number", float: "a number"}
+_NAMES = {int: "a whole number", float: "a number", tuple: "whole numbers with commas between them"}
 
 
 def preset(name: str) -> PretrainConfig:
@@ -280,6 +293,8 @@ def _with(config, path: list[str], text: str, full: str):
     name, *rest = path
     if name not in hints:
         raise ConfigError(f"config: no field {full!r}, expected one of {', '.join(hints)}")
+    if rest and not dataclasses.is_dataclass(getattr(config, name)):
+        raise ConfigError(f"config: no field {full!r}, since {name} is one value")
     if rest:
         return dataclasses.replace(config, **{name: _with(getattr(config, name), rest, text, full)})
     return dataclasses.replace(config, **{name: _parsed(text, getattr(config, name), full)})
@@ -291,12 +306,12 @@ def _parsed(text: str, old: Any, full: str) -> Any:
         if text not in ("true", "false"):
             raise ConfigError(f"config: {full} is {text!r}, expected true or false")
         return text == "true"
-    if isinstance(old, tuple):
-        parts = [part for part in text.split(",") if part]
-        return tuple(int(part) for part in parts) if old and isinstance(old[0], int) else tuple(parts)
     if dataclasses.is_dataclass(old):
         raise ConfigError(f"config: {full} is a group of fields; set one of them")
     try:
+        if isinstance(old, tuple):
+            kind = type(old[0]) if old else str
+            return tuple(kind(part) for part in text.split(",") if part)
         return type(old)(text)
     except ValueError as error:
         raise ConfigError(f"config: {full} is {text!r}, expected {_NAMES.get(type(old), 'text')}") from error

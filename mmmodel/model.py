@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.modules import ModalityEmbedding
-from mmkernels.ops.attention.api import attention_qkvpacked
-from mmmodel import frontends, recompute
+from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM, attention_qkvpacked
+from mmmodel import frontends, limits, recompute
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError, ModelConfig
 
@@ -31,6 +31,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig, tokenizer) -> None:
         super().__init__()
+        limits.check(config, "config", "model.")
         self.config, self.tokenizer = config, tokenizer
         self.front_ends = frontends.build(config, tokenizer)
         self.special_tokens = frontends.special_tokens(self.front_ends, tokenizer)
@@ -42,8 +43,6 @@ class Model(nn.Module):
             eps=config.norm_eps,
             impl=config.impl,
         )
-        if config.norm not in ("pre", "post"):
-            raise ConfigError(f"model: norm is {config.norm!r}, expected pre or post")
         # The embedding ends in a norm, which the first pre-norm block reads as its own.
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
@@ -101,8 +100,10 @@ class Block(nn.Module):
         width = config.width
         if width % config.heads:
             raise ConfigError(f"model: width is {width}, expected a multiple of heads, {config.heads}")
-        if config.activation not in ACTIVATIONS:
-            raise ConfigError(f"model: activation is {config.activation!r}, expected {' or '.join(ACTIVATIONS)}")
+        if not MIN_HEAD_DIM <= width // config.heads <= MAX_HEAD_DIM:
+            raise ConfigError(
+                f"model: width is {width}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM} times heads, {config.heads}"
+            )
         self.heads, self.impl = config.heads, config.impl
         self.post, self.approximate = config.norm == "post", ACTIVATIONS[config.activation]
         identity = first and not self.post

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, configs, distributed, language_model, pretraining, start
+from mmmodel import checkpoint, configs, distributed, language_model, limits, pretraining, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -46,8 +46,9 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
     configuration.
     """
+    limits.check(config, "config")
+    limits.check_device(config.device, "config")
     torch.set_num_threads(config.threads)
-    check(config)
     with distributed.processes(torch.device(config.device)) as device:
         return _pretrain(config, out, device)
 
@@ -178,7 +179,7 @@ def train_step(
 
 def autocast(config: PretrainConfig) -> torch.autocast:
     """bf16 has the range of fp32, so gradients need no scaling."""
-    return torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def prepare_modules(learner: Pretraining, config: PretrainConfig) -> None:
@@ -214,15 +215,6 @@ def shared(prepared: Prepared, device: torch.device) -> Prepared:
     return dataclasses.replace(prepared, weights=weights)
 
 
-def check(config: PretrainConfig) -> None:
-    """Raises ConfigError for what would only show after the data was read."""
-    learning_rate(config, 0)
-    if config.precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision is {config.precision!r}, expected fp32 or bf16")
-    if config.chunk_tokens < 0:
-        raise ConfigError(f"chunk_tokens is {config.chunk_tokens}, expected 0 (off) or a number of tokens")
-
-
 def make_optimizer(learner: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices, not on norms, biases, scales and embedding tables."""
     decayed, free = [], []
@@ -238,9 +230,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     done = step / config.steps
     if config.schedule == "cosine":
         return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "wsd":
-        return config.lr * min(warm, 5 * (1 - done))
-    raise ConfigError(f"schedule is {config.schedule!r}, expected cosine or wsd")
+    return config.lr * min(warm, 5 * (1 - done))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import export, pretraining, settings
+from mmmodel import configs, export, limits, pretraining, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -23,7 +23,7 @@ from mmmodel.export import CheckpointError
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import labels as label_rules
 from mmmodel.finetuning import weights
-from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.config import FinetuneConfig, check
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned
 from mmmodel.finetuning.loop import Labelled, evaluate_on, train
@@ -43,6 +43,8 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
     Returns the report.  Raises ConfigError for labels or a folder that do not fit, CheckpointError for weights.
     """
     started = time.perf_counter()
+    check(config)
+    limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
     source = weights.open_run(run)
     _claim(out, config, source)
@@ -179,7 +181,7 @@ def restore(source: Run) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
         raise CheckpointError(f"{source.path}: is not fine-tuned; `mmmodel finetune` writes such files")
     try:
         read = json.loads(source.finetuning)
-        config = FinetuneConfig(**_tuples(read["config"]))
+        check(config := FinetuneConfig(**_tuples(read["config"])))
         labels = Labels(**_tuples(read["labels"]))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path}: its fine-tuning does not read: {error}") from error

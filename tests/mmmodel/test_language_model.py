@@ -267,7 +267,7 @@ def test_a_run_starts_from_the_language_model(bert, tiny, tmp_path):
     from mmmodel import train
     from mmmodel.export import from_pretrained
 
-    config = language_model.shaped(dataclasses.replace(tiny, steps=1, lr=0.0, weight_decay=0.0), bert)
+    config = language_model.shaped(dataclasses.replace(tiny, steps=1, lr=1e-30, weight_decay=0.0), bert)
     assert train.pretrain(config, tmp_path / "loaded")
     ours = from_pretrained(tmp_path / "loaded").model.blocks[0].down.weight
     theirs = load_file(bert / "model.safetensors")["encoder.layer.0.output.dense.weight"]

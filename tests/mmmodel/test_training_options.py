@@ -10,7 +10,7 @@ from builders import batch_of, learner, samples
 
 from mmkernels.layout import PackedLayout
 from mmmodel import recompute, train
-from mmmodel.configs import ConfigError, MatchingConfig, ObjectivesConfig
+from mmmodel.configs import MatchingConfig, ObjectivesConfig
 from mmmodel.flops import StepFlops
 from mmmodel.recompute import Recompute
 
@@ -142,13 +142,3 @@ def test_flops_agree_with_torchs_counter_where_both_count():
     assert 0.75 * counter.get_total_flops() < ours.total <= 1.001 * counter.get_total_flops()
     blocks = [block for block in learned.model.blocks]
     assert not any(block._forward_pre_hooks for block in blocks)  # nothing is left behind
-
-
-def test_options_that_cannot_be_are_named(tiny):
-    for field, message in (
-        ({"precision": "fp8"}, "precision is 'fp8', expected fp32 or bf16"),
-        ({"chunk_tokens": -1}, "chunk_tokens is -1"),
-        ({"schedule": "step"}, "schedule is 'step'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            train.check(dataclasses.replace(tiny, **field))

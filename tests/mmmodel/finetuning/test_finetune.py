@@ -195,5 +195,5 @@ def test_the_commands(run, labelled, tmp_path, capsys):
         cli.main([*arguments[:-1], str(tmp_path / "other"), "--label", "none"])
     with pytest.raises(SystemExit, match="none: no such file"):
         cli.main(["finetune", "--from", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
-    with pytest.raises(ConfigError, match="layer_decay is 2"):
-        FinetuneConfig(layer_decay=2)
+    with pytest.raises(SystemExit, match="layer_decay is 2"):
+        cli.main([*arguments, "--layer-decay", "2"])
