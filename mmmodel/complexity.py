@@ -22,6 +22,7 @@ from mmmodel.configs import ConfigError, ModelConfig, PretrainConfig
 from mmmodel.frontends import special_names
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE, STRIDE
 from mmmodel.frontends.image import CELL
+from mmmodel.objectives.matching import named_pairs
 from mmmodel.pretraining import Pretraining
 
 FLOAT = 4  # bytes; under bf16 autocast activations take between half of this and all of it
@@ -192,8 +193,8 @@ def _passes(
         for name in hidden:
             counts[name] += samples / batch
     if objectives.matching.weight:
-        for pair in objectives.matching.pairs:
-            passes.append((f"pairs {pair}", 3 * _anchors(config), False, tuple(pair.split("-"))))
+        for pair in named_pairs(config):
+            passes.append((f"pairs {'-'.join(pair)}", 3 * _anchors(config), False, pair))
     return counts, passes
 
 
@@ -299,7 +300,7 @@ def _meaning(config: PretrainConfig, shape: SampleShape) -> tuple[float, float, 
 
 def _matching(config: PretrainConfig, shape: SampleShape) -> tuple[float, float, float]:
     """The head on every pair; and, without a gradient, the products of all points, from which negatives are drawn."""
-    pairs = 3 * _anchors(config) * len(config.objectives.matching.pairs)
+    pairs = 3 * _anchors(config) * len(named_pairs(config))
     c = config.model
     head = 2 * pairs * (3 * c.width * c.width + c.width)
     segments = config.batch_size * sum(shape.tokens(name) > 0 for name in c.modalities)

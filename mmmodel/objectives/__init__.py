@@ -3,6 +3,7 @@
 An objective is an nn.Module with
     config                            its ObjectiveConfig: weight and schedule
     forward(views, inputs)            -> loss (scalar), metrics (detached scalars)
+    needs, finds(items) -> bool       what it learns from, in words, and whether any of the items has it
 and, where it draws something for a batch, one of
     prepare(batch, rng) -> inputs     host, in the data worker; rng is seeded by (seed, step)
     hides, hide(features, front_end, rng) -> Hidden   name of the modality in which it hides parts of the masked view
@@ -12,9 +13,12 @@ masked view serves every masking objective, both in one packed forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from mmmodel.configs import ConfigError, ObjectiveConfig, PretrainConfig
+from mmmodel.features import Item
 from mmmodel.objectives.contrastive import ContrastiveAlignment
 from mmmodel.objectives.masked_features import MaskedFeatures
 from mmmodel.objectives.masked_text import MaskedText
@@ -45,6 +49,28 @@ def build(config: PretrainConfig, model) -> nn.ModuleDict:
     if not made:
         raise ConfigError("objectives: all weights are 0, nothing to learn")
     return nn.ModuleDict(made)
+
+
+def idle(made: nn.ModuleDict, items: Sequence[Item], steps: int) -> dict[str, str]:
+    """Name -> why, of the objectives that a run of `steps` on these training items never asks, or never learns from.
+
+    Raises ConfigError if that is all of them, with one that would learn.
+    """
+    reasons = {}
+    for name, objective in made.items():
+        if not any(weight_at(objective.config, step, steps) for step in range(steps)):
+            reasons[name] = "is never due"
+        elif not objective.finds(items):
+            reasons[name] = f"needs {objective.needs}"
+    if len(reasons) < len(made):
+        return reasons
+    present = sorted({modality for item in items for modality in item.rows})
+    others = [f"masked_{modality}" for modality in present if f"masked_{modality}" in OBJECTIVES]
+    advice = f"; try --set objectives.{others[0]}.weight=1" if others else ""
+    raise ConfigError(
+        f"objectives: nothing to learn from {len(items)} training samples of {', '.join(present)}: "
+        f"{', '.join(f'{name} {reason}' for name, reason in reasons.items())}{advice}"
+    )
 
 
 def weight_at(objective: ObjectiveConfig, step: int | None, steps: int) -> float:

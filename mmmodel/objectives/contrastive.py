@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -13,6 +14,7 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel import distributed
 from mmmodel.configs import PretrainConfig
+from mmmodel.features import Item
 from mmmodel.objectives.views import Views
 
 START_SCALE, MAX_SCALE = 1 / 0.07, 100.0
@@ -26,6 +28,8 @@ class ContrastiveAlignment(nn.Module):
     CLIP's loss (arXiv 2103.00020) for every pair, with several positives as in SupCon (arXiv 2004.11362).
     """
 
+    needs = "a concept in two modalities"
+
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
         self.config, shape = config.objectives.contrastive, config.model
@@ -34,6 +38,10 @@ class ContrastiveAlignment(nn.Module):
             torch.randn(len(shape.modalities), shape.width, shape.embed_width) * shape.width**-0.5
         )
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
+
+    def finds(self, items: Sequence[Item]) -> bool:
+        first: dict[str, str] = {}  # concept -> a modality of it
+        return any(first.setdefault(item.concept, name) != name for item in items for name in item.rows)
 
     def forward(self, views: Views, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = views.batch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import gather_rows
 from mmmodel.configs import ConfigError, MaskedConfig, PretrainConfig
+from mmmodel.features import Item
 from mmmodel.objectives.hiding import draw_hidden
 from mmmodel.objectives.views import Hidden, Views
 
@@ -28,12 +29,15 @@ class MaskedFeatures(nn.Module):
     def __init__(self, config: PretrainConfig, model, name: str) -> None:
         super().__init__()
         self.config: MaskedConfig = getattr(config.objectives, f"masked_{name}")
-        self.hides = name
+        self.hides = self.needs = name
         if not hasattr(model.front_ends[name], "cells"):
             raise ConfigError(f"objectives: masked_{name} needs a front end that can hide cells; this encoder has none")
         width = config.model.width
         self.cover = nn.Parameter(torch.randn(width) * width**-0.5)
         self.head = nn.Linear(width, model.front_ends[name].cell_width)
+
+    def finds(self, items: Sequence[Item]) -> bool:
+        return any(self.hides in item.rows for item in items)
 
     def hide(self, features: Sequence[np.ndarray], front_end, rng: np.random.Generator) -> Hidden:
         masked, rows, targets, start = [], [], [], 0

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmkernels.ops.packing.api import gather_rows
 from mmmodel.configs import ObjectiveConfig, PretrainConfig
+from mmmodel.features import Item
 from mmmodel.frontends.text import special_ids
 from mmmodel.objectives.hiding import draw_hidden
 from mmmodel.objectives.views import Hidden, Views
@@ -25,7 +26,7 @@ class MaskedText(nn.Module):
     The head is BERT's (arXiv 1810.04805); which tokens are hidden is BERT's too, or SpanBERT's runs with span > 1.
     """
 
-    hides = "text"
+    hides = needs = "text"
 
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
@@ -37,6 +38,9 @@ class MaskedText(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.bias = nn.Parameter(torch.zeros(self.vocab_size))
+
+    def finds(self, items: Sequence[Item]) -> bool:
+        return any(self.hides in item.rows for item in items)
 
     def hide(self, captions: Sequence[np.ndarray], front_end, rng: np.random.Generator) -> Hidden:
         """captions: ids of each, integers [n]."""

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import gather_rows, segment_mean
 from mmmodel.batches import Batch
-from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.configs import ConfigError, MatchingConfig, PretrainConfig
+from mmmodel.features import Item
 from mmmodel.objectives.views import Views
 
 
@@ -46,15 +47,15 @@ class Matching(nn.Module):
         super().__init__()
         self.config = config.objectives.matching
         names = config.model.modalities
-        self.pairs = []
-        for pair in self.config.pairs:
-            parts = pair.split("-")
-            if len(parts) != 2 or parts[0] == parts[1] or not set(parts) <= set(names):
-                raise ConfigError(f"matching: pair {pair!r}, expected two of {', '.join(names)} joined by -")
-            self.pairs.append((names.index(parts[0]), names.index(parts[1])))
+        self.named = named_pairs(config)
+        self.needs = "samples with " + " or ".join(" and ".join(pair) for pair in self.named)
+        self.pairs = [(names.index(a), names.index(b)) for a, b in self.named]
         width = config.model.width
         self.dense = nn.Linear(3 * width, width)
         self.out = nn.Linear(width, 1)
+
+    def finds(self, items: Sequence[Item]) -> bool:
+        return any(item.rows.keys() >= set(pair) for pair in self.named for item in items)
 
     def prepare(self, batch: Batch, rng: np.random.Generator) -> list[Anchors]:
         limit = max(1, round(self.config.share * len(batch.segments)))
@@ -92,6 +93,23 @@ class Matching(nn.Module):
         yes, no = labels.sum().clamp_min(1), (1 - labels).sum().clamp_min(1)
         accuracy = ((right * labels).sum() / yes + (right * (1 - labels)).sum() / no) / 2
         return F.binary_cross_entropy_with_logits(logits, labels), {"accuracy": accuracy}
+
+
+def named_pairs(config: PretrainConfig) -> list[tuple[str, str]]:
+    """The pairs of modalities that are matched: of the default ones those that the model reads.
+
+    Raises ConfigError if none is left, or for a pair of the user's own that is not two modalities of the model.
+    """
+    pairs, names = config.objectives.matching.pairs, config.model.modalities
+    split = [tuple(pair.split("-")) for pair in pairs]
+    fits = [len(parts) == 2 and parts[0] != parts[1] and set(parts) <= set(names) for parts in split]
+    wrong = [pair for pair, fit in zip(pairs, fits, strict=True) if not fit]
+    if not any(fits) or (wrong and pairs != MatchingConfig().pairs):
+        raise ConfigError(
+            f"objectives.matching.pairs is {','.join(pairs)!r}, expected pairs of {', '.join(names)} joined by -; "
+            "objectives.matching.weight=0 leaves matching out"
+        )
+    return [parts for parts, fit in zip(split, fits, strict=True) if fit]
 
 
 def draw_pairs(anchors: Anchors, scores: np.ndarray | None, hardness: float = 1.0) -> np.ndarray:

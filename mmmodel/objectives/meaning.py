@@ -5,12 +5,15 @@ N segments, M modalities, E width, P common width, C concepts, Z width of the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmmodel import distributed
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.features import Item
 from mmmodel.objectives.contrastive import multi_positive
 from mmmodel.objectives.views import Views
 
@@ -26,6 +29,8 @@ class Meaning(nn.Module):
     2111.07991).  Concepts without a z do not count.
     """
 
+    needs = "captions of the training samples"
+
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
         self.config, shape = config.objectives.meaning, config.model
@@ -36,6 +41,9 @@ class Meaning(nn.Module):
         # Not part of a run's weights: the next process asks the language model again.
         self.register_buffer("concepts", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("vectors", torch.zeros(0, self.config.width), persistent=False)
+
+    def finds(self, items: Sequence[Item]) -> bool:
+        return True  # without captions in its language there is nothing to teach it, which is an error of its own
 
     def teach(self, concepts: Tensor, vectors: Tensor) -> None:
         """concepts int64 [C], different numbers; vectors [C, Z] of what they mean.

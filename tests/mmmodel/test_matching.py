@@ -8,8 +8,9 @@ import torch
 from builders import batch_of, objective_learner, samples
 
 from mmkernels.ops.packing.api import segment_mean
+from mmmodel import complexity, configs
 from mmmodel.configs import ConfigError
-from mmmodel.objectives.matching import draw_pairs, pair_streams
+from mmmodel.objectives.matching import draw_pairs, named_pairs, pair_streams
 
 ALL = ("text", "image", "audio")
 PRESENT = (ALL, ("image",), ("text", "audio"), ("text", "image"), ALL, ALL)
@@ -132,5 +133,17 @@ def test_without_pairs_it_costs_nothing():
 
 @pytest.mark.parametrize("pair", ["image", "image-image", "image-video"])
 def test_pairs_that_cannot_be_are_refused(pair):
-    with pytest.raises(ConfigError, match=f"pair '{pair}', expected two of text, image, audio joined by -"):
+    with pytest.raises(ConfigError, match=f"pairs is '{pair}', expected pairs of text, image, audio joined by -"):
         objective_learner(f"objectives.matching.pairs={pair}")
+
+
+def test_of_the_default_pairs_those_stay_that_the_model_reads():
+    def pairs(*fields):
+        return named_pairs(configs.override(configs.tiny(), fields))
+
+    assert pairs("model.modalities=text,image,video") == [("image", "text")]
+    assert complexity.complexity(configs.override(configs.tiny(), ("model.modalities=text,image,video",))).step > 0
+    with pytest.raises(ConfigError, match=r"objectives.matching.weight=0 leaves matching out"):
+        pairs("model.modalities=text,video")
+    with pytest.raises(ConfigError, match="pairs is 'image-text,audio-image', expected pairs of text, image joined"):
+        pairs("model.modalities=text,image", "objectives.matching.pairs=image-text,audio-image")
