@@ -23,6 +23,7 @@ from mmmodel.frontends.text import load_language_model_tokenizer, train_tokenize
 from mmmodel.model import Model
 from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
 
+PREPARED = ("stamps", "synthetic")  # data sets that are made in the cache
 SYNTHETIC_SAMPLES = 2000
 
 
@@ -89,6 +90,11 @@ class Corpus:
         return [item for item in self.items if item.split == name]
 
 
+def located(name: str) -> str:
+    """A data set's name as a run keeps it: a folder by its absolute path, so that it is found from anywhere."""
+    return name if name in PREPARED else os.path.abspath(Path(name).expanduser())
+
+
 def find_data(name: str, *, progress: bool = True) -> Path:
     """Folder of shards: "stamps" and "synthetic" are prepared in the cache if they are not there; else a path."""
     if name == "stamps":
@@ -109,7 +115,7 @@ def find_data(name: str, *, progress: bool = True) -> Path:
                 if not (folder / "manifest.json").exists():
                     raise
         return folder
-    return Path(name)
+    return Path(located(name))
 
 
 def open_data(config: PretrainConfig) -> ShardDataset:

@@ -6,14 +6,13 @@ A step's batch and draws depend on (seed, step) alone, so the state is weights, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, configs, distributed, language_model, limits, pretraining, start
+from mmmodel import checkpoint, distributed, language_model, limits, pretraining, run_folder, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -44,12 +43,16 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
-    configuration.
+    configuration or another process is at work there.
     """
     limits.check(config, "config")
     limits.check_device(config.device, "config")
     torch.set_num_threads(config.threads)
-    with distributed.processes(torch.device(config.device)) as device:
+    config = dataclasses.replace(config, data=pretraining.located(config.data))
+    with (
+        distributed.processes(torch.device(config.device)) as device,
+        nullcontext() if distributed.rank() else run_folder.alone_in(out, "pretrain"),
+    ):
         return _pretrain(config, out, device)
 
 
@@ -58,14 +61,18 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():
-        _claim(out, config)
+        begun = run_folder.begun(out, config)
         dataset = pretraining.open_data(config)
-        if not tokenizer.exists():
+        if not (begun and tokenizer.exists()) and not distributed.rank():  # a failed run may have left another
             made = earlier.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
             made.save(str(partial := tokenizer.with_suffix(".partial")))
             partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
         learner = Pretraining(config, load_tokenizer(tokenizer))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
+    items = corpus.split("train")
+    if not items:
+        raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
+    sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
     prepare_modules(learner, config)
@@ -84,10 +91,9 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
+    if not begun and not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
+        run_folder.write(out / "config.json", asdict(config))
     _log("ready after %.1f s", time.perf_counter() - started)
-
-    items = corpus.split("train")
-    sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
 
     def make(step: int):
         chosen = [items[i] for i in sampler.batch(step)[distributed.rank() :: distributed.size()]]
@@ -243,22 +249,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, 
 def _log(message: str, *values: Any) -> None:
     if not distributed.rank():
         logger.info(message, *values)
-
-
-def _claim(out: Path, config: PretrainConfig) -> None:
-    """`out` is this run's: new, or holding a run of the same configuration."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "config.json"
-    mine = configs.to_dict(config)
-    if path.exists():
-        theirs = configs.to_dict(configs.from_dict(json.loads(path.read_text())))
-        differing = sorted(key for key in mine if mine[key] != theirs[key])
-        if differing:
-            raise ConfigError(f"pretrain: {out} holds a run with other {', '.join(differing)}; choose another --out")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(config), indent=1) + "\n")
-    partial.replace(path)
 
 
 @contextmanager

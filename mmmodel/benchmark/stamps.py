@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mmmodel import run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
 from mmmodel.configs import ConfigError
@@ -118,15 +118,9 @@ def _claim(out: Path, opened: list, protocol: Protocol) -> None:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Whether the part is this process's to compute: several may share a folder.  A claim ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.stem}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield not path.exists()
+    """Whether the part is this process's to compute: several may share a folder."""
+    with run_folder.held(path.with_name(f".{path.stem}.lock")) as mine:
+        yield mine and not path.exists()
 
 
 def _write(path: Path, content: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import configs, export, limits, pretraining, settings
+from mmmodel import configs, export, limits, pretraining, run_folder, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -46,8 +46,14 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
     check(config)
     limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
+    config = replace(config, data=config.data and pretraining.located(config.data))
     source = weights.open_run(run)
-    _claim(out, config, source)
+    with run_folder.alone_in(out, "finetune"):
+        return _finetune(source, config, out, started)
+
+
+def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) -> dict[str, Any]:
+    _refuse_other(out, config, source)
     base = fresh(source.config, source.tokenizer, config.seed)
     data, counts = read_labelled(source.config, base.model, config)
     learner, loaded = build(base, source, data.labels, config)
@@ -57,6 +63,7 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
     outcome = train(learner, data, config)
     with torch.no_grad():
         test = evaluate_on(learner, data, data.test) if data.test else None
+    run_folder.write(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     save(out / export.FILE, learner, source.config, config, data.labels)
     log = MetricsFile(out / "metrics.jsonl", from_step=0)
     for line in outcome.history:
@@ -222,19 +229,18 @@ def _draw(group: str) -> float:
     return int(hashlib.sha256(f"validation {group}".encode()).hexdigest()[:8], 16) / 2**32
 
 
-def _claim(out: Path, config: FinetuneConfig, source: Run) -> None:
-    """`out` is new, or holds a fine-tuning of the same configuration, which is done again."""
+def _refuse_other(out: Path, config: FinetuneConfig, source: Run) -> None:
+    """Raises ConfigError unless `out` is new, or holds a fine-tuning of the same configuration, which is done again."""
     path = out / "finetune.json"
     if out.resolve() == source.path.parent.resolve():
         raise ConfigError(f"finetune: {out} is the run to start from; choose another --out")
-    mine = json.loads(json.dumps(asdict(config)))
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if differing := sorted(name for name in mine if theirs.get(name) != mine[name]):
-            raise ConfigError(
-                f"finetune: {out} holds another fine-tuning ({', '.join(differing)}); choose another --out"
-            )
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs["data"] = theirs["data"] and pretraining.located(theirs["data"])  # older ones: as it was typed
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"finetune: {path} does not read: {error}; choose another --out") from error
+        if (out / export.FILE).exists() and (found := run_folder.differences(theirs, asdict(config))):
+            raise ConfigError(f"finetune: {out} holds a fine-tuning with other {found}; choose another --out")
     elif (out / "config.json").exists():
         raise ConfigError(f"finetune: {out} holds a pretraining run; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

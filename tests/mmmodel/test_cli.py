@@ -30,5 +30,6 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps(configs.to_dict(configs.tiny())))
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(SystemExit, match=message):
         cli.main(arguments)

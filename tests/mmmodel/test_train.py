@@ -17,7 +17,8 @@ import torch
 from builders import batch_of, learner, samples
 from safetensors.torch import load_file
 
-from mmmodel import checkpoint, configs, metrics, train
+from mmmodel import checkpoint, configs, metrics, pretraining, run_folder, train
+from mmmodel.configs import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def unbroken(shards, tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_promises(unbroken):
     expected = {"config.json", "tokenizer.json", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
-    assert {path.name for path in unbroken.iterdir()} == expected
+    assert {path.name for path in unbroken.iterdir()} == expected | {".lock"}
     lines = metrics.read(unbroken / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     needed = {"loss", "contrastive/loss", "masked_text/loss", "lr", "grad_norm", "tokens_per_s/audio", "fill_percent"}
@@ -112,8 +113,48 @@ def test_a_finished_run_is_left_alone(tiny, unbroken):
 
 
 def test_a_folder_of_another_run_is_refused(tiny, unbroken):
-    with pytest.raises(ValueError, match="holds a run with other lr"):
-        train.pretrain(dataclasses.replace(tiny, lr=1.0), unbroken)
+    wider = dataclasses.replace(tiny, lr=1.0, model=dataclasses.replace(tiny.model, width=32))
+    with pytest.raises(ConfigError, match=r"holds a run with other model.width 16 -> 32, lr 0.002 -> 1.0; choose"):
+        train.pretrain(wider, unbroken)
+
+
+def test_a_run_that_made_no_step_leaves_its_folder_free(tiny, tmp_path):
+    """What was wrong: the data, the batch, and then the first step, as when it does not fit in memory."""
+    with pytest.raises(FileNotFoundError):
+        train.pretrain(dataclasses.replace(tiny, data="/typo"), tmp_path)
+    with pytest.raises(ConfigError, match="batch_size is 1000, expected at most the"):
+        train.pretrain(dataclasses.replace(tiny, batch_size=1000), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_dict(dataclasses.replace(tiny, batch_size=5))))
+    (tmp_path / "tokenizer.json").write_text("of other data")
+    assert train.pretrain(dataclasses.replace(tiny, steps=1), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
+    (tmp_path / "config.json").write_text('{"steps')
+    with pytest.raises(ConfigError, match=r"config.json does not read: .*; choose another --out"):
+        train.pretrain(dataclasses.replace(tiny, steps=1), tmp_path)
+
+
+def test_a_folder_is_one_processs_at_a_time(tiny, unbroken):
+    before = checkpoint.saved(unbroken / "checkpoints")
+    with (
+        run_folder.alone_in(unbroken, "pretrain"),
+        pytest.raises(ConfigError, match="pretrain: another process is at work in"),
+    ):
+        train.pretrain(dataclasses.replace(tiny, steps=9), unbroken)
+    assert checkpoint.saved(unbroken / "checkpoints") == before
+    assert train.pretrain(tiny, unbroken)
+
+
+def test_a_relative_folder_of_data_is_kept_absolute(tiny, shards, tmp_path, monkeypatch):
+    """And a run that kept it as it was typed goes on."""
+    monkeypatch.chdir(shards.parent)
+    typed = f"./{shards.name}"
+    assert train.pretrain(dataclasses.replace(tiny, data=typed, steps=1), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["data"] == str(shards)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "data": typed}))
+    assert train.pretrain(dataclasses.replace(tiny, data=typed, steps=1), tmp_path)
+    assert pretraining.located("stamps") == "stamps"
 
 
 def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):

@@ -181,7 +181,7 @@ def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
 def test_another_fine_tuning_or_a_run_is_not_written_over(run, labelled, tmp_path):
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=1)
     finetuning.finetune(run, config, tmp_path)
-    with pytest.raises(ConfigError, match=r"holds another fine-tuning \(lr\)"):
+    with pytest.raises(ConfigError, match=r"holds a fine-tuning with other lr 0.01 -> 0.1; choose"):
         finetuning.finetune(run, dataclasses.replace(config, lr=0.1), tmp_path)
     with pytest.raises(ConfigError, match="is the run to start from"):
         finetuning.finetune(run, config, run)
@@ -193,6 +193,7 @@ def test_the_commands(run, labelled, tmp_path, capsys):
     assert "test: accuracy" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no sample has a label"):
         cli.main([*arguments[:-1], str(tmp_path / "other"), "--label", "none"])
+    assert not (tmp_path / "other" / "finetune.json").exists()  # the corrected command may use the folder
     with pytest.raises(SystemExit, match="none: no such file"):
         cli.main(["finetune", "--from", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit, match="layer_decay is 2"):

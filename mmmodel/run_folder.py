@@ -1,0 +1,86 @@
+"""Whose a folder of results is: one process at a time writes there, and what another configuration left is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmmodel import checkpoint, configs, metrics, pretraining
+from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.export import FILE
+
+NAMED = 6  # fields that a refusal lists
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Whether the lock `path` is this process's: not while another has it.  A lock ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def alone_in(folder: Path, who: str) -> Iterator[None]:
+    """Makes the folder, and raises ConfigError if another process is at work in it."""
+    with held(folder / ".lock") as mine:
+        if not mine:
+            raise ConfigError(f"{who}: another process is at work in {folder}; wait for it, or choose another --out")
+        yield
+
+
+def begun(out: Path, config: PretrainConfig) -> bool:
+    """Whether `out` holds this run already, in which case it goes on.  What made no step holds nothing.
+
+    Raises ConfigError if it holds a run of another configuration, naming the fields that differ, or a fine-tuning.
+    """
+    path = out / "config.json"
+    if (out / "finetune.json").exists():
+        raise ConfigError(f"pretrain: {out} holds a fine-tuning; choose another --out")
+    steps = metrics.read(out / "metrics.jsonl") or checkpoint.saved(out / "checkpoints") or (out / FILE).exists()
+    if not (path.exists() and steps):
+        return False
+    try:
+        theirs = configs.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        theirs = replace(theirs, data=pretraining.located(theirs.data))  # older runs kept it as it was typed
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"pretrain: {path} does not read: {error}; choose another --out") from error
+    if found := differences(configs.to_dict(theirs), configs.to_dict(config)):
+        raise ConfigError(f"pretrain: {out} holds a run with other {found}; choose another --out")
+    return True
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The values that differ, in words: "model.width 16 -> 32, lr 0.002 -> 0.001"; empty: none."""
+    a, b = _leaves(old), _leaves(new)
+    names = [name for name in b if name not in a or a[name] != b[name]]
+    words = [f"{name} {_shown(a.get(name))} -> {_shown(b[name])}" for name in names[:NAMED]]
+    return ", ".join(words) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def write(path: Path, content: Any) -> None:
+    """JSON, whole or not at all: a kill may come at any moment."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _leaves(values: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in values.items():
+        leaves |= _leaves(value, f"{inside}{name}.") if isinstance(value, Mapping) else {inside + name: value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in leaves.items()}
+
+
+def _shown(value: Any) -> str:
+    return (",".join(map(str, value)) if isinstance(value, list) else str(value)) or "nothing"
