@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, distributed, language_model, limits, pretraining, run_folder, start
+from mmmodel import checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
-    configuration or another process is at work there.
+    configuration or another process is at work there, and if there is nothing to learn from the data.
     """
     limits.check(config, "config")
     limits.check_device(config.device, "config")
@@ -72,6 +72,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     items = corpus.split("train")
     if not items:
         raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
+    idle = objectives.idle(learner.objectives, items, config.steps)
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
@@ -91,6 +92,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
+    for name, reason in idle.items():
+        _log("%s learns nothing in this run: it %s", name, reason)
     if not begun and not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         run_folder.write(out / "config.json", asdict(config))
     _log("ready after %.1f s", time.perf_counter() - started)

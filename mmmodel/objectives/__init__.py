@@ -44,7 +44,10 @@ def build(config: PretrainConfig, model) -> nn.ModuleDict:
             continue
         modality = name.removeprefix("masked_")
         if modality != name and modality not in config.model.modalities:
-            raise ConfigError(f"objectives: {name} needs {modality}, which the model does not read")
+            raise ConfigError(
+                f"objectives: {name} needs {modality}, which the model does not read; "
+                f"objectives.{name}.weight=0 leaves it out"
+            )
         made[name] = make(config, model)
     if not made:
         raise ConfigError("objectives: all weights are 0, nothing to learn")

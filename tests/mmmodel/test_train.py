@@ -1,6 +1,7 @@
 """The loop: a run that was stopped or killed ends in the very weights of one that was not."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from builders import batch_of, learner, samples
+from builders import batch_of, learner, objective_learner, samples
+from PIL import Image
 from safetensors.torch import load_file
 
-from mmmodel import checkpoint, configs, metrics, pretraining, run_folder, train
+from mmmodel import checkpoint, configs, metrics, objectives, pretraining, run_folder, train
 from mmmodel.configs import ConfigError
+from mmmodel.data.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +159,31 @@ def test_a_relative_folder_of_data_is_kept_absolute(tiny, shards, tmp_path, monk
     (tmp_path / "config.json").write_text(json.dumps({**config, "data": typed}))
     assert train.pretrain(dataclasses.replace(tiny, data=typed, steps=1), tmp_path)
     assert pretraining.located("stamps") == "stamps"
+
+
+@pytest.mark.parametrize(("modality", "works"), [("image", "masked_image"), ("audio", "masked_audio")])
+def test_a_run_that_can_learn_nothing_is_refused_and_told_what_would(modality, works, tmp_path):
+    """One kind of data alone, under the preset's objectives."""
+    data = tmp_path / "data"
+    data.mkdir()
+    picture, sound = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
+    soundfile.write(sound, np.random.default_rng(0).normal(size=8000) / 9, 16000, format="FLAC")
+    member = {"image": {"png": picture.getvalue()}, "audio": {"flac": sound.getvalue()}}[modality]
+    write_shard(data / "a-0.tar", [{"__key__": f"k{i}", "json": {"split": "train"}, **member} for i in range(4)])
+    config = dataclasses.replace(configs.tiny(), data=str(data), steps=2)
+    with pytest.raises(ConfigError, match=f"from 4 training samples of {modality}: contrastive needs a concept in two "
+                       f"modalities, masked_text needs text, .* try --set objectives.{works}.weight=1"):  # fmt: skip
+        train.pretrain(config, tmp_path / "out")
+    assert train.pretrain(configs.override(config, (f"objectives.{works}.weight=1",)), tmp_path / "out")
+    assert metrics.read(tmp_path / "out" / "metrics.jsonl")[-1]["loss"] > 0
+
+
+def test_an_objective_that_is_never_due_is_named():
+    _, learned = objective_learner("objectives.matching.begin=1")
+    items, _ = samples()
+    assert objectives.idle(learned.objectives, items, 8) == {"matching": "is never due"}
+    assert objectives.idle(learned.objectives, [items[3]] * 3, 8).keys() == {"contrastive", "matching"}  # captions
 
 
 def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):
