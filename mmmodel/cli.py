@@ -16,6 +16,9 @@ import tyro
 from mmmodel import settings
 from mmmodel.configs import ConfigError
 from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.limits import RunError
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as a shell gives it
 
 # One tuple for each time that the flag is given: tyro alone would keep the last.
 Assignments = Annotated[
@@ -147,6 +150,8 @@ class Evaluate:
     """Folder of a finished run; a benchmark takes several that differ in their seed."""
     split: Literal["test", "validation", "train"] = "test"
     """Which concepts to score on."""
+    data: str = ""
+    """stamps, synthetic, or a folder of shards; empty: what the run was trained on. Not for a benchmark."""
     require: Literal["none", "demo", "quick"] = "none"
     """Exit non-zero unless the results clear these bars; none: never."""
     benchmark: Literal["none", "stamps"] = "none"
@@ -167,8 +172,10 @@ class Evaluate:
             sys.exit("evaluate: several runs belong to a --benchmark; one is scored by itself")
         from mmmodel import evaluate
 
-        report = evaluate.evaluate(self.run_folder[0], split=self.split)
+        report = evaluate.evaluate(self.run_folder[0], split=self.split, data=self.data)
         evaluate.show(report)
+        if not report["tasks"]:
+            sys.exit("evaluate: no task can be scored")
         if self.require != "none" and (missed := evaluate.failures(report, self.require)):
             sys.exit("below the bar: " + "; ".join(missed))
 
@@ -427,10 +434,18 @@ Command = (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script and of `python -m mmmodel`."""
+    """Entry point of the console script and of `python -m mmmodel`.
+
+    What a user or the machine did wrong is one line; anything else is a fault of ours and shows its traceback.
+    """
     settings.calm_threads()
     command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
     try:
         command.run()
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, RunError) as error:
         sys.exit(str(error))
+    except OSError as error:  # a file in a folder's place, no right to write, a full disk
+        sys.exit(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
@@ -23,7 +23,7 @@ from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
-from mmmodel.frontends.text import load_tokenizer
+from mmmodel.finetuning import weights
 from mmmodel.pretraining import Corpus, Pretraining
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
@@ -45,18 +45,26 @@ class Ranks:
     chance: dict[str, float]
 
 
-def evaluate(run: Path, *, split: str = "test", threads: int | None = None) -> dict[str, Any]:
-    """Score the exported model of a run against its own initialisation; writes run/report.json and returns it."""
+def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | None = None) -> dict[str, Any]:
+    """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
+
+    data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Raises ConfigError for a
+    run that was fine-tuned, and if the split has no samples.
+    """
     started = time.perf_counter()
     export.refuse_finetuned(run / "model.safetensors")
-    config = export.read_config(run / "model.safetensors")
+    opened = weights.open_run(run)
+    config = opened.config
+    if data:
+        config = replace(config, data=pretraining.located(data), languages=())
     torch.set_num_threads(threads or config.threads)
     dataset = pretraining.open_data(config)
-    learner = Pretraining(config, load_tokenizer(run / "tokenizer.json"))
+    learner = Pretraining(config, opened.tokenizer)
     corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split(split)
     if not items:
-        raise ConfigError(f"evaluate: the data has no samples of split {split!r}")
+        splits = ", ".join(sorted({item.split for item in corpus.items}))
+        raise ConfigError(f"evaluate: {config.data} has no samples of split {split!r}, expected one of {splits}")
     untrained = ranks(embed(learner, corpus, items), items)
     export.load_weights(run / "model.safetensors", learner)
     pretrained = ranks(embed(learner, corpus, items), items)
@@ -168,7 +176,7 @@ def failures(report: dict[str, Any], requirement: str) -> list[str]:
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print the report as a table that fits 80 columns."""
+    """Print the report as a table that fits 80 columns, and which tasks the data does not ask."""
     data = report["data"]
     label = "synthetic data" if data["synthetic"] else data["name"]
     title = f"Retrieval in percent: {label}, {data['images']} {data['split']} images of {data['concepts']} concepts"
@@ -187,7 +195,12 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         rates = [_percent(task[kind]) for kind in ("chance", "untrained", "pretrained")]
         style = None if "." in task["name"] else "bold"
         table.add_row(task["name"], str(task["n"]), *rates, f"{100 * low:+.1f} {100 * high:+.1f}", style=style)
-    (console or Console()).print(table)
+    console = console or Console()
+    if report["tasks"]:
+        console.print(table)
+    scored = {task["name"] for task in report["tasks"]}
+    if unscored := [f"{name} ({' and '.join(pair)})" for name, pair in TASKS.items() if name not in scored]:
+        console.print(f"not scored, no concept of these samples has both in one language: {', '.join(unscored)}")
 
 
 def _percent(rates: dict[str, float]) -> str:

@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be: the command line prints it as one line."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on for what it was asked to do: the command line prints it as one line."""
+
+
 @dataclass(frozen=True)
 class Range:
     """Finite numbers from low to high, both included unless `above` or `below` says otherwise."""

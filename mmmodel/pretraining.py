@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,10 @@ def find_data(name: str, *, progress: bool = True) -> Path:
     if name == "stamps":
         from mmmodel.data import stamps
 
-        return stamps.prepare(progress=progress)
+        try:
+            return stamps.prepare(progress=progress)
+        except RuntimeError as error:  # no way to the files: it says what to do
+            raise ConfigError(str(error)) from error
     if name == "synthetic":
         from mmmodel.data import synthetic
 
@@ -119,7 +123,21 @@ def find_data(name: str, *, progress: bool = True) -> Path:
 
 
 def open_data(config: PretrainConfig) -> ShardDataset:
-    return ShardDataset(find_data(config.data), languages=config.languages or None)
+    """The samples that a run reads.  Raises ConfigError as `open_shards` does."""
+    try:
+        return open_shards(config.data, config.languages)
+    except ConfigError as error:
+        advice = "; --set languages= reads samples of any" if config.languages else ""
+        raise ConfigError(f"{error}{advice}") from error
+
+
+def open_shards(name: str, languages: Sequence[str] = (), split: str | None = None) -> ShardDataset:
+    """Of the data set `name` as in `find_data`.  Raises ConfigError if nothing is selected, saying what there is."""
+    folder = find_data(name)
+    try:
+        return ShardDataset(folder, split, languages or None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
@@ -147,8 +165,8 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
         return
     chosen = config.objectives.meaning
     try:
-        dataset = ShardDataset(find_data(config.data), "train", (chosen.language,))
-    except ValueError as error:
+        dataset = open_shards(config.data, (chosen.language,), "train")
+    except ConfigError as error:
         raise ConfigError(f"objectives: meaning has no captions to read: {error}") from error
     if not (said := features.read_captions(dataset, "train")):
         raise ConfigError(f"objectives: meaning has no captions to read: none in {chosen.language!r} in {dataset.path}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mmmodel import checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
@@ -66,6 +70,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     names = [name for name in b if name not in a or a[name] != b[name]]
     words = [f"{name} {_shown(a.get(name))} -> {_shown(b[name])}" for name in names[:NAMED]]
     return ", ".join(words) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """OSError for what torch and safetensors raise, each in its own way, where a disk is full."""
+    try:
+        yield
+    except (SafetensorError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(f"{folder}: could not be written, {free:,.1f} MB are free there: {cause}") from error
 
 
 def write(path: Path, content: Any) -> None:

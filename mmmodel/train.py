@@ -26,6 +26,7 @@ from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
 from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
+from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
 from mmmodel.model import parameter_counts
 from mmmodel.plot import plot_run
@@ -104,7 +105,10 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
 
     def save() -> None:
         if not distributed.rank():  # every rank has the same weights
-            checkpoint.save(checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints)
+            with run_folder.writing(checkpoints):
+                checkpoint.save(
+                    checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints
+                )
         distributed.wait()
 
     finished = True
@@ -114,7 +118,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if not distributed.rank():
         plot_run(out)
         if finished:
-            export(out / "model.safetensors", learner, config)
+            with run_folder.writing(out):
+                export(out / "model.safetensors", learner, config)
     distributed.wait()
     return finished
 
@@ -143,7 +148,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
             skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
             progress["skipped"] += not stepped
             if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(
+                raise RunError(
                     f"train: more than {MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite"
                 )
             figures |= batch_figures(batch, config.model.modalities, learner.model.computed_rows(batch))

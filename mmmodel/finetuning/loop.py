@@ -21,6 +21,7 @@ from mmmodel.finetuning import scores
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_groups
+from mmmodel.limits import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Outcome:
 def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
     """Train the learner in place.
 
-    Raises RuntimeError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
+    Raises RunError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
     samples have no score, as R2 of a single number has none.
     """
     with torch.random.fork_rng(devices=[]):
@@ -88,9 +89,7 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig)
             losses.append(loss.detach())
         mean_loss = float(torch.stack(losses).mean())
         if not math.isfinite(mean_loss):
-            raise RuntimeError(
-                f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}"
-            )
+            raise RunError(f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}")
         found = validate()
         if not math.isfinite(found[main]):
             count = len(data.validation)

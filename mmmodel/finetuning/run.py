@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import configs, export, limits, pretraining, run_folder, settings
+from mmmodel import export, limits, pretraining, run_folder, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -64,7 +64,8 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     with torch.no_grad():
         test = evaluate_on(learner, data, data.test) if data.test else None
     run_folder.write(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
-    save(out / export.FILE, learner, source.config, config, data.labels)
+    with run_folder.writing(out):
+        save(out / export.FILE, learner, source.config, config, data.labels)
     log = MetricsFile(out / "metrics.jsonl", from_step=0)
     for line in outcome.history:
         log.write(line)
@@ -124,7 +125,7 @@ def read_labelled(
     Where no sample has the split `validation`, a tenth of the training groups, chosen by name, takes its place.
     """
     languages = config.languages or (() if config.data else pretrain.languages)
-    dataset = ShardDataset(pretraining.find_data(config.data or pretrain.data), languages=languages or None)
+    dataset = pretraining.open_shards(config.data or pretrain.data, languages)
     items, features = read_samples(dataset, model, config)
     if config.one_per_group:
         items = label_rules.first_of_groups(items)

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmodel import cli, configs
+from mmmodel import cli, configs, run_folder, train
+from mmmodel.data import stamps
+from mmmodel.data.shards import write_shard
+from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.run import finetune
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,79 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(SystemExit, match=message):
         cli.main(arguments)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two captions, as someone's first try: no language, no test split."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    samples = [{"__key__": f"k{i}", "txt": f"a {i}", "json": {"split": "train", "about": "ab"[i]}} for i in range(2)]
+    write_shard(folder / "a-0.tar", samples)
+    return folder
+
+
+def assert_one_line(message, *arguments):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    assert "\n" not in stopped.value.code
+
+
+def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
+    out, start = tmp_path / "out", ("pretrain", "--preset", "tiny", "--set", f"data={own}")
+    assert_one_line("--set languages= reads samples of any", *start, "languages=fr,es,ru", "--out", out)
+    assert_one_line("batch_size is 4, expected at most the 2 distinct items", *start, "--out", out)
+    assert_one_line("has no samples of split 'test', expected one of train", "evaluate", "--from", run, "--data", own)
+    assert_one_line(r"a language in \('fr',\)", "finetune", "--from", run, "--languages", "fr", "--out", out)
+
+    def offline(**_):
+        raise RuntimeError("stamps: no way to the package")
+
+    monkeypatch.setattr(stamps, "prepare", offline)
+    assert_one_line("no way to the package", "pretrain", "--out", out)
+
+
+def test_a_fine_tuned_run_is_not_evaluated_again(run, shards, tmp_path):
+    finetune(run, FinetuneConfig(label="category", data=str(shards), epochs=1), tmp_path)
+    assert_one_line("is fine-tuned, the heads of its pretraining are gone; predict", "evaluate", "--from", tmp_path)
+    assert_one_line("holds a fine-tuning; choose another --out", "pretrain", "--preset", "tiny", "--out", tmp_path)
+
+
+def test_a_file_in_a_folders_place_is_one_line(shards, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "steps=1", "--out")
+    assert_one_line("file: File exists", *start, tmp_path / "file")
+    monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path / "file"))
+    assert_one_line("file/features: Not a directory", *start, tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    """torch raises no Exception at all there, but a BaseException with what each process met."""
+
+    def full(*_):
+        with run_folder.writing(tmp_path):
+            raise CheckpointException("write", {0: (OSError(28, "No space left on device"), [])})
+
+    monkeypatch.setattr(train, "pretrain", full)
+    assert_one_line("could not be written, .* MB are free there: .*No space left", "pretrain", "--preset", "tiny")
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "pretrain", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["pretrain", "--preset", "tiny"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+    def wrong(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, "pretrain", wrong)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["pretrain", "--preset", "tiny", "--out", str(tmp_path)])

@@ -122,3 +122,25 @@ def test_the_command_exits_non_zero_below_the_bars(report, run, monkeypatch, cap
     monkeypatch.setitem(evaluate.REQUIREMENTS, "quick", {"speech_to_text": 1e9})
     with pytest.raises(SystemExit, match="below the bar: speech_to_text"):
         cli.main(["evaluate", "--run", str(run), "--require", "quick"])
+
+
+def test_what_cannot_be_scored_is_said(report, run, tmp_path, capsys):
+    from mmmodel import cli
+    from mmmodel.data.shards import write_shard
+
+    captions = [{"__key__": f"k{i}", "txt": f"a {i}", "json": {"split": "test"}} for i in range(4)]
+    write_shard(tmp_path / "a-0.tar", captions)
+    with pytest.raises(SystemExit, match="no task can be scored"):
+        cli.main(["evaluate", "--from", str(run), "--data", str(tmp_path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("not scored, no concept of these samples has both in one language: speech_to_text (audio")
+    assert "Retrieval" not in printed
+
+
+def test_a_run_is_scored_on_other_data(run, tmp_path):
+    from mmmodel.data import synthetic
+
+    other = synthetic.prepare(tmp_path / "other", samples=60, seed=3)
+    found = evaluate.evaluate(run, data=str(other))
+    assert found["data"]["name"] == str(other)
+    assert found["tasks"]
