@@ -42,3 +42,15 @@ def test_the_commands_of_a_page_exist(page, capsys):
         printed = capsys.readouterr().out
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", printed), f"{page}: {line}: no {flag}"
+
+
+def test_the_answer_about_own_data_trains_and_scores_as_written(tmp_path, monkeypatch, capsys):
+    """The first block of code of faq.md makes the data, the first block of commands reads it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path / "cache"))
+    exec(blocks("faq.md", "python")[0][1], {})
+    commands = blocks("faq.md", "sh")[0][1].splitlines()
+    assert [line.split()[1] for line in commands] == ["pretrain", "evaluate"]
+    for line in commands:
+        cli.main(shlex.split(line)[1:])
+    assert "image_to_text" in capsys.readouterr().out
