@@ -21,7 +21,7 @@ def configured(path: Path, config: PretrainConfig | None = None) -> PretrainConf
     file = path / export.FILE if path.is_dir() else path
     config = config or export.read_config(file)
     # The weights of a language model that the earlier run started from are long in its own.
-    return dataclasses.replace(config, start=str(path), language_model="")
+    return dataclasses.replace(config, start=str(path.resolve()), language_model="")
 
 
 def read(config: PretrainConfig) -> Run:
