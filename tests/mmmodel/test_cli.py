@@ -61,7 +61,8 @@ def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
     assert_one_line("--set languages= reads samples of any", *start, "languages=fr,es,ru", "--out", out)
     assert_one_line("batch_size is 4, expected at most the 2 distinct items", *start, "--out", out)
     assert_one_line("has no samples of split 'test', expected one of train", "evaluate", "--from", run, "--data", own)
-    assert_one_line(r"holds no sample of a language in \['fr'\]", "finetune", "--from", run, "--languages", "fr", "--out", out)
+    french = ("finetune", "--from", run, "--languages", "fr", "--out", out)
+    assert_one_line(r"holds no sample of a language in \['fr'\]", *french)
 
     def offline(**_):
         raise RuntimeError("stamps: no way to the package")
