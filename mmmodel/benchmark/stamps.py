@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmmodel import run_folder
+from mmmodel import export, run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
 from mmmodel.configs import ConfigError
@@ -31,11 +31,13 @@ def run(
 
     runs: pretrained runs that differ in their seed.  No part is begun after budget_minutes; report["left"] names those
     that were not.  Several processes may share `out`.  Raises ConfigError if it holds parts of other runs or another
-    protocol, CheckpointError for a run that does not read.
+    protocol, CheckpointError for a run that does not read or was fine-tuned.
     """
     started = time.monotonic()
     protocol = protocol or Protocol()
     opened = [weights.open_run(path) for path in runs]
+    for source in opened:
+        export.refuse_finetuned(source.path)
     _check_alike([source.config for source in opened])
     _claim(out, opened, protocol)
     torch.set_num_threads(opened[0].config.threads)

@@ -10,7 +10,9 @@ from mmmodel.benchmark import parts, report, stamps
 from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
 from mmmodel.data.held_out import RECORDINGS
+from mmmodel.export import CheckpointError
 from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.run import finetune
 from mmmodel.finetuning.weights import open_run
 
 TINY = Protocol(
@@ -112,6 +114,13 @@ def test_runs_that_are_not_one_recipe_are_refused(runs, finished, tmp_path):
         stamps.run(runs, finished[0], protocol=dataclasses.replace(TINY, seeds=3))
     with pytest.raises(ConfigError, match="holds the benchmark of other runs"):
         stamps.run(runs[:1], finished[0], protocol=TINY)
+
+
+def test_a_fine_tuned_run_is_refused(runs, shards, tmp_path):
+    finetune(runs[0], FinetuneConfig(label="category", data=str(shards), epochs=1), tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match="is fine-tuned, the heads of its pretraining are gone"):
+        stamps.run([tmp_path / "tuned"], tmp_path / "out", protocol=TINY)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_what_is_left(runs, tmp_path, monkeypatch, capsys):
