@@ -68,15 +68,19 @@ class ByTriton:
         self.triton.attention_bwd(do, None, q, k, v, None, None, out, lse, dq, dk, dv, None, self.lowered, launches)
 
 
+def _computed(ctx, q, k, v, known) -> Tensor:
+    lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    known.forward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse)  # as the long way does: checkpointing counts them
+    ctx.known = known
+    return out
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, known):
-        lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        known.forward(q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.known = known
-        return out
+        return _computed(ctx, q, k, v, known)
 
     @staticmethod
     def backward(ctx, do):
@@ -93,13 +97,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, known):
-        q, k, v = qkv.unbind(1)
-        lse = torch.empty_like(known.lse_like, memory_format=torch.contiguous_format)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        known.forward(q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)  # as the long way does: checkpointing counts them
-        ctx.known = known
-        return out
+        return _computed(ctx, *qkv.unbind(1), known)
 
     @staticmethod
     def backward(ctx, do):
