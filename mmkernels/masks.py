@@ -7,6 +7,7 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -149,7 +150,7 @@ class MaskPlan:
         for plan in plans:
             if plan.k_layout is keys:
                 return plan
-        return _lowered_anew(layout, mask, keys, plans)
+        return _lowered_anew(layout, mask, keys)
 
     def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
         self.layout, self.mask = layout, mask
@@ -261,22 +262,25 @@ class MaskPlan:
     "MaskPlan: in one graph the layout must have met this mask before; call mmkernels.prepare_attention, or attention "
     "itself, on it once outside"
 )
-def _lowered_anew(
-    layout: PackedLayout, mask: AttentionMask, keys: PackedLayout, plans: tuple[MaskPlan, ...]
-) -> MaskPlan:
+def _lowered_anew(layout: PackedLayout, mask: AttentionMask, keys: PackedLayout) -> MaskPlan:
     with torch._C._DisableFuncTorch():  # under torch.func a new tensor has no data that numpy could read
         plan = MaskPlan(layout, mask, keys)
-    _keep(layout.cache, mask, (*plans, plan)[-MOST_KEY_LAYOUTS:])
+    with _keeping:
+        _keep(layout.cache, mask, plan)
     return plan
 
 
-def _keep(cache: dict, mask: AttentionMask, plans: tuple[MaskPlan, ...]) -> None:
+_keeping = threading.Lock()  # threads may share a layout; lowering itself goes on beside
+
+
+def _keep(cache: dict, mask: AttentionMask, plan: MaskPlan) -> None:
     """A mask that is new in every step must not fill the memory of a layout that stays."""
     if mask not in cache:
-        met = [key for key in cache if isinstance(key, AttentionMask)]
+        # list(): one step, while operators put other things in without the lock.
+        met = [key for key in list(cache) if isinstance(key, AttentionMask)]
         for oldest in met[: len(met) + 1 - MOST_PLANS]:
             del cache[oldest]
-    cache[mask] = plans
+    cache[mask] = (*cache.get(mask, ()), plan)[-MOST_KEY_LAYOUTS:]
 
 
 def _whole_numbers(name: str, values, expected: str) -> tuple[int, ...]:

@@ -151,7 +151,8 @@ class Evaluate:
     split: Literal["test", "validation", "train"] = "test"
     """Which concepts to score on."""
     data: str = ""
-    """stamps, synthetic, or a folder of shards; empty: what the run was trained on. Not for a benchmark."""
+    """stamps, synthetic, or a folder of shards; empty: what the run was trained on. Scores on other data are printed,
+    and the run's report.json stays. Not for a benchmark."""
     require: Literal["none", "demo", "quick"] = "none"
     """Exit non-zero unless the results clear these bars; none: never."""
     benchmark: Literal["none", "stamps"] = "none"
@@ -263,9 +264,8 @@ class Embed:
     """Where the model runs."""
 
     def run(self) -> None:
-        from mmmodel import embed, limits
+        from mmmodel import embed
 
-        limits.check_device(self.device, "embed")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         rows = embed.write(
             self.out,

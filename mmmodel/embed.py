@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel import features as feature_store
-from mmmodel import pretraining, settings, tables
+from mmmodel import limits, pretraining, settings, tables
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
@@ -166,6 +166,7 @@ def write(
     data: as in `pretraining.find_data`; empty: what the run was trained on.  The file appears whole or not at all.
     Raises ConfigError if no sample has the split and a language, or for another suffix.
     """
+    limits.check_device(device, "embed")
     tables.check(path)
     embedder = Embedder(run, device=device)
     torch.set_num_threads(embedder.config.threads)

@@ -48,7 +48,8 @@ class Ranks:
 def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | None = None) -> dict[str, Any]:
     """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
 
-    data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Raises ConfigError for a
+    data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
+    is returned alone, and not written over the run's.  Raises ConfigError for a
     run that was fine-tuned, and if the split has no samples.
     """
     started = time.perf_counter()
@@ -77,7 +78,8 @@ def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | N
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "mmkernels": _version("mmkernels")},
     }  # fmt: skip
-    (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not data:  # what is said of other data is not the run's own report, which others read
+        (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 

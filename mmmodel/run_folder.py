@@ -49,7 +49,7 @@ def begun(out: Path, config: PretrainConfig) -> bool:
     Raises ConfigError if it holds a run of another configuration, naming the fields that differ, or a fine-tuning.
     """
     path = out / "config.json"
-    if (out / "finetune.json").exists():
+    if (out / "finetune.json").exists() and (out / FILE).exists():  # without a model it failed on the way
         raise ConfigError(f"pretrain: {out} holds a fine-tuning; choose another --out")
     steps = metrics.read(out / "metrics.jsonl") or checkpoint.saved(out / "checkpoints") or (out / FILE).exists()
     if not (path.exists() and steps):

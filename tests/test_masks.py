@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -235,6 +237,23 @@ def test_a_layout_keeps_a_limited_number_of_plans():
     assert max(map(len, plans)) <= MOST_KEY_LAYOUTS
     again = MaskPlan.lower(layout)
     assert torch.equal(again.q_table, first.q_table)
+
+
+def test_threads_may_share_a_layout_that_meets_many_masks():
+    layout = PackedLayout.from_counts([[3], [2]])
+
+    def lower(first):
+        return [MaskPlan.lower(layout, AttentionMask(causal=True, window=(first + i, 0))) for i in range(300)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            results = list(pool.map(lower, range(0, 6000, 1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(len(plans) == 300 for plans in results)
+    assert sum(isinstance(key, AttentionMask) for key in layout.cache) <= MOST_PLANS
 
 
 def random_cross_mask(rng, layout):

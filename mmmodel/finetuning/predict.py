@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import embed, tables
+from mmmodel import embed, limits, tables
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
@@ -98,6 +98,7 @@ def write(
     data: as in `pretraining.find_data`; empty: what the model was fine-tuned on.  Raises ConfigError if no sample has
     the split and a language, or none has anything that the model reads.
     """
+    limits.check_device(device, "predict")
     tables.check(path)
     predictor = Predictor(run, device=device)
     config, pretrain = predictor.config, predictor.pretrain

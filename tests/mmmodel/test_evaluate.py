@@ -141,6 +141,9 @@ def test_a_run_is_scored_on_other_data(run, tmp_path):
     from mmmodel.data import synthetic
 
     other = synthetic.prepare(tmp_path / "other", samples=60, seed=3)
+    own = evaluate.evaluate(run)
     found = evaluate.evaluate(run, data=str(other))
     assert found["data"]["name"] == str(other)
     assert found["tasks"]
+    written = json.loads((run / "report.json").read_text())
+    assert written["data"] == own["data"]  # the run's own stays

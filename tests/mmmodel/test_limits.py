@@ -74,7 +74,12 @@ def test_a_flag_of_finetune_that_cannot_be_is_named(flags, message, tmp_path):
 def test_a_gpu_that_is_not_there_is_named(tmp_path):
     there = ["--from", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cuda"]
     gpu = "--set=device=cuda"
-    for command in (["finetune", *there], ["embed", *there], ["pretrain", "--out", str(tmp_path / "out"), gpu]):
+    for command in (
+        ["finetune", *there],
+        ["embed", *there],
+        ["predict", *there],
+        ["pretrain", "--out", str(tmp_path / "out"), gpu],
+    ):
         with pytest.raises(SystemExit, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
             cli.main(command)
 

@@ -163,7 +163,7 @@ def prepare_attention(
     """
     if dtype not in DTYPES:
         raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {DTYPE_NAMES}")
-    if not (isinstance(head_dim, int) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
+    if not (isinstance(head_dim, int | np.integer) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
         raise ValueError(f"prepare_attention: head_dim is {head_dim!r}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
