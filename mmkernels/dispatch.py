@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from mmkernels import native, settings
@@ -133,6 +134,8 @@ def unwatched(*tensors) -> bool:
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# What an option that is a number may be: in a graph of torch.compile also a symbol.
+NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 
 
 def cpp_missing() -> str | None:

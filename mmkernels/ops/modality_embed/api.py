@@ -19,7 +19,6 @@ from mmkernels.ops.modality_embed import op
 NORMS = ("layernorm", "rmsnorm", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = ", ".join(map(str, DTYPES))
-NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 MAX_TABLES = 3  # the most axes that a layout has
 PositionTables = Tensor | Sequence[Tensor] | None
 
@@ -157,7 +156,7 @@ def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -
     if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
     for name, value in (("eps", eps), ("dropout_p", dropout_p)):
-        if not isinstance(value, NUMBERS):
+        if not isinstance(value, dispatch.NUMBERS):
             raise ValueError(f"modality_embed: {name} is {value!r}, expected a number")
     if not 0 <= eps < math.inf:  # not isfinite: under torch.compile(dynamic=True) eps is a symbol
         raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
