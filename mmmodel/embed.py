@@ -171,18 +171,10 @@ def write(
     embedder = Embedder(run, device=device)
     torch.set_num_threads(embedder.config.threads)
     languages = tuple(languages) or (embedder.config.languages if not data else ())
-    dataset = selected("embed", data or embedder.config.data, split, languages)
+    dataset = pretraining.open_shards(data or embedder.config.data, languages, split)
     items, features = embedder.prepare(dataset)
     about = {"run": str(run), "data": str(dataset.path)}
     return tables.write(path, COLUMNS, _rows(embedder, items, features, joint), about)
-
-
-def selected(who: str, data: str, split: str | None, languages: Sequence[str]) -> ShardDataset:
-    """The samples of one split and some languages; None and none: all.  Raises ConfigError where there are none."""
-    try:
-        return ShardDataset(pretraining.find_data(data), split, languages or None)
-    except ValueError as error:  # nothing has this split or language
-        raise ConfigError(f"{who}: {error}") from error
 
 
 def segment_rows(items: Sequence[Item], vectors: dict[str, np.ndarray]) -> Iterator[list[tuple[str, str, np.ndarray]]]:

@@ -135,7 +135,7 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
         ]
         if not complete:
             raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {sorted(names)}; name a key")
-        known = [entry for entry in complete if entry.meta.get("lang") in learner.config.languages]
+        known = [entry for entry in complete if entry.language in learner.config.languages]
         chosen = (known or complete)[0]
     dataset = ShardDataset(path, chosen.split, (chosen.language,))
     at = dataset.keys.index(chosen.key)

@@ -133,11 +133,7 @@ def open_data(config: PretrainConfig) -> ShardDataset:
 
 def open_shards(name: str, languages: Sequence[str] = (), split: str | None = None) -> ShardDataset:
     """Of the data set `name` as in `find_data`.  Raises ConfigError if nothing is selected, saying what there is."""
-    folder = find_data(name)
-    try:
-        return ShardDataset(folder, split, languages or None)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return ShardDataset(find_data(name), split, languages or None)
 
 
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import embed, limits, tables
+from mmmodel import embed, limits, pretraining, tables
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
@@ -105,7 +105,7 @@ def write(
     torch.set_num_threads(config.threads)
     if not data and not languages:
         languages = config.languages or (() if config.data else pretrain.languages)
-    dataset = embed.selected("predict", data or config.data or pretrain.data, split, languages)
+    dataset = pretraining.open_shards(data or config.data or pretrain.data, languages, split)
     items, features = predictor.prepare(dataset)
     if not items:
         known = ", ".join(config.modalities or predictor.learner.model.front_ends)

@@ -154,7 +154,7 @@ def test_what_is_no_text_picture_or_sound_is_refused(run, raw, message):
 def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         cli.main(["embed", "--from", str(tmp_path), "--out", str(tmp_path / "v.parquet")])
-    with pytest.raises(SystemExit, match=r"embed: .* holds no sample of split 'none'; there"):
+    with pytest.raises(SystemExit, match=r"ShardDataset: .* holds no sample of split 'none'; there"):
         cli.main(["embed", "--from", str(run), "--split", "none", "--out", str(tmp_path / "v.parquet")])
     with pytest.raises(SystemExit, match=r"v.xlsx: its suffix is '.xlsx', expected .parquet, .csv, .jsonl"):
         cli.main(["embed", "--from", str(run), "--out", str(tmp_path / "v.xlsx")])
