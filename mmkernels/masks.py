@@ -21,7 +21,7 @@ from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
 SCHEDULES = ("sample", "token")
-FAR = 1 << 31  # beyond every token: more is said by people who mean "unlimited", and int64 would overflow
+FAR = 2**31 - 1  # no sample is longer: more is said by people who mean "unlimited", and int64 would overflow
 MOST_PLANS = 64  # of different masks that a layout keeps: a model's layers ask for a few
 MOST_KEY_LAYOUTS = 16  # for each of which it keeps a mask's plan in cross-attention
 

@@ -7,8 +7,9 @@ from operator import index
 import torch
 from torch import Tensor
 
+from mmkernels.masks import FAR
+
 FALLBACKS = (None, "torch")
-FARTHEST = 2**31 - 1  # a window's sides: no sample is longer, and sums with places stay far from int64's end
 
 
 def refuse_tensors(face: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
@@ -29,7 +30,7 @@ def window(face: str, name: str, value) -> tuple[int, int]:
         left, right = map(index, value)
     except (TypeError, ValueError):  # no sequence, not whole, or not two
         raise ValueError(f"{face}: {name} is {value!r}, expected (left, right) as integers") from None
-    return max(-1, min(left, FARTHEST)), max(-1, min(right, FARTHEST))
+    return max(-1, min(left, FAR)), max(-1, min(right, FAR))
 
 
 def one_of(face: str, name: str, value, choices: tuple) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mmkernels.compat import plans
-from mmkernels.compat.arguments import FARTHEST, is_whole
+from mmkernels.compat.arguments import is_whole
 from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask, KeyIntervals
+from mmkernels.masks import FAR, AttentionMask, KeyIntervals
 from mmkernels.ops.attention.api import attention
 
 Bounds = Tensor | PackedLayout
@@ -91,7 +91,7 @@ def seqused_mask(
 
 
 def _check_used(name: str, seqused: Tensor, keys: PackedLayout) -> None:
-    most = torch.tensor(FARTHEST) if keys.host is None else keys.host.cu_seqlens.diff()
+    most = torch.tensor(FAR) if keys.host is None else keys.host.cu_seqlens.diff()
     wrong = (seqused < 0) | (seqused > most)
     if bool(wrong.any()):
         sample = int(wrong.int().argmax())
