@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmmodel import configs, evaluate, language_model, train
+from mmmodel import atomic, configs, evaluate, language_model, train
 from mmmodel.configs import ConfigError, PretrainConfig
 
 # Fields that differ from the demo's.  contrastive.begin=1 keeps the alignment's heads, untrained: the points are a
@@ -54,12 +54,10 @@ def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...]
         if not (place / "report.json").exists():
             evaluate.evaluate(place)
         row = _row(name, (*variants[name], *shared), config, json.loads((place / "report.json").read_text()))
-        (place / "row.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        atomic.write_json(place / "row.json", row)
     places = [_place(out, name) / "row.json" for name in variants]
     rows = [json.loads(place.read_text()) for place in places if place.exists()]
-    (out / f"{study}.json").write_text(
-        json.dumps({"study": study, "variants": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    atomic.write_json(out / f"{study}.json", {"study": study, "variants": rows})
     show(study, rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import warnings
@@ -15,10 +14,9 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from mmmodel import atomic
 from mmmodel.export import CheckpointError
 from mmmodel.safe_reading import SafePlanner, SafeReader
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -30,18 +28,14 @@ def save(
     final = folder / f"step-{step:08d}"
     if final.exists():  # the same step has the same state
         return final
-    partial = folder / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     model_state, optimizer_state = get_state_dict(module, optimizer)
-    with warnings.catch_warnings():
+    with atomic.replacing(final) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed.*")  # one process: no group, as intended
         dcp.save(
             {"module": model_state, "optimizer": optimizer_state, "progress": progress},
             checkpoint_id=partial,
             no_dist=True,
         )
-    partial.rename(final)
     for old in saved(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -50,13 +44,6 @@ def save(
 def saved(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def clean(folder: Path) -> None:
-    """Remove what an interrupted save left behind."""
-    for partial in folder.glob(".partial-*"):
-        logger.info("removing %s, left by an interrupted save", partial)
-        shutil.rmtree(partial)
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmmodel import export, held_out, pretraining, retrieval
+from mmmodel import atomic, export, held_out, pretraining, retrieval
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
@@ -79,7 +78,7 @@ def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | N
                      "mmkernels": _version("mmkernels")},
     }  # fmt: skip
     if not data:  # what is said of other data is not the run's own report, which others read
-        (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(run / "report.json", report)
     return report
 
 

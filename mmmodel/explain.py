@@ -6,7 +6,6 @@ L layers, H heads, M modalities, n tokens of the sample.
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import evaluate, features, pretraining, settings
+from mmmodel import atomic, evaluate, features, pretraining, settings
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
@@ -75,8 +74,7 @@ def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str =
     path = pretraining.find_data(data or config.data)
     sample, others = _open(learner, path, () if data else config.languages, key, split)
     found = look(learner, sample, others)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "explanation.json").write_text(json.dumps(found.summary(), indent=1) + "\n", encoding="utf-8")
+    atomic.write_json(out / "explanation.json", found.summary())
     (out / "index.html").write_text(_page(found, out, run=str(run), data=str(path)), encoding="utf-8")
     return found
 

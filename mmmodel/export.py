@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmmodel import configs
+from mmmodel import atomic, configs
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.pretraining import Pretraining
 
@@ -38,13 +38,11 @@ def export(path: Path, learner: Pretraining, config: PretrainConfig) -> None:
 def write(path: Path, tensors: dict[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:
     """The file itself, with `more` metadata; whole or not at all, and readable by whom the umask lets read."""
     metadata = {"format": "pt", "config": json.dumps(configs.to_dict(config)), "tokenizer": tokenizer.to_str()}
-    partial = path.with_name(f".{path.name}")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    save_file(tensors, partial, metadata={**metadata, **more, "crc32": str(checksum(tensors))})
-    partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
-    partial.replace(path)
+    with atomic.replacing(path) as partial:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        save_file(tensors, partial, metadata={**metadata, **more, "crc32": str(checksum(tensors))})
+        partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
 
 
 def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> Pretraining:

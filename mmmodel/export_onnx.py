@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from mmmodel import atomic
 from mmmodel.configs import ConfigError
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned
@@ -122,16 +122,11 @@ def export_onnx(
             dynamic_shapes=((*(_FREE[name]() for name in encoder.modalities),),),
             verbose=False,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "text" in encoder.modalities:
-        learner.model.tokenizer.save(str(tokenizer_beside(path)))
     program.model.metadata_props.update(_about(path, encoder))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic.replacing(path) as partial:
         program.save(str(partial), external_data=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        if "text" in encoder.modalities:
+            learner.model.tokenizer.save(str(tokenizer_beside(path)))
     return encoder
 
 

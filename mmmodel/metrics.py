@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmmodel import atomic
 from mmmodel.batches import Batch
 
 
@@ -16,7 +17,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, from_step: int) -> None:
         kept = [line for line in read(path) if line["step"] <= from_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with atomic.replacing(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:

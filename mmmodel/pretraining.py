@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,14 +109,7 @@ def find_data(name: str, *, progress: bool = True) -> Path:
 
         folder = settings.current().cache / f"synthetic-{SYNTHETIC_SAMPLES}"
         if not (folder / "manifest.json").exists():
-            own = folder.with_name(f".{folder.name}.{os.getpid()}")
-            synthetic.prepare(own, samples=SYNTHETIC_SAMPLES, seed=0)
-            try:
-                own.rename(folder)
-            except OSError:  # another process was faster and may be reading: its samples are the same
-                shutil.rmtree(own)
-                if not (folder / "manifest.json").exists():
-                    raise
+            synthetic.prepare(folder, samples=SYNTHETIC_SAMPLES, seed=0)
         return folder
     return Path(located(name))
 

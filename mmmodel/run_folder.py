@@ -83,13 +83,6 @@ def writing(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder}: could not be written, {free:,.1f} MB are free there: {cause}") from error
 
 
-def write(path: Path, content: Any) -> None:
-    """JSON, whole or not at all: a kill may come at any moment."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def _leaves(values: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     leaves = {}
     for name, value in values.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmmodel import atomic
 from mmmodel.configs import ConfigError
 
 Columns = Mapping[str, str]  # name -> kind: text, number, vector (of float32), names (a list of text)
@@ -32,17 +32,14 @@ def write(path: Path, columns: Columns, chunks: Iterable[Rows], about: Mapping[s
     JSON; in jsonl a row is an object.  Raises ConfigError as `check` does.
     """
     check(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
-    try:
-        with FORMATS[path.suffix](partial, columns, about or {}) as append:
-            for rows in chunks:
-                append(rows)
-                count += len(rows)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic.replacing(path) as partial,
+        FORMATS[path.suffix](partial, columns, about or {}) as append,
+    ):
+        for rows in chunks:
+            append(rows)
+            count += len(rows)
     return count
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
+from mmmodel import atomic, checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import export
@@ -66,8 +66,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         dataset = pretraining.open_data(config)
         if not (begun and tokenizer.exists()) and not distributed.rank():  # a failed run may have left another
             made = earlier.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
-            made.save(str(partial := tokenizer.with_suffix(".partial")))
-            partial.replace(tokenizer)  # whole or not at all: a kill may come at any moment
+            with atomic.replacing(tokenizer) as partial:
+                made.save(str(partial))
         learner = Pretraining(config, load_tokenizer(tokenizer))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split("train")
@@ -80,10 +80,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     prepare_modules(learner, config)
     optimizer = make_optimizer(learner, config)
     progress = {"step": 0, "skipped": 0}
-    with distributed.first_alone():
-        checkpoint.clean(checkpoints)
-        found = checkpoint.saved(checkpoints)
-    if found:
+    if found := checkpoint.saved(checkpoints):
         progress = checkpoint.load(found[-1], learner, optimizer, progress)
         _log("continuing at step %d of %d", progress["step"], config.steps)
     else:
@@ -96,7 +93,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     for name, reason in idle.items():
         _log("%s learns nothing in this run: it %s", name, reason)
     if not begun and not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
-        run_folder.write(out / "config.json", asdict(config))
+        atomic.write_json(out / "config.json", asdict(config))
     _log("ready after %.1f s", time.perf_counter() - started)
 
     def make(step: int):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmmodel import export, run_folder
+from mmmodel import atomic, export, run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
 from mmmodel.configs import ConfigError
@@ -64,11 +64,11 @@ def run(
             outcome = compute()
             seconds = round(time.monotonic() - begun, 1)
             logger.info("%s: %.1f s", name, seconds)
-            _write(path, {"seconds": seconds, "outcome": outcome})
+            atomic.write_json(path, {"seconds": seconds, "outcome": outcome}, indent=None)
     left += [name for name in skipped if not (out / "parts" / f"{name}.json").exists()]
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "parts").glob("*.json"))}
     made = report.make(found, parts.labelled(subject(0), protocol), protocol, opened, left)
-    _write(out / "report.json", made)
+    atomic.write_json(out / "report.json", made)
     (out / "report.md").write_text(report.markdown(made), encoding="utf-8")
     return made
 
@@ -115,7 +115,7 @@ def _claim(out: Path, opened: list, protocol: Protocol) -> None:
         raise ConfigError(
             f"evaluate: {out} holds the benchmark of other {' and '.join(differing)}; choose another --out"
         )
-    _write(path, about)
+    atomic.write_json(path, about, indent=None)
 
 
 @contextmanager
@@ -123,11 +123,3 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Whether the part is this process's to compute: several may share a folder."""
     with run_folder.held(path.with_name(f".{path.stem}.lock")) as mine:
         yield mine and not path.exists()
-
-
-def _write(path: Path, content: Any) -> None:
-    """Whole or not at all: a kill may come at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1 if "report" in path.name else None) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -6,7 +6,6 @@ The file holds "flat" [total], the arrays one after another; "shapes" int64 [n, 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -14,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from mmmodel import atomic
 
 DTYPES = {"uint8": "U8", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}
 
@@ -27,22 +28,16 @@ class ArrayWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}")
         self.shapes: list[tuple[int, ...] | None] = []
         self.dtype: np.dtype | None = None
         self.total = 0
 
     def __enter__(self) -> ArrayWriter:
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*.safetensors.*"):
-            if not owner_runs(stale):
-                stale.unlink(missing_ok=True)
-        self.file = tempfile.TemporaryFile(dir=folder)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=self.path.parent)
         return self
 
     def __exit__(self, *error) -> None:
-        self.partial.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk, on which the last arrays find no room: they are not wanted any more
             self.file.close()
 
@@ -73,25 +68,12 @@ class ArrayWriter:
         header["flat"] = _entry(dtype, (self.total,), start, self.total * dtype.itemsize)
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with self.partial.open("wb") as file:
+        with atomic.replacing(self.path) as partial, partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for array in small.values():
                 file.write(np.ascontiguousarray(array).tobytes())
             self.file.seek(0)
             shutil.copyfileobj(self.file, file, 1 << 24)
-        self.partial.replace(self.path)
-
-
-def owner_runs(path: Path) -> bool:
-    """Whether the process that made `.NAME.PID` still runs, in which case the file or folder is its business."""
-    try:
-        # Earlier versions gave the payload a name.
-        os.kill(int(path.name.removesuffix(".payload").rpartition(".")[2]), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _entry(dtype: np.dtype, shape: tuple[int, ...], start: int, size: int) -> dict:

@@ -8,13 +8,13 @@ also has size and time of each shard: an index of shards that were written since
 
 import json
 import logging
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmmodel import atomic
 from mmmodel.configs import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -152,12 +152,8 @@ def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[i
     entries = sorted(entries, key=lambda entry: (entry.shard, entry.key))
     rows = [[entry.key, entry.shard, entry.members, entry.meta] for entry in entries]
     content = {"version": INDEX_VERSION, "shards": stamps or shard_stamps(folder), "samples": rows}
-    partial = folder / f".{INDEX}.{os.getpid()}"
-    try:
+    with atomic.replacing(folder / INDEX) as partial:
         partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-        partial.replace(folder / INDEX)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> list[Entry]:

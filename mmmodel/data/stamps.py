@@ -8,9 +8,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmmodel import settings
+from mmmodel import atomic, settings
 from mmmodel.data import media, tuxpaint
-from mmmodel.data.array_file import owner_runs
 from mmmodel.data.concepts import CONCEPT_LANGUAGES, SPLITS, assign_concepts, split_of
 from mmmodel.data.shards import Entry, read_index, write_index, write_shard
 
@@ -73,22 +69,16 @@ def prepare(
     ):
         return folder
 
-    cache.mkdir(parents=True, exist_ok=True)
-    for stale in cache.glob(f".{folder.name}.*"):
-        if not owner_runs(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    work = cache / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "shards").mkdir(parents=True)
-    try:
+    with atomic.replacing(folder) as shards:
+        shards.mkdir()
         started = time.monotonic()
-        tree, source = _source(cache, work, deb, tree)
+        tree, source = _source(cache, shards.with_name("unpacked"), deb, tree)
         fetched = time.monotonic()
         scan = tuxpaint.scan(tree)
         concepts = assign_concepts({stamp.image: stamp.captions for stamp in scan.stamps})
-        tasks = _plan(work / "shards", scan.stamps, concepts, languages)
+        tasks = _plan(shards, scan.stamps, concepts, languages)
         entries, broken = _convert(tasks, workers, progress)
-        write_index(work / "shards", entries)
+        write_index(shards, entries)
         content = {
             "data": "stamps",
             "recipe": RECIPE,
@@ -101,12 +91,7 @@ def prepare(
             "seconds": {"fetch": round(fetched - started, 1), "prepare": round(time.monotonic() - fetched, 1)},
             "versions": _versions(),
         }
-        (work / "shards" / MANIFEST).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        _install(work / "shards", folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (shards / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 
@@ -132,7 +117,7 @@ def _folder_name(languages: tuple[str, ...]) -> str:
     return "stamps-" + "-".join(languages) if len(languages) <= 12 else f"stamps-{len(languages)}-languages"
 
 
-def _source(cache: Path, work: Path, deb: Path | None, tree: Path | None) -> tuple[Path, dict[str, str]]:
+def _source(cache: Path, unpacked: Path, deb: Path | None, tree: Path | None) -> tuple[Path, dict[str, str]]:
     if tree is None and deb is None:
         tree = tuxpaint.find_tree()
     if tree is not None:
@@ -140,7 +125,7 @@ def _source(cache: Path, work: Path, deb: Path | None, tree: Path | None) -> tup
     if deb is None:
         logger.info("fetching %s (161 MB) into %s", tuxpaint.PACKAGE, cache)
         deb = tuxpaint.download(cache)
-    return tuxpaint.unpack(deb, work / "unpacked"), tuxpaint.describe(deb)
+    return tuxpaint.unpack(deb, unpacked), tuxpaint.describe(deb)
 
 
 def _plan(
@@ -254,14 +239,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("pillow", "soundfile", "soxr", "resvg_py", "webdataset")}
-
-
-def _install(finished: Path, folder: Path) -> None:
-    """Move a finished folder into place, instead of one of another recipe."""
-    if folder.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.retired.", dir=folder.parent))
-        os.replace(folder, retired / "old")
-        os.replace(finished, folder)
-        shutil.rmtree(retired, ignore_errors=True)
-    else:
-        os.replace(finished, folder)

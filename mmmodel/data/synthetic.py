@@ -7,13 +7,13 @@ measured on it must be labelled synthetic. Sample i depends only on (seed, i).
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mmmodel import atomic
 from mmmodel.data.concepts import split_of
 from mmmodel.data.media import SAMPLE_RATE, encode_flac, encode_png
 from mmmodel.data.shards import write_index, write_shard
@@ -49,9 +49,15 @@ def prepare(out: Path, *, samples: int, seed: int) -> Path:
     """Write `samples` samples as shards per split under `out`; returns `out`.  Existing shards there are replaced."""
     if samples < 1:
         raise ValueError(f"synthetic: samples is {samples}, expected at least 1")
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
+        raise FileExistsError(f"synthetic: {out} holds something else; give a new or an empty folder with --out")
+    with atomic.replacing(out) as work:
+        work.mkdir()
+        _write(work, samples, seed)
+    return out
+
+
+def _write(work: Path, samples: int, seed: int) -> None:
     by_split: dict[str, list[dict[str, Any]]] = {}
     entries, written = [], dict.fromkeys(("train", "validation", "test"), 0)
 
@@ -71,13 +77,6 @@ def prepare(out: Path, *, samples: int, seed: int) -> Path:
     write_index(work, entries)
     manifest = {"data": "synthetic", "samples": samples, "seed": seed, "splits": written}
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        if any(out.iterdir()) and not (out / "manifest.json").exists():
-            shutil.rmtree(work)
-            raise FileExistsError(f"synthetic: {out} holds something else; give a new or an empty folder with --out")
-        shutil.rmtree(out)
-    work.replace(out)
-    return out
 
 
 def make_sample(seed: int, index: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmmodel import atomic
 from mmmodel.data.concepts import parse_captions
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -101,11 +102,7 @@ def download(into: Path) -> Path:
             f"stamps: apt-get is not here. Fetch {PACKAGE} from a Debian mirror and pass it with --deb, "
             "or an unpacked tree with --tree"
         )
-    into.mkdir(parents=True, exist_ok=True)
-    partial = into / "partial-download"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with atomic.private_folder(into, PACKAGE) as partial:
         attempt = _run(["apt-get", "download", PACKAGE], cwd=partial)
         if attempt.returncode != 0:
             # A bare machine has no package lists and we may not be root: keep lists of our own and try once more.
@@ -128,8 +125,6 @@ def download(into: Path) -> Path:
                 "as root and try again, or pass a package file with --deb or an unpacked tree with --tree."
             )
         return Path(shutil.move(fetched[-1], into / fetched[-1].name.replace("%3a", "_")))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def unpack(deb: Path, into: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import export, limits, pretraining, run_folder, settings
+from mmmodel import atomic, export, limits, pretraining, run_folder, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -63,7 +63,7 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     outcome = train(learner, data, config)
     with torch.no_grad():
         test = evaluate_on(learner, data, data.test) if data.test else None
-    run_folder.write(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
+    atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
     log = MetricsFile(out / "metrics.jsonl", from_step=0)
@@ -84,7 +84,7 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    atomic.write_json(out / "report.json", report)
     return report
 
 

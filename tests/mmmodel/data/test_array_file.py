@@ -59,19 +59,6 @@ def test_a_killed_writer_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_rest_of_a_dead_process_is_removed_and_that_of_a_live_one_stays(tmp_path):
-    """`.NAME.PID` is what `finish` fills; earlier versions left `.NAME.PID.payload`."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        for name in (f".b.safetensors.{pid}", f".b.safetensors.{pid}.payload"):
-            (tmp_path / name).touch()
-    with ArrayWriter(tmp_path / "a.safetensors") as writer:
-        writer.finish({})
-    left = {f".b.safetensors.{os.getppid()}", f".b.safetensors.{os.getppid()}.payload"}
-    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", *left}
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
 def test_a_full_disk_is_the_error_that_is_raised_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "w+b"))  # noqa: SIM115
@@ -79,7 +66,6 @@ def test_a_full_disk_is_the_error_that_is_raised_and_leaves_nothing(tmp_path, mo
     def fill():
         with ArrayWriter(tmp_path / "a.safetensors") as writer:
             writer.add(np.zeros(10, np.uint8))  # fits the buffer, so that closing fails too
-            writer.partial.touch()
             writer.finish({})
 
     with pytest.raises(OSError, match="No space left"):

@@ -1,7 +1,6 @@
 """Preparation end to end on a tree made here, and the published counts where a real cache exists."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -127,13 +126,14 @@ def test_a_broken_run_leaves_nothing_that_looks_prepared(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_rest_of_a_killed_run_is_removed_and_a_live_one_is_left_alone(tmp_path):
+def test_a_set_of_another_recipe_is_replaced(tmp_path, monkeypatch):
     make_tree(tmp_path / "tree")
-    dead, live = tmp_path / "cache/.stamps.999999999", tmp_path / f"cache/.stamps.{os.getppid()}"
-    dead.mkdir(parents=True)
-    live.mkdir()
-    stamps.prepare(cache=tmp_path / "cache", tree=tmp_path / "tree", workers=0, progress=False)
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [live.name, "stamps"]
+    options = {"cache": tmp_path / "cache", "tree": tmp_path / "tree", "workers": 0, "progress": False}
+    monkeypatch.setattr(stamps, "RECIPE", 0)
+    (stamps.prepare(**options) / "old").touch()
+    monkeypatch.undo()
+    assert not (stamps.prepare(**options) / "old").exists()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["stamps"]
 
 
 def test_verify_tells_other_data_apart(prepared):

@@ -106,16 +106,14 @@ def test_two_processes_that_prepare_the_set_do_not_take_it_from_each_other(tmp_p
     """The slower one finds the other's shards, perhaps being read, and leaves them as they are."""
     monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path))
     monkeypatch.setattr(pretraining, "SYNTHETIC_SAMPLES", 20)
-    real, folder = synthetic.prepare, tmp_path / "synthetic-20"
+    real, folder = synthetic.write_index, tmp_path / "synthetic-20"
 
-    def prepare(out, **options):
-        made = real(out, **options)
-        if not folder.exists():  # the rival is done now
-            real(folder, **options)
-            (folder / "of the rival").touch()
-        return made
+    def write_index(*arguments):
+        monkeypatch.setattr(synthetic, "write_index", real)
+        (synthetic.prepare(folder, samples=20, seed=0) / "of the rival").touch()
+        real(*arguments)
 
-    monkeypatch.setattr(synthetic, "prepare", prepare)
+    monkeypatch.setattr(synthetic, "write_index", write_index)
     assert pretraining.find_data("synthetic") == folder
     assert (folder / "of the rival").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["synthetic-20"]
