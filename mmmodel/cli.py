@@ -361,9 +361,10 @@ class Export:
     """Those that a sample has; empty: all that the run reads.  One alone also gives its point in the common space."""
 
     def run(self) -> None:
+        from mmmodel import export
         from mmmodel.finetuning import run, weights
 
-        source = weights.open_run(self.run_folder)
+        source = export.open_run(self.run_folder)
         learner, tuned, modalities = weights.learner_of(source), None, source.config.model.modalities
         if source.finetuning is not None:
             made, labels, config = run.restore(source)

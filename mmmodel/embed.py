@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import segment_mean
+from mmmodel import export, limits, pretraining, settings, tables
 from mmmodel import features as feature_store
-from mmmodel import limits, pretraining, settings, tables
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
@@ -40,7 +40,7 @@ class Embedder:
     """
 
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
-        opened = weights.open_run(run)
+        opened = export.open_run(run)
         self.config = opened.config
         learner = weights.learner_of(opened).to(device)
         self.model: Model = learner.model

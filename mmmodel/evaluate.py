@@ -22,7 +22,6 @@ from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
-from mmmodel.finetuning import weights
 from mmmodel.pretraining import Corpus, Pretraining
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
@@ -52,8 +51,8 @@ def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | N
     run that was fine-tuned, and if the split has no samples.
     """
     started = time.perf_counter()
-    export.refuse_finetuned(run / "model.safetensors")
-    opened = weights.open_run(run)
+    opened = export.open_run(run)
+    export.refuse_finetuned(opened)
     config = opened.config
     if data:
         config = replace(config, data=pretraining.located(data), languages=())
@@ -66,7 +65,7 @@ def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | N
         splits = ", ".join(sorted({item.split for item in corpus.items}))
         raise ConfigError(f"evaluate: {config.data} has no samples of split {split!r}, expected one of {splits}")
     untrained = ranks(embed(learner, corpus, items), items)
-    export.load_weights(run / "model.safetensors", learner)
+    export.load_weights(opened, learner)
     pretrained = ranks(embed(learner, corpus, items), items)
     report = {
         "tasks": [_score(name, untrained, pretrained) for name in task_names(pretrained)],

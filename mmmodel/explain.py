@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import atomic, evaluate, features, pretraining, settings
+from mmmodel import atomic, evaluate, export, features, pretraining, settings
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
@@ -68,7 +68,7 @@ def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str =
     modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
     CheckpointError for a run that does not load.
     """
-    learner = weights.learner_of(weights.open_run(run))
+    learner = weights.learner_of(export.open_run(run))
     config = learner.config
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)

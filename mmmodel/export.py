@@ -9,6 +9,7 @@ import json
 import stat
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,14 +20,27 @@ from torch import Tensor
 
 from mmmodel import atomic, configs
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.frontends.text import load_tokenizer
 from mmmodel.pretraining import Pretraining
 
 FILE = "model.safetensors"
 NAMED = 6  # tensors that an error lists by name
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
 class CheckpointError(ConfigError):
     """A file that is no checkpoint, is damaged, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pretrained or fine-tuned run left: all that is needed to build its model again."""
+
+    path: Path  # of the weights
+    config: PretrainConfig
+    tokenizer: Tokenizer
+    tensors: dict[str, Tensor]
+    finetuning: str | None = None  # of a fine-tuned run: its configuration and labels, as `finetuning.run` writes them
 
 
 def export(path: Path, learner: Pretraining, config: PretrainConfig) -> None:
@@ -52,54 +66,47 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     CheckpointError for a file that is missing, damaged or of another model, and for a fine-tuned one, which
     `finetuning.run.load` reads.
     """
-    path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    refuse_finetuned(path)
-    config, tokenizer = read_config(path), read_tokenizer(path)
-    learner = Pretraining(config, tokenizer)
-    load_weights(path, learner)
+    run = open_run(path)
+    refuse_finetuned(run)
+    learner = Pretraining(run.config, run.tokenizer)
+    load_weights(run, learner)
     return learner.to(device).eval()
 
 
+def open_run(path: Path | str) -> Run:
+    """path: a run's folder, or its safetensors file.
+
+    Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a
+    pickle, for what is no safetensors file or a damaged one, and for one without configuration.
+    """
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    if file.suffix in PICKLED:
+        raise CheckpointError(f"{file}: a pickle can run any code when it is read, so none is; expected safetensors")
+    metadata = _read_metadata(file)
+    config, tokenizer, tensors = _config(file, metadata), _tokenizer(file, metadata), load_file(file)
+    if "crc32" in metadata and metadata["crc32"] != str(checksum(tensors)):
+        raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
+    return Run(file, config, tokenizer, tensors, metadata.get("finetune"))
+
+
 def read_config(path: Path) -> PretrainConfig:
-    """The configuration inside a file.  Raises CheckpointError as `from_pretrained` does."""
-    metadata = read_metadata(path)
-    if "config" not in metadata:
-        raise CheckpointError(f"{path}: holds tensors but no configuration, expected a file that mmmodel exported")
-    try:
-        return configs.from_dict(json.loads(metadata["config"]))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{path}: its configuration does not read: {error}") from error
+    """The configuration inside a file.  Raises CheckpointError as `open_run` does."""
+    return _config(path, _read_metadata(path))
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer inside a file."""
-    text = read_metadata(path).get("tokenizer")
-    if text is None:
-        raise CheckpointError(f"{path}: holds no tokenizer, expected a file that mmmodel exported")
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # what the Rust library raises has no type of its own
-        raise CheckpointError(f"{path}: its tokenizer does not read: {error}") from error
-
-
-def load_weights(path: Path, learner: Pretraining) -> None:
+def load_weights(run: Run, learner: Pretraining) -> None:
     """Into a learner of the same configuration.  Raises CheckpointError naming what is missing, extra or misshapen."""
-    expected_crc = read_metadata(path).get("crc32")
-    tensors = load_file(path)
-    if expected_crc is not None and int(expected_crc) != checksum(tensors):
-        raise CheckpointError(f"{path}: damaged, its tensors do not match their checksum")
-    if wrong := misfits(tensors, learner.state_dict()):
-        raise CheckpointError(f"{path}: does not fit the model: {'; '.join(wrong)}")
-    learner.load_state_dict(tensors, strict=True)
+    if wrong := misfits(run.tensors, learner.state_dict()):
+        raise CheckpointError(f"{run.path}: does not fit the model: {'; '.join(wrong)}")
+    learner.load_state_dict(run.tensors, strict=True)
 
 
-def refuse_finetuned(path: Path) -> None:
-    """Raises CheckpointError for a file whose heads of pretraining are gone, saying what reads it."""
-    if "finetune" in read_metadata(path):
-        raise CheckpointError(
-            f"{path}: is fine-tuned, the heads of its pretraining are gone; predict, embed, explain and export read it"
-        )
+def refuse_finetuned(run: Run) -> None:
+    """Raises CheckpointError for a run whose heads of pretraining are gone, saying what reads it."""
+    if run.finetuning is not None:
+        what_reads_it = "predict, embed, explain and export read it"
+        raise CheckpointError(f"{run.path}: is fine-tuned, the heads of its pretraining are gone; {what_reads_it}")
 
 
 def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
@@ -124,7 +131,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def _read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a finished `mmmodel pretrain` writes {FILE}")
@@ -133,6 +140,27 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
+
+
+def _config(path: Path, metadata: Mapping[str, str]) -> PretrainConfig:
+    if "config" not in metadata:
+        raise CheckpointError(f"{path}: holds tensors but no configuration, expected a file that mmmodel exported")
+    try:
+        return configs.from_dict(json.loads(metadata["config"]))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its configuration does not read: {error}") from error
+
+
+def _tokenizer(path: Path, metadata: Mapping[str, str]) -> Tokenizer:
+    """The one inside the file; a run of an earlier version has it only beside it."""
+    if "tokenizer" not in metadata:
+        if (beside := path.with_name("tokenizer.json")).exists():
+            return load_tokenizer(beside)
+        raise CheckpointError(f"{path}: holds no tokenizer, expected a file that mmmodel exported")
+    try:
+        return Tokenizer.from_str(metadata["tokenizer"])
+    except Exception as error:  # what the Rust library raises has no type of its own
+        raise CheckpointError(f"{path}: its tokenizer does not read: {error}") from error
 
 
 def _listed(names: list[str]) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 from mmmodel import export
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.export import CheckpointError
+from mmmodel.export import CheckpointError, Run
 from mmmodel.finetuning import weights
-from mmmodel.finetuning.weights import Run
 from mmmodel.pretraining import Pretraining
 
 
@@ -31,7 +30,7 @@ def read(config: PretrainConfig) -> Run:
     """
     if config.language_model:
         raise ConfigError("pretrain: a run starts from an earlier run or from a language model, not from both")
-    run = weights.open_run(config.start)
+    run = export.open_run(config.start)
     load(Pretraining(config, run.tokenizer), run)
     return run
 

@@ -21,12 +21,12 @@ from mmmodel.benchmark.intervals import balanced_accuracy
 from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol, budget_name
 from mmmodel.data.held_out import RECORDINGS
 from mmmodel.embed import segment_vectors
+from mmmodel.export import Run
 from mmmodel.features import Item
 from mmmodel.finetuning import labels, weights
 from mmmodel.finetuning.learner import encoded
 from mmmodel.finetuning.loop import Labelled, predict, train
 from mmmodel.finetuning.run import build, fresh
-from mmmodel.finetuning.weights import Run
 from mmmodel.pretraining import Corpus, Pretraining
 
 Outcome = dict[str, Any]

@@ -15,8 +15,8 @@ from mmmodel import configs, evaluate, retrieval
 from mmmodel.benchmark.intervals import balanced_accuracy, balanced_gain
 from mmmodel.benchmark.parts import KNOWN_TASKS
 from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol
+from mmmodel.export import Run
 from mmmodel.finetuning.loop import Labelled
-from mmmodel.finetuning.weights import Run
 
 Parts = Mapping[str, Mapping[str, Any]]
 

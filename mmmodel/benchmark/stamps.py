@@ -19,7 +19,6 @@ from mmmodel import atomic, export, run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
 from mmmodel.configs import ConfigError
-from mmmodel.finetuning import weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +34,9 @@ def run(
     """
     started = time.monotonic()
     protocol = protocol or Protocol()
-    opened = [weights.open_run(path) for path in runs]
+    opened = [export.open_run(path) for path in runs]
     for source in opened:
-        export.refuse_finetuned(source.path)
+        export.refuse_finetuned(source)
     _check_alike([source.config for source in opened])
     _claim(out, opened, protocol)
     torch.set_num_threads(opened[0].config.threads)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import embed, limits, pretraining, tables
+from mmmodel import embed, export, limits, pretraining, tables
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
-from mmmodel.finetuning import weights
 from mmmodel.finetuning.learner import Aligned
 from mmmodel.finetuning.loop import predict
 from mmmodel.finetuning.run import read_samples, restore
@@ -32,7 +31,7 @@ class Predictor:
     """
 
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
-        source = weights.open_run(run)
+        source = export.open_run(run)
         learner, self.labels, self.config = restore(source)
         self.learner, self.pretrain = learner.to(device), source.config
         kind = {"multilabel": "names", "regression": "number"}.get(self.labels.task, "text")

@@ -19,7 +19,7 @@ from mmmodel import atomic, export, limits, pretraining, run_folder, settings
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.export import CheckpointError
+from mmmodel.export import CheckpointError, Run
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import labels as label_rules
 from mmmodel.finetuning import weights
@@ -28,7 +28,7 @@ from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned
 from mmmodel.finetuning.loop import Labelled, evaluate_on, train
 from mmmodel.finetuning.scores import MAIN
-from mmmodel.finetuning.weights import Loaded, Run
+from mmmodel.finetuning.weights import Loaded
 from mmmodel.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
     limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
     config = replace(config, data=config.data and pretraining.located(config.data))
-    source = weights.open_run(run)
+    source = export.open_run(run)
     with run_folder.alone_in(out, "finetune"):
         return _finetune(source, config, out, started)
 
@@ -180,7 +180,7 @@ def save(
 
 def load(path: Path | str) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
     """What `save` wrote, in eval mode.  Raises CheckpointError for a file that is damaged or not fine-tuned."""
-    return restore(weights.open_run(path))
+    return restore(export.open_run(path))
 
 
 def restore(source: Run) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:

@@ -1,35 +1,17 @@
-"""Weights of a run: read without unpickling, checked against their sum, and loaded with a report of what matched."""
+"""Weights of a run, loaded into a model with a report of what matched."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mmmodel import export
-from mmmodel.configs import PretrainConfig
-from mmmodel.export import CheckpointError
-from mmmodel.frontends.text import load_tokenizer
+from mmmodel.export import CheckpointError, Run
 from mmmodel.pretraining import Pretraining
 
 NAMED = 6  # tensors that a summary lists by name
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a pretrained or fine-tuned run left: all that is needed to build its model again."""
-
-    path: Path  # of the weights
-    config: PretrainConfig
-    tokenizer: Tokenizer
-    tensors: dict[str, Tensor]
-    finetuning: str | None = None  # of a fine-tuned run: its configuration and labels, as `run.save` writes them
 
 
 @dataclass(frozen=True)
@@ -54,20 +36,6 @@ class Loaded:
         return asdict(self)
 
 
-def open_run(path: Path | str) -> Run:
-    """path: a run's folder, or its safetensors file.
-
-    Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a
-    pickle, for what is no safetensors file or a damaged one, and for one without configuration.
-    """
-    path = Path(path)
-    file = path / export.FILE if path.is_dir() else path
-    if file.suffix in PICKLED:
-        raise CheckpointError(f"{file}: a pickle can run any code when it is read, so none is; expected safetensors")
-    config = export.read_config(file)
-    return Run(file, config, _tokenizer(file), read_tensors(file), export.read_metadata(file).get("finetune"))
-
-
 def learner_of(run: Run) -> Pretraining:
     """Its encoder, with those of the objectives whose weights it holds, in eval mode.
 
@@ -82,19 +50,6 @@ def learner_of(run: Run) -> Pretraining:
         else:
             del learner.objectives[name]
     return learner.eval()
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file, checked against the sum that `export` stored.  Raises CheckpointError if it is damaged."""
-    try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            expected = (opened.metadata() or {}).get("crc32")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file, or a damaged one: {error}") from error
-    if expected is not None and expected != str(export.checksum(tensors)):
-        raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
-    return tensors
 
 
 def load_into(
@@ -125,14 +80,3 @@ def load_into(
         raise CheckpointError(f"{where}: none of its {len(found)} tensors fits the model")
     module.load_state_dict(fits, strict=False)
     return loaded
-
-
-def _tokenizer(file: Path) -> Tokenizer:
-    """The one inside the file; a run of an earlier version has it only beside it."""
-    beside = file.with_name("tokenizer.json")
-    try:
-        return export.read_tokenizer(file)
-    except CheckpointError:
-        if not beside.exists():
-            raise
-        return load_tokenizer(beside)

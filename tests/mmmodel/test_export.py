@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmmodel import configs, train
-from mmmodel.export import CheckpointError, export, from_pretrained, load_weights
+from mmmodel.export import CheckpointError, export, from_pretrained, load_weights, open_run
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,18 @@ def test_a_failed_load_leaves_the_learner_alone(written, tmp_path):
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
     path = rewritten(written[1], tmp_path / "m.safetensors", lambda tensors: tensors.pop("model.norm.bias"))
     with pytest.raises(CheckpointError, match=r"missing model\.norm\.bias"):
-        load_weights(path, fresh)
+        load_weights(open_run(path), fresh)
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in before.items())
+
+
+def test_an_earlier_runs_tokenizer_lies_beside_it(written, tmp_path):
+    learned, path = written
+    metadata = {"config": json.dumps(configs.to_dict(learned.config))}
+    save_file(load_file(path), tmp_path / path.name, metadata=metadata)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        from_pretrained(tmp_path)
+    learned.model.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert from_pretrained(tmp_path).model.tokenizer.to_str() == learned.model.tokenizer.to_str()
 
 
 @pytest.mark.parametrize(
@@ -115,8 +125,9 @@ def test_a_failed_load_leaves_the_learner_alone(written, tmp_path):
 )
 def test_a_damaged_file_is_a_clear_error(written, tmp_path, damage):
     (path := tmp_path / "model.safetensors").write_bytes(damage(written[1].read_bytes()))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*damaged") as caught:
         from_pretrained(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,9 @@ def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path):
     torch.save(Trap(folder), path)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         from_pretrained(path)
+    (tmp_path / "model.ckpt").write_bytes(pickle.dumps(Trap(folder)))
+    with pytest.raises(CheckpointError, match="a pickle can run any code"):
+        from_pretrained(tmp_path / "model.ckpt")
     assert not folder.exists()
     pickle.loads(pickle.dumps(Trap(folder)))  # the trap works
     assert folder.exists()

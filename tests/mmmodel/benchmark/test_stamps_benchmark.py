@@ -10,10 +10,9 @@ from mmmodel.benchmark import parts, report, stamps
 from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
 from mmmodel.data.held_out import RECORDINGS
-from mmmodel.export import CheckpointError
+from mmmodel.export import CheckpointError, open_run
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
-from mmmodel.finetuning.weights import open_run
 
 TINY = Protocol(
     language="xx",

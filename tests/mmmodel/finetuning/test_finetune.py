@@ -11,13 +11,12 @@ from builders import batch_of, learner, samples
 from mmmodel import cli
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
-from mmmodel.export import CheckpointError, from_pretrained
+from mmmodel.export import CheckpointError, from_pretrained, open_run
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
 from mmmodel.finetuning.loop import evaluate_on
-from mmmodel.finetuning.weights import open_run
 
 QUICK = FinetuneConfig(epochs=12, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05)
 
