@@ -1,0 +1,1 @@
+"""The commands of mmmodel: what makes and scores runs, and what uses them."""
