@@ -100,10 +100,7 @@ def find_data(name: str, *, progress: bool = True) -> Path:
     if name == "stamps":
         from mmmodel.data import stamps
 
-        try:
-            return stamps.prepare(progress=progress)
-        except RuntimeError as error:  # no way to the files: it says what to do
-            raise ConfigError(str(error)) from error
+        return stamps.prepare(progress=progress)
     if name == "synthetic":
         from mmmodel.data import synthetic
 

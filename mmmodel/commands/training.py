@@ -39,12 +39,9 @@ class Stamps:
     def run(self) -> None:
         from mmmodel.data import stamps
 
-        try:
-            folder = stamps.prepare(
-                cache=self.cache, deb=self.deb, tree=self.tree, languages=self.languages, workers=self.workers
-            )
-        except (RuntimeError, FileNotFoundError) as error:  # no way to the files: it says what to do
-            sys.exit(str(error))
+        folder = stamps.prepare(
+            cache=self.cache, deb=self.deb, tree=self.tree, languages=self.languages, workers=self.workers
+        )
         manifest = stamps.read_manifest(folder)
         counts = manifest["counts"]
         print(

@@ -57,7 +57,7 @@ def prepare(
     """Folder of prepared shards; made if it is not there yet.
 
     Takes `tree`, else `deb`, else an installed copy, else downloads the package into `cache`. languages=("all",) takes
-    every language with a caption. Raises RuntimeError saying what to do if there is no way to the files.
+    every language with a caption. Raises RunError saying what to do if there is no way to the files.
     """
     cache = (cache or settings.current().cache).expanduser()
     languages = tuple(dict.fromkeys(languages))

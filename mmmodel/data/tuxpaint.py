@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmmodel import atomic
 from mmmodel.data.concepts import parse_captions
+from mmmodel.limits import RunError
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -98,7 +99,7 @@ def download(into: Path) -> Path:
     if found := sorted(into.glob(f"{PACKAGE}_*.deb")):
         return found[-1]
     if shutil.which("apt-get") is None:
-        raise RuntimeError(
+        raise RunError(
             f"stamps: apt-get is not here. Fetch {PACKAGE} from a Debian mirror and pass it with --deb, "
             "or an unpacked tree with --tree"
         )
@@ -120,9 +121,9 @@ def download(into: Path) -> Path:
             attempt = _run(["apt-get", *private, "download", PACKAGE], cwd=partial)
         fetched = sorted(partial.glob(f"{PACKAGE}_*.deb"))
         if attempt.returncode != 0 or not fetched:
-            raise RuntimeError(
-                f"stamps: `apt-get download {PACKAGE}` failed: {attempt.stderr.strip()[-400:]}\nRun `apt-get update` "
-                "as root and try again, or pass a package file with --deb or an unpacked tree with --tree."
+            raise RunError(
+                f"stamps: `apt-get download {PACKAGE}` failed: {_last_words(attempt)}; run `apt-get update` as root "
+                "and try again, or pass a package file with --deb or an unpacked tree with --tree"
             )
         return Path(shutil.move(fetched[-1], into / fetched[-1].name.replace("%3a", "_")))
 
@@ -130,12 +131,10 @@ def download(into: Path) -> Path:
 def unpack(deb: Path, into: Path) -> Path:
     """Unpack a package file without root; returns the stamps folder."""
     if shutil.which("dpkg-deb") is None:
-        raise RuntimeError("stamps: dpkg-deb is not here; unpack the package elsewhere and pass the folder with --tree")
+        raise RunError("stamps: dpkg-deb is not here; unpack the package elsewhere and pass the folder with --tree")
     result = _run(["dpkg-deb", "-x", str(deb), str(into)])
     if result.returncode != 0:
-        raise RuntimeError(
-            f"stamps: {deb} does not unpack (an incomplete download? delete it): {result.stderr.strip()[-400:]}"
-        )
+        raise RunError(f"stamps: {deb} does not unpack (an incomplete download? delete it): {_last_words(result)}")
     return find_tree(into)
 
 
@@ -149,3 +148,7 @@ def describe(deb: Path) -> dict[str, str]:
 
 def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def _last_words(attempt: subprocess.CompletedProcess[str]) -> str:
+    return " ".join(attempt.stderr.split())[-400:]

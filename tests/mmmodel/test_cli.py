@@ -10,6 +10,7 @@ from mmmodel.data import stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
+from mmmodel.limits import RunError
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
     assert_one_line(r"holds no sample of a language in \['fr'\]", *french)
 
     def offline(**_):
-        raise RuntimeError("stamps: no way to the package")
+        raise RunError("stamps: no way to the package")
 
     monkeypatch.setattr(stamps, "prepare", offline)
     assert_one_line("no way to the package", "pretrain", "--out", out)
@@ -108,10 +109,13 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def wrong(*_):
-        raise ValueError("a bug")
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path, kind):
+    def wrong(*_, **__):
+        raise kind("a bug")
 
     monkeypatch.setattr(train, "pretrain", wrong)
-    with pytest.raises(ValueError, match="a bug"):
-        cli.main(["pretrain", "--preset", "tiny", "--out", str(tmp_path)])
+    monkeypatch.setattr(stamps, "prepare", wrong)
+    for command in (["pretrain", "--preset", "tiny", "--out", str(tmp_path)], ["data", "stamps"]):
+        with pytest.raises(kind, match="a bug"):
+            cli.main(command)
