@@ -74,11 +74,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """OSError for what torch and safetensors raise, each in its own way, where a disk is full."""
+    """OSError for what torch and safetensors raise, each in its own way, where a write fails, as on a full disk."""
     try:
         yield
     except (SafetensorError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, OSError) and "os error" not in str(cause):  # nothing that a disk does
+            raise
         free = shutil.disk_usage(folder).free / 1e6
         raise OSError(f"{folder}: could not be written, {free:,.1f} MB are free there: {cause}") from error
 

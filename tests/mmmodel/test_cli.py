@@ -1,8 +1,10 @@
 """The command line: a user's mistake is one line and a non-zero exit, not a traceback."""
 
 import json
+import resource
 
 import pytest
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mmmodel import cli, configs, run_folder, train
@@ -86,15 +88,35 @@ def test_a_file_in_a_folders_place_is_one_line(shards, tmp_path, monkeypatch):
     assert_one_line("Not a directory: .*file/features/.*MMMODEL_CACHE names the folder", *start, tmp_path / "out")
 
 
-def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+@pytest.fixture
+def full():
+    """No file may be larger than 20 kB once it is called: what a write raises on a full disk, but for its number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("before", ["train_step", "plot_run"], ids=["checkpoint", "export"])
+def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     """torch raises no Exception at all there, but a BaseException with what each process met."""
+    original = getattr(train, before)
 
-    def full(*_):
-        with run_folder.writing(tmp_path):
-            raise CheckpointException("write", {0: (OSError(28, "No space left on device"), [])})
+    def then_full(*arguments):
+        found = original(*arguments)
+        full()
+        return found
 
-    monkeypatch.setattr(train, "pretrain", full)
-    assert_one_line("could not be written, .* MB are free there: .*No space left", "pretrain", "--preset", "tiny")
+    monkeypatch.setattr(train, before, then_full)
+    start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "steps=1", "--out", tmp_path)
+    assert_one_line("could not be written, .* MB are free there: .*File too large", *start)
+    assert not list(tmp_path.rglob("*partial*"))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_fault_in_a_save_is_no_full_disk(tmp_path):
+    for fault in (CheckpointException("write", {0: (TypeError("a bug"), [])}), SafetensorError("no such dtype")):
+        with pytest.raises(type(fault)), run_folder.writing(tmp_path):
+            raise fault
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
