@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from mmmodel import atomic
 from mmmodel.export import CheckpointError
-from mmmodel.safe_reading import SafePlanner, SafeReader
+from mmmodel.safe_reading import OtherModelError, SafePlanner, SafeReader, read_index
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -49,20 +49,26 @@ def saved(folder: Path) -> list[Path]:
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
     """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields.
 
-    Raises CheckpointError for one that is damaged, of another model, or holds more than data; it says what deleting it
-    would do, for a step back is the user's to choose.
+    Raises CheckpointError for one of another model, and for one that is damaged or holds more than data; of these it
+    says what deleting it would do, for a step back is the user's to choose.
     """
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
     try:
-        return _load(path, module, optimizer, progress)
+        _read(path, state)
+    except OtherModelError as error:
+        raise CheckpointError(f"{path}: of another model: {error}; choose another --out") from error
     except CheckpointError as error:
         before = [older for older in saved(path.parent) if older.name < path.name]
         back = f"goes back to {before[-1].name}" if before else "begins the run anew"
         raise CheckpointError(f"{error}; deleting the folder {path} {back}") from error
+    set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"])
+    return state["progress"]
 
 
-def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
+def _read(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state`, and its progress, from a checkpoint."""
+    read_index(path)  # before torch does, which would log a traceback of what is wrong with it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed.*")
         try:
@@ -71,6 +77,4 @@ def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progr
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, CheckpointError):
                 raise cause from error
-            raise CheckpointError(f"{path}: damaged, or of another model: {cause}") from error
-    set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"])
-    return state["progress"]
+            raise CheckpointError(f"{path}: damaged: {cause}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from mmmodel.export import CheckpointError
@@ -33,6 +33,10 @@ _NAMES = {
 }  # fmt: skip
 
 
+class OtherModelError(CheckpointError):
+    """Another model's: its tensors have other names or shapes."""
+
+
 class SafeReader(FileSystemReader):
     """torch's reader with an index that can do nothing."""
 
@@ -46,6 +50,12 @@ class SafeReader(FileSystemReader):
 
 class SafePlanner(DefaultLoadPlanner):
     """torch's planner, which reads values that are no tensors, after they have shown to be plain data."""
+
+    def create_local_plan(self) -> LoadPlan:
+        try:
+            return super().create_local_plan()
+        except (RuntimeError, ValueError) as error:  # a missing tensor, one of another shape
+            raise OtherModelError(str(error)) from error
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)

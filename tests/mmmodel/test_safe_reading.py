@@ -72,24 +72,26 @@ def test_a_trap_in_a_value_is_refused_and_never_sprung(saved, tmp_path):
     index.storage_data[place] = type(where)(where.relative_path, data.stat().st_size, len(buffer.getvalue()))
     data.write_bytes(data.read_bytes() + buffer.getvalue())
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(CheckpointError, match="damaged, or of another model"):
+    with pytest.raises(CheckpointError, match="damaged: "):
         resume(folder)
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_cut_file_is_a_clear_error(saved, name):
+def test_a_cut_file_is_a_clear_error(saved, name, caplog):
     folder = saved[0]
     path = folder / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="step-00000007: damaged"):
         resume(folder)
+    assert not [record for record in caplog.records if record.name.startswith("torch")]  # it would log a traceback
 
 
 def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
     folder = saved[0]
     config, wider = learner(mlp_width=48)
-    with pytest.raises(CheckpointError, match="step-00000007: damaged, or of another model"):
+    message = "step-00000007: of another model: Size mismatch .*; choose another --out$"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(folder, wider, train.make_optimizer(wider, config), {"step": 0, "skipped": 0})
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no \.metadata"):
