@@ -1,9 +1,9 @@
 """Fused attention and modality embedding for packed text, image and audio."""
 
-from mmkernels.dispatch import explain
+from mmkernels.dispatch import UnavailableError, explain
 from mmkernels.layout import PackedLayout
 
-__all__ = ["PackedLayout", "explain"]
+__all__ = ["PackedLayout", "UnavailableError", "explain"]
 __version__ = "0.1.0"
 
 # Operators register themselves with torch when first used, so that `import mmkernels` stays quick; and a module that

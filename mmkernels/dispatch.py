@@ -45,10 +45,14 @@ MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
 
 
+class UnavailableError(RuntimeError):
+    """Nothing that was asked for can run here; says what is missing."""
+
+
 def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> str:
     """The concrete implementation that runs `op` on tensors of this device and dtype.
 
-    Raises ValueError for an unknown op or impl, RuntimeError when `impl` cannot run here (it says what is missing).
+    Raises ValueError for an unknown op or impl, UnavailableError when `impl` cannot run here.
     """
     if op not in TABLE:
         raise ValueError(f"dispatch: op is {op!r}, expected one of {', '.join(TABLE)}")
@@ -57,7 +61,7 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
     if impl != "auto":
         reason = missing(op, impl, device_type=device.type, dtype=dtype)
         if reason is not None:
-            raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} {_name(dtype)}: {reason}")
+            raise UnavailableError(f"{op}: impl={impl!r} cannot run on {device.type} {_name(dtype)}: {reason}")
         return impl
     reasons = []
     for candidate in TABLE[op].get(device.type, ()):
@@ -65,7 +69,8 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
         if reason is None:
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    raise RuntimeError(f"{op}: nothing can run on {device.type} {_name(dtype)} ({'; '.join(reasons) or 'no entry'})")
+    why = "; ".join(reasons) or "no entry"
+    raise UnavailableError(f"{op}: nothing can run on {device.type} {_name(dtype)} ({why})")
 
 
 def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str | None:

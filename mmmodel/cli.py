@@ -30,6 +30,12 @@ def main(args: list[str] | None = None) -> None:
         command.run()
     except (ConfigError, RunError) as error:
         sys.exit(str(error))
+    except RuntimeError as error:
+        from mmkernels import UnavailableError  # imports torch, as whatever raised it did
+
+        if not isinstance(error, UnavailableError):
+            raise
+        sys.exit(str(error))
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
         sys.exit(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:

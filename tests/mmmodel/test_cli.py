@@ -59,6 +59,11 @@ def assert_one_line(message, *arguments):
     assert "\n" not in stopped.value.code
 
 
+def test_an_implementation_that_cannot_run_here_is_one_line(shards, tmp_path):
+    start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "model.impl=triton", "--out", tmp_path)
+    assert_one_line("modality_embed: impl='triton' cannot run on cpu float32", *start)
+
+
 def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
     out, start = tmp_path / "out", ("pretrain", "--preset", "tiny", "--set", f"data={own}")
     assert_one_line("--set languages= reads samples of any", *start, "languages=fr,es,ru", "--out", out)
