@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -70,12 +71,14 @@ LearningRate = Annotated[float, Range(0, 1, above=True)]
 Device = Annotated[str, DeviceName()]
 
 
-def check(config: Any, who: str, inside: str = "") -> None:
+def check(config: Any, who: str, inside: str = "", fields: Collection[str] = ()) -> None:
     """Raises ConfigError for the first field of a configuration, or of one inside it, that is not of its kind.
 
-    who and inside: what the message has in front, and in front of the field.
+    who and inside: what the message has in front, and in front of the field.  fields: those to check; empty: all.
     """
     for name, kind in get_type_hints(type(config), include_extras=True).items():
+        if fields and name not in fields:
+            continue
         value = getattr(config, name)
         if is_dataclass(value):
             check(value, who, f"{inside}{name}.")

@@ -34,6 +34,7 @@ from mmmodel.metrics import MetricsFile
 logger = logging.getLogger(__name__)
 
 CONTRASTIVE = "objectives.contrastive."  # the name of the retrieval head in files, pretrained or fine-tuned
+READ = ("task", "visibility", "dropout", "seed", "threads")  # fields that a model is read by; others trained it
 HELD_OUT = 0.1  # share of the training groups that validate where the data has no validation split
 
 
@@ -189,7 +190,8 @@ def restore(source: Run) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
         raise CheckpointError(f"{source.path}: is not fine-tuned; `mmmodel finetune` writes such files")
     try:
         read = json.loads(source.finetuning)
-        check(config := FinetuneConfig(**_tuples(read["config"])))
+        config = FinetuneConfig(**_tuples(read["config"]))
+        limits.check(config, "finetune", fields=READ)
         labels = Labels(**_tuples(read["labels"]))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path}: its fine-tuning does not read: {error}") from error

@@ -81,6 +81,20 @@ def test_what_needs_the_heads_of_pretraining_says_that_they_are_gone(run, labell
         cli.main(["evaluate", "--from", str(tmp_path)])
 
 
+def test_a_model_is_read_whatever_limits_its_training_would_have_today(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=1)
+    finetuning.finetune(run, config, tmp_path)
+    about = json.loads(open_run(tmp_path).finetuning)
+    for fields, readable in (({"lr": 5.0, "epochs": 0}, True), ({"visibility": "none"}, False)):
+        changed = json.dumps({**about, "config": {**about["config"], **fields}})
+        source = dataclasses.replace(open_run(tmp_path), finetuning=changed)
+        if readable:
+            assert finetuning.restore(source)[2].lr == 5.0
+        else:
+            with pytest.raises(CheckpointError, match="fine-tuning does not read: finetune: visibility is 'none'"):
+                finetuning.restore(source)
+
+
 def test_the_best_epoch_is_kept_and_patience_stops(run, labelled, tmp_path):
     """A rate this high spoils what the first epochs learnt: the weights kept are those of the best."""
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), lr=0.3, epochs=40, patience=3)
