@@ -54,7 +54,8 @@ def _panel(axis, title: str, steps: np.ndarray, lines: list[dict], names: list[s
     axis.set_title(title)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if names:
+        axis.legend(fontsize=8)
 
 
 def _label(name: str) -> str:
