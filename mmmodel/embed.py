@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import segment_mean
-from mmmodel import export, limits, pretraining, settings, tables
+from mmmodel import export, limits, pretraining, tables
 from mmmodel import features as feature_store
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import ConfigError
@@ -48,8 +48,7 @@ class Embedder:
 
     def prepare(self, dataset: ShardDataset) -> tuple[list[Item], Features]:
         """Items and features of a data set, from the cache where they are there."""
-        threads = max(2, self.config.threads)
-        return feature_store.prepare(dataset, self.model.front_ends, settings.current().cache, threads=threads)
+        return feature_store.prepare(dataset, self.model.front_ends, threads=self.config.threads)
 
     def vectors(self, items: Sequence[Item], features: Features) -> dict[str, np.ndarray]:
         """Per modality float32 [len(items), P]; a row of NaN where an item lacks the modality."""

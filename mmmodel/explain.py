@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import atomic, evaluate, export, features, pretraining, settings
+from mmmodel import atomic, evaluate, export, features, pretraining
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
@@ -118,7 +118,6 @@ def look(learner: Pretraining, sample: Sample, others: Corpus) -> Explanation:
 def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str, split: str) -> tuple[Sample, Corpus]:
     """The sample, and the others of its split and language."""
     entries = ShardDataset(path, languages=languages or None).entries
-    names = set(learner.model.front_ends)
     if key:
         chosen = next((entry for entry in ShardDataset(path).entries if entry.key == key), None)
         if chosen is None:
@@ -129,17 +128,18 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
             entry
             for entry in entries
             if entry.split == split
-            and all(entry.member(features.MEMBERS[name]) for name in names & set(features.MEMBERS))
+            and all(entry.member(front_end.members) for front_end in learner.model.front_ends.values())
         ]
         if not complete:
-            raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {sorted(names)}; name a key")
+            names = sorted(learner.model.front_ends)
+            raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {names}; name a key")
         known = [entry for entry in complete if entry.language in learner.config.languages]
         chosen = (known or complete)[0]
     dataset = ShardDataset(path, chosen.split, (chosen.language,))
     at = dataset.keys.index(chosen.key)
     kept = sorted({at, *range(min(len(dataset), GALLERY))})
     dataset.entries = [dataset.entries[i] for i in kept]
-    corpus = Corpus(*features.prepare(dataset, learner.model.front_ends, settings.current().cache, threads=2))
+    corpus = Corpus(*features.prepare(dataset, learner.model.front_ends))
     item = next((item for item in corpus.items if item.key == chosen.key), None)
     if item is None:
         raise ConfigError(f"explain: sample {chosen.key!r} has nothing that the model reads, or none of it decodes")

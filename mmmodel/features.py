@@ -22,17 +22,15 @@ import numpy as np
 from rich.progress import track
 from safetensors.torch import load_file
 
-from mmmodel import distributed
+from mmmodel import distributed, settings
 from mmmodel.configs import ConfigError
 from mmmodel.data import summary
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
-from mmmodel.frontends import FRONT_ENDS
 
 logger = logging.getLogger(__name__)
 
-MEMBERS = {name: front_end.members for name, front_end in FRONT_ENDS.items()}
 MAX_BROKEN_IN_A_ROW = 10
 
 
@@ -82,21 +80,27 @@ def read_captions(dataset: ShardDataset, split: str) -> list[tuple[str, str]]:
     return found
 
 
-def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> tuple[list[Item], Features]:
+def prepare(
+    dataset: ShardDataset, front_ends, cache: Path | None = None, *, threads: int = 1
+) -> tuple[list[Item], Features]:
     """Every sample of the dataset as features.  Images and audio are mapped from files in `cache`, made if missing.
 
+    cache: by default that of the settings.  threads: that decode, two at the least.
     A member that does not decode is logged and its sample goes without that modality, as it does with a blank caption.
     Raises ConfigError if many in a row do not decode, or if the cache cannot be written.
     """
     tables = {name: _Table(dataset, name, front_end) for name, front_end in front_ends.items()}
-    arrays, missing = {}, {}
+    cache = cache or settings.current().cache
+    threads = max(2, threads)  # decoders wait for disks and release the GIL, even where one thread computes
+    flat, shapes, missing = {}, {}, {}
     for name, front_end in front_ends.items():
         table = tables[name]
         if not hasattr(front_end, "recipe") or not table.sources:  # text is cheaper to tokenise than to look up
             missing[name] = set()
             made = list(_prepare_all(table, front_end, threads, missing[name]))
             part = Features.of({name: _filled(made)})
-            arrays[name] = (part.flat.get(name), part.shapes.get(name))
+            flat |= part.flat
+            shapes |= part.shapes
             continue
         path = cache / "features" / f"{name}-{_fingerprint(dataset, front_end, table)}.safetensors"
         if not path.exists():
@@ -110,16 +114,12 @@ def prepare(dataset: ShardDataset, front_ends, cache: Path, *, threads: int) -> 
                 raise ConfigError(f"features: {error.strerror}: {path} (MMMODEL_CACHE names the folder)") from error
         stored = {key: tensor.numpy() for key, tensor in load_file(path).items()}  # a memory map
         missing[name] = set(stored["missing"].tolist())
-        arrays[name] = (stored["flat"], stored["shapes"])
-    features = Features(
-        {name: flat for name, (flat, _) in arrays.items() if flat is not None},
-        {name: shapes for name, (_, shapes) in arrays.items() if shapes is not None},
-    )
+        flat[name], shapes[name] = stored["flat"], stored["shapes"]
     read = {name: {i for i, row in table.row_of.items() if row not in missing[name]} for name, table in tables.items()}
     if not distributed.rank():
         for line in summary.lines(dataset, {name: table.members for name, table in tables.items()}, read):
             logger.info("%s: %s", dataset.path, line)
-    return _items(dataset, tables, read), features
+    return _items(dataset, tables, read), Features(flat, shapes)
 
 
 class _Table:

@@ -95,12 +95,12 @@ def located(name: str) -> str:
     return name if name in PREPARED else os.path.abspath(Path(name).expanduser())
 
 
-def find_data(name: str, *, progress: bool = True) -> Path:
+def find_data(name: str) -> Path:
     """Folder of shards: "stamps" and "synthetic" are prepared in the cache if they are not there; else a path."""
     if name == "stamps":
         from mmmodel.data import stamps
 
-        return stamps.prepare(progress=progress)
+        return stamps.prepare()
     if name == "synthetic":
         from mmmodel.data import synthetic
 
@@ -135,9 +135,7 @@ def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
 
 
 def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> Corpus:
-    cache = settings.current().cache
-    # Decoders wait for disks and release the GIL: two threads even where one computes.
-    items, arrays = features.prepare(dataset, model.front_ends, cache, threads=max(2, config.threads))
+    items, arrays = features.prepare(dataset, model.front_ends, threads=config.threads)
     return Corpus(hold_out(items, config.hold_out_speech), arrays)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from mmmodel.data.concepts import SPLITS
 from mmmodel.data.loader import ShardDataset
 
-SPLITS = ("train", "validation", "test")  # those that a command reads by itself
 SHOWN = 8  # kinds of members, at most
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import atomic, export, limits, pretraining, run_folder, settings
+from mmmodel import atomic, export, limits, pretraining, run_folder
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
@@ -143,8 +143,7 @@ def read_labelled(
 
 def read_samples(dataset: ShardDataset, model: nn.Module, config: FinetuneConfig) -> tuple[list[Item], Features]:
     """Samples as the fine-tuned model sees them: config.modalities alone, and for qa the question as text."""
-    threads = max(2, config.threads)
-    items, features = feature_store.prepare(dataset, model.front_ends, settings.current().cache, threads=threads)
+    items, features = feature_store.prepare(dataset, model.front_ends, threads=config.threads)
     if config.task == "qa" and config.question:
         metas = dict(zip(dataset.keys, dataset.metas, strict=True))
         items, features = with_questions(items, features, metas, model, config.question)

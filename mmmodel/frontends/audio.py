@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
 from mmmodel.data import media
+from mmmodel.data.media import SAMPLE_RATE
 
-SAMPLE_RATE = 16_000
 HOP, WINDOW, FFT = 160, 400, 512
 STRIDE = 4
 SILENCE_DB = 40.0  # frames this far below the loudest are silence at the ends of a clip

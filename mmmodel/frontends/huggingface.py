@@ -41,8 +41,8 @@ def load(name: str, families: dict[str, str], freeze: bool) -> nn.Module:
         raise ConfigError(f"encoder {name!r}: no Hugging Face model there: {str(error).splitlines()[0]}") from error
     kind = config.model_type
     encoder = getattr(model, families[kind]) if families[kind] else model
-    if isinstance(getattr(encoder, "pooler", None), nn.Module):
-        encoder.pooler = None if kind != "resnet" else encoder.pooler  # no state is read from it
+    if kind != "resnet" and isinstance(getattr(encoder, "pooler", None), nn.Module):
+        encoder.pooler = None  # no state is read from it
     return _Fixed(encoder.eval().requires_grad_(False)) if freeze else _Running(encoder)
 
 
