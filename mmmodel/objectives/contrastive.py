@@ -70,13 +70,21 @@ class ContrastiveAlignment(nn.Module):
             if not same.any():
                 continue
             logits = points[members[a]] @ points[members[b]].t() * scale
-            losses.append((multi_positive(logits, same) + multi_positive(logits.t(), same.t())) / 2)
+            losses.append(both_ways(logits, same))
             name = f"{self.modalities[a]}-{self.modalities[b]}"
-            metrics[f"loss/{name}"] = losses[-1].detach()
-            metrics[f"top1/{name}"] = same.gather(1, logits.argmax(1, keepdim=True))[same.any(1)].float().mean()
+            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same)}
         if not losses:
             return points.sum() * 0, metrics  # no concept has two modalities: nothing to learn from this batch
         return torch.stack(losses).mean(), metrics
+
+
+def both_ways(logits: Tensor, same: Tensor) -> Tensor:
+    return (multi_positive(logits, same) + multi_positive(logits.t(), same.t())) / 2
+
+
+def top1(logits: Tensor, same: Tensor) -> Tensor:
+    """Of the rows that have a positive, the share whose largest logit is one."""
+    return same.gather(1, logits.argmax(1, keepdim=True))[same.any(1)].float().mean()
 
 
 def multi_positive(logits: Tensor, same: Tensor) -> Tensor:

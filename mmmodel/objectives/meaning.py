@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mmmodel import distributed
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.features import Item
-from mmmodel.objectives.contrastive import multi_positive
+from mmmodel.objectives.contrastive import both_ways, top1
 from mmmodel.objectives.views import Views
 
 
@@ -80,9 +80,8 @@ class Meaning(nn.Module):
             if not same.any():
                 continue
             logits = points[own] @ targets.t() * scale
-            losses.append((multi_positive(logits, same) + multi_positive(logits.t(), same.t())) / 2)
-            metrics[f"loss/{name}"] = losses[-1].detach()
-            metrics[f"top1/{name}"] = same.gather(1, logits.argmax(1, keepdim=True))[same.any(1)].float().mean()
+            losses.append(both_ways(logits, same))
+            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same)}
         if not losses:
             return 0 * (points.sum() + self.map.sum()), metrics  # no concept that the language model was asked about
         return torch.stack(losses).mean(), metrics
