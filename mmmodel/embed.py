@@ -21,7 +21,7 @@ from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import weights
-from mmmodel.finetuning.learner import encoded, sample_mean
+from mmmodel.finetuning.learner import sample_mean
 from mmmodel.model import Model
 
 BATCH = 64
@@ -57,11 +57,11 @@ class Embedder:
     def joint(self, items: Sequence[Item], features: Features) -> np.ndarray:
         """Mean hidden state of each whole sample, its modalities seeing each other, float32 [len(items), E]."""
         return sample_vectors(
-            self.model, items, features, lambda batch: sample_mean(encoded(self.model, batch, None), batch.layout)
+            self.model, items, features, lambda batch: sample_mean(self.model.read(batch), batch.layout)
         )
 
     def _read(self, batch: Batch) -> Tensor:
-        packed = encoded(self.model, batch, self.model.isolated())
+        packed = self.model.read(batch, self.model.isolated())
         if self.contrastive is None:
             return segment_mean(packed, batch.layout)
         return self.contrastive.points(packed, batch.layout, batch.modality)

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from mmmodel import atomic, export, held_out, pretraining, retrieval
-from mmmodel.batches import Batch
+from mmmodel import atomic, export, held_out, metrics, pretraining, retrieval
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
+from mmmodel.finetuning.learner import Aligned
 from mmmodel.pretraining import Corpus, Pretraining
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
@@ -43,12 +42,12 @@ class Ranks:
     chance: dict[str, float]
 
 
-def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | None = None) -> dict[str, Any]:
+def evaluate(run: Path, *, split: str = "test", data: str = "") -> dict[str, Any]:
     """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
 
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
-    is returned alone, and not written over the run's.  Raises ConfigError for a
-    run that was fine-tuned, and if the split has no samples.
+    is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
+    split has no samples.
     """
     started = time.perf_counter()
     opened = export.open_run(run)
@@ -56,7 +55,7 @@ def evaluate(run: Path, *, split: str = "test", data: str = "", threads: int | N
     config = opened.config
     if data:
         config = replace(config, data=pretraining.located(data), languages=())
-    torch.set_num_threads(threads or config.threads)
+    torch.set_num_threads(config.threads)
     dataset = pretraining.open_data(config)
     learner = Pretraining(config, opened.tokenizer)
     corpus = pretraining.load_corpus(config, dataset, learner.model)
@@ -89,13 +88,8 @@ def embed(learner: Pretraining, corpus: Corpus, items: Sequence[Item]) -> dict[s
     learner.eval()
     if "contrastive" not in learner.objectives:
         raise ConfigError("evaluate: retrieval needs the contrastive objective, whose weight is 0 in this run")
-    model, objective = learner.model, learner.objectives["contrastive"]
-
-    def points(batch: Batch) -> Tensor:
-        packed = model.encode(model.streams(batch), batch.layout, model.isolated())
-        return objective.points(packed, batch.layout, batch.modality)
-
-    return segment_vectors(model, items, corpus.features, points)
+    read = Aligned(learner.model, learner.objectives["contrastive"]).points
+    return segment_vectors(learner.model, items, corpus.features, read)
 
 
 def ranks(
@@ -208,8 +202,6 @@ def _percent(rates: dict[str, float]) -> str:
 
 
 def _trained_seconds(run: Path) -> float:
-    from mmmodel import metrics
-
     return round(sum(line["step_ms"] for line in metrics.read(run / "metrics.jsonl")) / 1e3, 1)
 
 

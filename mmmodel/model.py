@@ -63,6 +63,10 @@ class Model(nn.Module):
             layout, mask = apart, None
         return self.through_blocks(x, layout, mask)
 
+    def read(self, batch: Batch, mask: AttentionMask | None = None) -> Tensor:
+        """`encode` of a batch."""
+        return self.encode(self.streams(batch), batch.layout, mask)
+
     def encode_views(self, views: Sequence[View]) -> list[Tensor]:
         """encode of each (streams, layout, mask): in one pass where samples alone can say who sees whom.
 

@@ -24,7 +24,6 @@ from mmmodel.embed import segment_vectors
 from mmmodel.export import Run
 from mmmodel.features import Item
 from mmmodel.finetuning import labels, weights
-from mmmodel.finetuning.learner import encoded
 from mmmodel.finetuning.loop import Labelled, predict, train
 from mmmodel.finetuning.run import build, fresh
 from mmmodel.pretraining import Corpus, Pretraining
@@ -121,7 +120,7 @@ def features(learner: Pretraining, items: Sequence[Item], corpus: Corpus) -> np.
     model = learner.model
 
     def means(batch: Batch):
-        return segment_mean(encoded(model, batch, model.isolated()), batch.layout)
+        return segment_mean(model.read(batch, model.isolated()), batch.layout)
 
     vectors = segment_vectors(model, items, corpus.features, means)
     present = [vector for vector in vectors.values() if np.isfinite(vector).any()]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel.batches import Batch
 from mmmodel.finetuning.labels import UNSEEN, Labels
@@ -31,7 +30,7 @@ class FineTuned(nn.Module):
     def pooled(self, batch: Batch) -> Tensor:
         """[B, E]"""
         mask = self.model.isolated() if self.visibility == "isolated" else None
-        return sample_mean(encoded(self.model, batch, mask), batch.layout)
+        return sample_mean(self.model.read(batch, mask), batch.layout)
 
     def forward(self, batch: Batch) -> Tensor:
         """[B, C]"""
@@ -51,16 +50,12 @@ class Aligned(nn.Module):
 
     def points(self, batch: Batch) -> Tensor:
         """One point of unit length per segment, [N, P]."""
-        packed = encoded(self.model, batch, self.model.isolated())
+        packed = self.model.read(batch, self.model.isolated())
         return self.head.points(packed, batch.layout, batch.modality)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss: batch.concept holds the labels."""
         return self.head.loss(self.points(batch), batch.modality, batch.concept)[0]
-
-
-def encoded(model: Model, batch: Batch, mask: AttentionMask | None) -> Tensor:
-    return model.encode(model.streams(batch), batch.layout, mask)
 
 
 def sample_mean(packed: Tensor, layout: PackedLayout) -> Tensor:
