@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -260,6 +261,14 @@ def preset(name: str) -> PretrainConfig:
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def leaves(values: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """Each field of `to_dict` by its path, as --set names it; lists for tuples, as JSON gives them back."""
+    found = {}
+    for name, value in values.items():
+        found |= leaves(value, f"{inside}{name}.") if isinstance(value, Mapping) else {inside + name: value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def from_dict(values: dict[str, Any], cls: type = PretrainConfig):

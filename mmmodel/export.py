@@ -21,10 +21,10 @@ from torch import Tensor
 from mmmodel import atomic, configs
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.frontends.text import load_tokenizer
+from mmmodel.limits import listed
 from mmmodel.pretraining import Pretraining
 
 FILE = "model.safetensors"
-NAMED = 6  # tensors that an error lists by name
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -113,7 +113,7 @@ def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
     """What is missing, extra, or of another shape or dtype, in words; empty when all fits."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
-    words = [f"{kind} {_listed(names)}" for kind, names in (("missing", missing), ("extra", extra)) if names]
+    words = [f"{kind} {listed(names)}" for kind, names in (("missing", missing), ("extra", extra)) if names]
     for name in [name for name in expected if name in found]:
         have, want = found[name], expected[name]
         if have.shape != want.shape:
@@ -161,8 +161,3 @@ def _tokenizer(path: Path, metadata: Mapping[str, str]) -> Tokenizer:
         return Tokenizer.from_str(metadata["tokenizer"])
     except Exception as error:  # what the Rust library raises has no type of its own
         raise CheckpointError(f"{path}: its tokenizer does not read: {error}") from error
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED])
-    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"

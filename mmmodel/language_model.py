@@ -24,6 +24,7 @@ from mmkernels.ops.packing.api import segment_mean
 from mmmodel import configs
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.frontends.text import load_language_model_tokenizer
+from mmmodel.limits import listed
 from mmmodel.model import Model
 
 # model_type -> first row of its position table that stands for a token (RoBERTa's begin after the padding index)
@@ -57,7 +58,7 @@ class Report:
         resized = "; ".join(f"{name} {theirs} -> {ours}" for name, theirs, ours in self.resized)
         return (
             f"language model: {len(self.matched)} tensors matched; resized: {resized or 'none'}; "
-            f"{len(self.new)} new ({_listed(self.new)}); {len(self.unused)} of its own unused ({_listed(self.unused)})"
+            f"{len(self.new)} new ({listed(self.new)}); {len(self.unused)} of its own unused ({listed(self.unused)})"
         )
 
 
@@ -130,7 +131,7 @@ def load(model, folder: str | Path) -> Report:
     unused = [name for name in theirs if name not in used]
     wrong += [f"extra {name}" for name in unused if not _may_be_left_out(name, len(model.blocks))]
     if wrong:
-        raise ConfigError(f"language model: {folder} does not fit: {_listed(wrong)}")
+        raise ConfigError(f"language model: {folder} does not fit: {listed(wrong)}")
     for _, ours, value in plan:
         ours[: len(value)].copy_(value)
     taken = {name for name, _, _ in plan}
@@ -213,8 +214,3 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     return {short: found[name] for name, short in names.items()}
-
-
-def _listed(names, limit: int = 6) -> str:
-    shown = ", ".join(names[:limit]) or "none"
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

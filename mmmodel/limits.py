@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -85,6 +85,12 @@ def check(config: Any, who: str, inside: str = "", fields: Collection[str] = ())
         elif (expected := _expected(value, kind)) is not None:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             raise ConfigError(f"{who}: {inside}{name} is {shown!r}, expected {expected}")
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """The first of many names, for a line that a person reads."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def check_device(name: str, who: str) -> None:

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmmodel import checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import FILE
-
-NAMED = 6  # fields that a refusal lists
+from mmmodel.limits import listed
 
 
 @contextmanager
@@ -66,10 +65,9 @@ def begun(out: Path, config: PretrainConfig) -> bool:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The values that differ, in words: "model.width 16 -> 32, lr 0.002 -> 0.001"; empty: none."""
-    a, b = _leaves(old), _leaves(new)
+    a, b = configs.leaves(old), configs.leaves(new)
     names = [name for name in b if name not in a or a[name] != b[name]]
-    words = [f"{name} {_shown(a.get(name))} -> {_shown(b[name])}" for name in names[:NAMED]]
-    return ", ".join(words) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return listed([f"{name} {_shown(a.get(name))} -> {_shown(b[name])}" for name in names]) if names else ""
 
 
 @contextmanager
@@ -83,13 +81,6 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / 1e6
         raise OSError(f"{folder}: could not be written, {free:,.1f} MB are free there: {cause}") from error
-
-
-def _leaves(values: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
-    leaves = {}
-    for name, value in values.items():
-        leaves |= _leaves(value, f"{inside}{name}.") if isinstance(value, Mapping) else {inside + name: value}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in leaves.items()}
 
 
 def _shown(value: Any) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from mmmodel import export
+from mmmodel import configs, export
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import CheckpointError, Run
 from mmmodel.finetuning import weights
@@ -43,7 +41,7 @@ def load(learner: Pretraining, run: Run) -> str:
     """
     expected = {f"model.{name}": tensor for name, tensor in learner.model.state_dict().items()}
     if export.misfits({n: t for n, t in run.tensors.items() if n.startswith("model.")}, expected):
-        theirs, ours = (dict(_flat(asdict(config.model), "model")) for config in (run.config, learner.config))
+        theirs, ours = (configs.leaves(asdict(config.model), "model.") for config in (run.config, learner.config))
         differing = [f"{name} is {ours[name]}, there {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if differing:
             raise CheckpointError(f"pretrain: {run.path} has another shape: {'; '.join(differing)}")
@@ -59,12 +57,3 @@ def load(learner: Pretraining, run: Run) -> str:
             loaded.append(name)
     words = f"from {run.path}: {', '.join(loaded)}"
     return f"{words}; begin anew: {', '.join(anew)}" if anew else words
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """(path, value) of each field, as --set names it."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value

@@ -26,7 +26,8 @@ def hold_out(items: Sequence[Item], rule: str) -> list[Item]:
     language, share = _parsed(rule)
     kept = []
     for item in items:
-        if item.split == "train" and item.language == language and "audio" in item.rows and _draw(item.group) < share:
+        named = item.split == "train" and item.language == language and "audio" in item.rows
+        if named and draw("recording", item.group) < share:
             rest = {name: row for name, row in item.rows.items() if name != "audio"}
             if rest:
                 kept.append(replace(item, rows=rest))
@@ -47,6 +48,6 @@ def _parsed(rule: str) -> tuple[str, float]:
     return language, value
 
 
-def _draw(group: str) -> float:
-    """In [0, 1), from the name."""
-    return int(hashlib.sha256(f"recording {group}".encode()).hexdigest()[:8], 16) / 2**32
+def draw(purpose: str, group: str) -> float:
+    """In [0, 1), from these names alone: the same on every machine."""
+    return int(hashlib.sha256(f"{purpose} {group}".encode()).hexdigest()[:8], 16) / 2**32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -18,6 +17,7 @@ from torch import nn
 from mmmodel import atomic, export, limits, pretraining, run_folder
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data.held_out import draw
 from mmmodel.data.loader import ShardDataset
 from mmmodel.export import CheckpointError, Run
 from mmmodel.features import Features, Item
@@ -81,7 +81,7 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
         "epochs": len(outcome.history),
         "counts": counts,
         "classes": list(data.labels.classes),
-        "loaded": None if loaded is None else loaded.to_dict(),
+        "loaded": None if loaded is None else asdict(loaded),
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
     }
@@ -217,18 +217,13 @@ def _by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
     for item in items:
         splits.setdefault(item.split, []).append(item)
     if not splits["validation"]:
-        held = {item.group for item in splits["train"] if _draw(item.group) < HELD_OUT}
+        held = {item.group for item in splits["train"] if draw("validation", item.group) < HELD_OUT}
         splits["validation"] = [item for item in splits["train"] if item.group in held]
         splits["train"] = [item for item in splits["train"] if item.group not in held]
     for name in ("train", "validation"):
         if not splits[name]:
             raise ConfigError(f"finetune: no labelled sample is left for {name}; there are {len(items)} in all")
     return splits
-
-
-def _draw(group: str) -> float:
-    """In [0, 1), from the name."""
-    return int(hashlib.sha256(f"validation {group}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _refuse_other(out: Path, config: FinetuneConfig, source: Run) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from mmmodel import export
 from mmmodel.export import CheckpointError, Run
+from mmmodel.limits import listed
 from mmmodel.pretraining import Pretraining
-
-NAMED = 6  # tensors that a summary lists by name
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,8 @@ class Loaded:
         words = [f"{len(self.matched)} tensors loaded"]
         for kind in ("missing", "misshapen", "extra"):
             if names := getattr(self, kind):
-                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-                words.append(f"{len(names)} {kind} ({', '.join(names[:NAMED])}{more})")
+                words.append(f"{len(names)} {kind} ({listed(names)})")
         return "; ".join(words)
-
-    def to_dict(self) -> dict[str, list[str]]:
-        return asdict(self)
 
 
 def learner_of(run: Run) -> Pretraining:
