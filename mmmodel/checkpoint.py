@@ -55,6 +55,10 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progre
     model_state, optimizer_state = get_state_dict(module, optimizer)
     state = {"module": model_state, "optimizer": optimizer_state, "progress": dict(progress)}
     try:
+        # The index first: torch would log a traceback of what is wrong with it.
+        # What no gradient reached, as of a modality that the data lacks, had nothing to save; torch makes it up.
+        saved_names, averages = read_index(path).state_dict_metadata, optimizer_state["state"]
+        made_up = {n: averages.pop(n) for n in list(averages) if f"optimizer.state.{n}.step" not in saved_names}
         _read(path, state)
     except OtherModelError as error:
         raise CheckpointError(f"{path}: of another model: {error}; choose another --out") from error
@@ -62,13 +66,16 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progre
         before = [older for older in saved(path.parent) if older.name < path.name]
         back = f"goes back to {before[-1].name}" if before else "begins the run anew"
         raise CheckpointError(f"{error}; deleting the folder {path} {back}") from error
+    state["optimizer"]["state"] |= made_up  # torch asks for all of them
     set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"])
+    parameters = dict(module.named_parameters())
+    for name in made_up:
+        del optimizer.state[parameters[name]]
     return state["progress"]
 
 
 def _read(path: Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state`, and its progress, from a checkpoint."""
-    read_index(path)  # before torch does, which would log a traceback of what is wrong with it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed.*")
         try:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbr
     assert before >= 3
     assert train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards)), tmp_path)
     assert_same_run(tmp_path, unbroken)
+
+
+def test_a_run_whose_data_lacks_a_modality_continues_too(tmp_path):
+    """No gradient reaches the front ends of image and audio, so the optimizer has nothing of them to save."""
+    (tmp_path / "data").mkdir()
+    made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": "train"}} for i in range(8)]
+    write_shard(tmp_path / "data" / "a-0.tar", made)
+    config = dataclasses.replace(configs.tiny(), data=str(tmp_path / "data"), steps=4, checkpoint_every=2)
+    for out in ("unbroken", "stopped"):
+        assert train.pretrain(config, tmp_path / out)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000004")
+    (tmp_path / "stopped" / "model.safetensors").unlink()
+    assert train.pretrain(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
 
 
 def test_a_finished_run_is_left_alone(tiny, unbroken):
