@@ -180,7 +180,8 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Fine-tune a pretrained run on labelled shards: a new output layer, validation, early stop."""
+    """Fine-tune a pretrained run on labelled shards, or continue where the same command was stopped: a new output
+    layer, validation, early stop."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="from")]
     """Folder of a pretrained run, or its safetensors file."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmmodel import checkpoint
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import make_batch, sample_vectors, segment_vectors
@@ -24,6 +27,8 @@ from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_
 from mmmodel.limits import RunError
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0  # least time from one checkpoint to the next: an epoch may take milliseconds
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,20 @@ class Outcome:
     validation: dict[str, float]
 
 
-def train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
-    """Train the learner in place.
+def train(
+    learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None = None
+) -> Outcome:
+    """Train the learner in place; with a folder of checkpoints, from the last epoch that one was kept of.
 
     Raises RunError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
     samples have no score, as R2 of a single number has none.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
-        return _train(learner, data, config)
+        return _train(learner, data, config, checkpoints)
 
 
-def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Outcome:
+def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None) -> Outcome:
     learner.model.requires_grad_(config.freeze != "encoder")
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]
@@ -72,9 +79,15 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig)
     steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
     steps = config.epochs * steps_per_epoch
     history: list[dict[str, float]] = []
-    best: tuple[float, int, dict[str, Tensor]] | None = None
-    main = scores.MAIN[config.task]
-    for epoch in range(config.epochs):
+    main, weights = scores.MAIN[config.task], _trained(learner)
+    if checkpoints is not None and (found := checkpoint.saved(checkpoints)):
+        progress = {"history": "", "best": weights, "dropout": torch.get_rng_state()}
+        progress = checkpoint.load(found[-1], learner, optimizer, progress)
+        history = json.loads(progress["history"])
+        torch.set_rng_state(progress["dropout"])
+        logger.info("continuing after epoch %d of %d", len(history), config.epochs)
+    kept = time.monotonic()
+    for epoch in range(len(history), config.epochs):
         learner.train()
         started, losses = time.perf_counter(), []
         for i, loss in enumerate(feed(epoch)):
@@ -98,8 +111,9 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig)
             )
         line = {"step": (epoch + 1) * steps_per_epoch, "epoch": epoch + 1, "loss": mean_loss, "lr": config.lr * factor}
         history.append({**line, **found, "seconds": time.perf_counter() - started})
-        if best is None or found[main] > best[0]:
-            best = found[main], epoch, _trained(learner)
+        best = _best(history, main)
+        if best == epoch:
+            weights = _trained(learner)
         logger.info(
             "epoch %d/%d  loss %.4f  %s %.4f (best %.4f)",
             epoch + 1,
@@ -107,14 +121,19 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig)
             mean_loss,
             main,
             found[main],
-            best[0],
+            history[best][main],
         )
-        if config.patience and epoch - best[1] >= config.patience:
+        if config.patience and epoch - best >= config.patience:
             logger.info("no better for %d epochs: stopping", config.patience)
             break
-    learner.load_state_dict(best[2], strict=False)
-    kept = {name: history[best[1]][name] for name in found}
-    return Outcome(history, best[1] + 1, kept)
+        if checkpoints is not None and time.monotonic() - kept >= CHECKPOINT_SECONDS:
+            progress = {"history": json.dumps(history), "best": weights, "dropout": torch.get_rng_state()}
+            checkpoint.save(checkpoints, epoch + 1, learner, optimizer, progress, keep=1)
+            kept = time.monotonic()
+    best = _best(history, main)
+    learner.load_state_dict(weights, strict=False)
+    ours = ("step", "epoch", "loss", "lr", "seconds")
+    return Outcome(history, best + 1, {name: value for name, value in history[best].items() if name not in ours})
 
 
 def evaluate_on(learner: FineTuned | Aligned, data: Labelled, items: Sequence[Item]) -> dict[str, float]:
@@ -197,6 +216,11 @@ def _schedule(step: int, steps: int, warmup_share: float) -> float:
     """Linear warm-up, then cosine to zero."""
     warm = min(1.0, (step + 1) / max(1.0, warmup_share * steps))
     return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _best(history: Sequence[dict[str, float]], main: str) -> int:
+    """Number of the epoch with the best score; of equals the first."""
+    return max(range(len(history)), key=lambda epoch: history[epoch][main])
 
 
 def _trained(learner: nn.Module) -> dict[str, Tensor]:

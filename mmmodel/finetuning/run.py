@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,7 +42,8 @@ HELD_OUT = 0.1  # share of the training groups that validate where the data has 
 def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune the model of `run`; writes model.safetensors, metrics.jsonl, finetune.json and report.json to `out`.
 
-    Returns the report.  Raises ConfigError for labels or a folder that do not fit, CheckpointError for weights.
+    Stopped, the same call goes on from the last epoch of which a checkpoint was kept.  Returns the report.  Raises
+    ConfigError for labels or a folder that do not fit, CheckpointError for weights.
     """
     started = time.perf_counter()
     check(config)
@@ -61,12 +63,16 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     logger.info("%s", "from scratch: no tensor loaded" if loaded is None else loaded.summary())
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     learner.to(config.device)
-    outcome = train(learner, data, config)
+    about = {"from": export.checksum(source.tensors), "config": asdict(config), "labels": asdict(data.labels)} | counts
+    checkpoints = _checkpoints(out / "checkpoints", about)
+    with run_folder.writing(out):
+        outcome = train(learner, data, config, checkpoints)
     with torch.no_grad():
         test = evaluate_on(learner, data, data.test) if data.test else None
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
+    shutil.rmtree(checkpoints)
     log = MetricsFile(out / "metrics.jsonl", from_step=0)
     for line in outcome.history:
         log.write(line)
@@ -87,6 +93,15 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     }
     atomic.write_json(out / "report.json", report)
     return report
+
+
+def _checkpoints(folder: Path, about: dict[str, Any]) -> Path:
+    """Where this very fine-tuning keeps how far it came; what a stopped one of other settings left is removed."""
+    path, about = folder / "about.json", json.loads(json.dumps(about))
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != about:
+        shutil.rmtree(folder, ignore_errors=True)
+        atomic.write_json(path, about)
+    return folder
 
 
 def fresh(config: PretrainConfig, tokenizer, seed: int) -> pretraining.Pretraining:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from builders import batch_of, learner, samples
 
-from mmmodel import cli
+from mmmodel import checkpoint, cli
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
 from mmmodel.export import CheckpointError, from_pretrained, open_run
+from mmmodel.finetuning import loop
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
@@ -104,6 +105,34 @@ def test_the_best_epoch_is_kept_and_patience_stops(run, labelled, tmp_path):
     assert report["best_epoch"] == int(np.argmax(scores)) + 1
     assert report["validation"]["balanced_accuracy"] == pytest.approx(max(scores), rel=1e-5)
     assert report["epochs"] == len(history) == min(40, report["best_epoch"] + 3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"freeze": "encoder"}], ids=["all", "head"])
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path, monkeypatch, fields):
+    """Stopped in its fourth epoch, with dropout; one of another rate in the same folder begins anew."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=5, dropout=0.3, **fields)
+    report = finetuning.finetune(run, config, tmp_path / "unbroken")
+    order, stopping = loop._order, True
+
+    def stop(count, config, epoch):
+        if epoch == 3 and stopping:
+            raise KeyboardInterrupt
+        return order(count, config, epoch)
+
+    monkeypatch.setattr(loop, "_order", stop)
+    for lr in (0.5, config.lr):
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(run, dataclasses.replace(config, lr=lr), tmp_path / "stopped")
+        assert checkpoint.saved(tmp_path / "stopped" / "checkpoints")[0].name == "step-00000003"
+    stopping = False
+    again = finetuning.finetune(run, config, tmp_path / "stopped")
+    assert {**again, "seconds": 0} == {**report, "seconds": 0}
+    ours, theirs = open_run(tmp_path / "stopped").tensors, open_run(tmp_path / "unbroken").tensors
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
+        path.name for path in (tmp_path / "unbroken").iterdir()
+    }
 
 
 def test_from_scratch_loads_nothing(run, labelled, tmp_path):
