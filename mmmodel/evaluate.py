@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import mmkernels
 from mmmodel import atomic, export, held_out, metrics, pretraining, retrieval
 from mmmodel.configs import ConfigError
 from mmmodel.embed import segment_vectors
@@ -52,7 +52,7 @@ def evaluate(run: Path, *, split: str = "test", data: str = "") -> dict[str, Any
     started = time.perf_counter()
     opened = export.open_run(run)
     export.refuse_finetuned(opened)
-    config = opened.config
+    config, run = opened.config, opened.path.parent
     if data:
         config = replace(config, data=pretraining.located(data), languages=())
     torch.set_num_threads(config.threads)
@@ -73,7 +73,7 @@ def evaluate(run: Path, *, split: str = "test", data: str = "") -> dict[str, Any
                  "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
         "seconds": {"evaluate": round(time.perf_counter() - started, 1), "pretrain": _trained_seconds(run)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "mmkernels": _version("mmkernels")},
+                     "mmkernels": mmkernels.__version__},
     }  # fmt: skip
     if not data:  # what is said of other data is not the run's own report, which others read
         atomic.write_json(run / "report.json", report)
@@ -203,10 +203,3 @@ def _percent(rates: dict[str, float]) -> str:
 
 def _trained_seconds(run: Path) -> float:
     return round(sum(line["step_ms"] for line in metrics.read(run / "metrics.jsonl")) / 1e3, 1)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except Exception:  # run from a checkout that is not installed
-        return "checkout"

@@ -45,12 +45,12 @@ class Run:
 
 def export(path: Path, learner: Pretraining, config: PretrainConfig) -> None:
     """Encoder, front ends and heads; atomically."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
-    write(path, tensors, config, learner.model.tokenizer)
+    write(path, learner.state_dict(), config, learner.model.tokenizer)
 
 
-def write(path: Path, tensors: dict[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:
     """The file itself, with `more` metadata; whole or not at all, and readable by whom the umask lets read."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {"format": "pt", "config": json.dumps(configs.to_dict(config)), "tokenizer": tokenizer.to_str()}
     with atomic.replacing(path) as partial:
         partial.touch()

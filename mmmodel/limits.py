@@ -67,7 +67,7 @@ Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 SomeShare = Annotated[float, Range(0, 1, above=True)]
-LearningRate = Annotated[float, Range(0, 1, above=True)]
+LearningRate = SomeShare
 Device = Annotated[str, DeviceName()]
 
 

@@ -162,12 +162,9 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
     learner.objectives["meaning"].teach(numbers, sums / torch.bincount(rows).unsqueeze(1))
 
 
-def make_batch(
-    config: PretrainConfig, corpus: Corpus, items: list[Item], pretraining: Pretraining, step: int
-) -> tuple[Batch, Prepared]:
+def make_batch(learner: Pretraining, corpus: Corpus, items: list[Item], step: int) -> tuple[Batch, Prepared]:
     """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step, rank)."""
-    rank = distributed.rank()
+    config, model, rank = learner.config, learner.model, distributed.rank()
     rng = np.random.default_rng([config.seed, step, 2, *([rank] if rank else [])])
-    model = pretraining.model
     batch = collate(items, corpus.features, model.front_ends, model.special_tokens, rng if config.augment else None)
-    return batch, pretraining.prepare(batch, rng, step)
+    return batch, learner.prepare(batch, rng, step)

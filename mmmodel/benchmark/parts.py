@@ -43,13 +43,9 @@ class Subject:
 
     def learner(self, arm: str) -> Pretraining:
         """The model as it was before pretraining, or after."""
-        learner = Pretraining(self.run.config, self.run.tokenizer)
         if arm == "pretrained":
-            where = str(self.run.path)
-            weights.load_into(learner.model, self.run.tensors, where=where, prefix="model.")
-            prefix = "objectives.contrastive."
-            weights.load_into(learner.objectives["contrastive"], self.run.tensors, where=where, prefix=prefix)
-        return learner.eval()
+            return weights.learner_of(self.run)
+        return Pretraining(self.run.config, self.run.tokenizer).eval()
 
 
 def open_subject(run: Run, number: int) -> Subject:

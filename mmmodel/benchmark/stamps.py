@@ -18,7 +18,8 @@ import torch
 from mmmodel import atomic, export, run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
-from mmmodel.configs import ConfigError
+from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.export import Run
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def _plan(
     return plan
 
 
-def _check_alike(runs: list) -> None:
+def _check_alike(runs: Sequence[PretrainConfig]) -> None:
     """Raises ConfigError unless the runs are one recipe under different seeds."""
     first, *rest = [{**asdict(config), "seed": None} for config in runs]
     for other in rest:
@@ -103,7 +104,7 @@ def _check_alike(runs: list) -> None:
         raise ConfigError(f"evaluate: the runs have seeds {seeds}, expected different ones")
 
 
-def _claim(out: Path, opened: list, protocol: Protocol) -> None:
+def _claim(out: Path, opened: Sequence[Run], protocol: Protocol) -> None:
     about = {
         "runs": [hashlib.sha256(source.path.read_bytes()).hexdigest() for source in opened],
         "protocol": json.loads(json.dumps(asdict(protocol))),

@@ -149,9 +149,6 @@ class Evaluate:
     """Begin no further part of the benchmark after so many minutes; 0: no limit."""
 
     def run(self) -> None:
-        for folder in self.run_folder:
-            if not (folder / "model.safetensors").exists():
-                sys.exit(f"evaluate: {folder} holds no model.safetensors, which a finished `mmmodel pretrain` writes")
         if self.benchmark != "none":
             self._benchmark()
             return

@@ -188,7 +188,7 @@ def save(
     path: Path, learner: FineTuned | Aligned, pretrain: PretrainConfig, config: FinetuneConfig, labels: Labels
 ) -> None:
     """As a pretrained run's file, with what the head means beside it; atomically."""
-    tensors = {_file_name(learner, n): t.detach().cpu().contiguous() for n, t in learner.state_dict().items()}
+    tensors = {_file_name(learner, name): tensor for name, tensor in learner.state_dict().items()}
     about = json.dumps({"config": asdict(config), "labels": asdict(labels)})
     export.write(path, tensors, pretrain, learner.model.tokenizer, finetune=about)
 

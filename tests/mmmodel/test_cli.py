@@ -28,7 +28,10 @@ from mmmodel.limits import RunError
             ["pretrain", "--preset", "tiny", "--set", "schedule=wsd", "--out", "other"],
             "other holds a run with other",
         ),
-        (["evaluate", "--run", "missing"], "evaluate: missing holds no model.safetensors"),
+        (
+            ["evaluate", "--run", "missing"],
+            "missing: no such file; a finished `mmmodel pretrain` writes model.safetensors",
+        ),
         (["plot", "--run", "missing"], "plot: missing holds no steps to draw"),
         (["data", "stamps", "--cache", "cache", "--tree", "missing"], r"stamps: no captions \(\*.txt\) under missing"),
     ],
