@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmmodel import atomic, export, limits, pretraining, run_folder
+from mmmodel import atomic, configs, export, limits, pretraining, run_folder
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.held_out import draw
@@ -64,7 +64,7 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     learner.to(config.device)
     about = {"from": export.checksum(source.tensors), "config": asdict(config), "labels": asdict(data.labels)} | counts
-    checkpoints = _checkpoints(out / "checkpoints", about)
+    checkpoints = _checkpoints(out / ".checkpoints", about)
     with run_folder.writing(out):
         outcome = train(learner, data, config, checkpoints)
     with torch.no_grad():
@@ -117,13 +117,8 @@ def build(
     where = str(source.path)
     if not config.from_scratch:
         loaded = weights.load_into(base.model, source.tensors, where=where, prefix="model.", partial=config.partial)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if config.task != "retrieval":
-            return (
-                FineTuned(base.model, labels.outputs, visibility=config.visibility, dropout=config.dropout),
-                loaded,
-            )
+    if config.task != "retrieval":
+        return FineTuned(base.model, labels.outputs, visibility=config.visibility, dropout=config.dropout), loaded
     if "contrastive" not in base.objectives:
         raise ConfigError("finetune: retrieval needs the contrastive objective, whose weight is 0 in this run")
     head = base.objectives["contrastive"]
@@ -204,10 +199,10 @@ def restore(source: Run) -> tuple[FineTuned | Aligned, Labels, FinetuneConfig]:
         raise CheckpointError(f"{source.path}: is not fine-tuned; `mmmodel finetune` writes such files")
     try:
         read = json.loads(source.finetuning)
-        config = FinetuneConfig(**_tuples(read["config"]))
+        config = configs.from_dict(read["config"], FinetuneConfig)
         limits.check(config, "finetune", fields=READ)
-        labels = Labels(**_tuples(read["labels"]))
-    except (ValueError, TypeError, KeyError) as error:
+        labels = configs.from_dict(read["labels"], Labels)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{source.path}: its fine-tuning does not read: {error}") from error
     base = fresh(source.config, source.tokenizer, config.seed)
     learner, _ = build(base, source, labels, replace(config, from_scratch=True))
@@ -221,10 +216,6 @@ def _file_name(learner: nn.Module, name: str) -> str:
     if isinstance(learner, Aligned) and name.startswith("head."):
         return CONTRASTIVE + name.removeprefix("head.")
     return name
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _by_split(items: Sequence[Item]) -> dict[str, list[Item]]:

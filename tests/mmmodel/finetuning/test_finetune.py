@@ -124,7 +124,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path,
     for lr in (0.5, config.lr):
         with pytest.raises(KeyboardInterrupt):
             finetuning.finetune(run, dataclasses.replace(config, lr=lr), tmp_path / "stopped")
-        assert checkpoint.saved(tmp_path / "stopped" / "checkpoints")[0].name == "step-00000003"
+        assert checkpoint.saved(tmp_path / "stopped" / ".checkpoints")[0].name == "step-00000003"
     stopping = False
     again = finetuning.finetune(run, config, tmp_path / "stopped")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
