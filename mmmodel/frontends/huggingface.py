@@ -91,10 +91,7 @@ class HuggingFaceText(TextFrontEnd):
 
     def collate(self, features: list[np.ndarray]) -> tuple[Tensor, ...]:
         """Row of each token in the concatenated groups, int64; then one int64 [n, length] per length."""
-        groups: dict[int, list[int]] = {}
-        for i, ids in enumerate(features):
-            groups.setdefault(len(ids), []).append(i)
-        return _grouped(features, sorted(groups.items()), np.int64)
+        return _grouped(features, np.int64)
 
     def computed_rows(self, order: Tensor, *chunks: Tensor) -> int:
         return len(order)
@@ -177,10 +174,7 @@ class HuggingFaceAudio(nn.Module):
 
     def collate(self, features: list[np.ndarray]) -> tuple[Tensor, ...]:
         """Row of each token in the concatenated groups, int64; then one chunk per length, Whisper's at full window."""
-        groups: dict[int, list[int]] = {}
-        for i, clip in enumerate(features):
-            groups.setdefault(len(clip), []).append(i)
-        return _grouped(features, sorted(groups.items()), np.float32, rows=self.shape)
+        return _grouped(features, np.float32, rows=self.shape)
 
     def computed_rows(self, order: Tensor, *chunks: Tensor) -> int:
         return sum(len(chunk) for chunk in chunks) * self.window // 2 if self.is_whisper else len(order)
@@ -210,10 +204,13 @@ class HuggingFaceAudio(nn.Module):
         return max(1, samples)
 
 
-def _grouped(features, groups, dtype, rows=len) -> tuple[Tensor, ...]:
-    """Row of each token among the groups' tokens, in the order of `features`; then the groups, stacked."""
+def _grouped(features: list[np.ndarray], dtype, rows=len) -> tuple[Tensor, ...]:
+    """Row of each token among the tokens of all groups, in the order of `features`; then what is as long, stacked."""
+    groups: dict[int, list[int]] = {}
+    for i, feature in enumerate(features):
+        groups.setdefault(len(feature), []).append(i)
     chunks, starts, start = [], [0] * len(features), 0
-    for _, members in groups:
+    for _, members in sorted(groups.items()):
         chunks.append(torch.from_numpy(np.stack([features[i] for i in members]).astype(dtype)))
         for i in members:
             starts[i] = start
