@@ -6,19 +6,14 @@ import pytest
 import torch
 from builders import batch_of, learner, samples
 
-from mmkernels.masks import AttentionMask
 from mmkernels.ops.attention.api import attention
 from mmmodel.explaining.attention import modality_mass, projections, rollout
 from mmmodel.explaining.sample import Sample, tokens_of
 
 
-def dense(model, batch, allowed):
-    """Attention probabilities of one sample, layer by layer, float64 [H, n, n]: the model run step by step.
-
-    allowed(i, j): whether token i sees token j.
-    """
+def dense(model, batch):
+    """Attention probabilities of one sample, layer by layer, float64 [H, n, n]: the model run step by step."""
     n, layers = batch.layout.total_tokens, []
-    mask = None if allowed is None else model.isolated()
     with torch.no_grad():
         x = model.embedding(model.streams(batch), batch.layout)
         for block in model.blocks:
@@ -26,11 +21,10 @@ def dense(model, batch, allowed):
             weights = torch.zeros(block.heads, n, n, dtype=torch.float64)
             for h in range(block.heads):
                 for i in range(n):
-                    seen = [j for j in range(n) if allowed is None or allowed(i, j)]
-                    scores = torch.stack([qkv[i, 0, h] @ qkv[j, 1, h] for j in seen]) / math.sqrt(qkv.shape[-1])
-                    weights[h, i, seen] = scores.softmax(0)
+                    scores = torch.stack([qkv[i, 0, h] @ qkv[j, 1, h] for j in range(n)]) / math.sqrt(qkv.shape[-1])
+                    weights[h, i] = scores.softmax(0)
             layers.append(weights)
-            x = block(x, batch.layout, mask)
+            x = block(x, batch.layout, None)
     return layers
 
 
@@ -39,18 +33,13 @@ def one(learned, number=0):
     return Sample(items[number], features).batch(learned.model)
 
 
-def same_modality(batch):
-    ids = batch.layout.modality_ids.tolist()
-    return lambda i, j: ids[i] == ids[j]
-
-
 @pytest.mark.parametrize("number", [0, 2, 1])  # all modalities, two, one
 def test_mass_equals_the_dense_reference_and_sums_to_one(number):
     _, learned = learner()
     batch = one(learned, number)
     mass = modality_mass(learned.model, batch)
     tokens = tokens_of(learned.model, batch)
-    for layer, weights in enumerate(dense(learned.model, batch, None)):
+    for layer, weights in enumerate(dense(learned.model, batch)):
         for m, reader in enumerate(learned.model.front_ends):
             if reader not in tokens:
                 assert mass[layer, :, m].isnan().all()
@@ -69,32 +58,19 @@ def test_mass_of_a_batch_is_over_all_its_samples():
     assert (mass.sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_isolated_modalities_look_at_themselves_alone():
+def test_rollout_equals_the_dense_reference_and_rows_sum_to_one():
     _, learned = learner()
     batch = one(learned)
-    mass = modality_mass(learned.model, batch, learned.model.isolated())
-    torch.testing.assert_close(mass, torch.eye(3).expand_as(mass))
-
-
-@pytest.mark.parametrize("view", ["joint", "isolated"])
-def test_rollout_equals_the_dense_reference_and_rows_sum_to_one(view):
-    _, learned = learner()
-    batch = one(learned)
-    isolated = view == "isolated"
-    mask, allowed = (learned.model.isolated(), same_modality(batch)) if isolated else (None, None)
     n = batch.layout.total_tokens
     expected = torch.eye(n, dtype=torch.float64)
-    for weights in dense(learned.model, batch, allowed):
+    for weights in dense(learned.model, batch):
         mixed = torch.zeros(n, n, dtype=torch.float64)
         for head in weights:
             mixed += head / len(weights)
         expected = (0.5 * mixed + 0.5 * torch.eye(n, dtype=torch.float64)) @ expected
-    found = rollout(learned.model, batch, mask)
+    found = rollout(learned.model, batch)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.sum(1), torch.ones(n, dtype=torch.float64), atol=1e-12, rtol=0)
-    if isolated:  # nothing crosses from one modality to another
-        ids = batch.layout.modality_ids
-        assert (found[ids[:, None] != ids[None, :]] == 0).all()
 
 
 def test_projections_are_what_the_model_attends_with():
@@ -116,5 +92,3 @@ def test_refuses_what_it_would_get_wrong():
     _, learned = learner()
     with pytest.raises(ValueError, match="the batch has 6 samples, expected 1"):
         rollout(learned.model, batch_of(learned, *samples()))
-    with pytest.raises(ValueError, match="expected one that limits modalities alone"):
-        rollout(learned.model, one(learned), AttentionMask(causal=True))
