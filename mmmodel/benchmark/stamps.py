@@ -95,10 +95,8 @@ def _check_alike(runs: Sequence[PretrainConfig]) -> None:
     """Raises ConfigError unless the runs are one recipe under different seeds."""
     first, *rest = [{**asdict(config), "seed": None} for config in runs]
     for other in rest:
-        if differing := sorted(name for name in first if first[name] != other[name]):
-            raise ConfigError(
-                f"evaluate: the runs differ in {', '.join(differing)}, expected the same but for the seed"
-            )
+        if found := run_folder.differences(first, other):
+            raise ConfigError(f"evaluate: the runs differ in {found}, expected the same but for the seed")
     seeds = [config.seed for config in runs]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"evaluate: the runs have seeds {seeds}, expected different ones")

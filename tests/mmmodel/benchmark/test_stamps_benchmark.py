@@ -109,6 +109,10 @@ def test_both_arms_of_a_seed_get_the_same_labels_and_the_baseline_its_own_weight
 def test_runs_that_are_not_one_recipe_are_refused(runs, finished, tmp_path):
     with pytest.raises(ConfigError, match=r"have seeds \[0, 0\], expected different ones"):
         stamps.run([runs[0], runs[0]], tmp_path, protocol=TINY)
+    first = open_run(runs[0]).config
+    longer = dataclasses.replace(first, seed=1, model=dataclasses.replace(first.model, layers=3))
+    with pytest.raises(ConfigError, match=r"the runs differ in model\.layers 2 -> 3, expected the same but for"):
+        stamps._check_alike([first, longer])
     with pytest.raises(ConfigError, match="holds the benchmark of other protocol"):
         stamps.run(runs, finished[0], protocol=dataclasses.replace(TINY, seeds=3))
     with pytest.raises(ConfigError, match="holds the benchmark of other runs"):
