@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mmmodel import distributed, features, language_model, objectives, settings
 from mmmodel.batches import Batch, collate, concept_number
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.data.held_out import hold_out
 from mmmodel.data.loader import ShardDataset
+from mmmodel.data.recordings import hold_out
 from mmmodel.features import Features, Item
 from mmmodel.frontends import special_names
 from mmmodel.frontends.text import load_language_model_tokenizer, train_tokenizer

@@ -19,7 +19,7 @@ from mmmodel import evaluate, pretraining
 from mmmodel.batches import Batch
 from mmmodel.benchmark.intervals import balanced_accuracy
 from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol, budget_name
-from mmmodel.data.held_out import RECORDINGS
+from mmmodel.data.recordings import RECORDINGS
 from mmmodel.embed import segment_vectors
 from mmmodel.export import Run
 from mmmodel.features import Item

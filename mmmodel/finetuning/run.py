@@ -18,8 +18,8 @@ from torch import nn
 from mmmodel import atomic, configs, export, limits, pretraining, run_folder
 from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.data.held_out import draw
 from mmmodel.data.loader import ShardDataset
+from mmmodel.data.recordings import draw
 from mmmodel.export import CheckpointError, Run
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import labels as label_rules

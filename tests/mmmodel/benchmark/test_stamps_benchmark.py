@@ -9,7 +9,7 @@ from mmmodel import cli, configs, train
 from mmmodel.benchmark import parts, report, stamps
 from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
-from mmmodel.data.held_out import RECORDINGS
+from mmmodel.data.recordings import RECORDINGS
 from mmmodel.export import CheckpointError, open_run
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune

@@ -3,7 +3,7 @@
 import pytest
 
 from mmmodel.configs import ConfigError
-from mmmodel.data.held_out import RECORDINGS, hold_out
+from mmmodel.data.recordings import RECORDINGS, hold_out
 from mmmodel.features import Item
 
 
