@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
         print("report: none of the files is a benchmark document", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.png"):  # of an earlier report: its runs may have had other names
-        old.unlink()
+    for name in _drawn_before(out / "report.md"):  # the runs of an earlier report may have had other names
+        (out / name).unlink(missing_ok=True)
     images = {document.name: plots.draw(document, out) for document in found}
     (out / "report.md").write_text(tables.markdown(found, left_out, images))
     (out / "report.html").write_text(page.html(found, left_out, images, out))
@@ -32,3 +33,8 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
         regions.replace(root / EVIDENCE[0], EVIDENCE[1], evidence.render(paths))
         print(f"report: rewrote the generated parts of {README[0]} and {EVIDENCE[0]}")
     return 0
+
+
+def _drawn_before(page: Path) -> list[str]:
+    """The pictures of an earlier report, which stand beside it; other files of the folder are not ours."""
+    return re.findall(r"^!\[\w+\]\(([^/()]+\.png)\)$", page.read_text(), re.MULTILINE) if page.exists() else []

@@ -13,7 +13,7 @@ from benchmarks.harness import PREFIX
 
 @dataclass(frozen=True)
 class Document:
-    """One run.  name: of its file, without the suffix."""
+    """One run.  name: of its file, without the suffix, and with folders where another file is called the same."""
 
     name: str
     environment: dict
@@ -89,7 +89,7 @@ class Case:
 def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
     """(documents, newest first; a line for each file that was left out, with the reason)."""
     documents, left_out = [], []
-    for path in paths:
+    for name, path in _named(paths):
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
             left_out.append(f"{path.name}: {reason}")
             continue
         content = content.get("result", content)
-        documents.append(Document(path.stem, content["environment"], content["limits"], content["rows"]))
+        documents.append(Document(name, content["environment"], content["limits"], content["rows"]))
     return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
 
 
@@ -120,6 +120,17 @@ def cases(rows: list[dict]) -> list[Case]:
         found.append(Case(*key, own[0] if own else None, own[1:], peers, [row for row in rest if is_yardstick(row)]))
     order = {name: i for i, name in enumerate(dict.fromkeys((c.op, c.case, c.dtype) for c in found))}
     return sorted(found, key=lambda c: (order[c.op, c.case, c.dtype], schema.DIRECTIONS.index(c.direction)))
+
+
+def _named(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Each file once, under a name that no other has: plots and headings are called by it."""
+    paths = {path.resolve(): path for path in paths}
+    parts = [path.with_suffix("").parts for path in paths]
+    depths = [1] * len(parts)
+    for _ in range(max(map(len, parts), default=0)):
+        names = ["-".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        depths = [depth + (names.count(name) > 1) for name, depth in zip(names, depths, strict=True)]
+    return list(zip(names if parts else [], paths.values(), strict=True))
 
 
 def _refusal(content) -> str | None:

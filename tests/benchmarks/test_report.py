@@ -69,6 +69,30 @@ def test_load(files):
         assert reason in text
 
 
+def test_two_files_of_one_name(tmp_path):
+    """Each run has plots of its own; a file that is named twice is one run."""
+    paths = [tmp_path / folder / "packing.json" for folder in ("before", "after")]
+    for path, ms in zip(paths, (1.0, 8.0), strict=True):
+        path.parent.mkdir()
+        own = [row("packing", "pack mixed 1", "mm.cpp", ms), row("packing", "pack mixed 1", "torch.cat", 2.0)]
+        path.write_text(json.dumps(document(rows=own)))
+    found, _ = documents.load([*paths, tmp_path / "after/../after/packing.json"])
+    assert [each.name for each in found] == ["before-packing", "after-packing"]
+    assert command.run(paths, tmp_path / "out", docs=False) == 0
+    pictures = [tmp_path / f"out/{name}-packing-limit-fwd.png" for name in ("before-packing", "after-packing")]
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_only_pictures_of_an_earlier_report_go(files):
+    out = files / "pictures"
+    out.mkdir()
+    (out / "holiday.png").write_bytes(b"mine")
+    assert command.run([files / "run.json"], out, docs=False) == 0
+    assert command.run([files / "older.json"], out, docs=False) == 0
+    assert (out / "holiday.png").read_bytes() == b"mine"
+    assert sorted({path.name.split("-")[0] for path in out.glob("*.png")}) == ["holiday.png", "older"]
+
+
 def test_ours_is_what_auto_takes_and_a_yardstick_is_no_peer():
     found = documents.cases(documents.Document("x", FACTS, {}, rows()).timed("packing"))
     assert [peer["impl"] for peer in found[0].peers] == ["torch.cat"]
