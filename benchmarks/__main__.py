@@ -12,6 +12,8 @@ python -m benchmarks gpu --out DIR [--stage NAME ...] [--budget-seconds N] [--dr
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import sys
 from pathlib import Path
 
@@ -19,9 +21,23 @@ import torch
 
 from benchmarks import compare, run
 
+INTERRUPTED = 130  # what a shell expects of a program that was stopped
+
 
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
+    try:
+        return _run(options)
+    except OSError as error:  # a file in a folder's place, no right to write, a full disk
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"benchmarks: {what}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: stopped; the cases done by then, if any, are in the file that was named", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "gpu":
         from benchmarks.gpu import stages
 
@@ -44,18 +60,23 @@ def _measure(options: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda, but torch sees no GPU (a CPU build, or no driver)", file=sys.stderr)
         return 2
-    save = (lambda document: run.write(document, options.json)) if options.json else (lambda document: None)
+    save = None
+    if options.json:
+        run.refuse_unwritable(options.json)
+        save = functools.partial(run.write, path=options.json)
     if options.command == "attention" and options.host:
         from benchmarks import attention_host
 
-        save(attention_host.run(device, seed=options.seed))
+        found = attention_host.run(device, seed=options.seed)
+        if save:
+            save(found)
         return 0
-    choice = {"shapes": options.shapes, "seconds": options.budget_seconds, "seed": options.seed}
+    choice = {"shapes": options.shapes, "seconds": options.budget_seconds, "seed": options.seed, "save": save}
     try:
         if options.command == "all":
-            run.run_all(device, **choice, save=save)
+            run.run_all(device, **choice)
         else:
-            save(run.run(options.command, device, **choice, case=options.case))
+            run.run(options.command, device, **choice, case=options.case)
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -71,8 +92,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         on_host = op in run.HOST_OPS
         command.add_argument("--device", choices=["cpu", "cuda"], default="cpu" if on_host else default)
         command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
-        command.add_argument("--json", type=Path, help="write the figures there; default: only print them")
-        command.add_argument("--budget-seconds", type=float, help=f"about how long to take; default {_budgets(op)}")
+        command.add_argument("--json", type=Path, help="write there after each case; default: only print")
+        command.add_argument("--budget-seconds", type=_amount, help=f"about how long to take; default {_budgets(op)}")
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
         if op != "all":
             command.add_argument("--case", default="", help="only cases with this in their name; default all")
@@ -86,20 +107,27 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     compared.add_argument("baseline", type=Path, help="JSON of an earlier run, or of pytest benchmarks")
     compared.add_argument("new", type=Path, help="of the same kind")
     compared.add_argument(
-        "--threshold", type=float, default=compare.THRESHOLD, help=f"tolerated share; default {compare.THRESHOLD}"
+        "--threshold", type=_amount, default=compare.THRESHOLD, help=f"tolerated share; default {compare.THRESHOLD}"
     )
     tune = commands.add_parser("tune", help="times kernel configurations on this GPU and rewrites the tuning table")
     tune.add_argument("op", choices=["attention"])
     tune.add_argument("--out", type=Path, help="file to write; default: the table that the package reads")
-    tune.add_argument("--budget-seconds", type=float, default=540, help="then the rest keeps what it has; default 540")
+    tune.add_argument("--budget-seconds", type=_amount, default=540, help="the rest keeps what it has; default 540")
     tune.add_argument("--head-dim", type=int, action="append", help="only this head width, repeatable; default all")
     tune.add_argument("--dry-run", action="store_true", help="tiny, in Triton's interpreter: shows that it runs")
     gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")
     gpu.add_argument("--out", type=Path, required=True, help="folder for the JSON files")
     gpu.add_argument("--stage", action="append", help="stage by name, repeatable; default all, in order of worth")
-    gpu.add_argument("--budget-seconds", type=float, default=540, help="for all stages together; default 540")
+    gpu.add_argument("--budget-seconds", type=_amount, default=540, help="for all stages together; default 540")
     gpu.add_argument("--dry-run", action="store_true", help="each stage on CPU stand-ins, tiny: shows that it runs")
     return parser.parse_args(argv)
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}, expected a number that is not negative")
+    return value
 
 
 def _budgets(op: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -47,23 +50,14 @@ def run(
     """
     budget = _budget(load(op), shapes) if seconds is None else seconds
     until = time.perf_counter() + budget
-    measured: dict = {}
-    so_far: list[dict] = []
-    facts = {"shapes": shapes, "budget_seconds": budget}
-
-    def on_new(new: list[dict]) -> None:
-        on_rows(new)
-        so_far.extend(new)
-        if save is not None:
-            save(_document(device, seed, measured, so_far, facts))
-
+    record = _Record(device, seed, {"shapes": shapes, "budget_seconds": budget}, on_rows, save)
     if case:
         everything = problems if problems is not None else load(op).problems(shapes, device, seed)
         problems = [problem for problem in everything if case in problem.case]
         if not problems:
             raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name")
-    rows = _rows(op, device, shapes, until, seed, measured, problems, on_new)
-    return _document(device, seed, measured, rows, facts)
+    _measure_all(op, device, shapes, until, seed, record, problems)
+    return record.document()
 
 
 def run_all(
@@ -74,19 +68,16 @@ def run_all(
     seed: int = 0,
     ops: tuple[str, ...] = OPS,
     on_rows: Callable[[list[dict]], None] = table.print_rows,
-    save: Callable[[dict], None] = lambda document: None,
+    save: Callable[[dict], None] | None = None,
 ) -> dict:
-    """One document of all operators.  save gets what there is after each, so that a run that is cut off leaves that.
+    """One document of all operators.  save gets what there is after each problem: a run that is cut off leaves that.
 
     An operator whose packages are not installed has one row, skipped with the reason.
     """
     budget = ALL_SECONDS[shapes] if seconds is None else seconds
     deadline = time.perf_counter() + budget
-    facts = {"shapes": shapes, "budget_seconds": budget}
-    measured: dict = {}
-    rows: list[dict] = []
+    record = _Record(device, seed, {"shapes": shapes, "budget_seconds": budget}, on_rows, save)
     todo = deque(ops)
-    document = _document(device, seed, measured, rows, facts)
     while todo:
         weights = [_weight(op, shapes) for op in todo]
         op = todo.popleft()
@@ -94,15 +85,12 @@ def run_all(
         until = time.perf_counter() + left * weights[0] / sum(weights)
         where = torch.device("cpu") if op in HOST_OPS else device
         try:
-            rows += _rows(op, where, shapes, until, seed, measured, None, on_rows)
+            _measure_all(op, where, shapes, until, seed, record, None)
         except ImportError as error:
             row = {"op": op, "case": "all", "direction": "fwd", "dtype": "any", "impl": "all"}
-            rows.append(row | {"skipped": f"needs a package that is not installed: {error}"})
-            on_rows(rows[-1:])
-        document = _document(device, seed, measured, rows, facts)
-        save(document)
-    table.print_missing(rows)
-    return document
+            record.add([row | {"skipped": f"needs a package that is not installed: {error}"}])
+    table.print_missing(record.rows)
+    return record.document()
 
 
 def load(op: str) -> ModuleType:
@@ -110,20 +98,70 @@ def load(op: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{op}")
 
 
+def read(path: Path) -> dict:
+    """What `write` wrote; empty where there is no such file, or one of another kind."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write(document: dict, path: Path) -> None:
+    """The whole file or, where this is cut off, what was there before."""
+    part = _part(path)
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """OSError where `write` would fail: before a run of minutes, not behind it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _part(path).touch()
+    _part(path).unlink()
 
 
-def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> list[dict]:
-    """Rows of one operator; adds the limits it needs to `measured`, unless an earlier operator did."""
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+@dataclass
+class _Record:
+    """What a run has found so far.  on_rows and save get the new rows, and the document, after each problem."""
+
+    device: torch.device
+    seed: int
+    facts: dict
+    on_rows: Callable[[list[dict]], None]
+    save: Callable[[dict], None] | None
+    limits: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+
+    def add(self, rows: list[dict]) -> None:
+        self.on_rows(rows)
+        self.rows += rows
+        if self.save is not None:
+            self.save(self.document())
+
+    def document(self) -> dict:
+        facts = environment.describe(self.device, self.seed) | self.facts
+        document = {"environment": facts, "limits": dict(self.limits), "rows": list(self.rows)}
+        wrong = schema.errors(document)
+        if wrong:
+            raise ValueError(f"benchmarks: the result is malformed: {'; '.join(wrong[:5])}")
+        return document
+
+
+def _measure_all(op, device, shapes, deadline, seed, record: _Record, problems) -> None:
+    """Adds the rows of one operator, and the limits it needs, unless an earlier operator did."""
     module = load(op)
     todo = deque(problems if problems is not None else module.problems(shapes, device, seed))
     dtypes = sorted({p.dtype for p in todo} & set(module.DTYPES_USED[device.type]))
-    new_limits = limits.measure(device, dtypes, known=measured)
+    new_limits = limits.measure(device, dtypes, known=record.limits)
     table.print_limits(new_limits)
-    measured |= new_limits
-    rows: list[dict] = []
+    record.limits |= new_limits
     while todo:
         share = 1 / len(todo)
         problem = todo.popleft()  # let go of each when it is done: inputs and oracles are large
@@ -133,10 +171,8 @@ def _rows(op, device, shapes, deadline, seed, measured, problems, on_rows) -> li
         else:
             # Half of the share is for timing; checking takes the rest.
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)
-            new = _measured(problem, measured, seconds_each, device, deadline)
-        rows += new
-        on_rows(new)
-    return rows
+            new = _measured(problem, record.limits, seconds_each, device, deadline)
+        record.add(new)
 
 
 def _measured(problem, measured: dict, seconds_each: float, device: torch.device, deadline: float) -> list[dict]:
@@ -149,15 +185,6 @@ def _measured(problem, measured: dict, seconds_each: float, device: torch.device
         reason = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         rows += [_identity(problem, direction) | {"skipped": reason} for direction in problem.directions]
     return rows
-
-
-def _document(device: torch.device, seed: int, measured: dict, rows: list[dict], facts: dict) -> dict:
-    facts = environment.describe(device, seed) | facts
-    document = {"environment": facts, "limits": dict(measured), "rows": list(rows)}
-    wrong = schema.errors(document)
-    if wrong:
-        raise ValueError(f"benchmarks: the result is malformed: {'; '.join(wrong[:5])}")
-    return document
 
 
 def _budget(module: ModuleType, shapes: str) -> float:

@@ -161,12 +161,13 @@ def test_wrong_sample_and_wrong_batch_are_excluded():
 
 
 def test_all_shares_one_document(tmp_path):
-    """What is there after each operator is saved; an operator that cannot be imported has a row that says so."""
+    """What is there after each case is saved; an operator that cannot be imported has a row that says so."""
     saved = []
     document = run.run_all(CPU, seconds=0.0, ops=("planner", "no_such_operator", "data"), save=saved.append)
     assert schema.errors(document) == []
-    assert [len({row["op"] for row in each["rows"]}) for each in saved] == [1, 2, 3]
-    assert saved[-1] == document
+    assert list(dict.fromkeys(len({row["op"] for row in each["rows"]}) for each in saved)) == [1, 2, 3]
+    assert len(saved) > 3
+    assert saved[-1]["rows"] == document["rows"]
     assert document["environment"]["budget_seconds"] == 0.0
     (missing,) = [row for row in document["rows"] if row["op"] == "no_such_operator"]
     assert "no_such_operator" in missing["skipped"]
@@ -223,3 +224,51 @@ def test_command_line(tmp_path):
 def test_command_line_refuses(capsys):
     assert main(["planner", "--device", "cuda"]) == 2
     assert capsys.readouterr().err
+    for text in ("-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit):
+            main(["planner", "--budget-seconds", text])
+        assert "--budget-seconds" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_keeps_its_cases(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second case of a minutes' run: the file has the first, and the command line one line."""
+    measured, path = run._measured, tmp_path / "packing.json"
+
+    def stopped(problem, *rest):
+        if path.exists():
+            raise KeyboardInterrupt
+        return measured(problem, *rest)
+
+    monkeypatch.setattr(run, "_measured", stopped)
+    problems = [packing.build("pack", "stamps", 3, width, "fp32", CPU, 0) for width in (24, 32)]
+    monkeypatch.setattr(packing, "problems", lambda *which: problems)
+    assert main(["packing", "--device", "cpu", "--json", str(path)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    document = json.loads(path.read_text())
+    assert schema.errors(document) == []
+    assert {row["case"] for row in document["rows"]} == {problems[0].case}
+
+
+@pytest.mark.parametrize("way", ["folder", "file as a folder"])
+def test_a_file_that_cannot_be_written_is_refused_first(way, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("measured first"))
+    (tmp_path / "file").touch()
+    path = tmp_path if way == "folder" else tmp_path / "file/x.json"
+    assert main(["packing", "--device", "cpu", "--json", str(path)]) == 2
+    assert str(path if way == "folder" else tmp_path / "file") in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_is_cut_off_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    run.write({"first": 1}, path)
+
+    def cut_off(self, text):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run.write({"second": 2}, path)
+    assert run.read(path) == {"first": 1}
