@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -20,13 +19,15 @@ def run(stage: Callable[..., dict], arguments: tuple, path: Path, seconds: float
     start = time.perf_counter()
     process = multiprocessing.get_context("spawn").Process(target=_alone, args=(stage, arguments))
     process.start()
-    process.join(seconds)
-    if hung := process.is_alive():
-        with contextlib.suppress(ProcessLookupError):  # it has not come as far as to lead a group
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join(10)  # not for ever: a process that waits for a broken driver cannot be killed
-    record = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        process.join(seconds)
+    finally:  # also where this one is stopped: its Ctrl-C does not reach the other's group
+        if hung := process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has not come as far as to lead a group
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join(10)  # not for ever: a process that waits for a broken driver cannot be killed
+    record = files.read(path)
     written = record and path.stat().st_mtime_ns != before
     if process.exitcode == 0 and written and not record.get("cut_off"):
         return record

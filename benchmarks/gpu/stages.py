@@ -8,7 +8,6 @@ the same folder goes on where the first stopped; a stage that is named is run ag
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
@@ -234,20 +233,21 @@ def _problems(context: Context, op: str):
 
 def _earlier(context: Context, name: str) -> dict | None:
     """The stage's record in OUT, where it is of these sources, this kind of run and this device."""
-    path = context.path(name)
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    same = record["dry_run"] == context.dry_run and record["environment"].get("sources") == environment.sources()
+    record = run.read(context.path(name))
+    same = record.get("dry_run") == context.dry_run and _sources(record) == environment.sources()
     return record if same else None
+
+
+def _sources(record: dict) -> str | None:
+    return record.get("environment", {}).get("sources")
 
 
 def _require_green(context: Context, op: str) -> None:
     path = context.path("correctness")
     if not path.exists():
         raise Refused(f"no {path.name} in the output folder: run the stage correctness first")
-    record = json.loads(path.read_text())
-    if record["dry_run"] != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
+    record = run.read(path)
+    if record.get("dry_run") != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
         raise Refused(f"correctness of {op} is red (or was a dry run): speed is not measured")
-    if record["environment"].get("sources") != environment.sources():
+    if _sources(record) != environment.sources():
         raise Refused(f"correctness was shown for commit {record['environment']['commit']}, the sources are others")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -142,6 +143,36 @@ def test_a_stage_that_hangs_or_dies_leaves_its_rows(tmp_path, way):
     assert not record["ok"]
     assert record["error"] == {"hangs": "ended after 15 s", "dies": "its process ended with code 9"}[way]
     assert record["result"] == {"rows": ["one"]}
+
+
+def test_a_stage_ends_with_who_started_it(tmp_path, monkeypatch):
+    """Ctrl-C in `benchmarks gpu`: the stage would go on, on the GPU, and the program wait for it."""
+    process = multiprocessing.get_context("spawn").Process
+    started, join = [], process.join
+
+    def stopped(self, timeout=None):
+        if self not in started:
+            started.append(self)
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    monkeypatch.setattr(process, "join", stopped)
+    path = tmp_path / "attention.json"
+    with pytest.raises(KeyboardInterrupt):
+        processes.run(_half_a_stage, (path, "hangs"), path, 60.0)
+    assert not started[0].is_alive()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+def test_files_that_are_no_records_count_as_none(tmp_path, text):
+    """What a run that was killed left, or the JSON of another command."""
+    for name in ("probe", "correctness"):
+        (tmp_path / f"{name}.json").write_text(text)
+    context = stages.Context(CPU, tmp_path, 600.0, True)
+    assert stages._earlier(context, "probe") is None
+    with pytest.raises(stages.Refused, match="red"):
+        stages._require_green(context, "attention")
+    assert evidence.stage_records(tmp_path.glob("*.json")) == []
 
 
 def _half_a_stage(path, way):
