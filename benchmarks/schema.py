@@ -16,6 +16,7 @@ IDENTITY = ("op", "case", "direction", "dtype", "impl")
 FIGURES = ("median_ms", "spread", "rate", "rate_unit", "percent_of_limit", "speedup_over", "samples_ms")
 OPTIONAL = ("extra",)
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd", "step")
+KINDS = {"environment": dict, "limits": dict, "rows": list}
 ENVIRONMENT = ("date", "device", "cpu", "cores", "threads", "python", "torch", "triton", "numpy", "commit", "seed")
 
 
@@ -23,16 +24,21 @@ def errors(document: Any) -> list[str]:
     """What is wrong with document; empty when it is well formed."""
     if not isinstance(document, dict) or set(document) - {"profile"} != {"environment", "limits", "rows"}:
         return ["document: expected exactly environment, limits, rows"]
+    for name, kind in KINDS.items():
+        if not isinstance(document[name], kind):
+            return [f"{name}: expected a {kind.__name__}, got {str(document[name])[:40]}"]
     found = [f"environment: lacks {key}" for key in ENVIRONMENT if key not in document["environment"]]
     for name, limit in document["limits"].items():
-        if set(limit) != {"value", "unit"} or not _positive(limit["value"]):
+        if not isinstance(limit, dict) or set(limit) != {"value", "unit"} or not _positive(limit["value"]):
             found.append(f"limits.{name}: expected a positive value and a unit, got {limit}")
     for index, row in enumerate(document["rows"]):
         found += [f"rows[{index}]: {problem}" for problem in _row_errors(row)]
     return found
 
 
-def _row_errors(row: dict) -> list[str]:
+def _row_errors(row: Any) -> list[str]:
+    if not isinstance(row, dict):
+        return [f"expected a dict, got {str(row)[:40]}"]
     found = [f"{key} is {row.get(key)!r}, expected a name" for key in IDENTITY if not _name(row.get(key))]
     if row.get("direction") not in DIRECTIONS:
         found.append(f"direction is {row.get('direction')!r}, expected one of {DIRECTIONS}")
@@ -53,12 +59,17 @@ def _row_errors(row: dict) -> list[str]:
         found.append(f"median_ms {row['median_ms']!r} and rate {row['rate']!r} must be positive")
     if not isinstance(row["spread"], Real) or not row["spread"] >= 0:
         found.append(f"spread is {row['spread']!r}, expected a number >= 0")
-    if not row["samples_ms"] or not all(_positive(ms) for ms in row["samples_ms"]):
+    if (
+        not isinstance(row["samples_ms"], list)
+        or not row["samples_ms"]
+        or not all(_positive(ms) for ms in row["samples_ms"])
+    ):
         found.append("samples_ms must hold the positive times that the median is of")
     if row["percent_of_limit"] is not None and not _positive(row["percent_of_limit"]):
         found.append(f"percent_of_limit is {row['percent_of_limit']!r}, expected null or positive")
-    if not all(_name(peer) and _positive(x) for peer, x in row["speedup_over"].items()):
-        found.append(f"speedup_over is {row['speedup_over']!r}, expected {{peer: ratio > 0}}")
+    ratios = row["speedup_over"]
+    if not isinstance(ratios, dict) or not all(_name(peer) and _positive(x) for peer, x in ratios.items()):
+        found.append(f"speedup_over is {ratios!r}, expected {{peer: ratio > 0}}")
     return found
 
 

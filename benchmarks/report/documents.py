@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import schema
 from benchmarks.harness import PREFIX
@@ -91,15 +92,13 @@ def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
     documents, left_out = [], []
     for name, path in _named(paths):
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = document_in(json.loads(path.read_text()))
+        except OSError as error:
+            left_out.append(f"{path.name}: {error.strerror}")
+            continue
+        except ValueError as error:
             left_out.append(f"{path.name}: {error}")
             continue
-        reason = _refusal(content)
-        if reason:
-            left_out.append(f"{path.name}: {reason}")
-            continue
-        content = content.get("result", content)
         documents.append(Document(name, content["environment"], content["limits"], content["rows"]))
     return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
 
@@ -133,14 +132,17 @@ def _named(paths: Iterable[Path]) -> list[tuple[str, Path]]:
     return list(zip(names if parts else [], paths.values(), strict=True))
 
 
-def _refusal(content) -> str | None:
+def document_in(content: Any) -> dict:
+    """The run that a file's JSON is, or that a stage holds.  Raises ValueError with the reason where there is none."""
     if isinstance(content, dict) and "stage" in content:
         if content.get("dry_run"):
-            return "a dry run, none of whose figures counts"
+            raise ValueError("a dry run, none of whose figures counts")
         if not content.get("ok") and not content.get("cut_off"):  # the rows before a cut are as good as any
-            return f"stage {content['stage']} is not ok"
-        content = content.get("result", {})
+            raise ValueError(f"stage {content['stage']} is not ok")
+        content = content.get("result")
     if not isinstance(content, dict) or "rows" not in content:
-        return "no benchmark document: it has no rows"
+        raise ValueError("no benchmark document: it has no rows")
     wrong = schema.errors(content)
-    return f"malformed: {wrong[0]}" if wrong else None
+    if wrong:
+        raise ValueError(f"malformed: {wrong[0]}")
+    return content

@@ -52,7 +52,7 @@ def stage_records(paths: Iterable[Path]) -> list[dict]:
             continue
         if not isinstance(record, dict) or record.get("stage") not in STAGES:
             continue
-        if "gpu" in record["environment"] and not record["dry_run"]:
+        if "gpu" in record.get("environment", {}) and not record.get("dry_run"):
             found.append(record)
     return sorted(found, key=lambda record: STAGES.index(record["stage"]))
 

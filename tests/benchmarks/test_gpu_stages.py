@@ -163,7 +163,7 @@ def test_a_stage_ends_with_who_started_it(tmp_path, monkeypatch):
     assert not started[0].is_alive()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"stage": "attention", "ok": true}'])
 def test_files_that_are_no_records_count_as_none(tmp_path, text):
     """What a run that was killed left, or the JSON of another command."""
     for name in ("probe", "correctness"):

@@ -47,6 +47,10 @@ def test_bad_rows():
         TIMED | {"surprise": 1},
         TIMED | {"samples_ms": []},  # a median of nothing
         TIMED | {"samples_ms": [1.5, -1.0]},
+        TIMED | {"samples_ms": 1.5},
+        TIMED | {"speedup_over": 2.0},
+        3,
+        None,
         {key: value for key, value in TIMED.items() if key != "spread"},
     ]
     for row in bad:
@@ -60,3 +64,5 @@ def test_bad_document():
     del without_commit["environment"]["commit"]
     assert schema.errors(without_commit) == ["environment: lacks commit"]
     assert schema.errors(GOOD | {"limits": {"copy": {"value": 0.0, "unit": "GB/s"}}})
+    for other in ({"environment": 3}, {"environment": None}, {"limits": []}, {"limits": {"copy": 3}}, {"rows": {}}):
+        assert len(schema.errors(GOOD | other)) == 1, other
