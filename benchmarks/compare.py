@@ -2,11 +2,13 @@
 
 Never by absolute time.  A row's *score* is its speed over a calibration measured in the same run:
 
-* a document of `benchmarks OP --json`: its ratio to the peers of its case that both runs timed, which took turns with
-  it sample by sample (their geometric mean); where no peer is in both, its percent of the limit of that run
+* a document of `benchmarks OP --json`, or of a stage of `benchmarks gpu`: its ratio to the peers of its case that both
+  runs timed, which took turns with it sample by sample (their geometric mean); where no peer is in both, its percent of
+  the limit of that run
 * a file of `pytest benchmarks --benchmark-json`: the calibration call that ran beside that test
 
-A row regressed where new score / old score is below 1 - threshold, by more than the medians are uncertain.
+A row regressed where new score / old score is below 1 - threshold, by more than the medians are uncertain, and where it
+is wrong or fails in the new run.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import schema
-from benchmarks.harness import PREFIX, notch
+from benchmarks.harness import BROKEN, PREFIX, notch
+from benchmarks.report import documents
 
 THRESHOLD = 0.15  # a fresh process alone moves a CPU row by up to a tenth: other addresses, other pages
 Key = tuple[str, ...]
+FACTS = ("gpu", "cpu", "threads", "torch", "triton")  # of the environment: what moves ratios besides our code
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class Score:
     time: float
     uncertain: float
     beside: dict[str, tuple[float, float]]  # name -> (time, uncertainty)
+
+
+@dataclass(frozen=True)
+class Run:
+    """scores: our rows; broken: who was wrong or failed, and how; facts: FACTS, where the file has them."""
+
+    scores: dict[Key, Score]
+    broken: dict[Key, str]
+    facts: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -56,32 +69,49 @@ def run(baseline: Path, new: Path, threshold: float = THRESHOLD) -> int:
     """Prints what changed; 0 without a regression, 1 with one, 2 where nothing can be compared."""
     try:
         old, now = read(baseline), read(new)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(f"compare: {error}")
         return 2
-    changes, alone = compare(old, now, threshold)
+    for name in old.facts.keys() & now.facts.keys():
+        if old.facts[name] != now.facts[name]:
+            print(f"compare: {name} was {old.facts[name]} and is {now.facts[name]}, which moves ratios too")
+    changes, alone = compare(old.scores, now.scores, threshold)
     for change in sorted(changes, key=lambda c: c.ratio):
         if change.regressed or change.improved:
             word = "SLOWER" if change.regressed else "faster"
             name = " / ".join(change.key)
             print(f"{word} {change.ratio:.2f}x (noise up to {change.allowed:.0%}) {name}, by {change.by}")
+    # Where nobody could be measured ("all"), ours could not.
+    reasons = {key: now.broken.get(key) or now.broken.get((*key[:-1], "all")) for key in sorted(alone)}
+    broken = {key: reason for key, reason in reasons.items() if reason and key in old.scores}
+    for key, reason in broken.items():
+        print(f"BROKEN {' / '.join(key)}: {reason}")
     regressed = sum(change.regressed for change in changes)
-    print(f"compare: {len(changes)} rows compared, {regressed} slower; {len(alone)} not in both or nothing in common")
-    if not changes:
+    print(
+        f"compare: {len(changes)} rows compared, {regressed} slower; {len(broken)} broken; "
+        f"{len(alone) - len(broken)} not in both or nothing in common"
+    )
+    if not changes and not broken:
         print("compare: no row of ours is in both files with something to measure it by")
         return 2
-    return 1 if regressed else 0
+    return 1 if regressed or broken else 0
 
 
-def read(path: Path) -> dict[Key, Score]:
-    """Our rows.  Raises ValueError for a file of neither kind."""
-    content = json.loads(path.read_text())
-    if isinstance(content, dict) and "benchmarks" in content:
-        return _of_pytest(content["benchmarks"])
-    wrong = schema.errors(content)
-    if wrong:
-        raise ValueError(f"{path.name} is neither a benchmark document ({wrong[0]}) nor pytest-benchmark's JSON")
-    return _of_document(content["rows"])
+def read(path: Path) -> Run:
+    """Raises ValueError for a file of neither kind."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and "benchmarks" in content:
+            return Run(_of_pytest(content["benchmarks"]), {}, {})
+        document = documents.document_in(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is neither a benchmark document nor pytest-benchmark's JSON: {error}") from None
+    facts = {name: str(document["environment"][name]) for name in FACTS if name in document["environment"]}
+    if "gpu" in facts:
+        facts["gpu"] = document["environment"]["gpu"]["name"]
+    skipped = [row for row in document["rows"] if row.get("skipped", "").startswith(BROKEN)]
+    broken = {tuple(row[name] for name in schema.IDENTITY): row["skipped"] for row in skipped}
+    return Run(_of_document(document["rows"]), broken, facts)
 
 
 def compare(old: dict[Key, Score], now: dict[Key, Score], threshold: float) -> tuple[list[Change], list[Key]]:
@@ -122,7 +152,7 @@ def _of_document(rows: Iterable[dict]) -> dict[Key, Score]:
 def _of_pytest(benchmarks: Iterable[dict]) -> dict[Key, Score]:
     found = {}
     for each in benchmarks:
-        facts, stats = each["extra_info"], each["stats"]
+        facts, stats = each.get("extra_info", {}), each.get("stats")
         if "calibration_ms" not in facts or not facts["impl"].startswith(PREFIX):
             continue
         key = tuple(facts[name] for name in schema.IDENTITY)

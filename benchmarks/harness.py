@@ -33,6 +33,8 @@ FIRST_LEAD_MS, LEAD, MAX_LEAD_MS = 1.0, 1.5, 5.0  # GPU: how long it is held up 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+# How the reason begins for which somebody who can run was not timed.
+BROKEN = ("wrong", "failed")
 # Marks, as extra, what is no peer: a plain copy, a sort.  It does less than the problem asks, and bounds it.
 YARDSTICK = {"yardstick": True}
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import environment, limits, run
 from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
-from benchmarks.harness import PREFIX
+from benchmarks.harness import BROKEN, PREFIX
 from mmkernels import dispatch, native
 
 SEED = 0
@@ -223,7 +223,7 @@ def _timed(context: Context, op: str, *, green: bool = True, problems: list | No
         op, context.device, shapes="quick", seconds=context.seconds, seed=SEED, problems=problems, save=save
     )
     ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX) or row["impl"] == "all"]
-    wrong = [row for row in ours if row.get("skipped", "").startswith(("wrong", "failed"))]
+    wrong = [row for row in ours if row.get("skipped", "").startswith(BROKEN)]
     return any("checked" in row for row in ours) and not wrong, document
 
 

@@ -91,6 +91,48 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     assert "neither" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"benchmarks": [{"name": "of somebody else"}]}', '{"stage": "tune"}'])
+def test_files_of_another_kind(text, tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(text)
+    new.write_text(json.dumps(document(np.random.default_rng(0), cases=1)))
+    assert main(["compare", str(old), str(new)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none.json"), str(new)]) == 2
+    assert "none.json: No such file" in capsys.readouterr().err
+
+
+def test_stages_of_gpu(tmp_path, capsys):
+    """Their files hold a document; of another GPU or another torch, that is said."""
+    rng = np.random.default_rng(0)
+    gpu = [FACTS | {"gpu": {"name": name}, "torch": "2"} for name in ("H100", "H200")]
+    stages = [
+        {"stage": "attention", "ok": True, "dry_run": False, "environment": facts}
+        | {"result": document(rng, ours=ours) | {"environment": facts}}
+        for facts, ours in zip(gpu, (1.0, 1.6), strict=True)
+    ]
+    assert verdict(tmp_path, stages[0], stages[0]) == 0
+    assert "which moves" not in capsys.readouterr().out
+    assert verdict(tmp_path, *stages) == 1
+    out = capsys.readouterr().out
+    assert "gpu was H100 and is H200" in out
+    assert out.count("which moves") == 1
+
+
+@pytest.mark.parametrize("impl", ["mm.cpp", "all"])  # its row, or that of a case which nobody could be timed on
+def test_a_row_that_is_wrong_now_is_a_regression(impl, tmp_path, capsys):
+    old, new = (document(np.random.default_rng(0), cases=2) for _ in range(2))
+    gone = new["rows"].pop(0)
+    assert verdict(tmp_path, old, new) == 0  # not measured is not worse
+    identity = {name: gone[name] for name in ("op", "case", "direction", "dtype")}
+    new["rows"].append(identity | {"impl": impl, "skipped": "the time budget was spent before this case"})
+    assert verdict(tmp_path, old, new) == 0
+    new["rows"][-1]["skipped"] = "wrong: result 0 has relative error 1"
+    capsys.readouterr()
+    assert verdict(tmp_path, old, new) == 1
+    assert "BROKEN attention / case 0 / fwd / fp32 / mm.cpp: wrong: result 0" in capsys.readouterr().out
+
+
 def test_pytest_suite(tmp_path):
     """pytest benchmarks --benchmark-json: rows that `compare` reads, each with the calibration that ran beside it."""
     path = tmp_path / "speed.json"
@@ -100,7 +142,7 @@ def test_pytest_suite(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
-    found = compare.read(path)
+    found = compare.read(path).scores
     assert {key[0] for key in found} == {"planner"}
     assert len(found) == 3
     assert all(score.time > 0 and score.beside["calibration"][0] > 0 for score in found.values())
