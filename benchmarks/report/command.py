@@ -24,7 +24,11 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in _drawn_before(out / "report.md"):  # the runs of an earlier report may have had other names
         (out / name).unlink(missing_ok=True)
-    images = {document.name: plots.draw(document, out) for document in found}
+    images = {}
+    if plots.can_draw():
+        images = {document.name: plots.draw(document, out) for document in found}
+    else:
+        print("report: without plots: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     (out / "report.md").write_text(tables.markdown(found, left_out, images))
     (out / "report.html").write_text(page.html(found, left_out, images, out))
     print(f"report: {len(found)} runs in {out / 'report.md'} and {out / 'report.html'}")

@@ -5,6 +5,7 @@ Narrow and with large type, so that a page on a phone can show them as they are.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import textwrap
@@ -22,6 +23,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = "osD^vPX*<>"
 UNIFORM = re.compile(r"uniform \d+x(?P<length>\d+) (?P<rest>.*?) ?T\d+ (?P<shape>.*)")  # of attention_cases' names
 MAX_CELLS = 6  # columns of a heat map, beyond which its numbers become too small to read
+
+
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(document: Document, folder: Path) -> dict[str, list[str]]:
@@ -135,7 +140,7 @@ def _ratio_figure(pyplot, found: list[Case], direction: str):
         (peers[i : i + MAX_CELLS], those) for peers, those in blocks.items() for i in range(0, len(peers), MAX_CELLS)
     ]
     labels = [[_label(case) for case in those] for _, those in groups]
-    columns = [[textwrap.fill(peer.replace("_", " "), 9) for peer in peers] for peers, _ in groups]
+    columns = [[column_head(peer) for peer in peers] for peers, _ in groups]
     heads = [0.2 * max(text.count("\n") + 1 for text in names) + 0.25 for names in columns]
     heights = [_height(names) + head for names, head in zip(labels, heads, strict=True)]
     figure, panels = pyplot.subplots(
@@ -158,6 +163,13 @@ def _ratio_figure(pyplot, found: list[Case], direction: str):
         axes.spines[:].set_visible(False)
     figure.suptitle(f"{direction}: ours over each peer (blue: ours is faster)", x=0.01, ha="left", fontsize=10)
     return figure
+
+
+def column_head(peer: str) -> str:
+    """Lines of about 9 letters; a longer word is cut at a dot, a plus or a bracket: torch.nested, padded[mask]."""
+    words = peer.replace("_", " ").split()
+    parts = [part for word in words for part in (re.split(r"(?<=[.+])|(?=[(\[])", word) if len(word) > 9 else [word])]
+    return textwrap.fill(" ".join(parts), 9, break_long_words=False)
 
 
 def _save(figure, path: Path) -> None:

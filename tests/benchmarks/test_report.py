@@ -155,6 +155,27 @@ def test_rate_over_length():
     assert plots.over_length(documents.cases([row("attention", "stamps 32 full T9 H4 D64", "mm.cpp", 1.0)])) == {}
 
 
+def test_headings_of_a_heat_map_are_not_cut_within_a_word():
+    headings = {
+        "torch.nested": "torch.\nnested",
+        "joint index_select(out=)": "joint\nindex\nselect\n(out=)",
+        "padded[mask]": "padded\n[mask]",
+        "torch.cat": "torch.cat",
+        "huggingface_sdpa": "huggingface\nsdpa",
+    }
+    for peer, lines in headings.items():
+        assert plots.column_head(peer) == lines
+
+
+def test_tables_without_matplotlib(files, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "can_draw", lambda: False)
+    assert command.run([files / "run.json"], files / "out", docs=False) == 0
+    assert "without plots: matplotlib" in capsys.readouterr().err
+    assert "![" not in (files / "out/report.md").read_text()
+    assert "<img" not in (files / "out/report.html").read_text()
+    assert list((files / "out").glob("*.png")) == []
+
+
 def test_gpu_evidence(tmp_path):
     """Stages that ran on a GPU: what they showed, what failed; and only then a claim of speed, with the hardware."""
     checks = [{"name": "attention a: x", "ok": False, "message": "off | by\none", "seconds": 1.0}]
