@@ -124,9 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _refuse_where_impossible()
         specs = kernel_specs(options.arch, options.op)
+        _refuse_unknown("--dtype", options.dtype, {spec.dtype for spec in specs})
+        _refuse_unknown("--head-dim", options.head_dim, {spec.config.get("head_dim") for spec in specs} - {None})
         specs = [spec for spec in specs if _wanted(spec, options)]
         if not specs:
             raise InspectError("inspect: no kernel configuration matches these options")
+        if options.json:
+            _refuse_unwritable(options.json)
+        print(f"inspect: compiles {len(specs)} configurations", file=sys.stderr, flush=True)
         rows = list(_report(specs, options.arch, options.jobs))
     except InspectError as error:
         print(error, file=sys.stderr)
@@ -135,7 +140,6 @@ def main(argv: list[str] | None = None) -> int:
     _print_table(rows)
     if options.json:
         clean = [{k: v for k, v in row.items() if k != "dots"} for row in rows]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(clean, indent=1) + "\n")
     for row, what in broken:
         print(f"CHECK {row['kernel']} {row['dtype']} {_config(row)}: {what}", file=sys.stderr)
@@ -168,6 +172,22 @@ def _wanted(spec: KernelSpec, options: argparse.Namespace) -> bool:
     return (not options.dtype or spec.dtype in options.dtype) and (
         not options.head_dim or head_dim is None or head_dim in options.head_dim
     )
+
+
+def _refuse_unknown(option: str, given: list | None, known: set) -> None:
+    unknown = [str(value) for value in given or () if value not in known]
+    if unknown:
+        expected = f"one of {', '.join(map(str, sorted(known)))}" if known else "none: it is of attention alone"
+        raise InspectError(f"inspect: {option} is {', '.join(unknown)}, expected {expected}")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Before the minutes that compiling takes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise InspectError(f"inspect: --json {error.filename}: {error.strerror}") from error
 
 
 def _refuse_where_impossible() -> None:

@@ -64,10 +64,16 @@ def test_check_bites():
     [
         (["--arch", "sm_91"], "sm_80, sm_90, sm_100"),
         (["--op", "nonsense"], "nonsense"),
-        (["--dtype", "int8"], "matches"),
+        (["--dtype", "int8"], "expected one of bf16, fp16, fp32"),
+        (["--head-dim", "64,63"], "is 63, expected one of 32, 64, 96, 128, 256"),
+        (["--head-dim", "64", "--op", "modality_embed"], "expected none"),
+        (["--check", "--dtype", "fp32"], "matches"),
+        (["--json", f"{__file__}/report.json"], f"--json {__file__}: "),
     ],
 )
-def test_refuses_what_does_not_exist(options, message, capsys):
+def test_refuses_what_does_not_exist(options, message, capsys, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(inspect, "_report", lambda *_: pytest.fail("compiled first"))
     assert inspect.main(options) == 2
     assert message in capsys.readouterr().err
 
