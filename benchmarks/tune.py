@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import attention, environment, harness
+from benchmarks import run as files
 from benchmarks.attention_cases import Case
 from mmkernels import dispatch, settings
 from mmkernels.ops.attention import configs, tuned
@@ -76,15 +77,20 @@ class Sweep:
 
 def run(out: Path | None, seconds: float, widths: list[int] | None = None, *, dry_run: bool = False) -> int:
     """Returns an exit code: 2 where there is nothing to tune on.  out None: the table that the package reads."""
-    reason = _refusal(dry_run)
-    if dry_run and out is None:
-        reason = reason or "--dry-run needs --out: what it times must not become the table"
+    cases = DRY_CASES if dry_run else CASES
+    reason = _refusal(dry_run, out, set(widths or ()) - {case.width for case in cases})
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 2
+    out = out or tuned.tuned_path()
+    files.refuse_unwritable(out)
+    try:
+        merged(out, [])  # before the first kernel's minutes: what is there must be a table
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
     sweep = sweep_of(torch.device("cpu" if dry_run else "cuda"), dry_run)
-    cases = [case for case in (DRY_CASES if dry_run else CASES) if not widths or case.width in widths]
-    walk(sweep, cases, out or tuned.tuned_path(), seconds)
+    walk(sweep, [case for case in cases if not widths or case.width in widths], out, seconds)
     return 0
 
 
@@ -207,12 +213,15 @@ def candidate(sweep: Sweep, problem, kernel: str, config: Config | None) -> Call
 
 
 def merge(path: Path, entries: list[dict]) -> None:
-    """The file with these entries in place of those of equal keys."""
+    tuned.write(merged(path, entries), path)
+
+
+def merged(path: Path, entries: list[dict]) -> list[dict]:
+    """The file's entries, with these in place of those of equal keys.  Raises ValueError where it is no table."""
     key = lambda entry: tuple(entry[name] for name in tuned.KEYS)  # noqa: E731
     ours = {key(entry): entry for entry in entries}
     kept = [entry for entry in (tuned.read(path) if path.exists() else []) if key(entry) not in ours]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tuned.write([*kept, *ours.values()], path)
+    return [*kept, *ours.values()]
 
 
 def no_grad(call: Callable):
@@ -239,10 +248,15 @@ def _loaded() -> Iterator[tuple[tuple, int]]:
                 yield (id(fn), device, key), getattr(kernel, "n_spills", None) or 0
 
 
-def _refusal(dry_run: bool) -> str | None:
+def _refusal(dry_run: bool, out: Path | None, unknown: set[int]) -> str | None:
+    if unknown:
+        known = sorted({case.width for case in (DRY_CASES if dry_run else CASES)})
+        return f"--head-dim is {', '.join(map(str, unknown))}, expected one of {', '.join(map(str, known))}"
     if dry_run:
         if not settings.current().triton_interpret:
             return "--dry-run walks the sweep in Triton's interpreter: set TRITON_INTERPRET=1"
+        if out is None:
+            return "--dry-run needs --out: what it times must not become the table"
         return dispatch.missing("attention", "triton", device_type="cpu", dtype=torch.float32)
     if not torch.cuda.is_available():
         return (

@@ -128,7 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="calls with this in their name; default all")
     options = parser.parse_args(argv)
     absent.install()  # the checks are those of its kind
-    groups = correctness._groups([name for name, _ in calls() if options.only in name])
+    names = [name for name, _ in calls() if options.only in name]
+    if not names or options.jobs < 1:
+        what = f"--jobs is {options.jobs}, expected 1 or more" if names else f"no call has {options.only!r} in its name"
+        print(f"ahead: {what}", file=sys.stderr)
+        return 2
+    groups = correctness._groups(names)
     shares = [list(itertools.chain(*groups[i :: options.jobs])) for i in range(options.jobs)]
     records = parallel.run(compile_some, shares, options.jobs)
     failed = [record["name"] for record in records if not record["ok"]]

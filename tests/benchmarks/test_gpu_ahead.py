@@ -37,3 +37,14 @@ def test_what_the_stages_launch_is_among_the_calls():
     assert {"train_step: both", "small attention bf16 D64 everything, sample tiles: error rule"} < names
     assert any(name.startswith("modality_embed stamps full") for name in names)
     assert any(name.startswith("host ") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--only", "nonsense"], "no call has 'nonsense' in its name"), (["--jobs", "0"], "--jobs is 0")],
+)
+def test_refuses_what_would_compile_nothing(options, message):
+    command = [sys.executable, "-m", "benchmarks.gpu.ahead", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -28,6 +28,21 @@ def test_refuses_without_a_gpu(capsys, monkeypatch):
     assert tuned.tuned_path().read_text() == before
 
 
+def test_refuses_before_anything_is_timed(tmp_path, capsys, monkeypatch):
+    """A width that no case has would tune nothing; a file that is no table would show after the first kernel."""
+    monkeypatch.setattr(tune, "walk", lambda *_: pytest.fail("timed first"))
+    monkeypatch.setattr(tune, "sweep_of", lambda *_: None)
+    assert main(["tune", "attention", "--head-dim", "64", "--head-dim", "7"]) == 2
+    assert "--head-dim is 7, expected one of 32, 64, 128, 256" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "_refusal", lambda *_: None)
+    path = tmp_path / "tuned.json"
+    path.write_text('{"rows": []}')
+    assert main(["tune", "attention", "--out", str(path)]) == 2
+    assert "tuned.json: expected" in capsys.readouterr().err
+    assert main(["tune", "attention", "--out", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
 def test_merge_keeps_the_others(tmp_path):
     path = tmp_path / "tuned.json"
     tune.merge(path, [ENTRY, ENTRY | {"kernel": "dq"}])
