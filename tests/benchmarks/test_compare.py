@@ -149,7 +149,7 @@ def test_pytest_suite(tmp_path):
     assert main(["compare", str(path), str(path)]) == 0
     slower = json.loads(path.read_text())
     for each in slower["benchmarks"]:
-        each["stats"]["median"] *= 2
+        each["stats"]["median"] *= 20  # beyond any uncertainty: a busy machine times the calls badly
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     assert main(["compare", str(path), str(tmp_path / "slower.json")]) == 1
 
