@@ -222,6 +222,12 @@ def notch(samples: Sequence[float]) -> float:
     return 1.57 * (quarters[2] - quarters[0]) / math.sqrt(len(samples)) / statistics.median(samples)
 
 
+def may_be_equal(row: dict, other: dict) -> bool:
+    """Whether the intervals of two rows' medians cover the difference of their rates."""
+    uncertain = math.hypot(notch(row["samples_ms"]), notch(other["samples_ms"]))
+    return abs(math.log(row["rate"] / other["rate"])) < uncertain
+
+
 def warm_up(call: Callable, device: torch.device) -> int:
     """Calls until compilation, allocator and caches are warm; returns how many calls make one sample."""
     milliseconds = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import PREFIX
+from benchmarks.harness import PREFIX, may_be_equal
 
 COLUMNS = ("dir", "dtype", "implementation", "ms", "±%", "rate", "% of limit", "times as fast as", "notes")
 NUMBERS = ("ms", "±%", "rate", "% of limit")
@@ -13,7 +13,8 @@ def print_rows(rows: list[dict]) -> None:
     if not rows:
         return
     title = f"{rows[0]['op']}: {rows[0]['case']}"
-    lines = [_cells(row) for row in rows if "skipped" not in row]
+    timed = [row for row in rows if "skipped" not in row]
+    lines = [_cells(row, [other for other in timed if other["direction"] == row["direction"]]) for row in timed]
     skipped = _skipped(rows)
     try:
         from rich.console import Console
@@ -69,7 +70,8 @@ def print_limits(limits: dict) -> None:
     print("limits measured here: " + ", ".join(f"{k} {v['value']:.3g} {v['unit']}" for k, v in limits.items()))
 
 
-def _cells(row: dict) -> list[str]:
+def _cells(row: dict, beside: list[dict]) -> list[str]:
+    """beside: the rows of the same case and direction."""
     extra = dict(row.get("extra", {}))
     name = row["impl"] + (" (auto)" if extra.pop("auto", False) else "")  # what impl="auto" takes
     name += " (yardstick)" if extra.pop("yardstick", False) else ""
@@ -82,7 +84,7 @@ def _cells(row: dict) -> list[str]:
         f"{100 * row['spread']:.0f}",
         f"{number(row['rate'])} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
-        ", ".join(_ratios(row)),
+        ", ".join(_ratios(row, beside)),
         ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items()),
     ]
 
@@ -92,8 +94,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
-def _ratios(row: dict) -> list[str]:
+def ratio(row: dict, other: dict) -> str:
+    """How many times as fast as the other row; with a ~ where the medians do not tell who is faster."""
+    return f"{'~' * may_be_equal(row, other)}{row['rate'] / other['rate']:.2f} {other['impl']}"
+
+
+def _ratios(row: dict, beside: list[dict]) -> list[str]:
     """Of our rows, against each peer; the JSON has every pair."""
     if not row["impl"].startswith(PREFIX):
         return []
-    return [f"{ratio:.2f} {peer}" for peer, ratio in row["speedup_over"].items() if not peer.startswith(PREFIX)]
+    return [ratio(row, other) for other in beside if not other["impl"].startswith(PREFIX)]

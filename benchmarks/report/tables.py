@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.report.documents import Case, Document, cases
-from benchmarks.table import SHORT, number
+from benchmarks.table import SHORT, number, ratio
 
 TITLES = {
     "attention": "attention",
@@ -39,7 +39,8 @@ def markdown(documents: list[Document], left_out: list[str], images: dict[str, d
 READING = (
     "A row is one case in one direction: the implementation that we choose here, its median time, the spread (quarter "
     "to quarter over the median), its rate, percent of the copy or GEMM rate that was measured in the same run, and "
-    "how many times as fast it is as each peer that ran. All were checked against the reference before they were timed."
+    "how many times as fast it is as each peer that ran, with a ~ where the medians are too uncertain to tell who is "
+    "faster. All were checked against the reference before they were timed."
 )
 NO_GPU = "No result of a GPU is among these files: nothing here says how fast the kernels are on one."
 
@@ -80,7 +81,7 @@ def body(document: Document, op: str) -> list[list[str]]:
                 f"{100 * ours['spread']:.0f}",
                 f"{number(ours['rate'])} {ours['rate_unit']}",
                 "" if percent is None else f"{percent:.0f}",
-                ", ".join(f"{case.ratio(peer):.2f} {peer['impl']}" for peer in [*case.peers, *case.others]),
+                ", ".join(ratio(ours, peer) for peer in [*case.peers, *case.others]),
                 notes(case),
             ]
         )

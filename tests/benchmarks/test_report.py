@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from benchmarks import schema
+from benchmarks import schema, table
 from benchmarks.report import command, documents, evidence, plots, regions, tables
 
 FACTS = dict.fromkeys(schema.ENVIRONMENT, "x") | {"date": "2026-11-24T00:00:00+00:00", "device": "cpu", "cores": 2}
@@ -100,6 +100,17 @@ def test_ours_is_what_auto_takes_and_a_yardstick_is_no_peer():
     attention = documents.cases(documents.Document("x", FACTS, {}, rows()).timed("attention"))[0]
     assert attention.ours["impl"] == "mm.cpp"
     assert attention.ratio(attention.best) == 2.0
+
+
+def test_a_ratio_that_the_medians_do_not_tell_from_one(capsys):
+    """Samples that scatter by a fifth: 1.05 times as fast is marked, in the report and on the terminal; 2.00 is not."""
+    found = []
+    for impl, ms in (("mm.cpp", 1.0), ("close", 1.05), ("far", 2.0)):
+        found.append(row("packing", "pack mixed 1", impl, ms) | {"samples_ms": [0.8 * ms, ms, 1.2 * ms] * 3})
+    (line,) = tables.body(documents.Document("x", FACTS, {}, found), "packing")
+    assert "~1.05 close, 2.00 far" in line
+    table.print_rows(found)
+    assert "~1.05 close, 2.00 far" in capsys.readouterr().out
 
 
 def test_report(files, capsys):
