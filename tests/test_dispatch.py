@@ -67,6 +67,9 @@ def test_explain_names_every_operator():
     printed = subprocess.run([sys.executable, "-m", "mmkernels"], capture_output=True, text=True, check=True).stdout
     for op in dispatch.TABLE:
         assert op in printed
+    other = subprocess.run([sys.executable, "-m", "mmkernels", "attention"], capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "unrecognized arguments: attention" in other.stderr
 
 
 def test_the_package_works_without_triton():
