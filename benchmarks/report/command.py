@@ -33,8 +33,12 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
     (out / "report.html").write_text(page.html(found, left_out, images, out))
     print(f"report: {len(found)} runs in {out / 'report.md'} and {out / 'report.html'}")
     if docs:
-        regions.replace(root / README[0], README[1], tables.summary(found))
-        regions.replace(root / EVIDENCE[0], EVIDENCE[1], evidence.render(paths))
+        try:
+            regions.replace(root / README[0], README[1], tables.summary(found))
+            regions.replace(root / EVIDENCE[0], EVIDENCE[1], evidence.render(paths))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         print(f"report: rewrote the generated parts of {README[0]} and {EVIDENCE[0]}")
     return 0
 

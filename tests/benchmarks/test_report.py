@@ -210,11 +210,13 @@ def test_gpu_evidence(tmp_path):
     assert "failed: boom" in evidence.outcome({"stage": "tune", "ok": False, "error": "Traceback\nboom"})
 
 
-def test_regions_refuse_a_page_without_marks(tmp_path):
-    page = tmp_path / "page.md"
+def test_regions_refuse_a_page_without_marks(files, capsys):
+    page = files / "README.md"
     page.write_text(_marks("x") + _marks("x"))
     with pytest.raises(ValueError, match="must hold, once"):
         regions.replace(page, "x", "text")
+    assert command.run([files / "run.json"], files / "out", docs=True, root=files) == 2
+    assert "README.md must hold, once" in capsys.readouterr().err
 
 
 def test_nothing_to_report(tmp_path, capsys):
