@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks.harness import PREFIX, may_be_equal
 
-COLUMNS = ("dir", "dtype", "implementation", "ms", "±%", "rate", "% of limit", "times as fast as", "notes")
-NUMBERS = ("ms", "±%", "rate", "% of limit")
+COLUMNS = ("dir", "dtype", "implementation", "ms", "spread %", "rate", "% of limit", "times as fast as", "notes")
+NUMBERS = ("ms", "spread %", "rate", "% of limit")
 SHORT = {"pairs_computed_over_visible": "pairs"}  # of the JSON's names in the notes: pairs computed over visible
 
 

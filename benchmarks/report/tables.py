@@ -16,7 +16,7 @@ TITLES = {
     "data": "data: samples from shards, batches from features",
     "train_step": "train_step: a whole pretraining step",
 }
-HEADER = ("case", "dir", "dtype", "ours", "ms", "±%", "rate", "% of limit", "times as fast as", "notes")
+HEADER = ("case", "dir", "dtype", "ours", "ms", "spread %", "rate", "% of limit", "times as fast as", "notes")
 
 
 def markdown(documents: list[Document], left_out: list[str], images: dict[str, dict[str, list[str]]]) -> str:

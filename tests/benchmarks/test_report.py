@@ -110,7 +110,10 @@ def test_a_ratio_that_the_medians_do_not_tell_from_one(capsys):
     (line,) = tables.body(documents.Document("x", FACTS, {}, found), "packing")
     assert "~1.05 close, 2.00 far" in line
     table.print_rows(found)
-    assert "~1.05 close, 2.00 far" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "~1.05 close, 2.00 far" in shown
+    assert "spread %" in shown  # quarter to quarter: a ± would be half of it
+    assert "±" not in shown + "".join(tables.HEADER)
 
 
 def test_report(files, capsys):
