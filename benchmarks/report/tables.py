@@ -151,6 +151,8 @@ def _summary_rows(op: str, found: list[Case]) -> list[list[str]]:
         percents = [case.ours["percent_of_limit"] for case in those if case.ours["percent_of_limit"] is not None]
         if those:
             name = f"{op}, {direction}, {len(those)} case{'s' if len(those) > 1 else ''}"
+            if 0 < len(ratios) < len(those):
+                name += f", {len(ratios)} with a peer"
             lines.append([name, _spread(ratios, 2, "no peer"), _spread(percents, 0, "")])
     return lines
 

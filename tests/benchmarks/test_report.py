@@ -151,7 +151,7 @@ def test_report(files, capsys):
     assert readme.endswith("\nafter\n")
     assert "A Processor" in readme
     # three cases of the newer run, and one that the older alone has
-    assert "| attention, fwd, 4 cases | 2.00 (2.00 to 2.00) | 25 (7 to 25) |" in readme
+    assert "| attention, fwd, 4 cases, 3 with a peer | 2.00 (2.00 to 2.00) | 25 (7 to 25) |" in readme
     assert "| packing, fwd, 1 case | 3.00 | 50 |" in readme
     assert tables.NO_GPU in readme
     assert evidence.NONE in (files / "docs/evidence.md").read_text()
