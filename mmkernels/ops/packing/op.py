@@ -19,7 +19,7 @@ from torch import Tensor
 from mmkernels import dispatch
 from mmkernels.ops.packing import schemas
 
-schemas.define("mm", suffix=", str impl")
+schemas.define("mm", suffix=", str impl", symbolic=True)
 NATIVE = ("cpp", "cuda")  # write through pointers
 
 

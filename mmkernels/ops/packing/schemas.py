@@ -36,25 +36,25 @@ _WHERE = "Tensor segments, Tensor modality_ids, Tensor source_rows"
 OPERATORS = {
     "pack": Operator(
         f"Tensor[] streams, {_WHERE}",
-        "int total",
+        "SymInt total",
         "Tensor",
         lambda empty, s, _0, _1, _2, total: empty(s[0], (total, s[0].shape[1])),
     ),
     "unpack": Operator(
         f"Tensor packed, {_WHERE}",
-        "int[] stream_lengths",
+        "SymInt[] stream_lengths",
         "Tensor[]",
         lambda empty, p, _0, _1, _2, lengths: [empty(p, (rows, p.shape[1])) for rows in lengths],
     ),
     "pad": Operator(
         "Tensor packed, Tensor bounds",
-        "int length",
+        "SymInt length",
         "(Tensor, Tensor)",
         lambda empty, p, b, length: (empty(p, (b.shape[0] - 1, length, p.shape[1])), _new_mask(p, b, length)),
     ),
     "unpad": Operator(
         "Tensor padded, Tensor bounds",
-        "int total",
+        "SymInt total",
         "Tensor",
         lambda empty, p, b, total: empty(p, (total, p.shape[2])),
     ),
@@ -62,13 +62,13 @@ OPERATORS = {
         "Tensor packed, Tensor rows", "", "Tensor", lambda empty, p, r: empty(p, (r.shape[0], p.shape[1]))
     ),
     "scatter_rows_sum": Operator(
-        "Tensor grad, Tensor rows", "int total", "Tensor", lambda empty, g, r, total: empty(g, (total, g.shape[1]))
+        "Tensor grad, Tensor rows", "SymInt total", "Tensor", lambda empty, g, r, total: empty(g, (total, g.shape[1]))
     ),
     "segment_mean": Operator(
         "Tensor packed, Tensor bounds", "", "Tensor", lambda empty, p, b: empty(p, (b.shape[0] - 1, p.shape[1]))
     ),
     "segment_mean_backward": Operator(
-        "Tensor grad, Tensor bounds", "int total", "Tensor", lambda empty, g, b, total: empty(g, (total, g.shape[1]))
+        "Tensor grad, Tensor bounds", "SymInt total", "Tensor", lambda empty, g, b, total: empty(g, (total, g.shape[1]))
     ),
 }
 _WRITTEN = {
@@ -82,11 +82,15 @@ def new_empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty(shape)
 
 
-def define(namespace: str, *, suffix: str = "") -> None:
-    """Both forms of every operator in `namespace`, with their fakes; suffix: further arguments of the schema."""
+def define(namespace: str, *, suffix: str = "", symbolic: bool = False) -> None:
+    """Both forms of every operator in `namespace`, with their fakes; suffix: further arguments of the schema.
+
+    symbolic: a graph of torch.compile may leave sizes open, so that other layouts do not compile again.
+    """
     skipped = suffix.count(",")
     for name, operator in OPERATORS.items():
-        sized = f"{operator.inputs}, {operator.size}" if operator.size else operator.inputs
+        size = operator.size if symbolic else operator.size.replace("SymInt", "int")  # what a kernel gets is known
+        sized = f"{operator.inputs}, {size}" if size else operator.inputs
         torch.library.define(f"{namespace}::{name}", f"({sized}{suffix}) -> {operator.outputs}")
         written = _WRITTEN[operator.outputs]
         torch.library.define(f"{namespace}::{name}_out", f"({operator.inputs}, {written}{suffix}) -> ()")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops.packing.packing_cases import IMPLS, LAYOUTS, streams_of, where_of
 
+from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import op, schemas
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
@@ -85,6 +86,30 @@ def test_compiles_as_one_graph():
     torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_other_layouts_do_not_compile_again():
+    """Every batch has other lengths.  The second and third may compile: then the sizes are known to change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(streams, layout):
+        packed = pack(streams, layout)
+        padded, mask = pad(packed, layout)
+        rows = unpack(unpad(padded, layout), layout)[0]
+        return segment_mean(packed, layout).square().sum() + (rows.cos().sum() + mask.sum())
+
+    call, compiled = torch.compile(run, fullgraph=True, backend=counter), []
+    for seed in range(12):
+        counts = torch.randint(2, 9, (seed % 4 + 2, 2), generator=torch.Generator().manual_seed(seed))
+        layout = PackedLayout.from_counts(counts)
+        expected = streams_of(layout, 4, requires_grad=True)
+        given = [s.detach().clone().requires_grad_() for s in expected]
+        run(expected, layout).backward()
+        call(given, layout).backward()
+        for a, b in zip(given, expected, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        compiled.append(counter.frame_count)
+    assert compiled[-1] == compiled[4] <= 4
 
 
 def test_out_compiles_as_one_graph():
