@@ -140,7 +140,20 @@ def unwatched(*tensors) -> bool:
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 # What an option that is a number may be: in a graph of torch.compile also a symbol.
-NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+WHOLE = (int, np.integer, torch.SymInt)
+NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
+
+
+def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def as_list(function: str, name: str, given, expected: str) -> list:
+    """Whatever can be gone through, once; ValueError for what cannot."""
+    try:
+        return list(given)
+    except TypeError:
+        raise ValueError(f"{function}: {name} is {type(given).__name__}, expected {expected}") from None
 
 
 def cpp_missing() -> str | None:

@@ -85,10 +85,12 @@ def pad(
             return padded
     checks.packed("pad", packed, layout)
     length = layout.max_seqlen if length is None else length
-    if length < layout.max_seqlen:
-        raise ValueError(f"pad: length is {length}, expected at least the longest sample's {layout.max_seqlen}")
+    if not dispatch.is_number(length, dispatch.WHOLE) or length < layout.max_seqlen:
+        raise ValueError(
+            f"pad: length is {length!r}, expected a whole number of at least {layout.max_seqlen}, the longest sample's"
+        )
     if out is not None:
-        checks.padded_out(out, (layout.num_samples, length, packed.shape[1]), packed)
+        out = checks.padded_out(out, (layout.num_samples, length, packed.shape[1]), packed)
     return op.pad(packed, layout.cu_seqlens, length, _resolve(impl, packed), out=out)
 
 

@@ -45,6 +45,7 @@ def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
 
 def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor]:
     """Every stream as a tensor, checked against the layout and one another."""
+    given = dispatch.as_list("pack", "streams", given, "a list of tensors")
     for m, stream in enumerate(given):
         if not isinstance(stream, Tensor | None):
             raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
@@ -99,7 +100,7 @@ def rows(tensor: Tensor, index: Tensor) -> None:
         raise ValueError(f"gather_rows: rows is {index.dtype} {list(index.shape)}, expected int32 or int64 [R]")
     if index.device != tensor.device:
         raise ValueError(f"gather_rows: rows is on {index.device}, packed on {tensor.device}")
-    if tensor.requires_grad and tensor.dtype not in SUM_DTYPES:
+    if tensor.requires_grad and torch.is_grad_enabled() and tensor.dtype not in SUM_DTYPES:
         raise ValueError(f"gather_rows: packed is {tensor.dtype}, its gradient needs {_names(SUM_DTYPES)}")
 
 
@@ -119,6 +120,7 @@ def out(
     dtype: torch.dtype | None = None,
 ) -> None:
     """given is contiguous, of this shape, and as `like`; nothing asks for a gradient.  inputs: where not only like."""
+    _is_tensor(function, name, given)
     dtype = like.dtype if dtype is None else dtype
     if given.shape != shape or given.dtype != dtype or given.device != like.device:
         raise ValueError(
@@ -132,18 +134,21 @@ def out(
 
 
 def outs(function: str, given: Sequence[Tensor], shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    given = dispatch.as_list(function, "out", given, "a list of tensors")
     if len(given) != len(shapes):
         raise ValueError(f"{function}: out has {len(given)} tensors, expected {len(shapes)}")
     for m, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
         out(function, tensor, shape, like, name=f"out[{m}]")
-    return list(given)
+    return given
 
 
-def padded_out(given: tuple[Tensor, Tensor], shape: tuple[int, int, int], like: Tensor) -> None:
+def padded_out(given: tuple[Tensor, Tensor], shape: tuple[int, int, int], like: Tensor) -> tuple[Tensor, ...]:
+    given = tuple(dispatch.as_list("pad", "out", given, "two tensors: padded and mask"))
     if len(given) != 2:
         raise ValueError(f"pad: out has {len(given)} tensors, expected two: padded and mask")
     out("pad", given[0], shape, like, name="out[0]")
     out("pad", given[1], shape[:2], like, name="out[1]", dtype=torch.bool)
+    return given
 
 
 def _is_layout(function: str, layout: PackedLayout) -> None:

@@ -44,7 +44,14 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: unpack(WHOLE, LAYOUT, out=[A, A]), r"unpack: out\[1\] is torch.float32 \[3, 4\] on cpu, expected"),
         (lambda: unpack(WHOLE, LAYOUT, out=[WHOLE[:3], B]), "unpack: out shares memory with the input"),
         (lambda: unpack(WHOLE, LAYOUT, out=[SPARE[:3], SPARE[2:6]]), "unpack: the outputs share memory"),
-        (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected at least the longest sample's 4"),
+        (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected a whole number of at least 4"),
+        (lambda: pad(WHOLE, LAYOUT, length=7.0), "pad: length is 7.0, expected a whole number of at least 4"),
+        (lambda: pad(WHOLE, LAYOUT, length="7"), "pad: length is '7', expected a whole number"),
+        (lambda: pad(WHOLE, LAYOUT, out=5), "pad: out is int, expected two tensors"),
+        (lambda: pad(WHOLE, LAYOUT, out=(PADDED, None)), r"pad: out\[1\] is NoneType, expected a tensor"),
+        (lambda: unpack(WHOLE, LAYOUT, out=5), "unpack: out is int, expected a list of tensors"),
+        (lambda: pack([A, B], LAYOUT, out=[WHOLE]), "pack: out is list, expected a tensor"),
+        (lambda: pack(None, LAYOUT), "pack: streams is NoneType, expected a list of tensors"),
         (lambda: pad(WHOLE, LAYOUT, out=(WHOLE, B)), r"pad: out\[0\] is torch.float32 \[7, 4\] on cpu, expected"),
         (lambda: pad(WHOLE, LAYOUT, out=(PADDED, PADDED[..., 0])), r"pad: out\[1\] is torch.float32 \[2, 4\] on cpu"),
         (
@@ -79,6 +86,18 @@ def test_shared_memory_is_named_by_every_implementation(impl):
 def test_errors_say_who_expected_what(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_any_iterable_of_streams_will_do():
+    assert torch.equal(pack((s for s in (A, B)), LAYOUT), pack([A, B], LAYOUT))
+
+
+def test_complex_rows_that_learn_are_gathered_where_nobody_records():
+    packed = torch.randn(3, 2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"gather_rows: packed is torch.complex64, its gradient needs"):
+        gather_rows(packed, ROW)
+    with torch.no_grad():
+        assert torch.equal(gather_rows(packed, ROW), packed[ROW])
 
 
 def test_a_layout_made_and_met_under_inference_mode_can_be_trained_on():
