@@ -69,7 +69,7 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
         if reason is None:
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    why = "; ".join(reasons) or "no entry"
+    why = "; ".join(reasons) or f"there are no kernels for {device.type} tensors"
     raise UnavailableError(f"{op}: nothing can run on {device.type} {_name(dtype)} ({why})")
 
 

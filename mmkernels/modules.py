@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mmkernels import dispatch
 from mmkernels.dispatch import IMPLS
 from mmkernels.layout import MAX_MODALITIES, PackedLayout
 from mmkernels.multihead import MultiheadAttention, replace_attention
-from mmkernels.ops.modality_embed.api import MAX_TABLES, NORMS, modality_embed
+from mmkernels.ops.modality_embed.api import MAX_TABLES, check_options, modality_embed
 from mmkernels.packs import at_least_one
 
 __all__ = ["ModalityEmbedding", "MultiheadAttention", "replace_attention"]
@@ -64,12 +64,7 @@ class ModalityEmbedding(nn.Module):
             )
         if vocab_size is not None:
             vocab_size = at_least_one(NAME, "vocab_size", vocab_size, " or None")
-        if norm not in NORMS:
-            raise ValueError(f"{NAME}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"{NAME}: eps is {eps}, expected a finite number >= 0")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"{NAME}: dropout is {dropout}, expected 0 <= p < 1")
+        check_options(NAME, norm, eps, dropout, "dropout")
         if impl not in IMPLS:
             raise ValueError(f"{NAME}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
         self.width, self.num_modalities, self.impl = width, num_modalities, impl
@@ -128,12 +123,15 @@ def _table_rows(positions, num_modalities: int) -> list[list[int]]:
     """Per modality the rows of each of its position tables."""
     if positions is None:
         return [[]] * num_modalities
-    if not hasattr(positions, "__len__") or len(positions) != num_modalities:
-        came = f"has {len(positions)} entries" if hasattr(positions, "__len__") else f"is {positions!r}"
-        raise ValueError(f"{NAME}: positions {came}, expected one for each of {num_modalities}")
+    positions = dispatch.as_list(NAME, "positions", positions, f"one entry for each of {num_modalities}")
+    if len(positions) != num_modalities:
+        raise ValueError(f"{NAME}: positions has {len(positions)} entries, expected one for each of {num_modalities}")
     found = []
     for m, entry in enumerate(positions):
-        axes = () if entry is None else entry if hasattr(entry, "__len__") else (entry,)
+        try:
+            axes = [] if entry is None else list(entry)
+        except TypeError:  # one number, as an array or a tensor too
+            axes = [entry]
         if len(axes) > MAX_TABLES:
             raise ValueError(
                 f"{NAME}: positions[{m}] has {len(axes)} tables, expected at most {MAX_TABLES}, the most axes that a "

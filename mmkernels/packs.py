@@ -177,7 +177,7 @@ def _in_rounds(falling: np.ndarray) -> np.ndarray:
 
 def at_least_one(function: str, name: str, value, rest: str = "") -> int:
     try:
-        if index(value) >= 1:  # never rounds 2.5 to 2
+        if not isinstance(value, bool) and index(value) >= 1:  # never rounds 2.5 to 2
             return index(value)
     except TypeError:
         pass

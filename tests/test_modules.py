@@ -115,9 +115,15 @@ def test_repr_and_errors():
         ((0, 1), {}, "width is 0"),
         ((8, 1), {"vocab_size": 0}, "vocab_size is 0, expected a whole number of at least 1 or None"),
         ((8, 1), {"eps": -1}, "eps is -1, expected a finite number >= 0"),
+        ((8, 1), {"eps": "x"}, "eps is 'x', expected a number"),
+        ((8, 1), {"eps": True}, "eps is True, expected a number"),
+        ((8, 1), {"dropout": None}, "dropout is None, expected a number"),
+        ((True, 1), {}, "width is True, expected a whole number"),
         ((8, 1), {"impl": "nope"}, "impl is 'nope', expected one of auto, "),
         ((8, 3), {"positions": [4]}, "positions has 1 entries, expected one for each of 3"),
-        ((8, 3), {"positions": 4}, "positions is 4, expected one for each of 3"),
+        ((8, 3), {"positions": 4}, "positions is int, expected one entry for each of 3"),
+        ((8, 3), {"positions": torch.tensor(4)}, "positions is Tensor, expected one entry for each of 3"),
+        ((8, 1), {"positions": [True]}, r"positions\[0\] is True, expected a whole number"),
         ((8, 2), {"positions": [5.0, 3]}, r"positions\[0\] is 5.0, expected a whole number of at least 1 for each"),
         ((8, 2), {"positions": [5, (3, -1)]}, r"positions\[1\] is -1"),
         (
@@ -134,6 +140,7 @@ def test_constructor_arguments_that_do_not_fit(arguments, options, message):
 
 def test_positions_may_be_numpys():
     module = ModalityEmbedding(8, 3, positions=[np.int64(5), None, np.array([2, 3])])
+    assert "positions=[(5,), (4,)]" in repr(ModalityEmbedding(8, 2, positions=[np.array(5), torch.tensor(4)]))
     assert "positions=[(5,), (), (2, 3)]" in repr(module)
 
 

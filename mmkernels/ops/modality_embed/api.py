@@ -53,15 +53,24 @@ def modality_embed(
                       and backward, the same in every implementation, another in every call and every graph replay
 
     fp32, bf16 or fp16; streams may differ in dtype, and parameters from them (fp32 parameters, bf16 streams).  The
-    result has the autocast dtype where autocast is on, else what the float streams promote to, else that of the
-    parameters.  Sums and statistics are in fp32.  First-order gradients, all deterministic.
+    result has the autocast dtype where autocast is on (fp64 stays), else what the float streams promote to, else that
+    of the parameters.  Sums and statistics are in fp32.  First-order gradients, all deterministic.
 
     Raises ValueError for shapes and dtypes that do not fit, and for row counts and position tables that do not fit the
     layout (read on the host, without a sync).  An id outside the token table raises IndexError on CPU; on a GPU it is
     the caller's promise, asserted on the device in Triton's debug mode, and no row outside a table is read.  Under
     torch.compile what the layout asks for is not checked here; the C++ path still refuses to read outside its arrays.
     """
-    _check_options(norm, norm_weight, norm_bias, eps, dropout_p)
+    check_options("modality_embed", norm, eps, dropout_p)
+    if norm is None and (norm_weight is not None or norm_bias is not None):
+        raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
+    if norm == "rmsnorm" and norm_bias is not None:
+        raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
+    streams = dispatch.as_list("modality_embed", "streams", streams, "one tensor or None per modality")
+    if position_weights is not None:
+        position_weights = dispatch.as_list(
+            "modality_embed", "position_weights", position_weights, "one table, tuple of tables or None per modality"
+        )
     if impl in ("auto", "cpp"):
         found = _quick(
             streams, layout, modality_weight, token_weight, position_weights, norm, norm_weight, norm_bias, eps,
@@ -69,7 +78,7 @@ def modality_embed(
         )  # fmt: skip
         if found is not None:
             return found
-    _check_types(streams, layout, modality_weight, token_weight, position_weights, norm_weight, norm_bias)
+    _check_types(streams, layout, modality_weight, token_weight, norm_weight, norm_bias)
     streams = _present(streams, modality_weight)
     tables, table_counts = _flatten(position_weights, len(streams))
     out_dtype = _check_tensors(streams, layout, modality_weight, token_weight, tables, norm_weight, norm_bias)
@@ -118,10 +127,13 @@ def _quick(
         or layout.segments is None
         or len(given) != layout.num_modalities
         or modality_weight.dtype is torch.float64
+        or modality_weight.ndim != 2
     ):
         return None
     streams, tables, table_counts = [], [], [0] * len(given)
     for stream, rows in zip(given, layout.stream_lengths, strict=True):
+        if stream is not None and type(stream) not in dispatch.PLAIN_TENSORS:
+            return None
         if stream is None or (rows == 0 and stream.shape != (0, modality_weight.shape[-1])):
             stream = modality_weight.new_empty((0, modality_weight.shape[-1]))
         if stream.shape[:1] != (rows,):
@@ -131,10 +143,10 @@ def _quick(
         if len(position_weights) != len(given):
             return None
         for m, entry in enumerate(position_weights):
-            own = () if entry is None else (entry,) if isinstance(entry, Tensor) else entry
+            own = _tables_of(entry, m)
             table_counts[m] = len(own)
             tables += own
-    for tensor in (*streams, modality_weight, token_weight, *tables, norm_weight, norm_bias):
+    for tensor in (modality_weight, token_weight, *tables, norm_weight, norm_bias):
         if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
             return None
     out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -148,32 +160,27 @@ def _quick(
         return None
 
 
-def _check_options(norm, norm_weight, norm_bias, eps: float, dropout_p: float) -> None:
+def check_options(function: str, norm, eps, dropout, dropout_name: str = "dropout_p") -> None:
     if norm not in NORMS:
-        raise ValueError(f"modality_embed: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-    if norm is None and (norm_weight is not None or norm_bias is not None):
-        raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
-    if norm == "rmsnorm" and norm_bias is not None:
-        raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
-    for name, value in (("eps", eps), ("dropout_p", dropout_p)):
-        if not isinstance(value, dispatch.NUMBERS):
-            raise ValueError(f"modality_embed: {name} is {value!r}, expected a number")
+        raise ValueError(f"{function}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
+    for name, value in (("eps", eps), (dropout_name, dropout)):
+        if not dispatch.is_number(value):
+            raise ValueError(f"{function}: {name} is {value!r}, expected a number")
     if not 0 <= eps < math.inf:  # not isfinite: under torch.compile(dynamic=True) eps is a symbol
-        raise ValueError(f"modality_embed: eps is {eps}, expected a finite number >= 0")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"modality_embed: dropout_p is {dropout_p}, expected 0 <= p < 1")
+        raise ValueError(f"{function}: eps is {eps}, expected a finite number >= 0")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{function}: {dropout_name} is {dropout}, expected 0 <= p < 1")
 
 
-def _check_types(streams, layout, modality_weight, token_weight, position_weights, norm_weight, norm_bias) -> None:
+def _check_types(streams, layout, modality_weight, token_weight, norm_weight, norm_bias) -> None:
     if not isinstance(layout, PackedLayout):
         raise ValueError(f"modality_embed: layout is {type(layout).__name__}, expected PackedLayout")
     if not isinstance(modality_weight, Tensor):
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
+    if modality_weight.ndim != 2:
+        raise ValueError(f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E]")
     named = [(f"stream {m}", stream) for m, stream in enumerate(streams)]
     named += [("token_weight", token_weight), ("norm_weight", norm_weight), ("norm_bias", norm_bias)]
-    for m, entry in enumerate(position_weights or ()):
-        tables = entry if isinstance(entry, tuple | list) else (entry,)
-        named += [(f"a position table of modality {m}", table) for table in tables]
     for name, value in named:
         if not isinstance(value, Tensor | None):
             raise ValueError(f"modality_embed: {name} is {type(value).__name__}, expected a tensor or None")
@@ -201,18 +208,24 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
             f"modality_embed: position_weights has {len(position_weights)} entries, expected one per stream: "
             f"{num_modalities}"
         )
-    per_modality = []
-    for entry in position_weights:
-        if entry is None:
-            per_modality.append(())
-        else:
-            per_modality.append((entry,) if isinstance(entry, Tensor) else tuple(entry))
-        if len(per_modality[-1]) > MAX_TABLES:
-            raise ValueError(
-                f"modality_embed: modality {len(per_modality) - 1} has {len(per_modality[-1])} tables, expected "
-                f"at most {MAX_TABLES}, the most axes that a layout has"
-            )
+    per_modality = [_tables_of(entry, m) for m, entry in enumerate(position_weights)]
     return [table for tables in per_modality for table in tables], [len(tables) for tables in per_modality]
+
+
+def _tables_of(entry: PositionTables, m: int) -> tuple[Tensor, ...]:
+    if entry is None or isinstance(entry, Tensor):
+        return () if entry is None else (entry,)
+    name = f"position_weights[{m}]"
+    tables = tuple(dispatch.as_list("modality_embed", name, entry, "a table, a tuple of tables or None"))
+    if len(tables) > MAX_TABLES:
+        raise ValueError(
+            f"modality_embed: {name} has {len(tables)} tables, expected at most {MAX_TABLES}, the most axes that a "
+            "layout has"
+        )
+    for table in tables:
+        if not isinstance(table, Tensor):
+            raise ValueError(f"modality_embed: {name} holds {type(table).__name__}, expected tensors")
+    return tables
 
 
 def _check_tensors(
@@ -225,7 +238,7 @@ def _check_tensors(
     norm_bias: Tensor | None,
 ) -> torch.dtype:
     """Checks shapes, dtypes and devices; the result's dtype.  Runs at every call: cheap where all is well."""
-    if modality_weight.ndim != 2 or not modality_weight.shape[0] == len(streams) == layout.num_modalities:
+    if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
             f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
@@ -255,12 +268,12 @@ def _check_tensors(
     if layout.device != device:
         raise ValueError(f"modality_embed: the layout is on {layout.device}, expected {device}; move it by layout.to")
     found = _check_streams(streams, width, device, token_weight is not None)
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
     found = own if found is None else found
     if (found == torch.float64) != (own == torch.float64):
         raise ValueError(f"modality_embed: streams are {found} and parameters {own}; float64 is for both or neither")
-    return found
+    if own == torch.float64 or device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return found  # as torch's own attention does, float64 stays under autocast
+    return torch.get_autocast_dtype(device.type)
 
 
 def _check_streams(streams: list[Tensor], width: int, device: torch.device, has_tokens: bool) -> torch.dtype | None:

@@ -397,6 +397,14 @@ BAD = [
     ({"modality_weight": np.zeros((2, 8), np.float32)}, ValueError, "modality_weight is ndarray, expected a tensor"),
     ({"token_weight": np.zeros((4, 8), np.float32)}, ValueError, "token_weight is ndarray, expected a tensor or None"),
     ({"streams": [np.zeros(3), None]}, ValueError, "stream 0 is ndarray, expected a tensor or None"),
+    ({"streams": [[0, 1, 2], None]}, ValueError, "stream 0 is list, expected a tensor or None"),
+    ({"streams": None}, ValueError, "streams is NoneType, expected one tensor or None per modality"),
+    ({"modality_weight": torch.tensor(1.0)}, ValueError, r"modality_weight is \(\), expected \[M, E\]"),
+    ({"position_weights": 5}, ValueError, "position_weights is int, expected one table"),
+    ({"position_weights": torch.zeros(3, 8)}, ValueError, "position_weights has 3 entries, expected one per stream"),
+    ({"position_weights": [5, None]}, ValueError, r"position_weights\[0\] is int, expected a table"),
+    ({"position_weights": [[None], None]}, ValueError, r"position_weights\[0\] holds NoneType, expected tensors"),
+    ({"eps": True}, ValueError, "eps is True, expected a number"),
 ]
 
 
@@ -405,6 +413,25 @@ def test_errors_say_what_was_expected(change, error, message):
     modality_embed(**GOOD)
     with pytest.raises(error, match=message):
         modality_embed(**{**GOOD, **change})
+
+
+def test_generators_of_streams_and_tables_are_taken():
+    lazily = {name: (x for x in GOOD[name]) for name in ("streams", "position_weights")}
+    assert torch.equal(modality_embed(**{**GOOD, **lazily}), modality_embed(**GOOD))
+
+
+def test_float64_stays_under_autocast():
+    weight, rows = torch.randn(1, 8).double(), torch.randn(3, 8).double()
+    layout = PackedLayout.from_counts([[3]])
+    expected = modality_embed([rows], layout, modality_weight=weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(modality_embed([rows], layout, modality_weight=weight), expected)
+
+
+def test_a_device_without_kernels_is_named():
+    layout, rows = PackedLayout.from_counts([[3]]).to("meta"), torch.zeros(3, 8, device="meta")
+    with pytest.raises(RuntimeError, match="modality_embed: nothing can run on meta float32"):
+        modality_embed([rows], layout, modality_weight=rows[:1])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
