@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mmkernels import dispatch, planner
+from mmkernels.packs import host_array
 
 MAX_MODALITIES = 32  # visibility is a 32-bit set
-WHOLE = (int, np.integer, torch.SymInt)
 _BUILT_OUTSIDE = "PackedLayout: a layout is built on the host, outside of a graph"
 
 Length = int | tuple[int, int] | tuple[int, int, int]
@@ -69,14 +69,14 @@ class PackedLayout:
 
         A count does not include the special token, which is added to segments of at least one row.
         """
-        counts = _host_array(counts, "counts")
+        counts = host_array("from_counts", "counts", counts)
         if counts.ndim != 2:
             raise ValueError(f"from_counts: counts has shape {tuple(counts.shape)}, expected [B, M]")
         num_modalities = counts.shape[1]
         _check_modalities("from_counts", num_modalities)
-        special = _special_ids(special_tokens, num_modalities)
+        special = _special_ids("from_counts", special_tokens, num_modalities)
         segments, grids = _count_tables(counts, special)
-        return cls._build(segments, grids, special, special_tokens, len(counts), num_modalities, 1)
+        return cls._build(segments, grids, special, len(counts), num_modalities, 1)
 
     @classmethod
     @dispatch.host_code(_BUILT_OUTSIDE)
@@ -93,14 +93,10 @@ class PackedLayout:
         Raises ValueError for a modality outside [0, num_modalities), a negative length, or too many tokens for int32.
         """
         _check_modalities("from_segments", num_modalities)
-        special = _special_ids(special_tokens, num_modalities)
-        try:
-            segments, grids, axes = _tables(samples, num_modalities, special)
-        except TypeError as error:  # what does not unpack, or is no index
-            raise ValueError(
-                f"from_segments: {error} among the samples, expected per sample a list of (modality, length)"
-            ) from error
-        return cls._build(segments, grids, special, special_tokens, len(samples), num_modalities, axes)
+        special = _special_ids("from_segments", special_tokens, num_modalities)
+        samples = dispatch.as_list("from_segments", "samples", samples, "per sample a list of (modality, length)")
+        segments, grids, axes = _tables(samples, num_modalities, special)
+        return cls._build(segments, grids, special, len(samples), num_modalities, axes)
 
     @classmethod
     def from_cu_seqlens(
@@ -125,7 +121,7 @@ class PackedLayout:
             )
         _check_modalities("from_cu_seqlens", num_modalities)
         for name, value in (("total_tokens", total_tokens), ("max_seqlen", max_seqlen)):
-            if not isinstance(value, WHOLE) or value < 0:
+            if not dispatch.is_number(value, dispatch.WHOLE) or value < 0:
                 raise ValueError(f"from_cu_seqlens: {name} is {value!r}, expected a whole number >= 0")
         if not isinstance(modality_ids, Tensor | None):
             raise ValueError(f"from_cu_seqlens: modality_ids is {type(modality_ids).__name__}, expected a uint8 tensor")
@@ -274,10 +270,11 @@ class PackedLayout:
         shape = state.pop("_shape", None)
         if shape is not None:
             state.update(_views(state["_buffer"], *shape))
+            state["segments"].flags.writeable = False
         self.__dict__.update(state)
 
     @classmethod
-    def _build(cls, segments, grids, special, special_tokens, num_samples, num_modalities, axes) -> PackedLayout:
+    def _build(cls, segments, grids, special, num_samples, num_modalities, axes) -> PackedLayout:
         array = planner.build_layout(segments, grids, special, num_samples, axes)
         total = int(segments[:, 2].sum(dtype=np.int64))
         with torch.inference_mode(False):  # made while evaluating, it may be trained on later
@@ -291,7 +288,7 @@ class PackedLayout:
             total_tokens=total,
             max_seqlen=int(lengths.max(initial=0)),
             num_modalities=num_modalities,
-            special_tokens=None if special_tokens is None else tuple(special_tokens),
+            special_tokens=tuple(None if s < 0 else s for s in special.tolist()) if (special >= 0).any() else None,
             _buffer=buffer,
         )
 
@@ -317,33 +314,26 @@ def _runs(modality_ids: Tensor) -> list[tuple[int, int]]:
     return list(zip(values.tolist(), lengths.tolist(), strict=True)) or [(0, 0)]
 
 
-def _host_array(values, name: str) -> np.ndarray:
-    if isinstance(values, Tensor):
-        if values.device.type != "cpu":
-            raise ValueError(f"from_counts: {name} is on {values.device}, expected host values (reading it would sync)")
-        values = values.numpy()
-    array = np.asarray(values)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"from_counts: {name} is {array.dtype}, expected integers")
-    return array
-
-
 def _check_modalities(function: str, num_modalities: int) -> None:
-    if not isinstance(num_modalities, WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
+    if not dispatch.is_number(num_modalities, dispatch.WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
         raise ValueError(f"{function}: num_modalities is {num_modalities!r}, expected 1 to {MAX_MODALITIES}")
 
 
-def _special_ids(special_tokens: Sequence[int | None] | None, num_modalities: int) -> np.ndarray:
+def _special_ids(function: str, special_tokens: Sequence[int | None] | None, num_modalities: int) -> np.ndarray:
+    """int32 [M], -1 for none."""
     if special_tokens is None:
         return np.full(num_modalities, -1, np.int32)
-    if len(special_tokens) != num_modalities:
+    tokens = dispatch.as_list(function, "special_tokens", special_tokens, "a token id or None per modality")
+    if len(tokens) != num_modalities:
         raise ValueError(
-            f"special_tokens has {len(special_tokens)} entries, expected one per modality: {num_modalities}"
+            f"{function}: special_tokens has {len(tokens)} entries, expected one per modality: {num_modalities}"
         )
-    for m, token in enumerate(special_tokens):
-        if token is not None and not (isinstance(token, int | np.integer) and 0 <= token < 2**31):
-            raise ValueError(f"special_tokens[{m}] is {token!r}, expected a token id from 0 to 2**31 - 1 or None")
-    return np.array([-1 if s is None else s for s in special_tokens], np.int32)
+    for m, token in enumerate(tokens):
+        if token is not None and not (dispatch.is_number(token, dispatch.WHOLE) and 0 <= token < 2**31):
+            raise ValueError(
+                f"{function}: special_tokens[{m}] is {token!r}, expected a token id from 0 to 2**31 - 1 or None"
+            )
+    return np.array([-1 if s is None else s for s in tokens], np.int32)
 
 
 def _count_tables(counts: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -372,13 +362,13 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
     rows, grids, axes = [], [], 1
     first_row = [0] * num_modalities
     opening = (special >= 0).astype(int).tolist()  # special tokens in front of each segment
-    modalities = range(num_modalities)  # 0.5 is not in it
     total = 0
     for sample, parts in enumerate(samples):
-        for modality, length in parts:
-            if modality not in modalities:
+        for given, length in _pairs(sample, parts):
+            modality = given if type(given) is int else _whole(given)
+            if modality is None or not 0 <= modality < num_modalities:
                 raise ValueError(
-                    f"from_segments: sample {sample} has modality {modality}, expected 0 to {num_modalities - 1}"
+                    f"from_segments: sample {sample} has modality {given!r}, expected 0 to {num_modalities - 1}"
                 )
             grid = _grid(length)
             if not 1 <= len(grid) <= 3 or min(grid) < 0:
@@ -399,16 +389,37 @@ def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarr
     return segments, np.array(grids, np.int32).reshape(-1, 3), axes
 
 
+def _pairs(sample: int, parts) -> list[tuple[Any, Any]]:
+    try:
+        return [(modality, length) for modality, length in parts]
+    except (TypeError, ValueError):  # no list, or something in it that is no pair
+        raise ValueError(
+            f"from_segments: sample {sample} is {parts!r}, expected a list of (modality, length)"
+        ) from None
+
+
 def _grid(length) -> tuple[int, ...]:
     """A segment's length as a tuple of its axes; empty where it is not made of whole numbers."""
     if type(length) is int:  # nearly all of them
         return (length,)
+    if type(length) is tuple and _INT.issuperset(map(type, length)):  # and nearly all of the rest
+        return length
     try:
-        if isinstance(length, tuple | list):
-            return tuple(map(index, length))
-        return (index(length),) if np.ndim(length) == 0 else tuple(index(n) for n in length)
-    except TypeError:  # never rounds 2.5 to 2
-        return ()
+        grid = tuple(map(_whole, length))
+    except TypeError:  # one number, as an array or a tensor too
+        grid = (_whole(length),)
+    return () if None in grid else grid
+
+
+_INT = frozenset({int})
+
+
+def _whole(value) -> int | None:
+    """None where it is no whole number: never rounds 2.5 to 2."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
 
 
 def _check_bounds(cu_seqlens: Tensor, total_tokens: int, max_seqlen: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class PackStream:
 
     Each item goes to the fullest open pack with room (by the summed shares of the budgets); where there is none, a pack
     is finished to make place: the fullest, or with several budgets the oldest (a pack that has used up one of them may
-    be empty by the others).  How the items are cut into calls of `push` changes nothing.
+    be empty by the others).  How the items are cut into calls of `push` changes nothing.  For one thread at a time.
     """
 
     def __init__(self, budget: int | Sequence[int], *, max_items: int | None = None, open_packs: int = OPEN_STREAM):
@@ -40,13 +41,13 @@ class PackStream:
         ids, counts = (
             np.array(values, np.int64) for values in (list(self._items), [len(i) for i in self._items.values()])
         )
-        limit = int(self._max_items or np.iinfo(np.int64).max)
+        endless = np.iinfo(np.int64).max
         pack_of, closed, ids, _, self._room, self._next_pack = _backend.scan_fit(
             np.ascontiguousarray(lengths, np.int64),
             self._budgets,
             1.0 / self._budgets,
-            limit,
-            self._max_open,
+            min(self._max_items or endless, endless),
+            min(self._max_open, endless),
             False,
             (ids, counts, self._room, self._next_pack),
         )
@@ -73,14 +74,32 @@ class PackStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError for the state of a stream with other budgets, max_items or open_packs."""
+        """Raises ValueError for the state of a stream with other budgets, max_items or open_packs, and for what is no
+        state; the stream is then as before."""
+        try:
+            settings = {name: state[name] for name in self._settings()}
+            arrived, next_pack = index(state["arrived"]), index(state["next_pack"])
+            items = {index(entry["pack"]): [index(item) for item in entry["items"]] for entry in state["packs"]}
+            rooms = [[index(tokens) for tokens in entry["room"]] for entry in state["packs"]]
+            room = np.array(rooms, np.int64).reshape(len(items), len(self._budgets))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"PackStream: the state is not what state_dict gives: {error!r}") from error
         for name, value in self._settings().items():
-            if state[name] != value:
-                raise ValueError(f"PackStream: the state has {name} {state[name]}, this stream {value}")
-        self._arrived, self._next_pack = state["arrived"], state["next_pack"]
-        self._items = {entry["pack"]: list(entry["items"]) for entry in state["packs"]}
-        rooms = [entry["room"] for entry in state["packs"]]
-        self._room = np.array(rooms, np.int64).reshape(len(rooms), len(self._budgets))
+            if settings[name] != value:
+                raise ValueError(f"PackStream: the state has {name} {settings[name]}, this stream {value}")
+        packed = [item for pack in items.values() for item in pack]
+        if (
+            len(items) > self._max_open
+            or len(set(packed)) < len(packed)
+            or any(not 0 <= item < arrived for item in packed)
+            or any(not 0 <= pack < next_pack for pack in items)
+            or ((room < 0) | (room > self._budgets)).any()
+        ):
+            raise ValueError(
+                f"PackStream: the state has {len(items)} packs whose items, numbers or rooms no stream would have, "
+                f"expected at most {self._max_open} packs of items below {arrived}, each item once"
+            )
+        self._arrived, self._next_pack, self._items, self._room = arrived, next_pack, items, room
 
     def _settings(self) -> dict:
         return {"budget": self._budgets.tolist(), "max_items": self._max_items, "open_packs": self._max_open}

@@ -102,7 +102,8 @@ def plan_packs(
     max_items = None if max_items is None else at_least_one("plan_packs", "max_items", max_items, " or None")
     lengths, budgets = lengths_and_budgets("plan_packs", lengths, budget)
     if long == "split" and (len(budgets) > 1 or costs is not None):
-        raise ValueError(f"plan_packs: long='split' needs one budget and no costs, got {len(budgets)} budgets")
+        came = "costs" if costs is not None else f"{len(budgets)} budgets"
+        raise ValueError(f"plan_packs: long='split' needs one budget and no costs, got {came}")
     items, lengths, pieces, dropped = _fit_long(lengths, budgets, long)
     totals = lengths.sum(0, dtype=np.int64)
     bounds = _lower_bounds(lengths, totals, budgets, max_items)
@@ -115,7 +116,8 @@ def plan_packs(
         columns, limits = np.column_stack([lengths, column]), np.append(budgets, limit)
         bounds["costs"] = -(-int(column.sum()) // limit)
     binding = max(bounds, key=bounds.__getitem__)  # the first of equals
-    order, offsets = _pack(columns, limits, int(max_items or len(lengths) + 1), policy, bounds[binding])
+    most = len(lengths) + 1  # as good as no limit
+    order, offsets = _pack(columns, limits, min(max_items or most, most), policy, bounds[binding])
     packs = len(offsets) - 1
     fills = tuple(float(t) / (packs * float(b)) if packs else 1.0 for t, b in zip(totals, budgets, strict=True))
     return PackPlan(
@@ -184,23 +186,29 @@ def at_least_one(function: str, name: str, value, rest: str = "") -> int:
     raise ValueError(f"{function}: {name} is {value!r}, expected a whole number of at least 1{rest}")
 
 
+def host_array(function: str, name: str, values, kinds: str = "iu") -> np.ndarray:
+    """values as an array whose dtype is of one of numpy's kinds.  Nothing is copied from a device."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list; a tensor on a device, or with a gradient
+        raise ValueError(f"{function}: {name} is no array of numbers on the host: {error}") from error
+    if array.size and array.dtype.kind not in kinds:
+        raise ValueError(f"{function}: {name} is {array.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
+    return array
+
+
 def budgets_of(function: str, budget) -> np.ndarray:
-    budgets = np.atleast_1d(np.asarray(budget))
-    if budgets.size and budgets.dtype.kind not in "iu":
-        raise ValueError(f"{function}: budget is {budgets.dtype}, expected integers")
+    budgets = np.atleast_1d(host_array(function, "budget", budget))
     if budgets.ndim != 1 or len(budgets) == 0:
         raise ValueError(f"{function}: budget has shape {list(budgets.shape)}, expected one number or [K]")
-    budgets = np.ascontiguousarray(budgets, np.int64)
-    if (budgets < 1).any():
-        raise ValueError(f"{function}: budget is {budget}, expected at least 1")
-    return budgets
+    if (budgets < 1).any() or (budgets >= 2**63).any():
+        raise ValueError(f"{function}: budget is {budget}, expected 1 to 2**63 - 1")
+    return np.ascontiguousarray(budgets, np.int64)
 
 
 def lengths_and_budgets(function: str, lengths, budget) -> tuple[np.ndarray, np.ndarray]:
     """lengths [n, K], int32 as they came or else int64, and budgets int64 [K]."""
-    lengths, budgets = np.asarray(lengths), budgets_of(function, budget)
-    if lengths.size and lengths.dtype.kind not in "iu":
-        raise ValueError(f"{function}: lengths is {lengths.dtype}, expected integers")
+    lengths, budgets = host_array(function, "lengths", lengths), budgets_of(function, budget)
     if lengths.ndim == 1 and lengths.size == 0:
         lengths = lengths.reshape(0, len(budgets))
     elif lengths.ndim == 1:
@@ -209,9 +217,10 @@ def lengths_and_budgets(function: str, lengths, budget) -> tuple[np.ndarray, np.
         raise ValueError(
             f"{function}: lengths has shape {list(lengths.shape)} for {budgets.size} budgets, expected [n] or [n, K]"
         )
+    if lengths.size and (lengths.min() < 0 or lengths.max() >= 2**63):
+        item = np.argmax(((lengths < 0) | (lengths >= 2**63)).any(1))
+        raise ValueError(f"{function}: item {item} has length {lengths[item].tolist()}, expected 0 to 2**63 - 1")
     lengths = np.ascontiguousarray(lengths, np.int32 if lengths.dtype == np.int32 else np.int64)
-    if lengths.size and lengths.min() < 0:
-        raise ValueError(f"{function}: item {np.argmax((lengths < 0).any(1))} has a negative length")
     if lengths.size and int(lengths.max()) * len(lengths) >= 2**62 and lengths.sum(0, np.float64).max() >= 2**62:
         raise ValueError(f"{function}: lengths sum to 2**62 or more, which int64 does not hold safely")
     return lengths, budgets
@@ -261,9 +270,9 @@ def _lower_bounds(lengths, totals, budgets, max_items: int | None) -> dict[str, 
 
 
 def _costs(costs, n: int) -> np.ndarray:
-    costs = np.asarray(costs)
-    if costs.shape != (n,) or (costs.size and costs.dtype.kind not in "iuf"):
-        raise ValueError(f"plan_packs: costs is {costs.dtype} {list(costs.shape)}, expected numbers [{n}]")
+    costs = host_array("plan_packs", "costs", costs, "iuf")
+    if costs.shape != (n,):
+        raise ValueError(f"plan_packs: costs has shape {list(costs.shape)}, expected one number per item: [{n}]")
     wrong = ~np.isfinite(costs) | (costs < 0)
     if wrong.any():
         raise ValueError(f"plan_packs: item {np.argmax(wrong)} costs {costs[np.argmax(wrong)]}, expected >= 0")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmkernels import packs_numpy
-from mmkernels.packs import at_least_one
+from mmkernels.packs import at_least_one, host_array
 from mmkernels.planner_backend import _planner
 
 _backend = _planner if _planner is not None else packs_numpy
@@ -27,11 +27,10 @@ def balance_ranks(costs, world_size: int, *, equal_count: bool = False) -> np.nd
     equal_count or several kinds there is no bound (docs/planner.md has figures).
     The same input gives the same ranks.  Raises ValueError for costs that are negative, not finite or not numbers.
     """
-    costs, world_size = np.asarray(costs), at_least_one("balance_ranks", "world_size", world_size)
+    costs = host_array("balance_ranks", "costs", costs, "iuf")
+    world_size = at_least_one("balance_ranks", "world_size", world_size)
     if costs.ndim not in (1, 2) or (costs.ndim == 2 and costs.shape[1] == 0):
         raise ValueError(f"balance_ranks: costs has shape {list(costs.shape)}, expected [n] or [n, K]")
-    if costs.size and costs.dtype.kind not in "iuf":
-        raise ValueError(f"balance_ranks: costs is {costs.dtype}, expected numbers")
     costs = costs.reshape(len(costs), -1 if costs.size else 1).astype(np.float64)
     wrong = (~np.isfinite(costs) | (costs < 0)).any(1)
     if wrong.any():
@@ -43,4 +42,5 @@ def balance_ranks(costs, world_size: int, *, equal_count: bool = False) -> np.nd
         raise ValueError("balance_ranks: costs sum to more than a float64 holds")
     loads = costs / np.where(totals > 0, totals / world_size, 1.0)
     order = np.argsort(-loads.max(1), kind="stable") if len(costs) else np.zeros(0, np.int64)
-    return _backend.balance_ranks(np.ascontiguousarray(loads), order, world_size, bool(equal_count))
+    ranks = min(world_size, max(len(costs), 1))  # with more of them, the rest has nothing to do
+    return _backend.balance_ranks(np.ascontiguousarray(loads), order, ranks, bool(equal_count))

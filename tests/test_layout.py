@@ -92,6 +92,7 @@ def test_pickle_sends_one_buffer():
     layout.cache["x"] = object()
     data = pickle.dumps(layout, protocol=5) if not layout.cache.clear() else None
     copy = pickle.loads(data)
+    assert not copy.segments.flags.writeable
     assert copy.segments.tolist() == layout.segments.tolist()
     for name in ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids"):
         assert torch.equal(getattr(copy, name), getattr(layout, name)), name
@@ -145,12 +146,21 @@ def two_tokens(**arguments):
         (lambda: PackedLayout.from_segments([[(0.5, 1)]], num_modalities=1), "sample 0 has modality 0.5"),
         (
             lambda: PackedLayout.from_segments([(0, 5)], num_modalities=1),
-            r"per sample a list of \(modality, length\)",
+            r"sample 0 is \(0, 5\), expected a list of \(modality, length\)",
         ),
         (
-            lambda: PackedLayout.from_segments([[(0.0, 5)]], num_modalities=1),
-            r"per sample a list of \(modality",
+            lambda: PackedLayout.from_segments([[], [(0, 3, 4)]], num_modalities=1),
+            r"sample 1 is \[\(0, 3, 4\)\], expected",
         ),
+        (lambda: PackedLayout.from_segments([[(0.0, 5)]], num_modalities=1), "sample 0 has modality 0.0, expected"),
+        (lambda: PackedLayout.from_segments([[(np.arange(2), 5)]], num_modalities=1), r"modality array\(\[0, 1\]\)"),
+        (lambda: PackedLayout.from_segments([[(0, True)]], num_modalities=1), "sample 0 has length True, expected n"),
+        (lambda: PackedLayout.from_segments([[(0, "3")]], num_modalities=1), "sample 0 has length '3', expected n"),
+        (lambda: PackedLayout.from_segments([], num_modalities=True), "num_modalities is True, expected 1 to 32"),
+        (lambda: two_tokens(total_tokens=True), "total_tokens is True, expected a whole number"),
+        (lambda: PackedLayout.from_counts([[1, 2], [3]]), "from_counts: counts is no array of numbers on the host"),
+        (lambda: PackedLayout.from_counts(torch.zeros(1, 1, device="meta")), "counts is no array .* meta device"),
+        (lambda: PackedLayout.from_counts(torch.zeros(1, 1).bfloat16()), "counts is no array .* BFloat16"),
         (lambda: PackedLayout.from_segments([], num_modalities="2"), "num_modalities is '2', expected 1 to 32"),
         (lambda: two_tokens(max_seqlen="6"), "max_seqlen is '6', expected a whole number >= 0"),
         (lambda: two_tokens(modality_ids=np.zeros(2, np.uint8)), "modality_ids is ndarray, expected a uint8 tensor"),
@@ -165,6 +175,8 @@ def two_tokens(**arguments):
             r"more than 2\*\*31 - 1 tokens at sample 0",
         ),
         (lambda: PackedLayout.from_counts([[1]], special_tokens=(1, 2)), "special_tokens has 2 entries"),
+        (lambda: PackedLayout.from_counts([[1]], special_tokens=5), "special_tokens is int, expected a token id or"),
+        (lambda: PackedLayout.from_counts([[1]], special_tokens=[True]), r"special_tokens\[0\] is True, expected"),
         (lambda: PackedLayout.from_counts([[1]], special_tokens=(2**31,)), r"special_tokens\[0\] is 2147483648"),
         (lambda: PackedLayout.from_cu_seqlens([0, 2], total_tokens=2, max_seqlen=2), "cu_seqlens is list"),
         (lambda: two_tokens(num_modalities=33), "num_modalities is 33, expected 1 to 32"),

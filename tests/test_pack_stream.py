@@ -91,7 +91,7 @@ def test_a_long_item_is_named_and_nothing_taken_in():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="PackStream: budget is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="PackStream: budget is 0, expected 1 to"):
         PackStream(0)
     with pytest.raises(ValueError, match="PackStream: max_items is 0"):
         PackStream(8, max_items=0)
@@ -105,3 +105,32 @@ def test_errors():
         PackStream(9).load_state_dict(PackStream(8).state_dict())
     with pytest.raises(ValueError, match="the state has open_packs 64, this stream 2"):
         PackStream(8, open_packs=2).load_state_dict(PackStream(8).state_dict())
+    assert as_lists(PackStream(8, max_items=2**70, open_packs=2**70).push([8, 8])) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrived": None},
+        {"arrived": 1.5},
+        {"arrived": -5},  # items of that number would be given out
+        {"arrived": 1},  # fewer than lie in the packs
+        {"next_pack": 0},
+        {"packs": None},
+        {"packs": [{"pack": 0, "items": [0]}]},
+        {"packs": [{"pack": 0, "items": [0], "room": [3, 4]}]},
+        {"packs": [{"pack": 0, "items": [0], "room": [-1]}]},
+        {"packs": [{"pack": 0, "items": [0], "room": [9]}]},  # would be filled over the budget
+        {"packs": [{"pack": 0, "items": [0, 0], "room": [3]}]},
+        {"packs": [{"pack": p, "items": [p], "room": [3]} for p in range(2)], "open_packs": 1},
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change):
+    stream = PackStream(8, open_packs=change.get("open_packs", 64))
+    stream.push([5, 5][: stream._max_open])
+    before = stream.state_dict()
+    with pytest.raises(ValueError, match="PackStream: the state "):
+        stream.load_state_dict(before | {"arrived": 2, "next_pack": 2} | change)
+    assert stream.state_dict() == before
+    with pytest.raises(ValueError, match="PackStream: the state is not what state_dict gives"):
+        stream.load_state_dict({})

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,8 +185,14 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
     [
         (([1.5], 8), {}, "lengths is float64, expected integers"),
         (([1], 8.0), {}, "budget is float64, expected integers"),
-        (([1], 0), {}, "budget is 0, expected at least 1"),
-        (([1, -1], 8), {}, "item 1 has a negative length"),
+        (([1], 0), {}, r"budget is 0, expected 1 to 2\*\*63 - 1"),
+        (([1], 2**63), {}, r"budget is 9223372036854775808, expected 1 to 2\*\*63 - 1"),
+        (([1, -1], 8), {}, r"item 1 has length \[-1\], expected 0 to"),
+        ((np.array([1, 2**63], np.uint64), 8), {}, r"item 1 has length \[9223372036854775808\], expected 0 to"),
+        (([[1, 2], [3]], 8), {}, "lengths is no array of numbers on the host"),
+        (([1], torch.tensor(8, device="meta")), {}, "budget is no array of numbers on the host: .* meta device"),
+        (([1], 8), {"max_items": True}, "max_items is True, expected a whole number"),
+        (([1], 8), {"long": "split", "costs": [1]}, "long='split' needs one budget and no costs, got costs"),
         (([2**62, 2**62], 2**62), {}, r"lengths sum to 2\*\*62 or more"),
         (([1], 8), {"max_items": 0}, "max_items is 0, expected a whole number of at least 1 or None"),
         (([1], 8), {"max_items": 2.5}, "max_items is 2.5, expected a whole number"),
@@ -200,6 +207,12 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
 def test_errors_say_which_argument(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         plan_packs(*arguments, **options)
+
+
+@pytest.mark.parametrize("budget", [8, [8]])
+def test_a_limit_past_int64_is_no_limit(budget):
+    for policy in POLICIES:
+        assert len(plan_packs([1, 2, 3], budget, max_items=2**70, policy=policy)) == 1
 
 
 def test_several_budgets_fill_the_one_that_binds():
@@ -238,7 +251,7 @@ def test_a_costly_item_sets_the_cap():
 @pytest.mark.parametrize(
     ("costs", "message"),
     [
-        ([1.0], r"costs is float64 \[1\], expected numbers \[2\]"),
+        ([1.0], r"costs has shape \[1\], expected one number per item: \[2\]"),
         ([1.0, -2.0], "item 1 costs -2.0, expected >= 0"),
         ([np.inf, 1.0], "item 0 costs inf"),
         ([np.nan, 1.0], "item 0 costs nan"),

@@ -73,6 +73,13 @@ def test_loads_are_even_at_32_items_a_rank(n, world_size, kinds, most, equal_cou
         assert loads.max() <= most * loads.mean()
 
 
+@pytest.mark.parametrize("equal_count", [False, True])
+def test_ranks_without_an_item_cost_nothing(equal_count):
+    """A table of 2**40 ranks would fill the memory."""
+    found = balance_ranks([1, 3, 2], 2**40, equal_count=equal_count)
+    np.testing.assert_array_equal(found, balance_ranks([1, 3, 2], 4, equal_count=equal_count))
+
+
 def test_swaps_improve_on_giving_out():
     """Longest first gives 3+2+2 against 3+2; the best is 3+3 against 2+2+2."""
     assert np.bincount(balance_ranks([3, 3, 2, 2, 2], 2), weights=[3, 3, 2, 2, 2]).tolist() == [6, 6]
@@ -90,6 +97,8 @@ def test_swaps_improve_on_giving_out():
         (([np.inf], 2), r"item 0 costs \[inf\]"),
         (([1e308] * 10, 2), "sum to more than a float64 holds"),
         ((["a"], 2), "expected numbers"),
+        (([[1, 2], [3]], 2), "costs is no array of numbers on the host"),
+        (([1, 2], True), "world_size is True, expected a whole number"),
         ((np.zeros((2, 2, 2)), 2), r"costs has shape \[2, 2, 2\], expected \[n\] or \[n, K\]"),
         ((np.zeros((2, 0)), 2), r"costs has shape \[2, 0\]"),
     ],
