@@ -13,7 +13,7 @@ from torch import Tensor
 def pack(streams: list[Tensor], segments: Tensor, modality_ids: Tensor, source_rows: Tensor, out: Tensor) -> None:
     tokens = _tokens_of_rows([len(s) for s in streams], modality_ids, source_rows)
     for stream, of_stream in zip(streams, tokens, strict=True):
-        out.index_copy_(0, of_stream, stream)
+        _as_known(out).index_copy_(0, of_stream, _as_known(stream))
 
 
 def unpack(packed: Tensor, segments: Tensor, modality_ids: Tensor, source_rows: Tensor, out: list[Tensor]) -> None:
@@ -25,7 +25,8 @@ def unpack(packed: Tensor, segments: Tensor, modality_ids: Tensor, source_rows: 
 def pad(packed: Tensor, bounds: Tensor, out: Tensor, mask: Tensor) -> None:
     torch.lt(torch.arange(out.shape[1], device=out.device), bounds.diff()[:, None], out=mask)
     out.zero_()
-    out.flatten(0, 1).index_copy_(0, _padded_rows(bounds, out.shape[1], len(packed)), packed)
+    rows = _padded_rows(bounds, out.shape[1], len(packed))
+    _as_known(out).flatten(0, 1).index_copy_(0, rows, _as_known(packed))
 
 
 def unpad(padded: Tensor, bounds: Tensor, out: Tensor) -> None:
@@ -54,6 +55,16 @@ def segment_mean_backward(grad: Tensor, bounds: Tensor, out: Tensor) -> None:
     lengths = bounds.diff()
     shares = (grad.to(_sum_dtype(grad)) / lengths.clamp(min=1)[:, None]).to(grad.dtype)  # [N, E]
     out.copy_(shares.repeat_interleave(lengths, dim=0, output_size=len(out)))
+
+
+# What index_copy_ has no kernel for, and what has as many bytes.
+_UNKNOWN = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64} | dict.fromkeys(
+    (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz), torch.uint8
+)
+
+
+def _as_known(tensor: Tensor) -> Tensor:
+    return tensor.view(_UNKNOWN[tensor.dtype]) if tensor.dtype in _UNKNOWN else tensor
 
 
 def _tokens_of_rows(stream_lengths: list[int], modality_ids: Tensor, source_rows: Tensor) -> tuple[Tensor, ...]:

@@ -40,6 +40,21 @@ def test_rows_move_in_any_dtype(impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64])
+def test_rows_move_in_dtypes_that_torch_hardly_knows(impl, dtype):
+    layout = LAYOUTS["interleaved"]
+    streams = [torch.randint(256, (rows, 8), dtype=torch.uint8) for rows in layout.stream_lengths]
+    packed = pack([s.view(dtype) for s in streams], layout, impl=impl)
+    assert packed.dtype == dtype
+    assert torch.equal(packed.view(torch.uint8), pack(streams, layout))
+    padded, _ = pad(packed, layout, impl=impl)
+    assert torch.equal(padded.view(torch.uint8), pad(packed.view(torch.uint8), layout)[0])
+    assert torch.equal(unpad(padded, layout, impl=impl).view(torch.uint8), packed.view(torch.uint8))
+    for stream, back in zip(streams, unpack(packed, layout, impl=impl), strict=True):
+        assert torch.equal(back.view(torch.uint8), stream)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_streams_may_be_views(impl):
     """Columns of a wider tensor (rows lie apart), a transposed tensor (elements lie apart), one row expanded."""
     layout = PackedLayout.from_counts([[3, 2, 2], [1, 4, 2]])
