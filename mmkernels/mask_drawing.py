@@ -22,6 +22,7 @@ from mmkernels.layout import PackedLayout
 from mmkernels.masks import ALIGN, SCHEDULES, AttentionMask, MaskPlan
 
 MAX_TEXT = 160  # keys in a text drawing, one column each
+MAX_DPI = 1200  # a picture of 400 MB while it is drawn
 MAX_CELLS = 4096  # queries or keys in a picture: beyond it a pixel would hold several
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # told apart by all eyes
 OTHER_SAMPLE, UNSEEN = "#E4E4E4", "#FFFFFF"
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.out is None:
             print(text(plan, names))
         else:
+            if not 1 <= options.dpi <= MAX_DPI:
+                raise ValueError(f"mask drawing: --dpi is {options.dpi}, expected 1 to {MAX_DPI}")
             figure(plan, blocks, names=names).savefig(options.out, dpi=options.dpi)
             print(f"wrote {options.out}")
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
