@@ -157,7 +157,7 @@ class Tensors {
 };
 
 int64_t integer_of(PyObject* object) {
-  const long long value = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
+  const long long value = PyLong_CheckExact(object) ? PyLong_AsLongLong(object) : -1;
   if (value < 0) throw Refused{};
   return value;
 }

@@ -10,6 +10,7 @@ from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpa
 
 LAYOUT = PackedLayout.from_counts([[2, 1], [1, 3]])
 A, B, WHOLE, SPARE = torch.zeros(3, 4), torch.zeros(4, 4), torch.zeros(7, 4), torch.zeros(7, 4)
+ROWS_OF_ONE = PackedLayout.from_counts([[1]] * 3)
 PADDED, ROW = torch.zeros(2, 4, 4), torch.tensor([0])
 
 
@@ -46,6 +47,7 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: unpack(WHOLE, LAYOUT, out=[SPARE[:3], SPARE[2:6]]), "unpack: the outputs share memory"),
         (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected a whole number of at least 4"),
         (lambda: pad(WHOLE, LAYOUT, length=7.0), "pad: length is 7.0, expected a whole number of at least 4"),
+        (lambda: pad(A, ROWS_OF_ONE, length=True), "pad: length is True, expected a whole number"),
         (lambda: pad(WHOLE, LAYOUT, length="7"), "pad: length is '7', expected a whole number"),
         (lambda: pad(WHOLE, LAYOUT, out=5), "pad: out is int, expected two tensors"),
         (lambda: pad(WHOLE, LAYOUT, out=(PADDED, None)), r"pad: out\[1\] is NoneType, expected a tensor"),
