@@ -31,7 +31,7 @@ struct Torch {
     PyObject *ask, *quiet;
   };
   std::vector<Watch> watches;
-  PyObject* increment_version;
+  PyObject *increment_version, *is_neg;
   PyObject *requires_grad, *dtype, *empty_strided;  // names
   int (*view)(void* object, dlpack::Tensor* out);
 };
@@ -101,8 +101,7 @@ std::optional<ScalarType> type_of(const dlpack::Tensor& t) {
   }
 }
 
-// The tensor of a plain Python object on the CPU.  Rows must be whole, which leaves out negated views too: those come
-// from complex numbers, whose strides are even.
+// The tensor of a plain Python object on the CPU.  Rows must be whole.
 View view_of(PyObject* object) {
   const PyTypeObject* type = Py_TYPE(object);
   if (type != torch_python.tensor && type != torch_python.parameter) throw Refused{};
@@ -114,9 +113,11 @@ View view_of(PyObject* object) {
   return {static_cast<char*>(t.data) + t.byte_offset, t.sizes, t.strides, t.dims, *scalar, t.type_bits / size_t{8}};
 }
 
-// The same, of a tensor whose values count: where gradients are recorded, one that asks for a gradient is refused.
+// The same, of a tensor whose values count: its memory holds them, not their negatives, and where gradients are
+// recorded one that asks for a gradient is refused.
 View values_of(PyObject* object, bool recording) {
   const View view = view_of(object);
+  if (Owned(PyObject_CallFunctionObjArgs(torch_python.is_neg, object, nullptr)).get() != Py_False) throw Refused{};
   if (recording && Owned(PyObject_GetAttr(object, torch_python.requires_grad)).get() != Py_False) throw Refused{};
   return view;
 }
@@ -213,7 +214,7 @@ template <class... Sizes>
 Result result_of(PyObject* given, bool recording, PyObject* like, Sizes... sizes) {
   const bool fresh = given == Py_None;
   Owned object = fresh ? empty_like({sizes...}, like) : kept(given);
-  const View view = values_of(object.get(), recording);
+  const View view = fresh ? view_of(object.get()) : values_of(object.get(), recording);
   if (!fresh) {
     const Owned one(PyTuple_New(1));
     PyTuple_SetItem(one.get(), 0, kept(given).release());
@@ -312,7 +313,7 @@ Owned unpad(Arguments arguments, bool recording) {
 
 // (packed, rows, out) -> rows of packed
 Owned gather_rows(Arguments arguments, bool recording) {
-  const View packed = values_of(arguments[0], recording), rows = view_of(arguments[1]);
+  const View packed = values_of(arguments[0], recording), rows = values_of(arguments[1], false);
   Result out = result_of(arguments[2], recording, arguments[0], rows.size(0), packed.size(1));
   const WithoutGil free;
   write_gather_rows(packed, rows, out.view, out.output);
@@ -351,12 +352,14 @@ PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
       const auto item = [&](Py_ssize_t at) { return Owned(PySequence_GetItem(pair, at)).release(); };
       watches.push_back({item(0), item(1)});
     }
+    PyObject* tensor_type = tensor.get();
     torch_python = {.module = kept(torch).release(),
                     .boolean = attribute(torch, "bool").release(),
                     .tensor = reinterpret_cast<PyTypeObject*>(tensor.release()),
                     .parameter = reinterpret_cast<PyTypeObject*>(parameter.release()),
                     .watches = std::move(watches),
                     .increment_version = kept(arguments[1]).release(),
+                    .is_neg = attribute(tensor_type, "is_neg").release(),
                     .requires_grad = PyUnicode_InternFromString("requires_grad"),
                     .dtype = PyUnicode_InternFromString("dtype"),
                     .empty_strided = PyUnicode_InternFromString("empty_strided"),

@@ -129,6 +129,8 @@ def out(
         )
     if not given.is_contiguous():
         raise ValueError(f"{function}: {name} has strides {list(given.stride())}, expected a contiguous tensor")
+    if not torch.compiler.is_compiling() and (given.is_neg() or given.is_conj()):  # which no graph can ask
+        raise ValueError(f"{function}: {name} is a negated or conjugate view, expected memory that holds its values")
     if torch.is_grad_enabled() and (given.requires_grad or any(x.requires_grad for x in inputs or (like,))):
         raise ValueError(f"{function}: out= has no gradient; leave it out, or call under torch.no_grad()")
 

@@ -155,11 +155,23 @@ def test_subclasses_go_the_long_way(long_way):
     assert long_way == ["gather_rows"]
 
 
+def test_negated_views_are_averaged_and_indexed_as_what_they_are_and_not_written():
+    packed = torch.randn(LAYOUT.total_tokens, 4)
+    negated = torch._neg_view(packed)
+    torch.testing.assert_close(segment_mean(negated, LAYOUT), segment_mean(-packed, LAYOUT))
+    assert torch.equal(gather_rows(packed, torch._neg_view(-ROWS)), packed[ROWS])
+    for dtype, view in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
+        with pytest.raises(ValueError, match="gather_rows: out is a negated or conjugate view"):
+            gather_rows(packed.to(dtype), ROWS, out=view(torch.empty(len(ROWS), 4, dtype=dtype)))
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "segment_mean"])  # which takes no complex numbers
 def test_conjugate_and_negated_views_are_resolved(name):
     """Their memory holds other numbers than they do."""
     number = torch.randn(LAYOUT.total_tokens, 4, dtype=torch.complex64)
-    for view in (number.conj(), number.conj().imag, number.conj().imag[:, :1]):
+    imaginary = number.conj().imag
+    whole_rows = imaginary.as_strided((LAYOUT.total_tokens, 3), (8, 1))  # as nothing else makes them
+    for view in (number.conj(), imaginary, imaginary[:, :1], whole_rows):
         whole = view.clone().resolve_conj().resolve_neg()
         if name == "pack":
             halves = PackedLayout.from_counts([[LAYOUT.total_tokens]])
