@@ -201,10 +201,10 @@ class PackedLayout:
     @property
     def stream_lengths(self) -> tuple[int, ...]:
         """Rows that each of the M streams must have."""
-        if self.segments is None:
-            raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")
-        cached = self.cache.get("stream_lengths")
+        cached = self.cache.get("stream_lengths")  # first: a graph that looks at a read-only array makes torch warn
         if cached is None:
+            if self.segments is None:
+                raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")
             has_special = np.array([s is not None for s in self.special_tokens or [None] * self.num_modalities])
             modality, length = self.segments[:, 1], self.segments[:, 2].astype(np.int64)
             rows = np.bincount(modality, weights=length - has_special[modality], minlength=self.num_modalities)
