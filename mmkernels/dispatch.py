@@ -148,6 +148,11 @@ def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
+def is_dropout(value) -> bool:
+    """Whether it is a fraction of elements that may be dropped; False, which `training and p` gives, is 0."""
+    return value is False or (is_number(value) and 0.0 <= value < 1.0)
+
+
 def as_list(function: str, name: str, given, expected: str) -> list:
     """Whatever can be gone through, once; ValueError for what cannot."""
     try:

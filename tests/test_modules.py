@@ -100,7 +100,7 @@ def test_repr_and_errors():
     assert "norm='rmsnorm', bias=False, dropout=0.1" in repr(embedding(norm="rmsnorm", dropout=0.1))
     with pytest.raises(ValueError, match="norm is 'batchnorm'"):
         embedding(norm="batchnorm")
-    with pytest.raises(ValueError, match="expected 0 <= p < 1"):
+    with pytest.raises(ValueError, match="expected a number, 0 <= dropout < 1"):
         embedding(dropout=1.0)
     with pytest.raises(ValueError, match="table 0 of modality 0 has 2 rows, the layout needs 4"):
         ModalityEmbedding(16, 3, vocab_size=300, positions=[2, None, None])(streams(), LAYOUT)
@@ -115,8 +115,8 @@ def test_repr_and_errors():
         ((0, 1), {}, "width is 0"),
         ((8, 1), {"vocab_size": 0}, "vocab_size is 0, expected a whole number of at least 1 or None"),
         ((8, 1), {"eps": -1}, "eps is -1, expected a finite number >= 0"),
-        ((8, 1), {"eps": "x"}, "eps is 'x', expected a number"),
-        ((8, 1), {"eps": True}, "eps is True, expected a number"),
+        ((8, 1), {"eps": "x"}, "eps is 'x', expected a finite number"),
+        ((8, 1), {"eps": True}, "eps is True, expected a finite number"),
         ((8, 1), {"dropout": None}, "dropout is None, expected a number"),
         ((True, 1), {}, "width is True, expected a whole number"),
         ((8, 1), {"impl": "nope"}, "impl is 'nope', expected one of auto, "),

@@ -75,9 +75,9 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
         raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (isinstance(scale, dispatch.NUMBERS) and scale > 0 and math.isfinite(scale)):
+    elif not (dispatch.is_number(scale) and scale > 0 and math.isfinite(scale)):
         raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
-    if not (isinstance(dropout_p, dispatch.NUMBERS) and 0.0 <= dropout_p < 1.0):
+    if not dispatch.is_dropout(dropout_p):
         raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
     if deterministic not in (None, True, False):
         raise ValueError(f"attention: deterministic is {deterministic!r}, expected True, False or None")

@@ -163,13 +163,10 @@ def _quick(
 def check_options(function: str, norm, eps, dropout, dropout_name: str = "dropout_p") -> None:
     if norm not in NORMS:
         raise ValueError(f"{function}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-    for name, value in (("eps", eps), (dropout_name, dropout)):
-        if not dispatch.is_number(value):
-            raise ValueError(f"{function}: {name} is {value!r}, expected a number")
-    if not 0 <= eps < math.inf:  # not isfinite: under torch.compile(dynamic=True) eps is a symbol
-        raise ValueError(f"{function}: eps is {eps}, expected a finite number >= 0")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{function}: {dropout_name} is {dropout}, expected 0 <= p < 1")
+    if not (dispatch.is_number(eps) and 0 <= eps < math.inf):  # not isfinite: under torch.compile it may be a symbol
+        raise ValueError(f"{function}: eps is {eps!r}, expected a finite number >= 0")
+    if not dispatch.is_dropout(dropout):
+        raise ValueError(f"{function}: {dropout_name} is {dropout!r}, expected a number, 0 <= {dropout_name} < 1")
 
 
 def _check_types(streams, layout, modality_weight, token_weight, norm_weight, norm_bias) -> None:

@@ -171,6 +171,8 @@ def _call(**changes):
         ({"scale": 0.0}, "scale is 0.0, expected a positive finite number"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": "1"}, "scale is '1', expected a positive finite number"),
+        ({"scale": True}, "scale is True, expected a positive finite number"),
+        ({"dropout_p": True}, "dropout_p is True, expected a number"),
         ({"scale": torch.nn.Parameter(torch.tensor(0.25))}, "scale is a tensor, expected a number; multiply q by it"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0, expected a number, 0 <= dropout_p < 1"),
         ({"dropout_p": None}, "dropout_p is None, expected a number"),

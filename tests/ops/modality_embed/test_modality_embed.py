@@ -388,10 +388,10 @@ BAD = [
     ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected one of"),
     ({"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
     ({"norm": "rmsnorm", "norm_bias": torch.zeros(8)}, ValueError, "norm is 'rmsnorm', which has no bias"),
-    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected 0 <= p < 1"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected a number, 0 <= dropout_p < 1"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected"),
     ({"impl": "fast"}, ValueError, "impl is 'fast'"),
-    ({"eps": None}, ValueError, "eps is None, expected a number"),
+    ({"eps": None}, ValueError, "eps is None, expected a finite number"),
     ({"dropout_p": "0.1"}, ValueError, "dropout_p is '0.1', expected a number"),
     ({"layout": None}, ValueError, "layout is NoneType, expected PackedLayout"),
     ({"modality_weight": np.zeros((2, 8), np.float32)}, ValueError, "modality_weight is ndarray, expected a tensor"),
@@ -404,7 +404,7 @@ BAD = [
     ({"position_weights": torch.zeros(3, 8)}, ValueError, "position_weights has 3 entries, expected one per stream"),
     ({"position_weights": [5, None]}, ValueError, r"position_weights\[0\] is int, expected a table"),
     ({"position_weights": [[None], None]}, ValueError, r"position_weights\[0\] holds NoneType, expected tensors"),
-    ({"eps": True}, ValueError, "eps is True, expected a number"),
+    ({"eps": True}, ValueError, "eps is True, expected a finite number"),
 ]
 
 
