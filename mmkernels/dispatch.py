@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from mmkernels import native, settings
+from mmkernels import native, settings, transforms
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
@@ -135,7 +135,7 @@ def unwatched(*tensors) -> bool:
     for tensor in tensors:
         if type(tensor) not in PLAIN_TENSORS:
             return False
-    return not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+    return not torch._C._len_torch_dispatch_stack() and not transforms.active()
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

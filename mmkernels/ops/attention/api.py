@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention import op as _op
@@ -91,7 +91,7 @@ def attention(
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     )
     # Under torch.func.vmap a tensor does not say that what is behind it requires a gradient.
-    learns = (learns or torch._C._are_functorch_transforms_active()) and torch.is_grad_enabled()
+    learns = (learns or transforms.active()) and torch.is_grad_enabled()
     impl, schedule = prepared(
         plan,
         impl,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.ops.attention.inputs import Lowered
 
 _TILES = ", ".join(f"Tensor {kernel}_tiles, Tensor {kernel}_spans" for kernel in ("fwd", "dq", "dkdv"))
@@ -92,49 +92,14 @@ class _Attention(torch.autograd.Function):
         return *_gradients_of(ctx, *gradients), None, None
 
 
-class _Transformed(torch.autograd.Function):
-    """The same for torch.func: its grad asks for setup_context, which costs eager callers time, and vmap for a rule."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, pair_bias, rng, rest):
-        return _fwd_op(q, k, v, pair_bias, rng, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, rest = inputs
-        _setup_context(ctx, (*tensors, *rest), output)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return *_gradients_of(ctx, *gradients), None, None
-
-
-class _TransformedBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs):
-        return _bwd_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        _refuse_second_order(ctx, *gradients)
-
-
 def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.mm.attention_fwd for eager callers: the same operator and gradients for less host time per call.
 
     `python -m benchmarks attention --host` shows by how much.  Not for torch.compile, which traces the operator itself
     and knows its autograd from the registration below.
     """
-    if torch._C._are_functorch_transforms_active():  # under vmap nothing says that it requires a gradient
-        return _Transformed.apply(q, k, v, pair_bias, rng, rest)
+    if transforms.active():
+        return _transformed_fwd(q, k, v, pair_bias, rng, *rest)
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
@@ -165,8 +130,8 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
     if do is None:
         do = torch.zeros_like(out)
     inputs = (do, dlse, q, k, v, pair_bias, rng, out, lse, *lowered, impl)
-    if torch._C._are_functorch_transforms_active():
-        dq, dk, dv, dbias = _TransformedBackward.apply(*inputs)
+    if transforms.active():
+        dq, dk, dv, dbias = _transformed_bwd(*inputs)
     elif torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
@@ -181,6 +146,10 @@ def _refuse_second_order(ctx, *grads):
 torch.library.register_autograd("mm::attention_fwd", _backward, setup_context=_setup_context)
 torch.library.register_autograd("mm::attention_bwd", _refuse_second_order)
 _fwd_op, _bwd_op = torch.ops.mm.attention_fwd.default, torch.ops.mm.attention_bwd.default
+_transformed_fwd = transforms.Rule("attention", _fwd_op, _setup_context, _backward)
+_transformed_bwd = transforms.Rule(
+    "attention backward", _bwd_op, lambda ctx, inputs, output: None, _refuse_second_order
+)
 
 
 def visible_pairs(q_table: Tensor, k_table: Tensor, has_visible: bool) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
@@ -122,7 +122,7 @@ def _quick(
         or not isinstance(modality_weight, Tensor)
         or torch.compiler.is_compiling()
         or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
-        or torch._C._are_functorch_transforms_active()
+        or transforms.active()
         or torch._C._len_torch_dispatch_stack()
         or layout.segments is None
         or len(given) != layout.num_modalities
@@ -370,8 +370,9 @@ def _extents(layout: PackedLayout) -> list[list[int]] | None:
         table = np.zeros((host.num_modalities, host.axes), np.int64)
         kept = host.segments[:, 2] > 0
         if kept.any():
-            starts = host.segment_cu_seqlens.numpy()[:-1][kept]
-            longest = np.maximum.reduceat(host.positions.numpy(), starts, axis=1).T + 1  # [segments, A]
+            with torch._C._DisableFuncTorch():  # under torch.func what a layout makes has no data that numpy could read
+                starts, positions = host.segment_cu_seqlens.numpy()[:-1][kept], host.positions.numpy()
+            longest = np.maximum.reduceat(positions, starts, axis=1).T + 1  # [segments, A]
             np.maximum.at(table, host.segments[kept, 1], longest)
         extents = host.cache["position_extents"] = table.tolist()
     return extents

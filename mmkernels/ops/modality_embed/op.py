@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 _INPUTS = (
@@ -137,9 +137,38 @@ class _Differentiable(torch.autograd.Function):
             grads = _bwd_op(*args)
         else:
             grads = dispatch.below_autograd(_gradients, _bwd_op, args, grad_out)
-        d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = grads
-        found = (*d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias)
+        found = _leaf_gradients(grads)
         return None, None, *(d if n else None for d, n in zip(found, needs, strict=True))
+
+
+def _leaf_gradients(grads: tuple) -> tuple[Tensor | None, ...]:
+    """The operator's gradients, one by one, in the order of `needs`."""
+    d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = grads
+    return *d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias
+
+
+def _transformed_context(ctx, inputs, output):
+    own, ctx.options, (_, ctx.impl) = _split(inputs)
+    ctx.counts = len(own.streams), own.table_counts
+    ctx.save_for_backward(*own.streams, *own.tables, *own[1:3], *own[5:], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _transformed_backward(ctx, grad_out, *_):
+    M, table_counts = ctx.counts
+    P = sum(table_counts)
+    leaves, (*parameters, mean, rstd) = ctx.saved_tensors[: M + P], ctx.saved_tensors[M + P :]
+    streams, tables = list(leaves[:M]), list(leaves[M:])
+    of_streams, modality, token, of_tables, _, *norm = ctx.needs[:7]
+    needs = [*of_streams, modality, token, *of_tables, *norm]
+    grads = _transformed_bwd(
+        grad_out, streams, *parameters[:2], tables, table_counts, *parameters[2:], *ctx.options, mean, rstd, needs,
+        ctx.impl,
+    )  # fmt: skip
+    found = iter([grad if needed else None for grad, needed in zip(grads, needs, strict=True)])
+    d_streams, d_modality, d_token = [next(found) for _ in range(M)], next(found), next(found)
+    d_tables = [next(found) for _ in range(P)]
+    return d_streams, d_modality, d_token, d_tables, None, *found, *(None,) * (len(ctx.needs) - 7)
 
 
 def _forward_autograd(*args):
@@ -166,11 +195,20 @@ def _refuse_second_order(ctx, *grads):
 torch.library.impl("mm::modality_embed_fwd", "Autograd", _at_autograd_key)
 torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
 _fwd_op, _bwd_op = torch.ops.mm.modality_embed_fwd.default, torch.ops.mm.modality_embed_bwd.default
+_transformed_fwd = transforms.Rule("modality_embed", _fwd_op, _transformed_context, _transformed_backward)
+_transformed_bwd = transforms.Rule(
+    "modality_embed backward",
+    lambda *args: _leaf_gradients(_bwd_op(*args)),
+    lambda ctx, inputs, output: None,
+    _refuse_second_order,
+)
 
 
 def modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """torch.ops.mm.modality_embed_fwd; eager callers reach its autograd without the dispatcher's conversions, and may
     find None for a statistic that the norm does not have."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return _fwd_op(*args)
+    if transforms.active():
+        return _transformed_fwd(*args)
     return _forward_autograd(*args)

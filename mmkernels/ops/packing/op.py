@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.ops.packing import schemas
 
 schemas.define("mm", suffix=", str impl", symbolic=True)
@@ -69,7 +69,7 @@ def _register(name: str) -> Callable[..., Any]:
     def call(*args, out=None):
         direct = _direct(args[0] if listed else args[:1])
         if out is None:
-            return compute(*args) if direct else registered(*args)
+            return compute(*args) if direct else (_transformed[name] if transforms.active() else registered)(*args)
         outputs = out if paired else (out,)
         (compute_out if direct else registered_out)(*args[:count], *outputs, args[-1])
         return out
@@ -79,7 +79,7 @@ def _register(name: str) -> Callable[..., Any]:
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody traces, wraps or differentiates: then the dispatcher, 30 us of Python, has nothing to add."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms.active():
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:  # not all(): a generator costs a microsecond
@@ -195,13 +195,19 @@ def _register_pair(reduce: str, spread: str) -> None:
     def spread_backward(ctx, grad):
         return globals()[reduce](grad, *ctx.saved_tensors, ctx.impl), None, None, None
 
-    torch.library.register_autograd(f"mm::{reduce}", reduce_backward, setup_context=_reduce_context)
-    torch.library.register_autograd(f"mm::{spread}", spread_backward, setup_context=_spread_context)
+    _register_autograd(reduce, _reduce_context, reduce_backward)
+    _register_autograd(spread, _spread_context, spread_backward)
 
 
-torch.library.register_autograd("mm::pack", _pack_backward, setup_context=_pack_context)
-torch.library.register_autograd("mm::unpack", _unpack_backward, setup_context=_unpack_context)
-torch.library.register_autograd("mm::pad", _pad_backward, setup_context=_pad_context)
-torch.library.register_autograd("mm::unpad", _unpad_backward, setup_context=_unpad_context)
+def _register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    torch.library.register_autograd(f"mm::{name}", backward, setup_context=setup_context)
+    _transformed[name] = transforms.Rule(name, getattr(torch.ops.mm, name).default, setup_context, backward)
+
+
+_transformed: dict[str, transforms.Rule] = {}
+_register_autograd("pack", _pack_context, _pack_backward)
+_register_autograd("unpack", _unpack_context, _unpack_backward)
+_register_autograd("pad", _pad_context, _pad_backward)
+_register_autograd("unpad", _unpad_context, _unpad_backward)
 _register_pair("gather_rows", "scatter_rows_sum")
 _register_pair("segment_mean", "segment_mean_backward")

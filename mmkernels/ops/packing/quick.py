@@ -7,18 +7,22 @@ subclass, a wrong shape, no extension): the caller goes on with the checks that 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mmkernels import dispatch, native
 
 _NAMES = ("pack", "unpack", "pad", "unpad", "gather_rows", "segment_mean")
 
-# Who may be looking on, and what says that nobody is: dispatch modes, torch.func, torch.jit.trace, the profiler.
+# Who may be looking on, and what says that nobody is: dispatch modes, torch.func, forward mode, torch.jit.trace, the
+# profiler.  Functions of C all: Python's would take as long as the rest.
 _WATCHES = (
     (torch._C._len_torch_dispatch_stack, 0),
     (torch._C._are_functorch_transforms_active, False),
+    (functools.partial(getattr, forward_ad, "_current_level"), -1),
     (torch._C._get_tracing_state, None),
     (torch.autograd._profiler_enabled, False),
 )

@@ -1,0 +1,96 @@
+"""torch.func over every operator: gradients are autograd's, vmap loops, and forward mode is refused, never zero."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from mmkernels import PackedLayout, attention, gather_rows, modality_embed, pack, pad, segment_mean, unpack, unpad
+
+LAYOUT = PackedLayout.from_counts([[3, 2], [1, 4], [0, 0], [2, 0]])
+T, E = LAYOUT.total_tokens, 8
+FIRST, SECOND = LAYOUT.stream_lengths
+IMPLS = ("reference", "torch", "cpp")
+
+
+def drawn(*shape):
+    """Numbers that look random; vmap lets nobody draw."""
+    return (torch.arange(math.prod(shape)) * 12.9898 + sum(shape)).sin().reshape(shape)
+
+
+def embed(impl, streams=None, weight=None, table=None):
+    streams = [drawn(FIRST, E), torch.arange(SECOND)] if streams is None else streams
+    return modality_embed(
+        streams, LAYOUT, modality_weight=drawn(2, E) if weight is None else weight, token_weight=drawn(30, E),
+        position_weights=[drawn(9, E) if table is None else table, None], norm_weight=drawn(E), impl=impl,
+    )  # fmt: skip
+
+
+# What each makes of one tensor, and that tensor's shape.
+OPERATORS = {
+    "pack": (lambda x, impl: pack([x, drawn(SECOND, E)], LAYOUT, impl=impl), (FIRST, E)),
+    "unpack": (lambda x, impl: unpack(x, LAYOUT, impl=impl), (T, E)),
+    "pad": (lambda x, impl: pad(x, LAYOUT, impl=impl)[0], (T, E)),
+    "unpad": (lambda x, impl: unpad(x, LAYOUT, impl=impl), (4, LAYOUT.max_seqlen + 1, E)),
+    "gather_rows": (lambda x, impl: gather_rows(x, torch.tensor([0, 3, 3]), impl=impl), (T, E)),
+    "segment_mean": (lambda x, impl: segment_mean(x, LAYOUT, impl=impl), (T, E)),
+    "modality_embed of a stream": (lambda x, impl: embed(impl, [x, drawn(SECOND, E)]), (FIRST, E)),
+    "modality_embed of its weight": (lambda x, impl: embed(impl, weight=x), (2, E)),
+    "modality_embed of a table": (lambda x, impl: embed(impl, table=x), (9, E)),
+    "attention": (lambda x, impl: attention(x, x.sin(), x.cos(), layout=LAYOUT, impl=impl), (T, 2, E)),
+}
+LINEAR = ("pack", "unpack", "pad", "unpad", "gather_rows", "segment_mean")
+
+
+def scalar(name, impl):
+    def function(x):
+        out = OPERATORS[name][0](x, impl)
+        return sum((part * drawn(*part.shape)).square().sum() for part in (out if isinstance(out, list) else [out]))
+
+    return function
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients(name, impl):
+    function, xs = scalar(name, impl), drawn(2, *OPERATORS[name][1])
+    leaves = xs.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(function(x) for x in leaves), leaves)
+    found = torch.stack([torch.func.grad(function)(x) for x in xs])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(function))(xs), expected)
+    # vmap alone, and autograd through it: a wrapper does not say that what it wraps requires a gradient
+    (through,) = torch.autograd.grad(torch.vmap(function)(leaves).sum(), leaves)
+    torch.testing.assert_close(through, expected)
+    torch.testing.assert_close(torch.func.jacrev(function)(xs[0]), expected[0])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_gradients(name):
+    function, x = scalar(name, "auto"), drawn(*OPERATORS[name][1])
+    if name in LINEAR:
+        expected = torch.autograd.functional.hessian(function, x)
+        torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(function))(x), expected)
+    else:
+        with pytest.raises(NotImplementedError, match="only first-order gradients are there"):
+            torch.func.jacrev(torch.func.jacrev(function))(x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_forward_mode_is_refused(name, impl):
+    function, x = scalar(name, impl), drawn(*OPERATORS[name][1])
+    message = f"{name.split()[0]}: there is no forward mode"
+    function(x)  # met before, calls may take a shorter way
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():
+        function(x)  # without a tangent
+
+
+def test_vmap_over_nothing_is_refused():
+    with pytest.raises(NotImplementedError, match="gather_rows: vmap over a dimension of size 0"):
+        torch.vmap(scalar("gather_rows", "auto"))(drawn(0, T, E))
