@@ -9,6 +9,7 @@ from file_map import ROOT
 from mmmodel import cli
 
 PAGES = ("walkthrough.md", "faq.md")
+KERNEL_PAGES = ("../README.md", "attention.md", "planner.md", "packing.md", "modality_embed.md")
 
 
 def blocks(page, language):
@@ -18,7 +19,7 @@ def blocks(page, language):
     return [(text[: match.start(1)].count("\n"), match.group(1)) for match in found]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "planner.md", "packing.md", "modality_embed.md"])
+@pytest.mark.parametrize("page", [*PAGES, *KERNEL_PAGES])
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path / "cache"))
