@@ -29,10 +29,11 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     assert len(names) > 1
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "model.md", "training.md", "stamps.md"])
 def test_the_commands_of_a_page_exist(page, capsys):
     """Each flag is in the command's help."""
-    lines = [line for _, block in blocks(page, "sh") for line in block.splitlines() if "mmmodel " in line]
+    joined = [block.replace("\\\n", " ") for _, block in blocks(page, "sh")]
+    lines = [line for block in joined for line in block.splitlines() if "mmmodel " in line]
     assert lines
     for line in lines:
         words = shlex.split(line.split("mmmodel ", 1)[1], comments=True)
