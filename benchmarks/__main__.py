@@ -22,6 +22,12 @@ import torch
 from benchmarks import compare, run
 
 INTERRUPTED = 130  # what a shell expects of a program that was stopped
+WHAT = {  # how --help names an operator whose name does not tell
+    "all": "every operator",
+    "compat": "drop-in replacements on padded batches",
+    "data": "reading tar shards",
+    "train_step": "a whole pretraining step",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,10 +94,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     for op in ("all", *run.OPS):
-        command = commands.add_parser(op, help=f"{'every operator' if op == 'all' else op} against its peers")
-        on_host = op in run.HOST_OPS
-        command.add_argument("--device", choices=["cpu", "cuda"], default="cpu" if on_host else default)
-        command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="default quick")
+        command = commands.add_parser(op, help=f"{WHAT.get(op, op)} against its peers")
+        device = "cpu" if op in run.HOST_OPS else default
+        command.add_argument("--device", choices=["cpu", "cuda"], default=device, help=f"default here {device}")
+        command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="cases; default quick")
         command.add_argument("--json", type=Path, help="write there after each case; default: only print")
         command.add_argument("--budget-seconds", type=_amount, help=f"about how long to take; default {_budgets(op)}")
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")

@@ -1,4 +1,16 @@
-"""Fused attention and modality embedding for packed text, image and audio."""
+"""Fused attention and modality embedding for packed text, image and audio.
+
+    layout = PackedLayout.from_counts([[5, 12], [3, 0]])  # two samples: 5 text and 12 image tokens; 3 text tokens
+    qkv = torch.randn(layout.total_tokens, 3, 8, 64)  # [T, 3, heads, head_dim], no padding
+    out = attention(*qkv.unbind(1), layout=layout, mask=AttentionMask.isolated(2))  # [T, heads, head_dim]
+
+who sits where     PackedLayout; plan_packs, PackStream, balance_ranks decide it
+masks              AttentionMask, KeyIntervals; MaskPlan is what kernels read
+operators          attention, attention_qkvpacked, prepare_attention, modality_embed and its module ModalityEmbedding
+moving rows        pack, unpack, pad, unpad, gather_rows, segment_mean
+what runs here     explain(), or `python -m mmkernels`; UnavailableError where nothing that was asked for can
+drop-ins           mmkernels.compat, and mmkernels.modules for nn.MultiheadAttention
+"""
 
 from mmkernels.dispatch import UnavailableError, explain
 from mmkernels.layout import PackedLayout

@@ -42,7 +42,10 @@ class PackedLayout:
     special_tokens  per modality: the token id that opens each of its segments, or None.  It counts in the segment's
                     length, sits at position 0, and shifts the others by one on the axes that the segment uses
 
-    Build one with `from_counts`, `from_segments` or `from_cu_seqlens`.
+    Build one with `from_counts`, `from_segments` or `from_cu_seqlens`:
+
+        PackedLayout.from_counts([[5, 12], [3, 0]])  # two samples of text and image tokens; the second has no image
+        PackedLayout.from_segments([[(1, (3, 4)), (0, 5)]], num_modalities=2)  # an image of 3 x 4 cells, then text
     """
 
     cu_seqlens: Tensor
@@ -175,16 +178,19 @@ class PackedLayout:
 
     @property
     def num_samples(self) -> int:
+        """B."""
         return self.cu_seqlens.numel() - 1
 
     @property
     def num_segments(self) -> int:
+        """N.  Raises ValueError where bounds on a GPU do not tell it."""
         if self.segment_cu_seqlens is None:
             raise ValueError("num_segments: a layout from device-side bounds of several modalities does not know it")
         return self.segment_cu_seqlens.numel() - 1
 
     @property
     def axes(self) -> int:
+        """A, the position axes: 1 for plain segments, 2 with grids (rows, cols), 3 with (time, rows, cols)."""
         return self.positions.shape[0]
 
     @property

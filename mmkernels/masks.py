@@ -187,7 +187,7 @@ class MaskPlan:
     ) -> TileSchedule:
         """Tiles with queries as rows (forward, dQ) or keys as rows (dK, dV).  rows is "query" or "key".
 
-        joined: tiles of at most so many columns walk what follows one another as one masked span (host bounds only).
+        joined: tiles of at most so many columns take adjacent spans as one masked span (host bounds only).
         Raises NotImplementedError for sample tiles where only device-side bounds are known.
         """
         if rows not in ("query", "key"):

@@ -142,7 +142,7 @@ class Evaluate:
     require: Literal["none", "demo", "quick"] = "none"
     """Exit non-zero unless the results clear these bars; none: never."""
     benchmark: Literal["none", "stamps"] = "none"
-    """stamps: retrieval, known things said anew, and classification with few labels, against the untrained model."""
+    """stamps: retrieval, new recordings of known things, classifying with few labels; against the untrained model."""
     out: Path | None = None
     """Folder of the benchmark; the same command goes on where it was stopped. A run's own report is in its folder."""
     budget_minutes: float = 0.0
@@ -220,7 +220,7 @@ class Ablate:
 
 @dataclass(frozen=True)
 class Demo:
-    """The main job: prepare the stamps, pretrain, and score on unseen concepts; non-zero exit below the bars."""
+    """Prepare the stamps, pretrain, and score on unseen concepts; exits non-zero if the scores miss the demo's bars."""
 
     out: Path = Path("runs/demo")
     """Folder of the run."""

@@ -26,9 +26,9 @@ class FinetuneConfig:
     from_scratch: bool = False  # the run's configuration and tokenizer without its weights: the baseline
     partial: bool = False  # accept weights that fit only partly, and report what did
     visibility: Literal["full", "isolated"] = "full"  # whether the modalities of a sample see each other
-    epochs: Count = 30
+    epochs: Count = 30  # at most
     patience: Whole = 8  # epochs without a better validation score before the run stops; 0: never
-    batch_size: Count = 32
+    batch_size: Count = 32  # samples per step
     lr: LearningRate = 1e-3  # of the output layer
     layer_decay: SomeShare = 0.8  # rate of each layer below it, as a multiple of the one above; 1: one rate for all
     weight_decay: NotNegative = 0.05
@@ -36,7 +36,7 @@ class FinetuneConfig:
     clip_norm: NotNegative = 1.0  # 0: off
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.1  # before the output layer
     balance: bool = True  # classes weigh the same in the loss, however many samples they have
-    augment: bool = True
+    augment: bool = True  # samples are varied at random in training, as in pretraining
     seed: Seed = 0
     threads: Count = 1
     device: Device = "cpu"
