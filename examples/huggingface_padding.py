@@ -2,8 +2,9 @@
 
     python examples/huggingface_padding.py
 
-Needs transformers (pip install "mmkernels[hf]").  The model has random weights, so nothing is downloaded; with your own
-it is AutoModel.from_pretrained(name, attn_implementation="mmkernels").
+Needs transformers (pip install ".[hf]" in a checkout).  The model has random weights, so nothing is downloaded; with
+your own it is AutoModel.from_pretrained(name, attn_implementation="mmkernels").  Its layers are so few and narrow that
+planning may take longer than what is saved: docs/drop_in.md has what larger ones gain.
 """
 
 import time

@@ -5,7 +5,7 @@ import re
 import pytest
 from file_map import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(page for folder in (ROOT, ROOT / "docs", ROOT / "examples") for page in folder.glob("*.md"))
 
 
 def anchors(page):
@@ -15,7 +15,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     lost = []
@@ -27,6 +27,11 @@ def test_links_lead_somewhere(page):
         if not there.exists() or (anchor and anchor not in anchors(there)):
             lost.append(target)
     assert lost == []
+
+
+def test_the_examples_page_lists_every_example():
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f"]({path.name})" not in page] == []
 
 
 def test_the_readme_lists_every_page():
