@@ -222,8 +222,8 @@ _NOTES: Counter[str] = Counter()
 
 
 def explain() -> str:
-    """What would run here, for each operator, device and dtype, why not something faster; and what the faces of
-    mmkernels.compat handed to torch in this process so far."""
+    """What would run here, for each operator, device and dtype, why not something faster; and what the
+    drop-in replacements of mmkernels.compat handed to torch in this process so far."""
     from mmkernels import planner
 
     lines = [
