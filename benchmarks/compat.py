@@ -1,4 +1,4 @@
-"""SDPA's and Hugging Face's face on padded batches, each against the original.   B samples, L longest, H heads."""
+"""Drop-ins for SDPA and Hugging Face on padded batches, against the originals.   B samples, L longest, H heads."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ CASES = (Case("stamps", 32), Case("repeats", 32), Case("longtail", 4, "causal"),
 class CompatProblem(attention.AttentionProblem):
     """An attention problem on padded [B, H, L, D] tensors in the memory of projections, [B, L, H, D].
 
-    Rows: sdpa, torch's call with a boolean padding mask, or is_causal; mm.sdpa, the same call of the face (where
-    is_causal is all there is, with lengths too); mm.sdpa_lengths, the face with lengths in place of the mask.
+    Rows: sdpa, torch's call with a boolean padding mask, or is_causal; mm.sdpa, the same call of ours (where
+    is_causal is all there is, with lengths too); mm.sdpa_lengths, ours with lengths in place of the mask.
     """
 
     op: str = "compat"

@@ -1,4 +1,4 @@
-"""Hugging Face's face against transformers' own sdpa, on padded batches.   B samples, L padded, H heads, D width.
+"""The drop-in for Hugging Face against transformers' own sdpa, padded batches.   B samples, L padded, H heads, D width.
 
 One pass is what a model does: its mask once, then attention layer after layer, by transformers' mask function and
 attention function of each name.  Then a BERT of BERT-base's width, with all that surrounds them.

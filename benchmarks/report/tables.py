@@ -9,7 +9,7 @@ from benchmarks.table import SHORT, number, ratio
 
 TITLES = {
     "attention": "attention",
-    "compat": "compat: the drop-in faces",
+    "compat": "compat: the drop-in replacements",
     "modality_embed": "modality_embed",
     "packing": "packing: pack, unpack, pad, unpad, gather_rows, segment_mean",
     "planner": "planner: packs, ranks, layouts",

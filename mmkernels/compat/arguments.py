@@ -1,4 +1,4 @@
-"""Arguments that several faces take, checked alike."""
+"""Arguments that several drop-ins take, checked alike."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from mmkernels.masks import FAR
 FALLBACKS = (None, "torch")
 
 
-def refuse_tensors(face: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
-    """Their gradients would be lost.   scale, dropout: each by the name that the face gives it"""
+def refuse_tensors(caller: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
+    """Their gradients would be lost.   scale, dropout: each by the name that the drop-in gives it"""
     name, value = scale
     if isinstance(value, Tensor):
         raise ValueError(
-            f"{face}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
+            f"{caller}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
         )
     name, value = dropout
     if isinstance(value, Tensor):
-        raise ValueError(f"{face}: {name} is a tensor, expected a number")
+        raise ValueError(f"{caller}: {name} is a tensor, expected a number")
 
 
-def window(face: str, name: str, value) -> tuple[int, int]:
+def window(caller: str, name: str, value) -> tuple[int, int]:
     """(left, right), where every negative side is -1: unlimited."""
     try:
         left, right = map(index, value)
     except (TypeError, ValueError):  # no sequence, not whole, or not two
-        raise ValueError(f"{face}: {name} is {value!r}, expected (left, right) as integers") from None
+        raise ValueError(f"{caller}: {name} is {value!r}, expected (left, right) as integers") from None
     return max(-1, min(left, FAR)), max(-1, min(right, FAR))
 
 
-def one_of(face: str, name: str, value, choices: tuple) -> None:
+def one_of(caller: str, name: str, value, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"{face}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{caller}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def is_whole(t: Tensor) -> bool:

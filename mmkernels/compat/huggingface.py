@@ -1,4 +1,4 @@
-"""Hugging Face transformers' face: attn_implementation="mmkernels".   B samples, H heads, L padded, D width, T tokens.
+"""Drop-in for Hugging Face transformers: attn_implementation="mmkernels".   B samples, H heads, L padded, D width.
 
 from mmkernels.compat import huggingface
 huggingface.register()

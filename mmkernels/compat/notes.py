@@ -1,4 +1,4 @@
-"""What the faces hand to torch, for mmkernels.explain()."""
+"""What the drop-ins hand to torch, for mmkernels.explain()."""
 
 from __future__ import annotations
 

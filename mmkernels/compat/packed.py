@@ -1,4 +1,4 @@
-"""What the varlen faces share: layouts from bounds, once per bounds.   N samples, Tq, Tk tokens."""
+"""What the varlen drop-ins share: layouts from bounds, once per bounds.   N samples, Tq, Tk tokens."""
 
 from __future__ import annotations
 

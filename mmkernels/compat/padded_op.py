@@ -1,4 +1,4 @@
-"""The padded faces inside torch.compile: one operator that plans when it runs.   B samples, H heads, T = B L tokens.
+"""The padded drop-ins inside torch.compile: one operator that plans when it runs.   B samples, H heads, T = B L tokens.
 
 A compiled region cannot hold host code that reads lengths or masks; an operator may.  Eager calls do not come here.
 """

@@ -25,7 +25,7 @@ MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a 
 
 
 class Seen(NamedTuple):
-    """What a call lets its queries see.  mask [B or 1, H or 1, Lq or 1, Lk or 1]; lengths as the faces take them."""
+    """What a call lets its queries see.  mask [B or 1, H or 1, Lq or 1, Lk or 1]; lengths as the drop-ins take them."""
 
     is_causal: bool
     window: tuple[int, int]

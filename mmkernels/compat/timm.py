@@ -1,4 +1,4 @@
-"""timm's face: attention modules of Vision Transformers and NaFlex models, in place.   B samples, L padded tokens.
+"""Drop-in for timm: attention modules of Vision Transformers and NaFlex models, in place.   B samples, L padded tokens.
 
 from mmkernels.compat import timm as mm_timm
 report = mm_timm.patch(model)      # print(report); report.restore(), or use it as a context manager

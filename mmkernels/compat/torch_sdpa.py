@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention's face.   B samples, H, G heads, Lq, Lk padded, D width."""
+"""Drop-in for torch.nn.functional.scaled_dot_product_attention.   B samples, H, G heads, Lq, Lk padded, D width."""
 
 from __future__ import annotations
 

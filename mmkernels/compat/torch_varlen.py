@@ -1,4 +1,4 @@
-"""torch.nn.attention.varlen.varlen_attn's face, also on the CPU and with masks.   N samples, Tq, Tk tokens."""
+"""Drop-in for torch.nn.attention.varlen.varlen_attn, also on the CPU and with masks.   N samples, Tq, Tk tokens."""
 
 from __future__ import annotations
 

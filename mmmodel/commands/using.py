@@ -175,5 +175,5 @@ class Export:
 
             encoder = export_onnx(self.out, learner, self.modalities or modalities, tuned)
         except ImportError as error:
-            sys.exit(f"export: needs the packages of the onnx extra, pip install 'mmkernels[onnx]': {error}")
+            sys.exit(f"export: needs onnx, onnxscript and onnxruntime, which are the extra 'onnx': {error}")
         print(f"{self.out}: {', '.join(encoder.modalities)} -> {', '.join(encoder.outputs)}")

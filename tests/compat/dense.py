@@ -1,4 +1,4 @@
-"""What a face must equal: dense attention in float64, and the same-dtype dense computation it is measured by."""
+"""What a drop-in must equal: dense attention in float64, and the same-dtype dense computation it is measured by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One padded batch, in the memory that projections give, for the tests of the padded faces."""
+"""One padded batch, in the memory that projections give, for the tests of the padded drop-ins."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The faces under torch.compile(fullgraph=True): one graph for all lengths, masks read when the graph runs."""
+"""The drop-ins under torch.compile(fullgraph=True): one graph for all lengths, masks read when the graph runs."""
 
 import pytest
 import torch

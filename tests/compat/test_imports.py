@@ -1,4 +1,4 @@
-"""Importing mmkernels, and any face of torch or flash_attn, imports torch and nothing optional."""
+"""Importing mmkernels, and any drop-in for torch or flash_attn, imports torch and nothing optional."""
 
 import subprocess
 import sys

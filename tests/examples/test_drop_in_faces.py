@@ -1,4 +1,4 @@
-"""The examples of the Hugging Face and timm faces run as a user would run them, and assert what they show."""
+"""The examples of the Hugging Face and timm drop-ins run as a user would run them, and assert what they show."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""The faces over the Triton kernels, in the interpreter: intervals, bits, heads as samples; device-side bounds."""
+"""The drop-ins over the Triton kernels, in the interpreter: intervals, bits, heads as samples; device-side bounds."""
 
 import pytest
 import torch

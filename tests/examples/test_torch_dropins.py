@@ -1,4 +1,4 @@
-"""The examples of torch's and flash_attn's faces and the snippets of docs/drop_in.md, run as a user would run them."""
+"""The examples of the drop-ins for torch and flash_attn and snippets of docs/drop_in.md, as a user would run them."""
 
 import re
 import runpy
@@ -6,7 +6,7 @@ import runpy
 import pytest
 from file_map import ROOT
 
-# The sections after these load pretrained models; tests/compat and the other examples cover their faces.
+# The sections after these load pretrained models; tests/compat and the other examples cover their drop-ins.
 PAGE = (ROOT / "docs" / "drop_in.md").read_text().split("## Hugging Face")[0]
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -23,5 +23,5 @@ def test_snippets_of_the_page_run(code):
 
 
 def test_each_face_has_a_snippet():
-    for face in ("torch_sdpa", "torch_varlen", "flash_attn", "replace_attention"):
-        assert any(face in code for code in SNIPPETS)
+    for name in ("torch_sdpa", "torch_varlen", "flash_attn", "replace_attention"):
+        assert any(name in code for code in SNIPPETS)
