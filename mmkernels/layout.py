@@ -283,10 +283,11 @@ class PackedLayout:
     def _build(cls, segments, grids, special, num_samples, num_modalities, axes) -> PackedLayout:
         array = planner.build_layout(segments, grids, special, num_samples, axes)
         total = int(segments[:, 2].sum(dtype=np.int64))
-        with torch.inference_mode(False):  # made while evaluating, it may be trained on later
+        # Made while evaluating, it may be trained on later; under torch.func a new tensor has no data for numpy.
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
             buffer = torch.from_numpy(array)
             views = _views(buffer, num_samples, len(segments), total, axes)
-        lengths = np.diff(views["cu_seqlens"].numpy())
+            lengths = np.diff(views["cu_seqlens"].numpy())
         segments.flags.writeable = False
         return cls(
             **views,

@@ -19,6 +19,10 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def has_tangent(*tensors: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 class Rule:
     """An operator and its gradient, in the form that torch.library.register_autograd takes them.
 

@@ -91,6 +91,25 @@ def test_forward_mode_is_refused(name, impl):
         function(x)  # without a tangent
 
 
+@pytest.mark.parametrize("name", ["gather_rows", "segment_mean"])
+def test_forward_mode_is_refused_with_out_too(name):
+    packed, rows = drawn(T, E), torch.tensor([0, 3])
+    call, where = (gather_rows, rows) if name == "gather_rows" else (segment_mean, LAYOUT)
+    out = torch.empty_like(call(packed, where))
+    with forward_ad.dual_level():
+        call(packed, where, out=out)
+        with pytest.raises(NotImplementedError, match=f"{name}: there is no forward mode"):
+            call(forward_ad.make_dual(packed, packed), where, out=out)
+
+
+def test_a_layout_may_be_made_inside():
+    def function(x):
+        return attention(x, x, x, layout=PackedLayout.from_counts([[3], [1]])).sum()
+
+    x = drawn(4, 2, E)
+    torch.testing.assert_close(torch.func.grad(function)(x), torch.autograd.grad(function(x.requires_grad_()), x)[0])
+
+
 def test_vmap_over_nothing_is_refused():
     with pytest.raises(NotImplementedError, match="gather_rows: vmap over a dimension of size 0"):
         torch.vmap(scalar("gather_rows", "auto"))(drawn(0, T, E))

@@ -71,6 +71,7 @@ def modality_embed(
         position_weights = dispatch.as_list(
             "modality_embed", "position_weights", position_weights, "one table, tuple of tables or None per modality"
         )
+        position_weights = [_tables_of(entry, m) for m, entry in enumerate(position_weights)]
     if impl in ("auto", "cpp"):
         found = _quick(
             streams, layout, modality_weight, token_weight, position_weights, norm, norm_weight, norm_bias, eps,
@@ -142,8 +143,7 @@ def _quick(
     if position_weights is not None:
         if len(position_weights) != len(given):
             return None
-        for m, entry in enumerate(position_weights):
-            own = _tables_of(entry, m)
+        for m, own in enumerate(position_weights):
             table_counts[m] = len(own)
             tables += own
     for tensor in (modality_weight, token_weight, *tables, norm_weight, norm_bias):
@@ -205,8 +205,7 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
             f"modality_embed: position_weights has {len(position_weights)} entries, expected one per stream: "
             f"{num_modalities}"
         )
-    per_modality = [_tables_of(entry, m) for m, entry in enumerate(position_weights)]
-    return [table for tables in per_modality for table in tables], [len(tables) for tables in per_modality]
+    return [table for tables in position_weights for table in tables], [len(tables) for tables in position_weights]
 
 
 def _tables_of(entry: PositionTables, m: int) -> tuple[Tensor, ...]:

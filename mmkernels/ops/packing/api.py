@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
@@ -85,6 +86,8 @@ def pad(
             return padded
     checks.packed("pad", packed, layout)
     length = layout.max_seqlen if length is None else length
+    if isinstance(length, Tensor | np.ndarray) and length.ndim == 0:
+        length = length.item()
     if not dispatch.is_number(length, dispatch.WHOLE) or length < layout.max_seqlen:
         raise ValueError(
             f"pad: length is {length!r}, expected a whole number of at least {layout.max_seqlen}, the longest sample's"

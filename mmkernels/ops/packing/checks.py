@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.layout import PackedLayout
 
 SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -133,6 +133,8 @@ def out(
         raise ValueError(f"{function}: {name} is a negated or conjugate view, expected memory that holds its values")
     if torch.is_grad_enabled() and (given.requires_grad or any(x.requires_grad for x in inputs or (like,))):
         raise ValueError(f"{function}: out= has no gradient; leave it out, or call under torch.no_grad()")
+    if transforms.has_tangent(*(inputs or (like,))):
+        raise NotImplementedError(f"{function}: there is no forward mode (jvp); gradients go in reverse mode")
 
 
 def outs(function: str, given: Sequence[Tensor], shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:

@@ -419,6 +419,14 @@ def test_generators_of_streams_and_tables_are_taken():
     lazily = {name: (x for x in GOOD[name]) for name in ("streams", "position_weights")}
     assert torch.equal(modality_embed(**{**GOOD, **lazily}), modality_embed(**GOOD))
 
+    class Mine(torch.Tensor):  # what the short way refuses, after it has seen the tables
+        pass
+
+    tables = [iter([t] if torch.is_tensor(t) else t) for t in GOOD["position_weights"]]
+    weight = GOOD["modality_weight"].as_subclass(Mine)
+    found = modality_embed(**{**GOOD, "position_weights": tables, "modality_weight": weight})
+    assert torch.equal(found.as_subclass(torch.Tensor), modality_embed(**GOOD))
+
 
 def test_float64_stays_under_autocast():
     weight, rows = torch.randn(1, 8).double(), torch.randn(3, 8).double()

@@ -21,6 +21,11 @@ def test_a_row_out_of_range_is_named_by_every_implementation(impl, rows):
         gather_rows(A, torch.tensor(rows), impl=impl)
 
 
+@pytest.mark.parametrize("length", [np.array(5), np.int32(5), torch.tensor(5)], ids=repr)
+def test_a_length_may_be_an_array_of_one_number(length):
+    assert pad(WHOLE, LAYOUT, length=length)[0].shape == (2, 5, 4)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_shared_memory_is_named_by_every_implementation(impl):
     with pytest.raises(ValueError, match="pack: out shares memory with stream 1"):
