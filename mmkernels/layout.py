@@ -146,9 +146,15 @@ class PackedLayout:
                     f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
                     f"is {num_modalities}"
                 )
-            samples = [_runs(ids) for ids in torch.split(modality_ids, cu_seqlens.diff().tolist())]
-            return cls.from_segments(samples, num_modalities=num_modalities)
+            return cls._from_host_bounds(cu_seqlens.numpy(), modality_ids.numpy(), num_modalities)
         return cls._from_device_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
+
+    @classmethod
+    @dispatch.host_code(_BUILT_OUTSIDE)
+    def _from_host_bounds(cls, bounds: np.ndarray, modality_ids: np.ndarray, num_modalities: int) -> PackedLayout:
+        special = _special_ids("from_cu_seqlens", None, num_modalities)
+        segments, grids = _run_tables(bounds, modality_ids, num_modalities)
+        return cls._build(segments, grids, special, len(bounds) - 1, num_modalities, 1)
 
     @classmethod
     def _from_device_bounds(cls, cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities) -> PackedLayout:
@@ -315,12 +321,6 @@ def _views(buffer: Tensor, num_samples: int, num_segments: int, total: int, axes
     return views
 
 
-def _runs(modality_ids: Tensor) -> list[tuple[int, int]]:
-    """Stretches of one modality as (modality, length)."""
-    values, lengths = torch.unique_consecutive(modality_ids, return_counts=True)
-    return list(zip(values.tolist(), lengths.tolist(), strict=True)) or [(0, 0)]
-
-
 def _check_modalities(function: str, num_modalities: int) -> None:
     if not dispatch.is_number(num_modalities, dispatch.WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
         raise ValueError(f"{function}: num_modalities is {num_modalities!r}, expected 1 to {MAX_MODALITIES}")
@@ -362,6 +362,29 @@ def _count_tables(counts: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, 
     grids = np.zeros((len(own), 3), np.int32)
     grids[:, 2] = own
     return segments, grids
+
+
+def _run_tables(bounds: np.ndarray, modality_ids: np.ndarray, num_modalities: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segment table and grids of the stretches of one modality in one sample; of an empty sample, one of length 0."""
+    num_samples, total = len(bounds) - 1, len(modality_ids)
+    changes = np.zeros(total, bool)
+    changes[1:] = modality_ids[1:] != modality_ids[:-1]
+    changes[bounds[bounds < total]] = False  # a sample opens there anyway
+    changes = np.flatnonzero(changes)
+    starts = np.concatenate([bounds[:-1], changes])
+    sample = np.concatenate([np.arange(num_samples), np.searchsorted(bounds, changes, side="right") - 1])
+    order = np.argsort(starts, kind="stable")  # empty samples stay in order, each before the one that starts there too
+    starts, sample = starts[order], sample[order]
+    lengths = np.diff(starts, append=total)
+    modality = np.zeros(len(starts), np.int64)
+    modality[lengths > 0] = modality_ids[starts[lengths > 0]]
+    first_row = np.zeros_like(lengths)
+    for m in range(num_modalities):
+        own = modality == m
+        first_row[own] = np.cumsum(lengths[own]) - lengths[own]
+    grids = np.zeros((len(starts), 3), np.int32)
+    grids[:, 2] = lengths
+    return np.stack([sample, modality, lengths, first_row], 1).astype(np.int32), grids
 
 
 def _tables(samples, num_modalities: int, special: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
