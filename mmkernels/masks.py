@@ -8,7 +8,7 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -121,7 +121,7 @@ class MaskPlan:
     """A mask lowered on a layout: O(T) bounds and bits, and the tiles of any block shape.  Build with `lower`."""
 
     layout: PackedLayout
-    k_layout: PackedLayout  # the layout itself in self-attention
+    k_layout: PackedLayout  # the same in self-attention
     mask: AttentionMask
     q_table: Tensor  # int32 [4, Tq]: its rows are kv_lo, kv_hi, q_bits, q_modality
     k_table: Tensor  # int32 [4, Tk]: its rows are q_lo, q_hi, k_bits, k_modality
@@ -148,34 +148,41 @@ class MaskPlan:
         # Not a dictionary by (mask, keys): Dynamo cannot hash a layout, but it guards on `is`.
         plans = layout.cache.get(mask, ())
         for plan in plans:
-            if plan.k_layout is keys:
+            if (plan.k_layout if plan.is_cross else layout) is keys:
                 return plan
         return _lowered_anew(layout, mask, keys)
 
     def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
-        self.layout, self.mask = layout, mask
-        self.k_layout = k_layout = layout if k_layout is None else k_layout
+        k_layout = layout if k_layout is None else k_layout
         self.is_cross = k_layout is not layout
+        # Without the caches, of which one holds this plan: what holds itself stays until the cyclic collector runs, and
+        # training loops turn that off.
+        self.layout, self.mask = replace(layout, cache={}, calls={}), mask
+        self.k_layout = k_layout if self.is_cross else self.layout
         self.has_visible = mask.visible is not None
         self.cache: dict[Any, Any] = {}  # what operators derive from the plan
         self._tiles: dict[tuple[str, int, int, str, int], TileSchedule] = {}
         self._visible_pairs: int | None = None
-        self._host_plan: MaskPlan | None = None
+        self._is_host = False
+        self._of_host: MaskPlan | None = None
         if self.is_cross:
             mask_lowering.check_cross(layout, k_layout, mask)
         if layout.host is None or k_layout.host is None or (mask.intervals is not None and mask.intervals.on_device):
             # Only device-side bounds are known; nothing may wait for them.
             self.q_table, self.k_table = mask_lowering_device.tables(layout, k_layout, mask)
         elif layout.host is layout:
-            self._host_plan = self
+            self._is_host = True
             self.q_table, self.k_table = (torch.from_numpy(t) for t in mask_lowering.tables(layout, k_layout, mask))
         else:
-            self._host_plan = MaskPlan.lower(layout.host, mask, k_layout.host if self.is_cross else None)
-            self.q_table, self.k_table = (
-                t.to(layout.device, non_blocking=True) for t in (self._host_plan.q_table, self._host_plan.k_table)
-            )
+            self._of_host = host = MaskPlan.lower(layout.host, mask, k_layout.host if self.is_cross else None)
+            self.q_table, self.k_table = (t.to(layout.device, non_blocking=True) for t in (host.q_table, host.k_table))
         self.kv_lo, self.kv_hi, self.q_bits, self.q_modality = self.q_table.unbind(0)
         self.q_lo, self.q_hi, self.k_bits, self.k_modality = self.k_table.unbind(0)
+
+    @property
+    def _host_plan(self) -> MaskPlan | None:
+        """The plan whose tables are numpy's to read; None where only device-side bounds are known."""
+        return self if self._is_host else self._of_host
 
     @property
     def schedules(self) -> tuple[str, ...]:
