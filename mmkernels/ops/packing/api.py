@@ -145,6 +145,8 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
 
 
 def _resolve(impl: str, tensor: Tensor) -> str:
+    if is_dynamo_compiling():  # which would guard on what is not kept yet, and compile the next call anew
+        return dispatch.resolve("packing", impl, device=tensor.device, dtype=tensor.dtype)
     key = (impl, tensor.device.type, tensor.dtype)
     chosen = _RESOLVED.get(key)  # on a short batch looking it up anew would cost as much as the copy
     if chosen is None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from ops.packing.packing_cases import IMPLS, LAYOUTS, streams_of, where_of
 
 from mmkernels.layout import PackedLayout
-from mmkernels.ops.packing import op, schemas
+from mmkernels.ops.packing import api, op, schemas
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
 
@@ -111,6 +112,16 @@ def test_other_layouts_do_not_compile_again(recwarn):
         compiled.append(counter.frame_count)
     assert compiled[-1] == compiled[4] <= 4
     assert not any("not writable" in str(warning.message) for warning in recwarn)  # from guards on layout.segments
+
+
+def test_the_first_call_of_a_process_compiles_once(monkeypatch):
+    """What it looks up and keeps for calls outside of graphs must not make the second call compile anew."""
+    monkeypatch.setattr(api, "_RESOLVED", {})
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    layout, packed = LAYOUTS["interleaved"], torch.randn(LAYOUTS["interleaved"].total_tokens, 4)
+    call = torch.compile(lambda packed: pad(packed, layout)[0].sum(), fullgraph=True, backend=counter)
+    assert call(packed) == call(packed)
+    assert counter.frame_count == 1
 
 
 def test_out_compiles_as_one_graph():
