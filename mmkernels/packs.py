@@ -92,7 +92,7 @@ def plan_packs(
     max_items  per pack
     long     an item over the budget: "error" names it, "drop" leaves it out and lists it in `dropped`, "split" cuts it
              into pieces of the budget (one budget and no costs) and lists them in `pieces`
-    Time is O(n + budget) for one budget without costs; several, and costs, take some us an item.
+    Time is O(n + budget) for one budget without costs (first_fit: n log n); several, and costs, take some us an item.
     Raises ValueError for such an item under long="error", and for arguments that make no plan.
     """
     if policy not in POLICIES:

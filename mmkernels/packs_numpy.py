@@ -51,8 +51,10 @@ def _best_fit(lengths, budget: int, max_items: int, order) -> np.ndarray:
 def _first_fit(lengths, budget: int, max_items: int, order) -> np.ndarray:
     pack_of, count = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     room = np.full(len(lengths), budget)  # -1: closed; packs not opened yet have the whole budget
+    opened = 0
     for item in order:
-        chosen = np.argmax(room >= lengths[item])
+        chosen = int(np.argmax(room[: opened + 1] >= lengths[item]))
+        opened = max(opened, chosen + 1)
         pack_of[item] = chosen
         count[chosen] += 1
         room[chosen] = room[chosen] - lengths[item] if count[chosen] < max_items else -1
