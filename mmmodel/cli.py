@@ -4,6 +4,7 @@ A command is a frozen dataclass whose fields are its flags and whose `run` does 
 decoders are imported in `run`, so that --help answers at once.
 """
 
+import errno
 import sys
 
 import tyro
@@ -15,6 +16,7 @@ from mmmodel.configs import ConfigError
 from mmmodel.limits import RunError
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell gives it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which names no file
 
 Command = Data | Pretrain | Finetune | Predict | Evaluate | Embed | Plot | Explain | Complexity | Export | Ablate | Demo
 
@@ -37,7 +39,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.exit(str(error))
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
-        sys.exit(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
+        sys.exit(f"{where}: {error.strerror}" if where else str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one line and a non-zero exit, not a traceback."""
 
+import errno
 import json
 import resource
 
@@ -7,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmodel import cli, configs, run_folder, train
+from mmmodel import cli, configs, embed, run_folder, train
 from mmmodel.data import stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
@@ -119,6 +120,19 @@ def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     assert_one_line("could not be written, .* MB are free there: .*File too large", *start)
     assert not list(tmp_path.rglob("*partial*"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["embed --from run --out there.csv", "pretrain --out there.csv"])
+def test_a_full_disk_names_what_was_written(monkeypatch, tmp_path, command):
+    """A write that fails says no name, where opening a file says one."""
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "pretrain", fails)
+    monkeypatch.setattr(embed, "write", fails)
+    assert_one_line("^there.csv: No space left on device$", *command.split())
 
 
 def test_a_fault_in_a_save_is_no_full_disk(tmp_path):
