@@ -10,7 +10,7 @@ from triton_cases import device_bounds, random_case
 
 from mmkernels import AttentionMask, PackedLayout, attention
 from mmkernels.masks import MaskPlan
-from mmkernels.ops.attention import configs, triton_launch
+from mmkernels.ops.attention import configs, triton_kernels, triton_launch
 from mmkernels.ops.attention.configs import Config
 from mmkernels.testing import poisoned_empty, random_layout
 
@@ -21,7 +21,9 @@ WIDE, TALL = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks():
+def _small_blocks(monkeypatch):
+    """And tiles of few columns too walk whole blocks without a mask."""
+    monkeypatch.setattr(triton_kernels, "JOINED", 0)
     with configs.override(fwd=TALL, dkdv=TALL, dq=WIDE):
         yield
 
@@ -63,6 +65,16 @@ def test_full_tiles_run_unmasked_and_blind_rows_are_zero():
     assert (mass[96:] == 0).all()
     torch.testing.assert_close(mass[:96].sum(2), torch.ones(96, 1))
     assert (gradient[96:] == 0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_beyond_the_range_of_exp(sign):
+    """Rows whose every score is near 200 or -200: exp of one is inf or 0, in whole blocks and in masked ones."""
+    layout = PackedLayout.from_counts([[40]])
+    k = 40 + torch.rand(40, 1, 16)
+    q, v = sign * torch.full((40, 1, 16), 1.25), torch.randn(40, 1, 16)
+    out = attention(q, k, v, layout=layout, impl="triton")
+    torch.testing.assert_close(out, attention(q, k, v, layout=layout, impl="reference"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["sample", "token"])

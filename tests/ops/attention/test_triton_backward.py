@@ -12,7 +12,7 @@ import torch
 from attention_oracle import CROSS_MASKS, MASKS, Case, Pool, check, make_qkv, shared_layout
 
 from mmkernels import AttentionMask, PackedLayout, attention
-from mmkernels.ops.attention import configs, triton_launch_backward
+from mmkernels.ops.attention import configs, triton_kernels, triton_launch_backward
 from mmkernels.ops.attention.configs import Config
 from mmkernels.testing import poisoned_empty, random_layout
 
@@ -33,6 +33,12 @@ FEATURES = [
     {"pair_bias": True},
     {"pair_bias": True, "dropout_p": 0.6, "lse_gradient": True},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _spans_of_their_own(monkeypatch):
+    """Tiles of few columns too walk whole blocks without a mask."""
+    monkeypatch.setattr(triton_kernels, "JOINED", 0)
 
 
 def override(variant, schedule=None):
@@ -246,6 +252,25 @@ def test_samples_are_isolated_bit_for_bit(kind, variant, schedule, poison):
             )  # fmt: skip
             results.append(torch.autograd.grad((out, lse), qkv, (do, dlse))[0][keep])
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kernels", [PAIR, DESCRIPTORS, FUSED], ids=["pointers", "descriptors", "fused"])
+def test_heads_are_isolated_bit_for_bit(kernels):
+    """In a tile that pads the width, what follows a head's row is the next head's; whole blocks and masked ones."""
+    layout = PackedLayout.from_counts([[40]])
+    generator = torch.Generator().manual_seed(0)
+    qkv, do = (torch.randn(40, heads, 24, generator=generator).half() for heads in (6, 2))
+    found = []
+    for poison in (1.0, float("nan")):
+        leaves = qkv.clone()
+        leaves[:, 1::2], do[:, 1] = poison, poison
+        q, k, v = leaves.requires_grad_().split(2, 1)
+        with configs.override(schedule="sample", **kernels):
+            out = attention(q, k, v, layout=layout, impl="triton", deterministic=kernels is not FUSED)
+        (gradient,) = torch.autograd.grad(out, leaves, do)
+        found.append(torch.cat([out[:, ::2], gradient[:, ::2]], 1))
+        layout.cache.clear()
+    assert torch.equal(*found)
 
 
 def test_token_tiles_sum_dq_across_a_sample_border():

@@ -70,6 +70,20 @@ def test_bit_for_bit(name, dtype):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("mask", [None, AttentionMask(causal=True)], ids=["full", "causal"])
+def test_a_span_reads_nothing_before_it(mask):
+    """The block before a span's first is another sample's, whose NaN times 0 would be seen."""
+    sample = slice(10, 58)
+    found = []
+    for poison in (1.0, float("nan")):
+        layout = PackedLayout.from_counts([[10], [48], [7]])
+        qkv = torch.randn(65, 3, 1, 16, generator=torch.Generator().manual_seed(0))
+        qkv[: sample.start] = qkv[sample.stop :] = poison
+        with overridden(True), configs.override(schedule="sample"):
+            found.append(attention(*qkv.unbind(1), layout=layout, mask=mask, impl="triton")[sample])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["full", "visible, everything"])
 def test_error_rule(name, dtype):

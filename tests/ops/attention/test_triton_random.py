@@ -9,6 +9,7 @@ import torch
 from attention_oracle import Pool, check
 from triton_cases import random_case
 
+from mmkernels.ops.attention import triton_kernels
 from mmkernels.testing import error_floor, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
@@ -63,6 +64,7 @@ def test_the_cases_cover_what_they_say():
     for seen, expected in (
         ({c.options["dtype"] for c in cases}, {torch.float32, torch.float16}),
         ({c.schedule for c in cases}, {"sample", "token"}),
+        ({c.joined for c in cases}, {0, triton_kernels.JOINED}),
         ({"fused" in c.kernels for c in cases}, {False, True}),
         ({c.kernels["fwd"].tma for c in cases}, {False, True}),
         ({c.options["heads"] // c.options["kv_heads"] for c in cases}, {1, 2, 3}),

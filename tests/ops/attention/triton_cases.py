@@ -6,12 +6,13 @@ even so there are full, partial and skipped tiles, and tiles that cross samples.
 
 import contextlib
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
 from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES
 
-from mmkernels.ops.attention import configs
+from mmkernels.ops.attention import configs, triton_kernels
 from mmkernels.ops.attention.configs import Config
 from mmkernels.testing import random_layout
 
@@ -41,11 +42,15 @@ class RandomCase:
     mask: object
     schedule: str
     kernels: dict[str, Config]
+    joined: int
     options: dict
 
     @contextlib.contextmanager
     def configured(self):
-        with configs.override(schedule=self.schedule, **self.kernels):
+        with (
+            mock.patch.object(triton_kernels, "JOINED", self.joined),
+            configs.override(schedule=self.schedule, **self.kernels),
+        ):
             yield
 
 
@@ -72,5 +77,6 @@ def random_case(seed: int) -> RandomCase:
         masks[list(masks)[seed % len(masks)]](layout, seed),
         SCHEDULES[int(rng.integers(2))],
         kernels,
+        (0, triton_kernels.JOINED)[int(rng.integers(2))],
         options,
     )
