@@ -285,7 +285,7 @@ def _keep(cache: dict, mask: AttentionMask, plan: MaskPlan) -> None:
     if mask not in cache:
         # list(): one step, while operators put other things in without the lock.
         met = [key for key in list(cache) if isinstance(key, AttentionMask)]
-        for oldest in met[: len(met) + 1 - MOST_PLANS]:
+        for oldest in met[: max(0, len(met) + 1 - MOST_PLANS)]:
             del cache[oldest]
     cache[mask] = (*cache.get(mask, ()), plan)[-MOST_KEY_LAYOUTS:]
 

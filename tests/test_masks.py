@@ -233,8 +233,11 @@ def test_a_layout_keeps_a_limited_number_of_plans():
         MaskPlan.lower(layout, AttentionMask(causal=True, window=(i, 0)))
         MaskPlan.lower(layout, AttentionMask(), PackedLayout.from_counts([[1], [i]]))
     plans = [found for key, found in layout.cache.items() if isinstance(key, AttentionMask)]
-    assert len(plans) <= MOST_PLANS
+    assert len(plans) == MOST_PLANS
     assert max(map(len, plans)) <= MOST_KEY_LAYOUTS
+    for i in range(2 * MOST_KEY_LAYOUTS):
+        MaskPlan.lower(layout, AttentionMask(), PackedLayout.from_counts([[1], [i]]))
+    assert len(layout.cache[AttentionMask()]) == MOST_KEY_LAYOUTS
     again = MaskPlan.lower(layout)
     assert torch.equal(again.q_table, first.q_table)
 
