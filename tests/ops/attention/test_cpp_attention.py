@@ -82,6 +82,17 @@ def test_lengths_at_the_edges_of_blocks(length, causal):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "pair_bias"), [(torch.float32, False), (torch.float32, True), (torch.float16, False)]
+)
+def test_a_lonely_sample(dtype, pair_bias):
+    """In fp32 without a bias it is cut into ranges of keys; elsewhere it must not be: delta needs all of a row."""
+    layout = PackedLayout.from_counts([[300, 400]])
+    mask = AttentionMask(causal=True, visible=[[True, False], [True, True]])
+    with poisoned_empty():
+        check(layout, mask, impl="cpp", dtype=dtype, heads=4, kv_heads=2, pair_bias=pair_bias, lse_gradient=True)
+
+
+@pytest.mark.parametrize(
     "counts", [[[0, 0]], [[0, 0], [1, 0], [0, 0]], [[127, 1], [0, 129]], [[5, 0], [7, 0]]], ids=str
 )
 def test_empty_samples_and_missing_modalities(counts):
