@@ -92,6 +92,13 @@ def test_a_lonely_sample(dtype, pair_bias):
         check(layout, mask, impl="cpp", dtype=dtype, heads=4, kv_heads=2, pair_bias=pair_bias, lse_gradient=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_between_those_that_a_band_sees(dtype):
+    """Text on both sides of an image that it does not see: the tile visits the image, whose own rows are in it."""
+    layout = PackedLayout.from_segments([[(0, 40), (1, 100), (0, 45)]], num_modalities=2)
+    check(layout, AttentionMask.isolated(2), impl="cpp", dtype=dtype, heads=4, kv_heads=2, mass=True, dropout_p=0.1)
+
+
 @pytest.mark.parametrize(
     "counts", [[[0, 0]], [[0, 0], [1, 0], [0, 0]], [[127, 1], [0, 129]], [[5, 0], [7, 0]]], ids=str
 )
