@@ -92,6 +92,35 @@ def test_a_lonely_sample(dtype, pair_bias):
         check(layout, mask, impl="cpp", dtype=dtype, heads=4, kv_heads=2, pair_bias=pair_bias, lse_gradient=True)
 
 
+@pytest.mark.parametrize("side", [30, 31, 32, 33])
+def test_windows_at_the_edges_of_panels(side):
+    """Bands whose last row begins to see, or whose first ceases to, one key to either side of a panel's edge."""
+    check(PackedLayout.from_counts([[300]]), AttentionMask(window=(side, side)), impl="cpp", heads=2, kv_heads=2)
+
+
+def test_a_row_of_nan_is_not_a_row_that_sees_nothing():
+    layout = PackedLayout.from_counts([[20]])
+    q, k, v = torch.randn(3, 20, 1, 16)
+    q[7] = float("nan")
+    out, lse = attention(q, k, v, layout=layout, return_lse=True, impl="cpp")
+    assert out[7].isnan().all()
+    assert lse[:, 7].isnan().all()
+    assert not out[:7].isnan().any()
+
+
+def test_the_gradient_of_a_blind_rows_lse_is_not_used():
+    """Whatever a loss makes of -inf, NaN too."""
+    layout = PackedLayout.from_counts([[20, 30]])
+    mask = AttentionMask(visible=[[True, True], [False, False]])
+    qkv = torch.randn(50, 3, 1, 16, requires_grad=True)
+    found = []
+    for of_blind in (0.0, float("nan")):
+        out, lse = attention(*qkv.unbind(1), layout=layout, mask=mask, return_lse=True, impl="cpp")
+        dlse = torch.where(lse.isinf(), of_blind, torch.ones_like(lse))
+        found.append(torch.autograd.grad((out, lse), qkv, (torch.ones_like(out), dlse))[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_panels_between_those_that_a_band_sees(dtype):
     """Text on both sides of an image that it does not see: the tile visits the image, whose own rows are in it."""
