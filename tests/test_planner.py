@@ -125,6 +125,12 @@ def test_build_layout_names_what_is_wrong(backend, segments, grids, message):
         planner.build_layout(segments, np.array(grids).reshape(-1, 3), [-1], 2, 1)
 
 
+def test_a_grid_whose_product_passes_int64_is_named(backend):
+    """2**64 tokens would wrap to the 0 that the segment has."""
+    with pytest.raises(ValueError, match=rf"grids\[0\] holds {2**42} tokens, expected 0"):
+        planner.build_layout([[0, 0, 0, 0]], [[2**22, 2**20, 2**22]], [-1], 1, 3)
+
+
 def random_mask(seed: int):
     """(cu_rows, cu_cols, lo, hi, row_bits, col_bits): non-decreasing bounds, any visibility; odd seeds: two sides."""
     rng = np.random.default_rng(seed)

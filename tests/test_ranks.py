@@ -46,6 +46,19 @@ def test_backends_agree(problem):
         np.testing.assert_array_equal(balance_ranks(costs, world_size, equal_count=equal_count), expected)
 
 
+@pytest.mark.skipif(BACKEND != "cpp", reason="mmkernels._planner is not built")
+@pytest.mark.parametrize("equal_count", [False, True])
+def test_backends_agree_where_kinds_are_missing(equal_count):
+    """Items that cost nothing of what the heaviest rank has most of: moving one does not make it lighter."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        costs = rng.integers(1, 9, (40, 3)) * (rng.random((40, 3)) < 0.4)
+        expected = balance_ranks(costs, 5, equal_count=equal_count)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "_backend", packs_numpy)
+            np.testing.assert_array_equal(balance_ranks(costs, 5, equal_count=equal_count), expected)
+
+
 @given(st.lists(st.integers(0, 20), max_size=6), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
 def test_one_cost_is_within_four_thirds_of_the_best(costs, world_size):
