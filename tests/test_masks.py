@@ -167,8 +167,9 @@ def test_joined_spans(seed, rows):
 
 
 def test_joined_spans_of_a_short_sample():
-    plan = MaskPlan.lower(PackedLayout.from_counts([[20], [40]]))
-    assert plan.tiles("query", 64, 8, "sample", 24).spans.tolist() == [[0, 20, 1], [20, 60, 0]]
+    """A tile of one span keeps it as it is: whole blocks need no mask."""
+    plan = MaskPlan.lower(PackedLayout.from_counts([[16], [20], [40]]))
+    assert plan.tiles("query", 64, 8, "sample", 24).spans.tolist() == [[0, 16, 0], [16, 36, 1], [36, 76, 0]]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,7 @@ def test_joined_spans_of_a_short_sample():
         (lambda: AttentionMask(prefix=(1,)), ValueError, "set causal=True"),
         (lambda: AttentionMask(visible=((True,),)), ValueError, "for the modalities of queries and keys"),
         (lambda: AttentionMask(causal=True, prefix=(1,)), ValueError, "expected 2 lengths"),
+        (lambda: AttentionMask(causal=True, prefix=(2, -1)), ValueError, "expected 2 lengths >= 0"),
         (lambda: AttentionMask(causal=True, bidirectional=(7,)), ValueError, "names modality 7"),
         (
             lambda: AttentionMask(causal=True, prefix=(4, 4), window=(1, 0), window_scope="causal"),
@@ -284,6 +286,10 @@ def test_cross_plan_equals_definition(seed):
     assert torch.equal(inside, (query >= plan.q_lo) & (query < plan.q_hi))
     assert torch.equal(inside & ((plan.q_bits[:, None] & plan.k_bits) != 0), expected), mask
     assert plan.visible_pairs == int(expected.sum())
+    for found, of_host in zip(
+        mask_lowering_device.tables(layout, k_layout, mask), (plan.q_table, plan.k_table), strict=True
+    ):
+        assert torch.equal(found, of_host)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +335,14 @@ def test_lowering_on_the_device_equals_the_host(seed):
     assert torch.equal(on_device.segment_ids.diff() != 0, layout.segment_ids.diff() != 0)
     assert torch.equal(host.q_table, device.q_table), mask
     assert torch.equal(host.k_table, device.k_table), mask
+
+
+def test_a_prefix_of_no_tokens_leaves_no_gap():
+    layout = PackedLayout.from_counts([[4], [2]])
+    mask = AttentionMask(causal=True, prefix=(0, 0), window=(1, 0), window_scope="causal")
+    expected = reference_mask(layout, dataclasses.replace(mask, prefix=None))
+    for own in (layout, device_bounds(layout)):
+        assert torch.equal(seen_by_plan(MaskPlan.lower(own, mask)), expected)
 
 
 @pytest.mark.parametrize("rows", ["query", "key"])
