@@ -53,7 +53,8 @@ def test_one_concept_has_no_negatives():
         assert (draw_pairs(one, None)[:, 2] == 1).all()
 
 
-def test_negatives_are_drawn_by_the_softmax_of_the_scores():
+@pytest.mark.parametrize("hardness", [1.0, 0.3])
+def test_negatives_are_drawn_by_the_softmax_of_the_scores(hardness):
     """Frequencies over many draws against the probabilities; the bound is five standard deviations."""
     _, batch, anchors = matched(concepts=[f"c{i}" for i in range(6)])
     one = anchors[0]
@@ -62,10 +63,10 @@ def test_negatives_are_drawn_by_the_softmax_of_the_scores():
     counts = np.zeros((len(one.first), len(one.all_second)))
     for _ in range(draws):
         noisy = dataclasses.replace(one, noise_second=rng.gumbel(size=one.noise_second.shape))
-        pairs = draw_pairs(noisy, scores)[len(one.first) : 2 * len(one.first)]
+        pairs = draw_pairs(noisy, scores, hardness)[len(one.first) : 2 * len(one.first)]
         counts[np.arange(len(one.first)), np.searchsorted(one.all_second, pairs[:, 1])] += 1
     allowed = batch.concept.numpy()[one.first][:, None] != batch.concept.numpy()[one.all_second][None, :]
-    expected = np.exp(scores[np.ix_(one.first, one.all_second)]) * allowed
+    expected = np.exp(hardness * scores[np.ix_(one.first, one.all_second)]) * allowed
     expected /= expected.sum(axis=1, keepdims=True)
     assert (np.abs(counts / draws - expected) < 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12).all()
 

@@ -9,7 +9,7 @@ import torch
 from builders import batch_of, learner, objective_learner, samples
 
 from mmmodel.features import Features
-from mmmodel.objectives.contrastive import multi_positive
+from mmmodel.objectives.contrastive import MAX_SCALE, multi_positive, top1
 from mmmodel.objectives.masked_text import mask_text
 
 
@@ -47,6 +47,19 @@ def test_contrastive_loss_and_gradients_against_the_plain_definition():
         torch.testing.assert_close(ours, theirs)
     assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
     assert {"loss/text-image", "loss/text-audio", "loss/image-audio"} < set(metrics)
+
+
+def test_the_scale_is_limited():
+    _, learned = learner()
+    objective = learned.objectives["contrastive"]
+    with torch.no_grad():
+        objective.log_scale.fill_(6.0)
+    assert objective.scale() == MAX_SCALE
+
+
+def test_top1_counts_the_rows_that_have_a_positive():
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+    assert top1(logits, torch.tensor([[True, False], [False, True], [False, False]])) == 0.5
 
 
 def test_a_perfect_match_costs_what_several_positives_must():
@@ -115,6 +128,7 @@ def test_masking_hides_the_right_share_and_never_the_first():
         assert len(np.unique(hidden)) == len(hidden)
         untouched = np.setdiff1d(np.arange(len(ids)), hidden)
         np.testing.assert_array_equal(masked[untouched], ids[untouched])
+        assert (masked[hidden] >= 3).all()  # [MASK] or an ordinary token
         counts.append(len(hidden))
         kinds += [(masked[hidden] == 3).sum(), (masked[hidden] == ids[hidden]).sum(), len(hidden)]
     assert set(counts) == {0 + 1 + 1 + 12 + 30}
