@@ -20,6 +20,7 @@ from mmmodel import features as feature_store
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.recordings import draw
+from mmmodel.data.shards import shard_stamps
 from mmmodel.export import CheckpointError, Run
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import labels as label_rules
@@ -58,12 +59,14 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
 def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) -> dict[str, Any]:
     _refuse_other(out, config, source)
     base = fresh(source.config, source.tokenizer, config.seed)
+    stamps = shard_stamps(pretraining.find_data(config.data or source.config.data))
     data, counts = read_labelled(source.config, base.model, config)
     learner, loaded = build(base, source, data.labels, config)
     logger.info("%s", "from scratch: no tensor loaded" if loaded is None else loaded.summary())
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     learner.to(config.device)
     about = {"from": export.checksum(source.tensors), "config": asdict(config), "labels": asdict(data.labels)} | counts
+    about["shards"] = stamps
     checkpoints = _checkpoints(out / ".checkpoints", about)
     with run_folder.writing(out):
         outcome = train(learner, data, config, checkpoints)

@@ -107,25 +107,37 @@ def test_the_best_epoch_is_kept_and_patience_stops(run, labelled, tmp_path):
     assert report["epochs"] == len(history) == min(40, report["best_epoch"] + 3)
 
 
-@pytest.mark.parametrize("fields", [{}, {"freeze": "encoder"}], ids=["all", "head"])
-def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path, monkeypatch, fields):
-    """Stopped in its fourth epoch, with dropout; one of another rate in the same folder begins anew."""
+def epochs(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    """The epoch, from 0, before which a fine-tuning is stopped; each one has a checkpoint."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=5, dropout=0.3, **fields)
-    report = finetuning.finetune(run, config, tmp_path / "unbroken")
-    order, stopping = loop._order, True
+    order, before = loop._order, {"epoch": None}
 
     def stop(count, config, epoch):
-        if epoch == 3 and stopping:
+        if epoch == before["epoch"]:
             raise KeyboardInterrupt
         return order(count, config, epoch)
 
     monkeypatch.setattr(loop, "_order", stop)
+    return before
+
+
+@pytest.mark.parametrize("fields", [{}, {"freeze": "encoder"}], ids=["all", "head"])
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path, stopping, fields):
+    """Stopped in its fourth epoch, with dropout; one of another rate in the same folder begins anew."""
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=5, dropout=0.3, **fields)
+    report = finetuning.finetune(run, config, tmp_path / "unbroken")
+    stopping["epoch"] = 3
     for lr in (0.5, config.lr):
         with pytest.raises(KeyboardInterrupt):
             finetuning.finetune(run, dataclasses.replace(config, lr=lr), tmp_path / "stopped")
         assert checkpoint.saved(tmp_path / "stopped" / ".checkpoints")[0].name == "step-00000003"
-    stopping = False
+    stopping["epoch"] = None
     again = finetuning.finetune(run, config, tmp_path / "stopped")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
     ours, theirs = open_run(tmp_path / "stopped").tensors, open_run(tmp_path / "unbroken").tensors
@@ -133,6 +145,27 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path,
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
         path.name for path in (tmp_path / "unbroken").iterdir()
     }
+
+
+def test_a_stopped_fine_tuning_begins_anew_where_the_labels_were_corrected(run, tmp_path, stopping):
+    """In the same files, and as many of each class: "red" where it said "blue", and the other way round."""
+
+    def write(names):
+        splits = ["train"] * 12 + ["validation"] * 4
+        meta = [{"split": split, "colour": names[i % 2]} for i, split in enumerate(splits)]
+        made = [{"__key__": f"k{i}", "txt": f"{i % 2}", "json": fields} for i, fields in enumerate(meta)]
+        write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
+
+    config = dataclasses.replace(QUICK, label="colour", data=str(tmp_path), epochs=3)
+    write(("red", "blue"))
+    stopping["epoch"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(run, config, tmp_path / "stopped")
+    stopping["epoch"] = None
+    write(("blue", "red"))
+    for out in ("stopped", "fresh"):
+        finetuning.finetune(run, config, tmp_path / out)
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "fresh")
 
 
 def test_from_scratch_loads_nothing(run, labelled, tmp_path):
