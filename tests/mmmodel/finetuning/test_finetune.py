@@ -140,6 +140,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path,
     stopping["epoch"] = None
     again = finetuning.finetune(run, config, tmp_path / "stopped")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "unbroken")  # the weights are those of the best alone
     ours, theirs = open_run(tmp_path / "stopped").tensors, open_run(tmp_path / "unbroken").tensors
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
