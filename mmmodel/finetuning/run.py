@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CONTRASTIVE = "objectives.contrastive."  # the name of the retrieval head in files, pretrained or fine-tuned
 READ = ("task", "visibility", "dropout", "seed", "threads")  # fields that a model is read by; others trained it
+WHERE = ("threads", "device")  # fields that say where it is computed: one that was stopped may go on elsewhere
 HELD_OUT = 0.1  # share of the training groups that validate where the data has no validation split
 
 
@@ -65,7 +66,8 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     logger.info("%s", "from scratch: no tensor loaded" if loaded is None else loaded.summary())
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
     learner.to(config.device)
-    about = {"from": export.checksum(source.tensors), "config": asdict(config), "labels": asdict(data.labels)} | counts
+    settings = {name: value for name, value in asdict(config).items() if name not in WHERE}
+    about = {"from": export.checksum(source.tensors), "config": settings, "labels": asdict(data.labels)} | counts
     about["shards"] = stamps
     checkpoints = _checkpoints(out / ".checkpoints", about)
     with run_folder.writing(out):
@@ -75,7 +77,6 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
-    shutil.rmtree(checkpoints)
     log = MetricsFile(out / "metrics.jsonl", from_step=0)
     for line in outcome.history:
         log.write(line)
@@ -95,15 +96,25 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
         "versions": {name: version(name) for name in ("torch", "numpy", "scikit-learn")},
     }
     atomic.write_json(out / "report.json", report)
+    shutil.rmtree(checkpoints)
     return report
 
 
 def _checkpoints(folder: Path, about: dict[str, Any]) -> Path:
     """Where this very fine-tuning keeps how far it came; what a stopped one of other settings left is removed."""
     path, about = folder / "about.json", json.loads(json.dumps(about))
-    if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != about:
-        shutil.rmtree(folder, ignore_errors=True)
-        atomic.write_json(path, about)
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs == about:
+            return folder
+        found = run_folder.differences(theirs, about) or "samples"
+        logger.warning("%s: begins anew, for what was stopped there had other %s", folder.parent, found)
+    except FileNotFoundError:
+        pass
+    except (ValueError, AttributeError) as error:
+        logger.warning("%s: begins anew, for %s does not read: %s", folder.parent, path.name, error)
+    shutil.rmtree(folder, ignore_errors=True)
+    atomic.write_json(path, about)
     return folder
 
 

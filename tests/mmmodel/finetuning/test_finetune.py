@@ -169,6 +169,46 @@ def test_a_stopped_fine_tuning_begins_anew_where_the_labels_were_corrected(run, 
     assert epochs(tmp_path / "stopped") == epochs(tmp_path / "fresh")
 
 
+def test_what_stopped_fine_tunings_left_is_continued_elsewhere_or_goes_with_a_word(
+    run, labelled, tmp_path, stopping, caplog
+):
+    """Other settings are named; a damaged note of them is nobody's; another number of threads matters not."""
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=4)
+
+    def stopped(epoch, **fields):
+        caplog.clear()
+        stopping["epoch"] = epoch
+        with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(run, dataclasses.replace(config, **fields), tmp_path)
+        return caplog.text
+
+    assert "anew" not in stopped(1)
+    assert "begins anew, for what was stopped there had other config.lr 0.01 -> 0.5" in stopped(1, lr=0.5)
+    (tmp_path / ".checkpoints" / "about.json").write_text("{")
+    assert "begins anew, for about.json does not read: Expecting" in stopped(1, threads=config.threads + 1)
+    assert "continuing after epoch 1 of 4" in stopped(2)
+
+
+def test_a_fine_tuning_that_was_stopped_before_its_report_still_has_its_checkpoints(
+    run, labelled, tmp_path, stopping, monkeypatch
+):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=2)
+    original = finetuning.atomic.write_json
+
+    def stop(path, content):
+        if path.name == "report.json":
+            raise KeyboardInterrupt
+        original(path, content)
+
+    monkeypatch.setattr(finetuning.atomic, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(run, config, tmp_path)
+    monkeypatch.setattr(finetuning.atomic, "write_json", original)
+    stopping["epoch"] = 0  # none is computed again
+    assert finetuning.finetune(run, config, tmp_path)["epochs"] == 2
+    assert not (tmp_path / ".checkpoints").exists()
+
+
 def test_from_scratch_loads_nothing(run, labelled, tmp_path):
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), from_scratch=True, epochs=1, seed=7)
     report = finetuning.finetune(run, config, tmp_path)
