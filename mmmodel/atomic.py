@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 SUFFIX = ".mmmodel-partial"
-NEW = 60  # seconds in which a folder may not be locked yet by the process that made it
+NEW = 3600  # seconds since the last write after which a folder without a lock is taken for left
+OLD = ".replaced"  # what was at the place of a new folder
 
 
 @contextmanager
@@ -24,34 +25,43 @@ def replacing(path: Path) -> Iterator[Path]:
     Its parent is the writer's own and goes in any case.  Of two writers at once the later one's file stays; of a
     folder, which somebody may be reading by then, the earlier one's.
     """
-    before = _number(path)
     with private_folder(path.parent, path.name) as work:
+        before = _number(path)
         partial = work / path.name
         yield partial
-        if partial.is_dir() and path.is_dir():  # a folder replaces none that holds something
+        folder = partial.is_dir()
+        if folder and path.is_dir():  # a folder replaces none that holds something
             if _number(path) != before:
                 return
-            os.replace(path, work / "replaced")
-        os.replace(partial, path)
+            os.replace(path, work / OLD)  # stopped after this move, `_finish` does the next
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if not (folder and path.is_dir()):  # else another process made it in between
+                raise
 
 
 @contextmanager
 def private_folder(parent: Path, name: str) -> Iterator[Path]:
     """A new folder in `parent` for as long as the context lasts; what processes left there that were killed goes too.
 
-    A lock on the folder says that its process lives, for a process number says little to another container or host.
+    A lock on the folder says that its process lives, for a process number says little to another container, or to
+    another host: there, where the file system has locks between hosts.  What was written within the hour stays anyhow.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_left(parent)
     work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
-    lock = os.open(work, os.O_RDONLY)
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # a file system that locks no folders: there nothing is ever taken for left
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield work
     finally:
-        os.close(lock)
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            _finish(work)
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
@@ -62,13 +72,26 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
 def _remove_left(parent: Path) -> None:
     for work in parent.glob(f".*{SUFFIX}"):
         with suppress(OSError):  # its process lives, or another was faster to remove it
-            lock = os.open(work, os.O_RDONLY)
+            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)  # of a pipe it would wait for a writer
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(lock).st_mtime > NEW:
+                age = time.time() - _last_write(work)
+                _finish(work)
+                if age > NEW:
                     shutil.rmtree(work)
             finally:
                 os.close(lock)
+
+
+def _finish(work: Path) -> None:
+    """Moves a new folder to its place, if its writer was stopped after it had moved the old one away."""
+    name = work.name.removeprefix(".").removesuffix(SUFFIX).rpartition(".")[0]
+    if os.path.lexists(work / OLD) and (work / name).exists() and not (work.parent / name).exists():
+        os.replace(work / name, work.parent / name)
+
+
+def _last_write(work: Path) -> float:
+    return max(path.lstat().st_mtime for path in (work, *work.rglob("*")))
 
 
 def _number(path: Path) -> int | None:

@@ -82,11 +82,65 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     (tmp_path / f".other{left.suffix}").touch()  # a file of this name is nobody's of ours
+    os.mkfifo(tmp_path / f".pipe{left.suffix}")
     with replacing(tmp_path / "b") as living:
         assert left.exists()  # so new that its process might be about to lock it
-        for folder in (left, living.parent):
-            os.utime(folder, (0, 0))
+        os.utime(left, (0, 0))
+        os.utime(living.parent, (0, 0))
+        atomic.write_json(tmp_path / "c", {"x": 1})
+        assert left.exists()  # it was written in just now
+        os.utime(left / "a", (0, 0))
         atomic.write_json(tmp_path / "c", {"x": 1})
         assert not left.exists()
         living.write_text("whole")
     assert contents(tmp_path) == {".other.mmmodel-partial": "", "b": "whole", "c": '{\n "x": 1\n}\n'}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_writer_stopped_between_the_two_moves_of_a_folder_loses_neither(tmp_path, signal_number):
+    """The new one takes its place: at once, or once somebody writes beside it."""
+    program = (
+        "import os, sys; from pathlib import Path; from mmmodel.atomic import replacing\n"
+        "move = os.replace\n"
+        "def stopped(*paths):\n"
+        "    move(*paths)\n"
+        "    os.replace = move\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "os.replace = stopped\n"
+        "with replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.mkdir()\n"
+        "    (partial / 'a').write_text('new')\n"
+        "    (partial.parent / 'beside').write_text('')"
+    )
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").write_text("old")
+    command = [sys.executable, "-c", program, str(tmp_path / "set"), str(int(signal_number))]
+    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == -signal_number
+    assert (tmp_path / "set").exists() == (signal_number == signal.SIGINT)
+    for left in tmp_path.glob(".*"):
+        for path in (*left.rglob("*"), left):
+            os.utime(path, (0, 0))
+    atomic.write_json(tmp_path / "set.json", 1)
+    assert contents(tmp_path) == {"set/a": "new", "set.json": "1\n"}
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "set.json"}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_a_folder_that_another_makes_between_the_moves_stays(tmp_path, monkeypatch, there):
+    path, move = tmp_path / "replaced", os.replace
+
+    def overtaken(source, target):
+        if target == path:
+            path.mkdir()
+            (path / "a").write_text("theirs")
+        move(source, target)
+
+    if there:
+        path.mkdir()
+        (path / "a").write_text("old")
+    monkeypatch.setattr(os, "replace", overtaken)
+    with replacing(path) as partial:
+        partial.mkdir()
+        (partial / "a").write_text("ours")
+    assert contents(tmp_path) == {"replaced/a": "theirs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["replaced"]
