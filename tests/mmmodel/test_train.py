@@ -121,6 +121,34 @@ def test_a_run_whose_data_lacks_a_modality_continues_too(tmp_path):
     assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
 
 
+def test_a_parameter_that_its_first_gradient_reaches_after_a_checkpoint_learns_the_same(tmp_path):
+    """The optimizer begins its averages then, at step 1, as it would have without a stop."""
+
+    def made():
+        torch.manual_seed(0)
+        module = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "ab"})
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+
+    def step(module, optimizer, names):
+        optimizer.zero_grad(set_to_none=True)
+        x = torch.arange(8.0).view(2, 4)
+        for name in names:
+            x = module[name](x)
+        x.pow(2).sum().backward()
+        optimizer.step()
+
+    one, other = made(), made()
+    for _ in range(2):
+        step(*one, "a")
+    path = checkpoint.save(tmp_path, 2, *one, {"step": 2}, keep=1)
+    assert checkpoint.load(path, *other, {"step": 0}) == {"step": 2}
+    for names in ("ab", "a", "ab"):
+        for learned in (one, other):
+            step(*learned, names)
+        ours, theirs = other[0].state_dict(), one[0].state_dict()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_a_finished_run_is_left_alone(tiny, unbroken):
     stamp = (unbroken / "metrics.jsonl").stat().st_mtime_ns
     before = weights(unbroken)
