@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mmkernels import dispatch
 from mmkernels.dispatch import IMPLS
-from mmkernels.layout import MAX_MODALITIES, PackedLayout
+from mmkernels.layout import PackedLayout
+from mmkernels.layout_tables import MAX_MODALITIES
 from mmkernels.multihead import MultiheadAttention, replace_attention
 from mmkernels.ops.modality_embed.api import MAX_TABLES, check_options, modality_embed
 from mmkernels.packs import at_least_one
