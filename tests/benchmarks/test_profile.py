@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -34,3 +36,29 @@ def test_a_call_on_the_cpu():
     assert found["launches"] >= len(found["top"])
     assert sum(found["kinds"].values()) == pytest.approx(100, abs=1)
     assert {"aten::mm", "aten::sum"} <= {row["name"] for row in found["top"]}
+
+
+def test_the_host_of_a_call():
+    """Operators of every thread, and Python functions by the time with those that they call."""
+    x = torch.randn(64, 64, requires_grad=True)
+
+    def call():
+        (x @ x).sum().backward()
+
+    found = profile.host(call, torch.device("cpu"))
+    assert {"aten::mm", "aten::expand"} <= {row["name"] for row in found["operators"]}
+    assert found["own_ms"] >= sum(row["ms"] for row in found["operators"]) * 0.999
+    assert found["waits"] == {"calls": 0, "ms": 0}  # there is no GPU to wait for
+    functions = {row["name"].split(" ", 1)[-1]: row for row in found["python"]}
+    assert functions["call"]["ms"] >= functions["backward"]["ms"] >= functions["backward"]["own_ms"]
+    assert not any(row["name"].startswith("/") for row in found["python"])
+    assert found["python"][0]["name"].endswith(" _timed")
+
+
+@pytest.mark.parametrize(
+    ("name", "waits"),
+    [("cudaStreamSynchronize", True), ("cudaEventSynchronize", True), ("cudaDeviceSynchronize", False)],
+)
+def test_waits_are_told_from_the_end_of_the_call(name, waits):
+    """The last is what the profile itself asks for when the call is over."""
+    assert bool(re.search(profile.WAITS, name)) == waits
