@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import importlib.util
 import json
@@ -173,6 +174,15 @@ def _measure_all(op, device, shapes, deadline, seed, record: _Record, problems) 
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)
             new = _measured(problem, record.limits, seconds_each, device, deadline)
         record.add(new)
+        del problem
+        free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """What a problem held, for the next, whose tensors are of other sizes; some models refer to themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measured(problem, measured: dict, seconds_each: float, device: torch.device, deadline: float) -> list[dict]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +110,29 @@ def test_a_problem_that_breaks_costs_the_others_nothing(capsys):
     assert [row["skipped"] for row in rows if row["case"] == "broken"] == ["failed: OutOfMemoryError: no memory"]
     assert sum("checked" in row and row["impl"].startswith("mm.") for row in rows) >= 4
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_problem_is_let_go_of_before_the_next():
+    """Models of gigabytes, some of which refer to themselves."""
+    held = []
+
+    class Knot:
+        def __init__(self):
+            self.itself = self
+
+    def build():
+        assert not any(reference() for reference in held)
+        held.append(weakref.ref(Knot()))
+        return packing.build("pack", "stamps", 3, 24, "fp32", CPU, 0)
+
+    problems = [harness.Deferred("packing", case, "fp32", ("fwd",), build) for case in ("one", "other")]
+    gc.disable()  # by itself the collector comes when many objects were made, however large they are
+    try:
+        document = measure("packing", problems)
+    finally:
+        gc.enable()
+    assert len(held) == 2
+    assert not any(row.get("skipped", "").startswith("failed") for row in document["rows"])
 
 
 def test_one_case_by_name():
