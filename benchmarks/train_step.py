@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import PREFIX, Implementation, Missing, Work
+from benchmarks.harness import PREFIX, Deferred, Implementation, Missing, Work
 from benchmarks.peers import train_packed
 from benchmarks.peers.train_padded import PaddedModel
+from benchmarks.train_step_cases import Case, cases
 from benchmarks.train_step_data import Samples, bucketed, spread, vocabulary
 from benchmarks.train_step_memory import peak_memory
 from mmmodel import configs, train
@@ -43,16 +44,6 @@ POOLS = (8, 50)  # batches that are sorted by length together
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 GRADIENT_TOLERANCE = {"fp32": 3e-5, "bf16": 1e-1}
 SMALL = 4  # samples in the batch whose gradients are checked, a long one among them
-
-
-@dataclass(frozen=True)
-class Case:
-    preset: str
-    workload: str
-    batch_size: int
-    batches: int = 2  # timed per call, of those in the order in which they come
-    buckets: tuple[int, int] = (8, 4)  # timed per call of each of POOLS, evenly from its shortest to its longest
-    every_peer: bool = True  # also those that share our front ends, SDPA in a loop, and Flex, compiled for minutes
 
 
 @dataclass
@@ -118,9 +109,15 @@ class StepProblem:
             batches = bucketed(lengths, batch_size, pool)[:pool]
             sorted_pools[f"bucketed_{pool}"] = spread(batches, number), batches
         yield self._implementation(f"{PREFIX}packed", Model, *plain, lowers=True)
+        if self.sizes.compiled:
+            yield self._implementation(f"{PREFIX}packed, compiled", Model, *plain, lowers=True, compiled=True)
+            return
         yield from self._packed_peers(*plain)
         for name, batches in {"vilt_padded": plain, **sorted_pools}.items():
-            yield self._implementation(name, PaddedModel, *batches, padded=True)
+            if reason := self.sizes.left_out.get(name):
+                yield Missing(name, reason)
+            else:
+                yield self._implementation(name, PaddedModel, *batches, padded=True)
         if not self.sizes.every_peer:
             return
         loop = functools.partial(train_packed.PackedModel, attend=train_packed.sdpa_loop)
@@ -153,8 +150,13 @@ class StepProblem:
 
     @functools.cached_property
     def exact(self) -> Pretraining:
-        """The packed model without autocast, on the same device."""
-        return copy.deepcopy(self.learner)
+        """The packed model without autocast, on the same device.
+
+        Nobody asks for its gradients: it holds no activations, which in fp32 would be twice those of what is timed.
+        """
+        learner = copy.deepcopy(self.learner)
+        train.prepare_modules(learner, dataclasses.replace(self.config, checkpointing=True, compile=False))
+        return learner
 
     @functools.cached_property
     def small(self) -> tuple[Batch, Any]:
@@ -174,9 +176,9 @@ class StepProblem:
         return gradients(learner, *self._made(self._small, self.device), nullcontext())
 
     def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
-        reason = train_packed.missing_varlen(self.device, self.dtype)
-        attend = functools.partial(train_packed.PackedModel, attend=train_packed.varlen)
         name = "packed_varlen_attn"
+        reason = self.sizes.left_out.get(name) or train_packed.missing_varlen(self.device, self.dtype)
+        attend = functools.partial(train_packed.PackedModel, attend=train_packed.varlen)
         yield Missing(name, reason) if reason else self._implementation(name, attend, plain, everything, lowers=True)
         reason = train_packed.missing_flex(self.device, self.dtype)
         if reason is None and not self.sizes.every_peer:
@@ -191,12 +193,15 @@ class StepProblem:
         attend = functools.partial(train_packed.PackedModel, attend=train_packed.flex(*compiled))
         yield self._implementation(name, attend, plain, everything, lowers=True)
 
-    def _implementation(self, name, make_model, timed, everything, *, lowers=False, padded=False) -> Implementation:
+    def _implementation(
+        self, name, make_model, timed, everything, *, lowers=False, padded=False, compiled=False
+    ) -> Implementation:
         """timed: sample numbers of the batches of a call; everything: of all batches that they stand for."""
         learner = copy.deepcopy(self.learner)  # drawing the weights of a large model anew takes seconds
         if make_model is not Model:
             learner.model = make_model(self.config.model, self.learner.model.tokenizer)
             learner.to(self.device).load_state_dict(self.learner.state_dict())
+        train.prepare_modules(learner, dataclasses.replace(self.config, compile=compiled))
         batches = [self._made(chosen, self.device) for chosen in timed]
         known = [self._exactly(chosen, pair) for chosen, pair in zip(timed, batches, strict=True)]
         expected, flops = [loss for loss, _ in known], sum(flops for _, flops in known)
@@ -231,19 +236,23 @@ class StepProblem:
         return float(slots / sum(self.samples.lengths[b].sum() for b in batches))
 
 
-def problems(shapes: str, device: torch.device, seed: int) -> Iterator[StepProblem]:
-    for case in _cases(shapes, device.type):
-        yield build(case, device, seed)
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:
+    for case in cases(shapes, device.type):
+        yield deferred(case, device, seed)
 
 
 def build(case: Case, device: torch.device, seed: int, config: PretrainConfig | None = None) -> StepProblem:
     """config: instead of the preset's (tests)."""
     config = configs.preset(case.preset) if config is None else config
-    dtype = "bf16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES_USED[device.type][0]
     config = dataclasses.replace(config, batch_size=case.batch_size, device=device.type, precision=dtype)
     samples = Samples.draw(case.workload, config.model, max(POOLS) * case.batch_size, seed)
-    name = f"{case.preset} {case.workload} B{case.batch_size}"
-    return StepProblem(name, dtype, config, samples, case, device)
+    return StepProblem(case.name, dtype, config, samples, case, device)
+
+
+def deferred(case: Case, device: torch.device, seed: int) -> Deferred:
+    """Built when its turn comes, and let go of behind it: a model and its batches take gigabytes."""
+    return Deferred("train_step", case.name, DTYPES_USED[device.type][0], ("step",), lambda: build(case, device, seed))
 
 
 def gradients(
@@ -269,31 +278,3 @@ def layouts_of(batch: Batch, prepared: Any) -> list:
     """Layouts whose masks a step lowers."""
     masked = getattr(prepared, "masked", None)
     return [batch.layout, *([masked.layout] if masked is not None else [])]
-
-
-def _cases(shapes: str, device: str) -> list[Case]:
-    if device == "cpu":
-        # Small batches favour padding: the ViLT layout of `native` wastes less at 16 samples than at the preset's 64.
-        if shapes == "quick":
-            return [
-                Case("demo", "stamps", 64, buckets=(2, 2), every_peer=False),
-                Case("native", "stamps", 16, buckets=(4, 2), every_peer=False),
-                Case("native", "longtail", 8, buckets=(4, 2), every_peer=False),
-                Case("demo", "longtail", 64, buckets=(4, 2), every_peer=False),
-                Case("base", "stamps", 2, batches=1, buckets=(1, 1), every_peer=False),
-            ]
-        return [
-            Case("demo", "stamps", 64, batches=8, buckets=(8, 8)),
-            Case("native", "stamps", 64),
-            Case("demo", "longtail", 64, buckets=(8, 8)),
-            Case("native", "longtail", 64),
-            Case("base", "stamps", 4, batches=1, buckets=(2, 2), every_peer=False),
-        ]
-    # base first: it is the preset that is meant for a GPU
-    if shapes == "quick":
-        sizes, options = {"base": 64, "native": 64, "demo": 256}, {"buckets": (4, 2), "every_peer": False}
-    else:
-        sizes, options = {"base": 256, "native": 256, "demo": 1024}, {}
-    return [
-        Case(preset, workload, size, **options) for workload in ("stamps", "longtail") for preset, size in sizes.items()
-    ]

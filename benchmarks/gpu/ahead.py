@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention, attention_host, modality_embed, train_step
+from benchmarks import attention, attention_host, modality_embed, train_step, train_step_cases
 from benchmarks.gpu import absent, attention_checks, correctness, launchers, parallel, small_cases
 from benchmarks.harness import PREFIX
 from mmkernels.ops.modality_embed.api import modality_embed as embed
@@ -83,7 +83,7 @@ def _step() -> None:
 
     In bf16 by autocast for a CPU, which leaves norms in bf16 where CUDA's takes them to fp32.
     """
-    case = train_step._cases("quick", "cuda")[0]
+    case = train_step_cases.GPU_STAGE[0]
     config = configs.preset(case.preset)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=1, impl="triton"))
     problem = train_step.build(case, CPU, 0, config)

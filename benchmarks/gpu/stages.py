@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, limits, run
+from benchmarks import environment, harness, limits, run
 from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
 from benchmarks.harness import BROKEN, PREFIX
 from mmkernels import dispatch, native
@@ -90,16 +90,45 @@ def tune(context: Context) -> tuple[bool, dict]:
 
 
 def train_step(context: Context) -> tuple[bool, dict]:
-    """The first case of pretraining steps in each layout, and where the time of ours goes.  The others take minutes."""
-    if "train_step" not in run.OPS:
-        return True, {"skipped": "benchmarks/train_step.py is not there"}
+    """Pretraining steps of `base` in each layout, at the sizes of GPU_STAGE, and where the time of ours goes."""
+    problems = _step_problems(context, "GPU_STAGE")
+    ok, document = _timed(context, "train_step", green=False, problems=problems)
+    return ok, document | {"profile": [_profiled(problem, context.device) for problem in problems[:PROFILED]]}
+
+
+def train_compiled(context: Context) -> tuple[bool, dict]:
+    """The same steps with compiled blocks, beside those without.  Compiling may take a minute: a stage of its own."""
+    return _timed(
+        context, "train_compiled", op="train_step", green=False, problems=_step_problems(context, "GPU_COMPILED")
+    )
+
+
+def _step_problems(context: Context, cases: str) -> list:
+    """Those of a step's cases of that name; refused where a kernel of it is not shown to be right."""
+    from benchmarks import train_step_cases
+
     for op in ("attention", "modality_embed", "packing"):
         _require_green(context, op)
-    problems = dry_problems.of("train_step") if context.dry_run else _problems(context, "train_step")
-    problem = next(iter(problems))
-    ok, document = _timed(context, "train_step", green=False, problems=[problem])
+    if context.dry_run:
+        return dry_problems.of("train_step")
+    step = run.load("train_step")
+    return [step.deferred(case, context.device, SEED) for case in getattr(train_step_cases, cases)]
+
+
+def _profiled(problem, device: torch.device) -> dict:
+    """Of a call of ours; an error costs no timed row."""
+    try:
+        found = _profile(harness.built(problem), device)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    run.free_memory(device)
+    return {"case": problem.case} | found
+
+
+def _profile(problem, device: torch.device) -> dict:
     call = next(i.forward for i in problem.implementations() if i.name.startswith(PREFIX))
-    return ok, document | {"profile": {"case": problem.case, **profile.of(call, context.device)}}
+    return profile.of(call, device) | {"steps": len(call.batches)}
 
 
 def attention_host(context: Context) -> tuple[bool, dict]:
@@ -119,6 +148,7 @@ STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
     "packing": packing,
     "train_step": train_step,
     "attention_host": attention_host,
+    "train_compiled": train_compiled,
     "tune": tune,
 }
 # Shares of what is left for a stage and those after it: what one does not need goes to the others.
@@ -129,10 +159,12 @@ SHARE = {
     "attention": 140,
     "modality_embed": 30,
     "packing": 25,
-    "train_step": 70,
+    "train_step": 110,
     "attention_host": 5,
+    "train_compiled": 70,
     "tune": 20,
 }
+PROFILED = 2  # cases of train_step: the one that waits for the host, and the one that keeps the GPU busy
 GRACE = 60.0  # seconds beyond its share after which a stage is ended: it may compile, or be slow to start, but not hang
 LEAST = 3.0  # seconds left, below which no stage is begun
 
@@ -201,23 +233,27 @@ def _facts(name: str, context: Context) -> dict:
     return {"stage": name, "dry_run": context.dry_run, "environment": environ}
 
 
-def _timed(context: Context, op: str, *, green: bool = True, problems: list | None = None) -> tuple[bool, dict]:
-    """An operator in the quick cases, against who may be the fastest: with every peer (`benchmarks OP --shapes full`)
-    it takes half an hour, most of it to compile them.  Ok where ours was timed and never found wrong.
+def _timed(
+    context: Context, stage: str, *, op: str = "", green: bool = True, problems: list | None = None
+) -> tuple[bool, dict]:
+    """An operator (its stage has its name, if no op is given) in the quick cases, against who may be the fastest: with
+    every peer (`benchmarks OP --shapes full`) it takes half an hour, most of it to compile them.  Ok where ours was
+    timed and never found wrong.
 
     The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.
     """
+    op = op or stage
     if green:
         _require_green(context, op)
     if problems is None and context.dry_run:
         problems = dry_problems.of(op)
-    facts, start = _facts(op, context), time.perf_counter()
+    facts, start = _facts(stage, context), time.perf_counter()
 
     def save(document: dict) -> None:
         cut_off = {"ok": False, "cut_off": True, "error": "cut off while it ran", "result": document}
         seconds = time.perf_counter() - start
-        run.write(facts | cut_off | {"seconds": seconds}, context.path(op))
-        print(f"  {op}: {seconds:.0f} s so far", flush=True)
+        run.write(facts | cut_off | {"seconds": seconds}, context.path(stage))
+        print(f"  {stage}: {seconds:.0f} s so far", flush=True)
 
     document = run.run(
         op, context.device, shapes="quick", seconds=context.seconds, seed=SEED, problems=problems, save=save
@@ -225,10 +261,6 @@ def _timed(context: Context, op: str, *, green: bool = True, problems: list | No
     ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX) or row["impl"] == "all"]
     wrong = [row for row in ours if row.get("skipped", "").startswith(BROKEN)]
     return any("checked" in row for row in ours) and not wrong, document
-
-
-def _problems(context: Context, op: str):
-    return run.load(op).problems("quick", context.device, SEED)
 
 
 def _earlier(context: Context, name: str) -> dict | None:

@@ -18,6 +18,7 @@ STAGES = (
     "packing",
     "train_step",
     "attention_host",
+    "train_compiled",
     "tune",
 )
 

@@ -37,7 +37,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
         assert record["stage"] == name
         assert record["dry_run"]
         assert set(schema.ENVIRONMENT) <= set(record["environment"])
-    for name in ("attention", "modality_embed", "packing", "train_step"):
+    for name in ("attention", "modality_embed", "packing", "train_step", "train_compiled"):
         assert schema.errors(records[name]["result"]) == []
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
@@ -52,8 +52,10 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     for name in ("attention bf16 D64 everything,", "attention bf16 D64 everything cross,", "modality_embed", "packing"):
         assert f"passed {name}" in small, small
     assert "fwd: " in records["tune"]["result"]["tail"]
-    hot = records["train_step"]["result"]["profile"]["top"]
-    assert hot[0]["ms"] >= hot[-1]["ms"] > 0
+    (profiled,) = records["train_step"]["result"]["profile"]
+    assert profiled["steps"] == 1
+    assert profiled["top"][0]["ms"] >= profiled["top"][-1]["ms"] > 0
+    assert any(row["name"].endswith(" train_step") for row in profiled["host"]["python"])
     # dry runs are no evidence; a second run has nothing left to do
     assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
     capsys.readouterr()
@@ -80,6 +82,20 @@ def test_no_speed_while_correctness_is_red(tmp_path):
         record = json.loads((tmp_path / f"{stage}.json").read_text())
         assert message in record["error"]
         assert "result" not in record
+
+
+def test_a_profile_that_fails_costs_no_row(tmp_path, monkeypatch):
+    """It comes behind the timed rows, and a batch that keeps a GPU busy may be too much for it."""
+
+    def breaks(call, device):
+        raise torch.OutOfMemoryError("too much\nand more")
+
+    monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
+    monkeypatch.setattr(stages.profile, "of", breaks)
+    assert stages.run_all(tmp_path, ["train_step"], 600, dry_run=True) == 0
+    result = json.loads((tmp_path / "train_step.json").read_text())["result"]
+    assert any("checked" in row for row in result["rows"])
+    assert result["profile"] == [{"case": "tiny longtail B4", "error": "OutOfMemoryError: too much"}]
 
 
 def test_correctness_goes_on_where_it_stopped(monkeypatch):

@@ -17,6 +17,7 @@ from benchmarks.train_step_data import Samples, bucketed, spread
 from benchmarks.train_step_memory import peak_memory
 from mmkernels.masks import AttentionMask
 from mmmodel import configs
+from mmmodel.flops import StepFlops
 
 CPU = torch.device("cpu")
 # Longer than `tiny`, so that samples differ in length; a masked view and hard negatives beside the isolated view.
@@ -30,8 +31,8 @@ CONFIG = dataclasses.replace(
 )
 
 
-def problem(workload="longtail", batch_size=4):
-    case = train_step.Case("tiny", workload, batch_size, batches=2, buckets=(2, 2))
+def problem(workload="longtail", batch_size=4, **options):
+    case = train_step.Case("tiny", workload, batch_size, batches=2, buckets=(2, 2), **options)
     return train_step.build(case, CPU, 0, CONFIG)
 
 
@@ -65,6 +66,51 @@ def test_right_ones_pass_with_room(workload):
         assert error < train_step.GRADIENT_TOLERANCE["fp32"] / 3
         seen.append(implementation.name)
     assert {"mm.packed", "vilt_padded", "bucketed_8", "bucketed_50", "packed_sdpa_loop"} < set(seen)
+
+
+def test_compiled_blocks_are_ours_too(monkeypatch):
+    """By the compiler's own stand-in, whose graphs are cut where the real one's are."""
+    compiled = []
+
+    def compile_(function, **options):
+        compiled.append(options)
+        return REAL_COMPILE(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    case = problem(compiled=True)
+    assert [i.name for i in case.implementations()] == [f"{PREFIX}packed", f"{PREFIX}packed, compiled"]
+    assert len(compiled) == 2 * CONFIG.model.layers
+    assert verdict(case, f"{PREFIX}packed, compiled") is None
+
+
+REAL_COMPILE = torch.compile
+
+
+def test_who_is_left_out_is_never_built(monkeypatch):
+    """What does not fit costs neither memory nor time."""
+    built = []
+    monkeypatch.setattr(train_step.StepProblem, "_implementation", lambda self, name, *_, **__: built.append(name))
+    left_out = dict.fromkeys(("packed_varlen_attn", "vilt_padded", "bucketed_50"), "does not fit")
+    found = list(problem(every_peer=False, left_out=left_out).implementations())
+    assert {row.name: row.reason for row in found if isinstance(row, Missing)}.items() >= left_out.items()
+    assert built == [f"{PREFIX}packed", "bucketed_8"]
+
+
+def test_the_loss_that_others_are_held_to_keeps_few_activations(longtail):
+    """In fp32 they would be twice those of what is timed, and a batch that keeps a GPU busy would not fit."""
+
+    def kept(learner):
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t)
+        with hooks, StepFlops(learner) as flops:
+            loss, _ = learner(*longtail.small)
+        return loss, flops.total, sum(sizes)
+
+    loss, flops, size = kept(longtail.learner)
+    found_loss, found_flops, found_size = kept(longtail.exact)
+    assert torch.equal(found_loss, loss)
+    assert found_flops == flops
+    assert found_size < size / 2
 
 
 def _sees_padding(block, x, bias):
@@ -196,5 +242,5 @@ def test_peak_memory_counts_what_is_held_at_one_time():
 
 def test_cases_of_every_device_name_presets():
     for device in ("cpu", "cuda"):
-        presets = [case.preset for shapes in ("quick", "full") for case in train_step._cases(shapes, device)]
+        presets = [case.preset for shapes in ("quick", "full") for case in train_step.cases(shapes, device)]
         assert set(presets) == {"demo", "native", "base"}
