@@ -5,6 +5,7 @@ B samples, M modalities, N segments.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Batch:
     segments: Segments  # per sample (modality, shape without the special token)
     special_tokens: tuple[int | None, ...]
     layout: PackedLayout
-    modality: Tensor  # int64 [N]
-    concept: Tensor  # int64 [N]; equal numbers mean the same concept, in every batch and process
+    modality: Tensor  # host int64 [N]
+    concept: Tensor  # host int64 [N]; equal numbers mean the same concept, in every batch and process
     features: dict[str, list[np.ndarray]]  # host; per modality what `inputs` was collated from, in the stream's order
 
     def to(self, device: torch.device) -> Batch:
@@ -35,8 +36,7 @@ class Batch:
             return self
         inputs = {name: tuple(t.to(device, non_blocking=True) for t in ts) for name, ts in self.inputs.items()}
         layout = self.layout.to(device, non_blocking=True)
-        modality, concept = self.modality.to(device), self.concept.to(device)
-        return Batch(inputs, self.segments, self.special_tokens, layout, modality, concept, self.features)
+        return dataclasses.replace(self, inputs=inputs, layout=layout)
 
 
 class Sampler:

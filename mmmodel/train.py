@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmmodel import atomic, checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
 from mmmodel.batches import Batch, Sampler
@@ -180,12 +180,18 @@ def train_step(
     loss.backward()
     parameters = [p for p in learner.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-    wrong = not bool(torch.isfinite(norm) & torch.isfinite(loss))
+    figures = _read({"loss": loss.detach(), "grad_norm": norm, **figures}, device)
+    wrong = not (math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"]))
     (wrong,) = distributed.summed([wrong], device)
     if not wrong:
         optimizer.step()
-    figures = {"loss": loss.detach(), "grad_norm": norm, **figures}
-    return {name: float(value) for name, value in figures.items()} | {"tflop": flops.total / 1e12}, not wrong
+    return figures | {"tflop": flops.total / 1e12}, not wrong
+
+
+def _read(figures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """All in one copy, before the optimizer's kernels are asked for: each read lets a GPU run dry."""
+    values = torch.stack([value.to(device) for value in figures.values()]).tolist()
+    return dict(zip(figures, values, strict=True))
 
 
 def autocast(config: PretrainConfig) -> torch.autocast:

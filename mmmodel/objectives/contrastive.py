@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel import distributed
+from mmmodel.batches import Batch
 from mmmodel.configs import PretrainConfig
 from mmmodel.features import Item
 from mmmodel.objectives.views import Views
@@ -47,7 +49,7 @@ class ContrastiveAlignment(nn.Module):
         batch = views.batch
         views.points = self.points(views.isolated, batch.layout, batch.modality)
         views.scale = self.scale()
-        everyone = distributed.gathered(views.points, batch.modality, batch.concept)  # negatives of all ranks
+        everyone = gathered(views.points, batch)  # negatives of all ranks
         with torch.autocast(views.points.device.type, enabled=False):  # a score of 100 has three digits in bf16
             return self.loss(everyone[0].float(), *everyone[1:])
 
@@ -58,40 +60,70 @@ class ContrastiveAlignment(nn.Module):
         """One point of unit length per segment, [N, P].  packed [T, E], modality int64 [N]."""
         means = segment_mean(packed, layout)
         points = torch.einsum("ne,mep->nmp", means, self.heads)
+        modality = modality.to(points.device, non_blocking=True)
         return F.normalize(points[torch.arange(len(points), device=points.device), modality], dim=-1)
 
     def loss(self, points: Tensor, modality: Tensor, concept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """points [N, P] of unit length; modality, concept int64 [N].  The mean over the pairs of modalities present."""
+        """points [N, P] of unit length; modality, concept int64 [N].  The mean over the pairs of modalities present.
+
+        modality and concept are read on the host: to ask a GPU which rows have a positive is to wait for it, each time.
+        """
         scale = self.scale()
-        members = [(modality == m).nonzero().squeeze(1) for m in range(len(self.modalities))]
+        modality, concept = modality.cpu().numpy(), concept.cpu().numpy()
+        rows = [np.flatnonzero(modality == m) for m in range(len(self.modalities))]
+        own = [points.index_select(0, _on(points, each)) for each in rows]
+        named = [_on(points, concept[each]) for each in rows]
         losses, metrics = [], {"scale": scale.detach()}
         for a, b in combinations(range(len(self.modalities)), 2):
-            same = concept[members[a]].unsqueeze(1) == concept[members[b]].unsqueeze(0)
-            if not same.any():
+            one, other = concept[rows[a]], concept[rows[b]]
+            met = np.isin(one, other), np.isin(other, one)
+            if not met[0].any():
                 continue
-            logits = points[members[a]] @ points[members[b]].t() * scale
-            losses.append(both_ways(logits, same))
+            positive = _places(met[0], points), _places(met[1], points)
+            same = named[a].unsqueeze(1) == named[b].unsqueeze(0)
+            logits = own[a] @ own[b].t() * scale
+            losses.append(both_ways(logits, same, positive))
             name = f"{self.modalities[a]}-{self.modalities[b]}"
-            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same)}
+            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same, positive[0])}
         if not losses:
             return points.sum() * 0, metrics  # no concept has two modalities: nothing to learn from this batch
         return torch.stack(losses).mean(), metrics
 
 
-def both_ways(logits: Tensor, same: Tensor) -> Tensor:
-    return (multi_positive(logits, same) + multi_positive(logits.t(), same.t())) / 2
+def gathered(points: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Points, modality and concept of the segments of all ranks."""
+    if distributed.size() == 1:  # numbers that the host has stay there
+        return points, batch.modality, batch.concept
+    return distributed.gathered(points, batch.modality.to(points.device), batch.concept.to(points.device))
 
 
-def top1(logits: Tensor, same: Tensor) -> Tensor:
+def both_ways(logits: Tensor, same: Tensor, positive: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """positive: of the rows and of the columns, which have one; None: all."""
+    return (multi_positive(logits, same, positive[0]) + multi_positive(logits.t(), same.t(), positive[1])) / 2
+
+
+def top1(logits: Tensor, same: Tensor, positive: Tensor | None) -> Tensor:
     """Of the rows that have a positive, the share whose largest logit is one."""
-    return same.gather(1, logits.argmax(1, keepdim=True))[same.any(1)].float().mean()
+    return _chosen(same.gather(1, logits.argmax(1, keepdim=True)), positive).float().mean()
 
 
-def multi_positive(logits: Tensor, same: Tensor) -> Tensor:
+def multi_positive(logits: Tensor, same: Tensor, positive: Tensor | None) -> Tensor:
     """Cross entropy against the uniform distribution over each row's positives; rows without one do not count.
 
-    logits, same [Q, K].
+    logits, same [Q, K]; positive int64, the rows that have one, None for all.
     """
-    rows = same.any(dim=1)
-    weight = same[rows].to(logits.dtype)
-    return -(F.log_softmax(logits[rows], dim=1) * weight).sum(dim=1).div(weight.sum(dim=1)).mean()
+    weight = _chosen(same, positive).to(logits.dtype)
+    return -(F.log_softmax(_chosen(logits, positive), dim=1) * weight).sum(dim=1).div(weight.sum(dim=1)).mean()
+
+
+def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
+    return rows if places is None else rows.index_select(0, places)
+
+
+def _places(wanted: np.ndarray, like: Tensor) -> Tensor | None:
+    """Where wanted is true, on like's device; None where it is everywhere."""
+    return None if wanted.all() else _on(like, np.flatnonzero(wanted))
+
+
+def _on(like: Tensor, numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)

@@ -78,7 +78,7 @@ class Matching(nn.Module):
             return 0 * self.out.bias.sum(), {}
         streams, layout = pair_streams(views.streams, views.batch, pairs[:, :2])
         means = segment_mean(views.model.encode(streams, layout), layout)
-        labels = torch.from_numpy(pairs[:, 2]).to(means.device, means.dtype)
+        labels = torch.from_numpy(pairs[:, 2]).to(means.device, means.dtype, non_blocking=True)
         return self.loss(means[0::2], means[1::2], labels)
 
     def logits(self, a: Tensor, b: Tensor) -> Tensor:
@@ -150,13 +150,13 @@ def pair_streams(streams: Sequence[Tensor], batch: Batch, pairs: np.ndarray) -> 
     layout = PackedLayout.from_segments(samples, num_modalities=len(streams), special_tokens=batch.special_tokens)
     gathered = []
     for stream, parts in zip(streams, rows, strict=True):
-        index = torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.int64)])).to(stream.device)
+        index = torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.int64)])).to(stream.device, non_blocking=True)
         gathered.append(gather_rows(stream, index) if stream.ndim == 2 else stream.index_select(0, index))
-    return gathered, layout.to(streams[0].device)
+    return gathered, layout.to(streams[0].device, non_blocking=True)
 
 
 def _scores(views: Views) -> np.ndarray | None:
-    """Scaled products of all points; the one value that a step reads back from the device."""
+    """Scaled products of all points; beside its figures the one value that a step reads back from the device."""
     if views.points is None:
         return None
     points = views.points.detach().float()

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmmodel import distributed
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.features import Item
-from mmmodel.objectives.contrastive import both_ways, top1
+from mmmodel.objectives.contrastive import both_ways, gathered, top1
 from mmmodel.objectives.views import Views
 
 
@@ -61,7 +60,7 @@ class Meaning(nn.Module):
         if not len(self.concepts):
             raise RuntimeError("meaning: teach() comes before the first step")
         batch = views.batch
-        points, modality, concept = distributed.gathered(views.points, batch.modality, batch.concept)
+        points, modality, concept = gathered(views.points, batch)
         with torch.autocast(points.device.type, enabled=False):
             return self.loss(points.float(), modality, concept, views.scale)
 
@@ -69,6 +68,7 @@ class Meaning(nn.Module):
         self, points: Tensor, modality: Tensor, concept: Tensor, scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """points [N, P] of unit length; modality, concept int64 [N].  The mean over the modalities present."""
+        modality, concept = modality.to(points.device), concept.to(points.device)
         present = concept.unique()
         place = torch.searchsorted(self.concepts, present).clamp(max=len(self.concepts) - 1)
         known = self.concepts[place] == present
@@ -80,8 +80,9 @@ class Meaning(nn.Module):
             if not same.any():
                 continue
             logits = points[own] @ targets.t() * scale
-            losses.append(both_ways(logits, same))
-            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same)}
+            positive = tuple(same.any(dim).nonzero().squeeze(1) for dim in (1, 0))
+            losses.append(both_ways(logits, same, positive))
+            metrics |= {f"loss/{name}": losses[-1].detach(), f"top1/{name}": top1(logits, same, positive[0])}
         if not losses:
             return 0 * (points.sum() + self.map.sum()), metrics  # no concept that the language model was asked about
         return torch.stack(losses).mean(), metrics

@@ -59,14 +59,16 @@ def test_the_scale_is_limited():
 
 def test_top1_counts_the_rows_that_have_a_positive():
     logits = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
-    assert top1(logits, torch.tensor([[True, False], [False, True], [False, False]])) == 0.5
+    same = torch.tensor([[True, False], [False, True], [False, False]])
+    assert top1(logits, same, torch.tensor([0, 1])) == 0.5
+    assert top1(logits[:2], same[:2], None) == 0.5
 
 
 def test_a_perfect_match_costs_what_several_positives_must():
     """log(number of positives): the softmax cannot give each of two equal answers more than a half."""
     same = torch.tensor([[True, True, False], [False, False, True]])
     logits = torch.where(same, 50.0, -50.0)
-    assert float(multi_positive(logits, same)) == pytest.approx(math.log(2) / 2)
+    assert float(multi_positive(logits, same, None)) == pytest.approx(math.log(2) / 2)
 
 
 def test_nothing_to_align_is_a_zero_that_can_be_differentiated():

@@ -20,6 +20,7 @@ import torch
 from builders import batch_of, learner, objective_learner, samples
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmodel import checkpoint, configs, metrics, objectives, pretraining, run_folder, train
 from mmmodel.configs import ConfigError
@@ -265,6 +266,40 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert not made
     assert not math.isfinite(figures["grad_norm"])
     assert all(torch.equal(before[name], p) for name, p in learned.named_parameters())
+
+
+class Reads(TorchDispatchMode):
+    """Operators whose result, or its size, the host takes from tensors of numbers that a GPU computes: it would wait.
+
+    A list of several numbers comes in one copy, which is no operator here.  Ids are looked at on the host only.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        number = name == "_local_scalar_dense" and args[0].dtype != torch.int64
+        if number or by_mask or name in ("nonzero", "masked_select", "equal", "_unique2"):
+            self.found.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_its_figures_alone():
+    """Each other question lets a GPU run dry, since nothing is queued behind the answer."""
+    config, learned = learner()
+    optimizer = train.make_optimizer(learned, config)
+    batch = batch_of(learned, *samples())
+    prepared = learned.prepare(batch, _rng())
+    assert {"contrastive", "masked_text", "matching"} <= prepared.weights.keys()
+    with Reads() as reads:
+        figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+    assert made
+    assert len(figures) > 8
+    assert reads.found == []
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
