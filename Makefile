@@ -14,7 +14,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-extended lint format filemap pictures report clean sanitize test-cuda-build
+.PHONY: setup demo test test-extended lint format filemap pictures report clean sanitize test-vector-widths test-cuda-build
 
 setup: $(SETUP) $(NATIVE)
 
@@ -60,6 +60,10 @@ test-extended: setup
 # ASan and UBSan over the tests of the planner and the CPU operators, in a copy of the checkout.
 sanitize: setup
 	$(PY) tests/sanitize.py
+
+# The tests of the CPU operators on what CPUs with AVX2, and with neither, run: built so, in copies of the checkout.
+test-vector-widths: setup
+	$(PY) tests/vector_widths.py
 
 # All native modules with a CUDA torch, no GPU needed, and one _C binary on two versions of torch.  Downloads several GB
 # once; CUDA_VENV=... names an environment that is there already.  Needs nvcc.

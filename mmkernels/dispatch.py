@@ -238,6 +238,11 @@ def explain() -> str:
         for device_type in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 lines.append(_row(op, per_device[device_type], device_type, dtype))
+    if cpp_missing() is None:
+        floats = load("attention", "cpp").vector_floats()
+        name = {16: " (AVX-512)", 8: " (AVX2)"}.get(floats, "")
+        older = "of an older version (run: python -m mmkernels.build)"
+        lines.insert(3, "C++ on the CPU: " + (f"vectors of {floats} floats{name}" if floats else older))
     if cpp_missing() is None and native.cpu_functions() is None:
         lines.append(
             "packing: short calls on the CPU take the dispatcher, since mmkernels._C was built without Python's "

@@ -43,6 +43,22 @@ def test_missing_extension_is_named(monkeypatch):
     assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
 
 
+@pytest.mark.parametrize(
+    ("floats", "line"),
+    [
+        (16, "vectors of 16 floats (AVX-512)"),
+        (8, "vectors of 8 floats (AVX2)"),
+        (4, "vectors of 4 floats"),
+        (None, "of an older version (run: python -m mmkernels.build)"),
+    ],
+)
+def test_explain_says_how_wide_the_cpus_vectors_are(monkeypatch, floats, line):
+    cpp = pytest.importorskip("mmkernels.ops.attention.cpp_impl", reason="mmkernels._C is not built")
+    assert cpp.vector_floats() in (16, 8, 4)
+    monkeypatch.setattr(cpp, "vector_floats", lambda: floats)
+    assert f"C++ on the CPU: {line}\n" in dispatch.explain()
+
+
 def test_an_extension_without_python_functions_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "cpp_missing", lambda: None)
     monkeypatch.setattr(dispatch.native, "cpu_functions", lambda: None)

@@ -14,8 +14,8 @@ const Kernels& kernels() {
 #if MM_ATTENTION_X86
   static const Kernels* const chosen = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return &kAvx512;
-    return __builtin_cpu_supports("x86-64-v3") ? &kAvx2 : &kBaseline;
+    if (MM_X86_LEVEL >= 4 && __builtin_cpu_supports("x86-64-v4")) return &kAvx512;
+    return MM_X86_LEVEL >= 3 && __builtin_cpu_supports("x86-64-v3") ? &kAvx2 : &kBaseline;
   }();
   return *chosen;
 #else
@@ -178,5 +178,7 @@ void backward(const Backward& b, const Parallel& parallel) {
   sum_chunks(b, chunks, partials, parallel);
   if (b.dbias) sum_dbias(b, tasks);
 }
+
+int lanes() { return kernels().lanes; }
 
 }  // namespace mm::cpu::attention

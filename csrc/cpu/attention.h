@@ -74,6 +74,7 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t task, int64_t following, float* scratch);  // tile * H + head
   int64_t (*backward_scratch)(const Backward&, int64_t max_queries, int64_t max_keys);
   void (*backward)(const Backward&, const BackwardTask&, const BackwardTask* following, float* scratch);
+  int lanes;  // floats of a vector
 };
 extern const Kernels kBaseline;
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -86,5 +87,6 @@ using Parallel = std::function<void(int64_t n, const std::function<void(int64_t,
 
 void forward(const Forward& problem, const Parallel& parallel);
 void backward(const Backward& problem, const Parallel& parallel);
+int lanes();  // of the kernels that run on this CPU
 
 }  // namespace mm::cpu::attention

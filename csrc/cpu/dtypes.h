@@ -4,10 +4,21 @@
 #include <bit>
 #include <cstdint>
 
+// The widest vectors that are used where the CPU has them: 4 AVX-512, 3 AVX2, 1 the baseline of x86-64.  Less than 4 is
+// for tests of what other CPUs run (tests/vector_widths.py).
+#ifndef MM_X86_LEVEL
+#define MM_X86_LEVEL 4
+#endif
 // A function marked MM_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader picks one. What it calls must
 // be MM_INLINE to be compiled along with it. Elsewhere (other compilers and CPUs) there is the baseline only.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if MM_X86_LEVEL >= 4
 #define MM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif MM_X86_LEVEL == 3
+#define MM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define MM_CLONES
+#endif
 #else
 #define MM_CLONES
 #endif

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "dtypes.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MM_VECTORS 1
 #include <immintrin.h>
@@ -59,8 +61,11 @@ struct Kernels {
 
 const Kernels& kernels() {
   static const Kernels chosen = [] {
-    if (__builtin_cpu_supports("avx512f")) return Kernels{copy_avx512<false>, copy_avx512<true>, zero_avx512};
-    if (__builtin_cpu_supports("avx2")) return Kernels{copy_avx2<false>, copy_avx2<true>, zero_avx2};
+    if (MM_X86_LEVEL >= 4 && __builtin_cpu_supports("avx512f")) {
+      return Kernels{copy_avx512<false>, copy_avx512<true>, zero_avx512};
+    }
+    if (MM_X86_LEVEL >= 3 && __builtin_cpu_supports("avx2"))
+      return Kernels{copy_avx2<false>, copy_avx2<true>, zero_avx2};
     return Kernels{};
   }();
   return chosen;
