@@ -71,7 +71,9 @@ def test_quick_cases_on_a_gpu_meet_who_may_be_the_fastest():
         assert ("sdpa_dense" in peers) == (case.mask not in ("full", "causal"))
         assert ("sdpa_padded" in peers) == ("fwd+bwd" in deferred.directions) == (case.workload != "uniform")
         assert {peer.NAME for peer in attention._peers("full", case, "cuda")} == everyone
-    assert attention._peers("quick", Case("stamps", 32, "prefix"), "cpu") == attention.PEERS
+    on_cpu = {peer.NAME for peer in attention._peers("quick", Case("stamps", 32, "prefix"), "cpu")}
+    assert on_cpu == everyone - {"flex", "flex_with_mask"}
+    assert attention._peers("full", Case("stamps", 32, "prefix"), "cpu") == attention.PEERS
 
 
 def test_deferred_problems_are_what_they_say():
@@ -128,8 +130,7 @@ def test_flex_adapter(mask):
     problem = tiny(mask, kv_heads=1)
     for builds_mask in (False, True):
         flex = attention_flex.implementation("flex", problem, builds_mask, flex_attention, create_block_mask)
-        for leaf in flex.leaves:
-            leaf.requires_grad_(False)
+        assert flex.directions == ("fwd",)
         result = flex.packed(flex.forward())
         assert close([result], problem.oracle()[:1]) is None
 
@@ -149,7 +150,9 @@ def test_peers_say_why_not():
     assert reasons.pop("sdpa_dense") is None
     assert reasons.pop("sdpa_loop") is None
     assert reasons.pop("sdpa_padded") == "this mask needs a dense one: sdpa_dense"
-    assert set(reasons.values()) == {"runs on CUDA devices only", "has forward alone on CPU: not timed there"}
+    assert reasons.pop("flex") is None
+    assert reasons.pop("flex_with_mask") is None
+    assert set(reasons.values()) == {"runs on CUDA devices only"}
     assert attention.PEERS[0].missing(tiny("causal")) is None
     assert packed.installed("torch.nn.attention.varlen")
     assert not packed.installed("no_such_package.ops")
