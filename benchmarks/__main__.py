@@ -126,7 +126,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     gpu.add_argument("--stage", action="append", help="stage by name, repeatable; default all, in order of worth")
     gpu.add_argument("--budget-seconds", type=_amount, default=540, help="for all stages together; default 540")
     gpu.add_argument("--dry-run", action="store_true", help="each stage on CPU stand-ins, tiny: shows that it runs")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if getattr(options, "host", False) and (options.case or options.budget_seconds or options.shapes != "quick"):
+        parser.error("attention --host takes neither --case nor --budget-seconds nor --shapes: it has one small batch")
+    return options
 
 
 def _amount(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import attention_host
@@ -37,3 +38,11 @@ def test_stub_computes_nothing_and_real_calls_compute():
 
     attention_host.best_times({"a stub": (call, False), "a": (call, True)}, 1, torch.device("cpu"))
     assert filled == [True] * attention_host.CALLS + [False] * attention_host.CALLS
+
+
+@pytest.mark.parametrize("option", [["--case", "stamps"], ["--budget-seconds", "5"], ["--shapes", "full"]])
+def test_what_it_does_not_heed_is_refused(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["attention", "--host", *option])
+    assert stopped.value.code == 2
+    assert "attention --host takes neither --case" in capsys.readouterr().err
