@@ -192,10 +192,11 @@ def from_case(
     case: Case,
     device: torch.device,
     seed: int,
-    peers: tuple[Peer, ...] = PEERS,
+    peers: tuple[Peer, ...] | None = None,
     directions: tuple[str, ...] = DIRECTIONS,
 ) -> AttentionProblem:
-    """Random q, k and v for a case, in memory of their own."""
+    """Random q, k and v for a case, in memory of their own.  peers None: those of a quick case."""
+    peers = _peers("quick", case, device.type) if peers is None else peers
     layout = _layout(case, seed).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     total = layout.total_tokens

@@ -58,7 +58,7 @@ def run(
         if not problems:
             raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name")
     _measure_all(op, device, shapes, until, seed, record, problems)
-    return record.document()
+    return record.ended()
 
 
 def run_all(
@@ -91,7 +91,7 @@ def run_all(
             row = {"op": op, "case": "all", "direction": "fwd", "dtype": "any", "impl": "all"}
             record.add([row | {"skipped": f"needs a package that is not installed: {error}"}])
     table.print_missing(record.rows)
-    return record.document()
+    return record.ended()
 
 
 def load(op: str) -> ModuleType:
@@ -145,6 +145,15 @@ class _Record:
         self.rows += rows
         if self.save is not None:
             self.save(self.document())
+
+    def ended(self) -> dict:
+        """The document, with what the machine can do by now."""
+        limits.add_after(self.limits, self.device)
+        table.print_after(self.limits)
+        document = self.document()
+        if self.save is not None:
+            self.save(document)
+        return document
 
     def document(self) -> dict:
         facts = environment.describe(self.device, self.seed) | self.facts

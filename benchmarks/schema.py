@@ -1,7 +1,8 @@
 """The JSON that a benchmark run writes, and the check that it is well formed.
 
-    {"environment": {...}, "limits": {name: {"value", "unit"}}, "rows": [row, ...]}, perhaps with "profile"
+    {"environment": {...}, "limits": {name: {"value", "unit", "after"}}, "rows": [row, ...]}, perhaps with "profile"
 
+A limit's "after" is what it was when the run ended; a run that was cut off has none.
 A timed row has IDENTITY, FIGURES (samples_ms: the raw times) and "checked": true, and perhaps "extra", facts of the op.
 A skipped row has IDENTITY and "skipped": the reason, and no figure at all.
 """
@@ -29,8 +30,9 @@ def errors(document: Any) -> list[str]:
             return [f"{name}: expected a {kind.__name__}, got {str(document[name])[:40]}"]
     found = [f"environment: lacks {key}" for key in ENVIRONMENT if key not in document["environment"]]
     for name, limit in document["limits"].items():
-        if not isinstance(limit, dict) or set(limit) != {"value", "unit"} or not _positive(limit["value"]):
-            found.append(f"limits.{name}: expected a positive value and a unit, got {limit}")
+        known = isinstance(limit, dict) and set(limit) - {"after"} == {"value", "unit"}
+        if not known or not all(_positive(limit[key]) for key in limit if key != "unit"):
+            found.append(f"limits.{name}: expected a positive value and a unit, perhaps one after, got {limit}")
     for index, row in enumerate(document["rows"]):
         found += [f"rows[{index}]: {problem}" for problem in _row_errors(row)]
     return found

@@ -6,6 +6,7 @@ from benchmarks.harness import PREFIX, may_be_equal
 
 COLUMNS = ("dir", "dtype", "implementation", "ms", "spread %", "rate", "% of limit", "times as fast as", "notes")
 NUMBERS = ("ms", "spread %", "rate", "% of limit")
+STEADY = 0.9  # of what the machine could do at the start of a run: below it, it has slowed down
 SHORT = {"pairs_computed_over_visible": "pairs"}  # of the JSON's names in the notes: pairs computed over visible
 
 
@@ -68,6 +69,13 @@ def print_limits(limits: dict) -> None:
     if not limits:
         return
     print("limits measured here: " + ", ".join(f"{k} {v['value']:.3g} {v['unit']}" for k, v in limits.items()))
+
+
+def print_after(limits: dict) -> None:
+    """Limits that are below what they were when the run began."""
+    slower = [f"{name} {x['after'] / x['value']:.2f}" for name, x in limits.items() if x["after"] < STEADY * x["value"]]
+    if slower:
+        print(f"the machine slowed down meanwhile: of what was measured at the start, at the end {', '.join(slower)}")
 
 
 def _cells(row: dict, beside: list[dict]) -> list[str]:

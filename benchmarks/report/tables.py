@@ -47,7 +47,9 @@ NO_GPU = "No result of a GPU is among these files: nothing here says how fast th
 
 def facts(document: Document) -> str:
     limits = ", ".join(
-        f"{name.replace('_', ' ')} {number(x['value'])} {x['unit']}" for name, x in document.limits.items()
+        f"{name.replace('_', ' ')} {number(x['value'])} {x['unit']}"
+        + (f" ({number(x['after'])} at its end)" if "after" in x else "")
+        for name, x in document.limits.items()
     )
     return (
         f"{document.hardware}. {document.versions}, commit {document.commit}. {document.environment['date']}, "

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, compat, data, harness, limits, modality_embed, packing, run, schema
+from benchmarks import attention, compat, data, harness, limits, modality_embed, packing, run, schema, table
 from benchmarks.__main__ import main
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
@@ -196,7 +196,18 @@ def test_all_shares_one_document(tmp_path):
     assert document["environment"]["budget_seconds"] == 0.0
     (missing,) = [row for row in document["rows"] if row["op"] == "no_such_operator"]
     assert "no_such_operator" in missing["skipped"]
-    assert list(document["limits"]) == ["copy"]  # measured once
+    assert list(document["limits"]) == ["copy"]  # measured once, and once more at the end
+    assert document["limits"]["copy"]["after"] > 0
+    assert saved[-1] == document
+
+
+def test_a_machine_that_slows_down_is_named(capsys):
+    limits = {"copy": {"value": 30.0, "unit": "GB/s", "after": 20.0}}
+    limits["gemm_fp32"] = {"value": 0.2, "unit": "TFLOP/s", "after": 0.19}
+    table.print_after(limits)
+    assert capsys.readouterr().out.endswith("at the end copy 0.67\n")
+    table.print_after({"copy": limits["copy"] | {"after": 31.0}})
+    assert capsys.readouterr().out == ""
 
 
 def test_every_operator_is_in_all():

@@ -64,5 +64,8 @@ def test_bad_document():
     del without_commit["environment"]["commit"]
     assert schema.errors(without_commit) == ["environment: lacks commit"]
     assert schema.errors(GOOD | {"limits": {"copy": {"value": 0.0, "unit": "GB/s"}}})
+    after = {"value": 9.0, "unit": "GB/s", "after": 8.0}
+    assert schema.errors(GOOD | {"limits": {"copy": after}}) == []
+    assert schema.errors(GOOD | {"limits": {"copy": after | {"after": 0.0}}})
     for other in ({"environment": 3}, {"environment": None}, {"limits": []}, {"limits": {"copy": 3}}, {"rows": {}}):
         assert len(schema.errors(GOOD | other)) == 1, other
