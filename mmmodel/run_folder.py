@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmodel import checkpoint, configs, metrics, pretraining
+from mmmodel import atomic, checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data.loader import ShardDataset
 from mmmodel.export import FILE
 from mmmodel.limits import listed
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,6 +66,29 @@ def begun(out: Path, config: PretrainConfig) -> bool:
     if found := differences(configs.to_dict(theirs), configs.to_dict(config)):
         raise ConfigError(f"pretrain: {out} holds a run with other {found}; choose another --out")
     return True
+
+
+def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:
+    """Keeps in `out` what the samples of a run are; warns if one that goes on finds others than before.
+
+    A sample is its key, its metadata and the sizes of its files: shards may be copied, renamed or packed anew.
+    """
+    digest = hashlib.sha256()
+    for entry in sorted(dataset.entries, key=lambda entry: entry.key):
+        sizes = sorted((extension, size) for extension, (_, size) in entry.members.items())
+        digest.update(json.dumps([entry.key, sizes, entry.meta], sort_keys=True).encode())
+    found = {"samples": len(dataset), "sha256": digest.hexdigest()}
+    path = out / "data.json"
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # older runs kept none
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if begun and theirs["sha256"] != found["sha256"]:
+            change = f"{theirs['samples']} samples -> {found['samples']}"
+            logger.warning(
+                "%s: the data changed since this run stopped (%s): its batches are others from here on",
+                dataset.path,
+                change if theirs["samples"] != found["samples"] else f"still {found['samples']} samples, not the same",
+            )
+    atomic.write_json(path, found)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

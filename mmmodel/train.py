@@ -92,8 +92,11 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
     for name, reason in idle.items():
         _log("%s learns nothing in this run: it %s", name, reason)
-    if not begun and not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
-        atomic.write_json(out / "config.json", asdict(config))
+    if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
+        if progress["step"] < config.steps:
+            run_folder.note_data(out, dataset, begun=begun)
+        if not begun:
+            atomic.write_json(out / "config.json", asdict(config))
     _log("ready after %.1f s", time.perf_counter() - started)
 
     def make(step: int):

@@ -51,7 +51,15 @@ def unbroken(shards, tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_promises(unbroken):
-    expected = {"config.json", "tokenizer.json", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
+    expected = {
+        "config.json",
+        "data.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+        "model.safetensors",
+    }
     assert {path.name for path in unbroken.iterdir()} == expected | {".lock"}
     lines = metrics.read(unbroken / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -148,6 +156,34 @@ def test_a_parameter_that_its_first_gradient_reaches_after_a_checkpoint_learns_t
             step(*learned, names)
         ours, theirs = other[0].state_dict(), one[0].state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_run_that_goes_on_says_that_its_data_changed(tiny, shards, tmp_path, caplog):
+    """Shards that were only copied and renamed are the same data; a sample fewer is not, nor another caption."""
+    data = Path(shutil.copytree(shards, tmp_path / "data"))
+    half, changed = dataclasses.replace(tiny, data=str(data), checkpoint_every=1), "the data changed"
+
+    def goes_on(steps):  # to the stop that a kill is, which leaves the configuration as it was
+        out = tmp_path / "run"
+        if (out / "config.json").exists():
+            config = json.loads((out / "config.json").read_text())
+            (out / "config.json").write_text(json.dumps(config | {"steps": steps}))
+        caplog.clear()
+        train.pretrain(dataclasses.replace(half, steps=steps), out)
+        return caplog.text
+
+    assert changed not in goes_on(1)
+    first = min(data.glob("*train*.tar"))
+    first.rename(first.with_name("renamed.tar"))
+    os.utime(first.with_name("renamed.tar"))
+    assert changed not in goes_on(2)
+    write_shard(data / "more.tar", [{"__key__": "extra", "txt": "one more"}])
+    assert "(80 samples -> 81): its batches are others from here on" in goes_on(3)
+    assert changed not in goes_on(4)
+    write_shard(data / "more.tar", [{"__key__": "extra", "txt": "one more, reworded"}])
+    assert "(still 81 samples, not the same)" in goes_on(5)
+    write_shard(data / "more.tar", [{"__key__": "extra", "txt": "one more"}])
+    assert changed not in goes_on(5)  # it is finished
 
 
 def test_a_finished_run_is_left_alone(tiny, unbroken):
