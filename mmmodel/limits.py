@@ -113,6 +113,8 @@ def _expected(value: Any, kind: Any) -> str | None:
     if get_origin(kind) is Literal:
         return None if value in get_args(kind) else f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):  # letters would pass for names
+            return "a tuple"
         inner = get_args(kind)
         if inner[-1] is not ... and len(value) != len(inner):
             return f"{len(inner)} values"
@@ -121,6 +123,8 @@ def _expected(value: Any, kind: Any) -> str | None:
         return next((f"each to be {words}" for words in wrong if words is not None), None)
     if get_origin(kind) is Annotated:
         base, *rules = get_args(kind)
+        if (expected := _expected(value, base)) is not None:
+            return expected
         if base is int and not isinstance(value, int):
             return "a whole number"
         return next((str(rule) for rule in rules if not rule.has(value)), None)

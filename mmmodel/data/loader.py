@@ -31,6 +31,10 @@ class BrokenSampleError(ValueError):
     """A member of a sample does not decode; names the sample."""
 
 
+class NothingSelectedError(ConfigError):
+    """No sample is of the split and the languages that were asked for."""
+
+
 def in_words(error: Exception) -> str:
     """What went wrong; with the kind of the error where its message was not meant for people."""
     return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
@@ -43,10 +47,12 @@ class ShardDataset(Dataset):
 
     Metadata (`keys`, `metas`) is read without decoding. `dataset[i]` decodes a sample; `read_text`, `read_image` and
     `read_waveform` decode one member of it, for who wants to decode an image once for all its languages.
-    Raises ConfigError if nothing is selected, saying what there is.
+    Raises NothingSelectedError if nothing is selected, saying what there is, and ConfigError as `read_index` does.
     """
 
     def __init__(self, path: Path | str, split: str | None = None, languages: Sequence[str] | None = None) -> None:
+        if isinstance(languages, str):  # "fr" would be the languages f and r, and all that have none
+            raise ConfigError(f"ShardDataset: languages is {languages!r}, expected several: [{languages!r}]")
         self.path = Path(path)
         entries = read_index(self.path)
         self.entries: list[Entry] = [
@@ -61,7 +67,7 @@ class ShardDataset(Dataset):
             splits = sorted({entry.split for entry in entries})
             known = sorted({entry.language for entry in entries})
             hint = " ('': KEY.json has no lang; languages= takes all)" if languages is not None and "" in known else ""
-            raise ConfigError(
+            raise NothingSelectedError(
                 f"ShardDataset: {self.path} holds no sample{' of ' * bool(wanted)}{' and '.join(wanted)}; "
                 f"there are splits {splits} and languages {known}{hint}"
             )

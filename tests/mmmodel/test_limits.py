@@ -113,3 +113,7 @@ def test_ends_of_a_range():
 def test_python_callers_get_the_same_line(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"steps is 1\.5, expected a whole number"):
         train.pretrain(dataclasses.replace(tiny, steps=1.5), tmp_path)
+    with pytest.raises(ConfigError, match=r"config: languages is 'fr', expected a tuple"):
+        train.pretrain(dataclasses.replace(tiny, languages="fr"), tmp_path)
+    with pytest.raises(ConfigError, match=r"config: model\.modalities is 'text', expected a tuple"):
+        train.pretrain(dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, modalities="text")), tmp_path)

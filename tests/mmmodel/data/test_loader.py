@@ -54,6 +54,8 @@ def test_selection_by_split_and_language(tmp_path):
     assert ShardDataset(tmp_path, languages=["fr"]).metas[0]["i"] == 1
     with pytest.raises(ValueError, match=r"split 'test' and a language in \['fr'\].*\['train'\].*\['en', 'fr'\]"):
         ShardDataset(tmp_path, split="test", languages=["fr"])
+    with pytest.raises(ConfigError, match=r"languages is 'fr', expected several: \['fr'\]"):
+        ShardDataset(tmp_path, languages="fr")
 
 
 @pytest.mark.parametrize(
