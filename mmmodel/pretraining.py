@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmmodel import distributed, features, language_model, objectives, settings
 from mmmodel.batches import Batch, collate, concept_number
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.data.loader import ShardDataset
+from mmmodel.data.loader import NothingSelectedError, ShardDataset
 from mmmodel.data.recordings import hold_out
 from mmmodel.features import Features, Item
 from mmmodel.frontends import special_names
@@ -91,7 +91,12 @@ class Corpus:
 
 
 def located(name: str) -> str:
-    """A data set's name as a run keeps it: a folder by its absolute path, so that it is found from anywhere."""
+    """A data set's name as a run keeps it: a folder by its absolute path, so that it is found from anywhere.
+
+    Raises ConfigError for an empty name, which would be the folder that the process happens to be in.
+    """
+    if not str(name).strip():
+        raise ConfigError(f"data is {name!r}, expected stamps, synthetic, or a folder of shards")
     return name if name in PREPARED else os.path.abspath(Path(name).expanduser())
 
 
@@ -115,9 +120,8 @@ def open_data(config: PretrainConfig) -> ShardDataset:
     """The samples that a run reads.  Raises ConfigError as `open_shards` does."""
     try:
         return open_shards(config.data, config.languages)
-    except ConfigError as error:
-        advice = "; --set languages= reads samples of any" if config.languages else ""
-        raise ConfigError(f"{error}{advice}") from error
+    except NothingSelectedError as error:
+        raise ConfigError(f"{error}; --set languages= reads samples of any") from error
 
 
 def open_shards(name: str, languages: Sequence[str] = (), split: str | None = None) -> ShardDataset:

@@ -163,7 +163,7 @@ def read_index(folder: Path) -> list[Entry]:
     """
     stamps = shard_stamps(folder)
     if not stamps:
-        raise FileNotFoundError(f"shards: no *.tar under {folder}; prepare a data set first (mmmodel data --help)")
+        raise FileNotFoundError(f"shards: {_without_shards(folder)}; prepare a data set first (mmmodel data --help)")
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if content["version"] == INDEX_VERSION and content["shards"] == stamps:
@@ -184,6 +184,16 @@ def read_index(folder: Path) -> list[Entry]:
     except OSError as error:
         logger.info("%s: index not kept: %s", folder, error)
     return entries
+
+
+def _without_shards(folder: Path) -> str:
+    """Why a folder has no shards, in words."""
+    if folder.is_file():
+        return f"{folder} is a file, expected the folder that holds the *.tar"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    deeper = next(iter(sorted(folder.glob("*/*.tar"))), None)
+    return f"no *.tar in {folder}" + (f", but in its folder {deeper.parent.name}: one folder is read" if deeper else "")
 
 
 def shard_stamps(folder: Path) -> dict[str, list[int]]:

@@ -237,6 +237,8 @@ def test_a_relative_folder_of_data_is_kept_absolute(tiny, shards, tmp_path, monk
     (tmp_path / "config.json").write_text(json.dumps({**config, "data": typed}))
     assert train.pretrain(dataclasses.replace(tiny, data=typed, steps=1), tmp_path)
     assert pretraining.located("stamps") == "stamps"
+    with pytest.raises(ConfigError, match="data is '', expected stamps, synthetic, or a folder of shards"):
+        train.pretrain(dataclasses.replace(tiny, data=""), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("modality", "works"), [("image", "masked_image"), ("audio", "masked_audio")])

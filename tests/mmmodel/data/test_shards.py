@@ -187,8 +187,16 @@ def test_equal_keys_in_two_shards_are_an_error(tmp_path):
 
 
 def test_a_folder_without_shards_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*; prepare"):
         read_index(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none"):
+        read_index(tmp_path / "none")
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train" / "a.tar", [sample("x", txt="1")])
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but in its folder train: one folder is read"):
+        read_index(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"a\.tar is a file, expected the folder that holds the \*\.tar"):
+        read_index(tmp_path / "train" / "a.tar")
 
 
 def test_index_is_json_without_surprises(tmp_path):
