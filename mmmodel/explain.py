@@ -59,7 +59,7 @@ class Explanation:
         }
 
 
-def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str = "test") -> Explanation:
+def explain(run: Path | str, out: Path | str, *, data: str = "", key: str = "", split: str = "test") -> Explanation:
     """Explain sample `key` of `data` by the model of a run: writes index.html, PNGs and explanation.json into `out`.
 
     Of a fine-tuned run the encoder is explained, its modalities seeing each other.  What needs an objective that it no
@@ -69,13 +69,15 @@ def explain(run: Path, out: Path, *, data: str = "", key: str = "", split: str =
     CheckpointError for a run that does not load.
     """
     learner = weights.learner_of(export.open_run(run))
-    config = learner.config
+    config, out = learner.config, Path(out)
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)
     sample, others = _open(learner, path, () if data else config.languages, key, split)
     found = look(learner, sample, others)
     atomic.write_json(out / "explanation.json", found.summary())
-    (out / "index.html").write_text(_page(found, out, run=str(run), data=str(path)), encoding="utf-8")
+    content = _page(found, out, run=str(run), data=str(path))
+    with atomic.replacing(out / "index.html") as partial:
+        partial.write_text(content, encoding="utf-8")
     return found
 
 

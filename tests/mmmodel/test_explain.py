@@ -67,6 +67,16 @@ def test_writes_a_page_with_everything_inside(run, shards, tmp_path, members):
     assert ("ranks.png" in {p.name for p in drawn}) == (len(members) > 1)
 
 
+def test_a_page_that_cannot_be_made_leaves_the_one_before(run, tmp_path, monkeypatch):
+    key = ShardDataset(json.loads((run / "config.json").read_text())["data"], "test").keys[0]
+    explain.explain(str(run), str(tmp_path), key=key)
+    before = (tmp_path / "index.html").read_text()
+    monkeypatch.setattr(page, "render", lambda *parts: "half a page \ud800 of which the rest cannot be written")
+    with pytest.raises(UnicodeEncodeError):
+        explain.explain(run, tmp_path, key=key)
+    assert (tmp_path / "index.html").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("task", "label", "has_search"), [("classification", "category", False), ("retrieval", "concept", True)]
 )
