@@ -45,13 +45,14 @@ TEMPLATES = (
 GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "beige": (238, 226, 200)}
 
 
-def prepare(out: Path, *, samples: int, seed: int) -> Path:
+def prepare(out: Path | str, *, samples: int, seed: int) -> Path:
     """Write `samples` samples as shards per split under `out`; returns `out`.  Existing shards there are replaced."""
+    out = Path(out)
     if samples < 1:
         raise ValueError(f"synthetic: samples is {samples}, expected at least 1")
     if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
         raise FileExistsError(f"synthetic: {out} holds something else; give a new or an empty folder with --out")
-    with atomic.replacing(out) as work:
+    with atomic.replacing(out.resolve()) as work:  # a link stays, and what it leads to is replaced
         work.mkdir()
         _write(work, samples, seed)
     return out

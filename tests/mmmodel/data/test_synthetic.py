@@ -102,6 +102,15 @@ def test_preparing_again_replaces_its_own_folder_only(folder, tmp_path):
         synthetic.prepare(out, samples=0, seed=0)
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """Data often lie on another disk than the name that they are used by."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").symlink_to("disk")
+    synthetic.prepare(tmp_path / "set", samples=3, seed=0)
+    assert (tmp_path / "set").is_symlink()
+    assert len(ShardDataset(tmp_path / "disk")) == 3
+
+
 def test_two_processes_that_prepare_the_set_do_not_take_it_from_each_other(tmp_path, monkeypatch):
     """The slower one finds the other's shards, perhaps being read, and leaves them as they are."""
     monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path))
