@@ -100,14 +100,17 @@ class PlainEncoder(nn.Module):
 
 
 def export_onnx(
-    path: Path, learner: Pretraining, modalities: Sequence[str], tuned: tuple[FineTuned, Labels] | None = None
+    path: Path | str, learner: Pretraining, modalities: Sequence[str], tuned: tuple[FineTuned, Labels] | None = None
 ) -> PlainEncoder:
     """Write the encoder of these modalities as an ONNX file whose lengths stay free; returns what was traced.
 
     Inputs carry the modalities' names, outputs those of `PlainEncoder.outputs`.  The file's metadata_props say how
     inputs are made; the tokenizer that they name is written beside it.  Raises ConfigError for a modality without a
-    plain form, ImportError where onnx and onnxscript are not installed.
+    plain form and for a name that does not end in .onnx, ImportError where onnx and onnxscript are not installed.
     """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ConfigError(f"export: {path} ends in {path.suffix!r}, expected .onnx, the one format that it writes")
     encoder = PlainEncoder(learner, modalities, tuned).eval().cpu()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

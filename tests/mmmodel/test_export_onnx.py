@@ -167,6 +167,12 @@ def test_the_command_exports_fine_tuned_runs(run, labelled, tmp_path, capsys):
         assert score == pytest.approx(said[f"score_{name}"], abs=1e-5)
 
 
+def test_a_name_that_says_another_format_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.pt ends in '\.pt', expected \.onnx"):
+        export_onnx(tmp_path / "model.pt", learner()[1], ("text",))
+    assert not list(tmp_path.iterdir())
+
+
 def test_refuses_what_has_no_plain_form(monkeypatch):
     _, learned = learner()
     with pytest.raises(
