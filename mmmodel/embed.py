@@ -150,7 +150,7 @@ def make_batch(
 
 
 def write(
-    path: Path,
+    path: Path | str,
     run: Path | str,
     data: str = "",
     *,
@@ -166,6 +166,7 @@ def write(
     Raises ConfigError if no sample has the split and a language, or for another suffix.
     """
     limits.check_device(device, "embed")
+    path = Path(path)
     tables.check(path)
     embedder = Embedder(run, device=device)
     torch.set_num_threads(embedder.config.threads)

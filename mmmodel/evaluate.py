@@ -42,7 +42,7 @@ class Ranks:
     chance: dict[str, float]
 
 
-def evaluate(run: Path, *, split: str = "test", data: str = "") -> dict[str, Any]:
+def evaluate(run: Path | str, *, split: str = "test", data: str = "") -> dict[str, Any]:
     """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
 
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report

@@ -43,9 +43,9 @@ class Run:
     finetuning: str | None = None  # of a fine-tuned run: its configuration and labels, as `finetuning.run` writes them
 
 
-def export(path: Path, learner: Pretraining, config: PretrainConfig) -> None:
+def export(path: Path | str, learner: Pretraining, config: PretrainConfig) -> None:
     """Encoder, front ends and heads; atomically."""
-    write(path, learner.state_dict(), config, learner.model.tokenizer)
+    write(Path(path), learner.state_dict(), config, learner.model.tokenizer)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:

@@ -81,7 +81,7 @@ def read_captions(dataset: ShardDataset, split: str) -> list[tuple[str, str]]:
 
 
 def prepare(
-    dataset: ShardDataset, front_ends, cache: Path | None = None, *, threads: int = 1
+    dataset: ShardDataset, front_ends, cache: Path | str | None = None, *, threads: int = 1
 ) -> tuple[list[Item], Features]:
     """Every sample of the dataset as features.  Images and audio are mapped from files in `cache`, made if missing.
 
@@ -90,7 +90,7 @@ def prepare(
     Raises ConfigError if many in a row do not decode, or if the cache cannot be written.
     """
     tables = {name: _Table(dataset, name, front_end) for name, front_end in front_ends.items()}
-    cache = cache or settings.current().cache
+    cache = Path(cache) if cache else settings.current().cache
     threads = max(2, threads)  # decoders wait for disks and release the GIL, even where one thread computes
     flat, shapes, missing = {}, {}, {}
     for name, front_end in front_ends.items():

@@ -40,7 +40,7 @@ MAX_SKIPPED_IN_A_ROW = 20
 STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 
 
-def pretrain(config: PretrainConfig, out: Path) -> bool:
+def pretrain(config: PretrainConfig, out: Path | str) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
@@ -49,6 +49,7 @@ def pretrain(config: PretrainConfig, out: Path) -> bool:
     limits.check(config, "config")
     limits.check_device(config.device, "config")
     torch.set_num_threads(config.threads)
+    out = Path(out)
     config = dataclasses.replace(config, data=pretraining.located(config.data))
     with (
         distributed.processes(torch.device(config.device)) as device,

@@ -68,7 +68,7 @@ def split_name(said: str) -> str:
     return "validation" if name in VALIDATION else name
 
 
-def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:
+def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:
     """Write samples (`{"__key__": str, "json": dict, "txt": str, "png": bytes, ...}`) as one tar; their entries.
 
     Raises ValueError for a key with a dot after its last slash, where readers would end it.
@@ -81,7 +81,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> list[Entry]
             if "." in (key := sample["__key__"]).rpartition("/")[2]:
                 raise ValueError(f"write_shard: key {key!r} holds a dot, expected none: a reader would end it there")
             writer.write(sample)
-    return scan_shard(path)
+    return scan_shard(Path(path))
 
 
 def _encode(sample: dict[str, Any]) -> dict[str, Any]:
@@ -156,11 +156,12 @@ def write_index(folder: Path, entries: Iterable[Entry], stamps: dict[str, list[i
         partial.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
-def read_index(folder: Path) -> list[Entry]:
+def read_index(folder: Path | str) -> list[Entry]:
     """Entries of all `*.tar` in a folder, by shard and key; a missing or stale index is made, and kept if it can be.
 
     Raises FileNotFoundError if the folder has no shards, ConfigError if two samples share a key, or as scan_shard does.
     """
+    folder = Path(folder)
     stamps = shard_stamps(folder)
     if not stamps:
         raise FileNotFoundError(f"shards: {_without_shards(folder)}; prepare a data set first (mmmodel data --help)")

@@ -84,7 +84,7 @@ class Predictor:
 
 
 def write(
-    path: Path,
+    path: Path | str,
     run: Path | str,
     data: str = "",
     *,
@@ -98,6 +98,7 @@ def write(
     the split and a language, or none has anything that the model reads.
     """
     limits.check_device(device, "predict")
+    path = Path(path)
     tables.check(path)
     predictor = Predictor(run, device=device)
     config, pretrain = predictor.config, predictor.pretrain

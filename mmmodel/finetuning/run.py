@@ -41,7 +41,7 @@ WHERE = ("threads", "device")  # fields that say where it is computed: one that 
 HELD_OUT = 0.1  # share of the training groups that validate where the data has no validation split
 
 
-def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, Any]:
+def finetune(run: Path | str, config: FinetuneConfig, out: Path | str) -> dict[str, Any]:
     """Fine-tune the model of `run`; writes model.safetensors, metrics.jsonl, finetune.json and report.json to `out`.
 
     Stopped, the same call goes on from the last epoch of which a checkpoint was kept.  Returns the report.  Raises
@@ -52,7 +52,7 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path) -> dict[str, An
     limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
     config = replace(config, data=config.data and pretraining.located(config.data))
-    source = export.open_run(run)
+    source, out = export.open_run(run), Path(out)
     with run_folder.alone_in(out, "finetune"):
         return _finetune(source, config, out, started)
 

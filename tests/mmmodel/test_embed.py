@@ -10,11 +10,12 @@ from builders import learner, samples
 from PIL import Image
 from pyarrow import parquet
 
-from mmmodel import cli, configs, embed, evaluate, export, train
+from mmmodel import cli, configs, embed, evaluate, export, features, train
 from mmmodel.configs import ConfigError
-from mmmodel.data import media
+from mmmodel.data import media, synthetic
 from mmmodel.data.loader import ShardDataset
-from mmmodel.data.shards import write_shard
+from mmmodel.data.shards import read_index, write_shard
+from mmmodel.finetuning import predict
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
 from mmmodel.pretraining import Corpus
@@ -159,3 +160,20 @@ def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match=r"v.xlsx: its suffix is '.xlsx', expected .parquet, .csv, .jsonl"):
         cli.main(["embed", "--from", str(run), "--out", str(tmp_path / "v.xlsx")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_may_be_text(run, shards, tmp_path):
+    """As most programs hold it."""
+    out = str(tmp_path)
+    assert embed.write(f"{out}/vectors.jsonl", str(run), split="test")
+    assert train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=1), f"{out}/run")
+    task = FinetuneConfig(label="category", epochs=1, freeze="encoder")
+    finetune(str(run), task, f"{out}/tuned")
+    assert predict.write(f"{out}/said.csv", f"{out}/tuned", split="test")
+    assert evaluate.evaluate(f"{out}/run")["tasks"]
+    loaded = export.from_pretrained(f"{out}/run")
+    features.prepare(ShardDataset(str(shards), "test"), loaded.model.front_ends, f"{out}/cache")
+    export.export(f"{out}/again.safetensors", loaded, loaded.config)
+    assert len(read_index(str(shards))) == 80
+    assert len(write_shard(f"{out}/a.tar", [{"__key__": "a", "txt": "a"}])) == 1
+    assert synthetic.prepare(f"{out}/set", samples=2, seed=0) == tmp_path / "set"
