@@ -5,10 +5,9 @@ B samples, M modalities, N segments.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,20 +22,22 @@ Segments = list[list[tuple[int, int | tuple[int, int]]]]
 
 @dataclass(frozen=True)
 class Batch:
-    inputs: dict[str, tuple[Tensor, ...]]  # per modality, what its front end takes
-    segments: Segments  # per sample (modality, shape without the special token)
+    inputs: dict[str, tuple[Tensor, ...]] = field(repr=False)  # per modality, what its front end takes
+    segments: Segments = field(repr=False)  # per sample (modality, shape without the special token)
     special_tokens: tuple[int | None, ...]
     layout: PackedLayout
-    modality: Tensor  # host int64 [N]
-    concept: Tensor  # host int64 [N]; equal numbers mean the same concept, in every batch and process
-    features: dict[str, list[np.ndarray]]  # host; per modality what `inputs` was collated from, in the stream's order
+    # On the host, wherever the rest is:
+    modality: Tensor = field(repr=False)  # int64 [N]
+    concept: Tensor = field(repr=False)  # int64 [N]; equal numbers mean the same concept, in every batch and process
+    features: dict[str, list[np.ndarray]] = field(repr=False)  # what `inputs` was collated from, in the stream's order
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
+        device = torch.device(device)
         if device.type == "cpu":
             return self
         inputs = {name: tuple(t.to(device, non_blocking=True) for t in ts) for name, ts in self.inputs.items()}
         layout = self.layout.to(device, non_blocking=True)
-        return dataclasses.replace(self, inputs=inputs, layout=layout)
+        return replace(self, inputs=inputs, layout=layout)
 
 
 class Sampler:

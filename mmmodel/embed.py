@@ -56,12 +56,10 @@ class Embedder:
 
     def joint(self, items: Sequence[Item], features: Features) -> np.ndarray:
         """Mean hidden state of each whole sample, its modalities seeing each other, float32 [len(items), E]."""
-        return sample_vectors(
-            self.model, items, features, lambda batch: sample_mean(self.model.read(batch), batch.layout)
-        )
+        return sample_vectors(self.model, items, features, lambda batch: sample_mean(self.model(batch), batch.layout))
 
     def _read(self, batch: Batch) -> Tensor:
-        packed = self.model.read(batch, self.model.isolated())
+        packed = self.model(batch, self.model.isolated())
         if self.contrastive is None:
             return segment_mean(packed, batch.layout)
         return self.contrastive.points(packed, batch.layout, batch.modality)

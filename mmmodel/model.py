@@ -48,6 +48,13 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
         self.recompute = recompute.Recompute()  # what backward computes again to save memory; nothing
 
+    def forward(self, batch: Batch, mask: AttentionMask | None = None) -> Tensor:
+        """Packed hidden states [T, E] of a batch, on the model's device; rows in the order of batch.layout.segments.
+
+        Without a mask each token sees its whole sample; with `isolated()` each modality itself alone.
+        """
+        return self.encode(self.streams(batch), batch.layout, mask)
+
     @property
     def token_table(self) -> Tensor:
         return self.embedding.token_weight
@@ -57,15 +64,11 @@ class Model(nn.Module):
         return [front_end(*batch.inputs[name]) for name, front_end in self.front_ends.items()]
 
     def encode(self, streams: Sequence[Tensor], layout: PackedLayout, mask: AttentionMask | None = None) -> Tensor:
-        """Packed hidden states [T, E].  Without a mask each token sees its whole sample."""
+        """`forward`, from streams that are there already."""
         x = self.embedding(streams, layout)
         if mask == self.isolated() and (apart := segments_apart(layout)) is not None:
             layout, mask = apart, None
         return self.through_blocks(x, layout, mask)
-
-    def read(self, batch: Batch, mask: AttentionMask | None = None) -> Tensor:
-        """`encode` of a batch."""
-        return self.encode(self.streams(batch), batch.layout, mask)
 
     def encode_views(self, views: Sequence[View]) -> list[Tensor]:
         """encode of each (streams, layout, mask): in one pass where samples alone can say who sees whom.

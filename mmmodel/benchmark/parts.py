@@ -116,7 +116,7 @@ def features(learner: Pretraining, items: Sequence[Item], corpus: Corpus) -> np.
     model = learner.model
 
     def means(batch: Batch):
-        return segment_mean(model.read(batch, model.isolated()), batch.layout)
+        return segment_mean(model(batch, model.isolated()), batch.layout)
 
     vectors = segment_vectors(model, items, corpus.features, means)
     present = [vector for vector in vectors.values() if np.isfinite(vector).any()]

@@ -70,7 +70,7 @@ def word_loss(learner: Pretraining, sample: Sample, drop: tuple[str, ...] = ()) 
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
         batch = collate(part, features, model.front_ends, model.special_tokens).to(ids.device)
-        hidden = model.read(batch)
+        hidden = model(batch)
         rows = (batch.layout.modality_ids == text).nonzero().squeeze(1).view(len(part), -1)  # captions are as long
         place = torch.from_numpy(positions[start : start + len(part)]).to(ids.device)
         hidden = gather_rows(hidden, rows.gather(1, place.unsqueeze(1)).squeeze(1))

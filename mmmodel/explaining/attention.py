@@ -24,7 +24,7 @@ def projections(model: Model, batch: Batch) -> list[Tensor]:
         for block in model.blocks:
             handle = block.qkv.register_forward_hook(lambda layer, inputs, output: found.append(output))
             hooks.callback(handle.remove)
-        model.read(batch)
+        model(batch)
     return [qkv.view(len(qkv), 3, block.heads, -1).detach() for qkv, block in zip(found, model.blocks, strict=True)]
 
 

@@ -30,7 +30,7 @@ class FineTuned(nn.Module):
     def pooled(self, batch: Batch) -> Tensor:
         """[B, E]"""
         mask = self.model.isolated() if self.visibility == "isolated" else None
-        return sample_mean(self.model.read(batch, mask), batch.layout)
+        return sample_mean(self.model(batch, mask), batch.layout)
 
     def forward(self, batch: Batch) -> Tensor:
         """[B, C]"""
@@ -50,7 +50,7 @@ class Aligned(nn.Module):
 
     def points(self, batch: Batch) -> Tensor:
         """One point of unit length per segment, [N, P]."""
-        packed = self.model.read(batch, self.model.isolated())
+        packed = self.model(batch, self.model.isolated())
         return self.head.points(packed, batch.layout, batch.modality)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -76,3 +76,12 @@ def test_augmentation_follows_its_generator():
     one, two, other = (collate(items, features, front_ends, special, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all((a == b).all() for a, b in zip(one.inputs["audio"], two.inputs["audio"], strict=True))
     assert one.inputs["audio"][0].shape != other.inputs["audio"][0].shape
+
+
+def test_a_batch_is_shown_in_a_line_and_read_by_calling_the_model():
+    _, learned = learner()
+    batch = batch_of(learned, *samples())
+    assert "samples" in repr(batch)
+    assert len(repr(batch)) < 200
+    model = learned.model.eval()
+    assert (model(batch.to("cpu")) == model.encode(model.streams(batch), batch.layout)).all()
