@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mmkernels.ops.packing.api import segment_mean
@@ -18,6 +20,7 @@ from mmmodel import export, limits, pretraining, tables
 from mmmodel import features as feature_store
 from mmmodel.batches import Batch, collate
 from mmmodel.configs import ConfigError
+from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import weights
@@ -27,7 +30,11 @@ from mmmodel.model import Model
 BATCH = 64
 JOINT = "joint"
 COLUMNS = {"key": "text", "modality": "text", "vector": "vector"}
-EXPECTED = {"text": "a str", "image": "a path or uint8 [h, w, 3]", "audio": "a path or float [n] at 16 kHz"}
+EXPECTED = {
+    "text": "a str",
+    "image": "a path, a PIL image or uint8 [h, w, 3]",
+    "audio": "a path or float [n] at 16 kHz",
+}
 RAW = {"image": (3, (3,), "u"), "audio": (1, (), "f")}  # rank, further axes and kind of dtype of an array
 Read = Callable[[Batch], Tensor]
 
@@ -65,7 +72,7 @@ class Embedder:
         return self.contrastive.points(packed, batch.layout, batch.modality)
 
 
-def embed_one(embedder: Embedder, **raw: str | Path | np.ndarray) -> np.ndarray:
+def embed_one(embedder: Embedder, **raw: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """The vector of one text, picture or sound, as `Embedder.vectors` has it: embed_one(embedder, text="a red star").
 
     raw: one modality by its name, as in `one_sample`.  For a whole sample there is `embedder.joint([item], features)`.
@@ -76,11 +83,12 @@ def embed_one(embedder: Embedder, **raw: str | Path | np.ndarray) -> np.ndarray:
     return embedder.vectors([item], features)[next(iter(raw))][0]
 
 
-def one_sample(model: Model, **raw: str | Path | np.ndarray) -> tuple[Item, Features]:
+def one_sample(model: Model, **raw: str | Path | Image.Image | np.ndarray) -> tuple[Item, Features]:
     """A sample that is in no data set, its modalities by name, and its features.
 
-    text is a str; image a path, or uint8 [h, w, 3]; audio a path, or float [n] at 16 kHz, mono.  Raises ConfigError
-    for a modality that the model does not read and for what does not decode, FileNotFoundError for no file.
+    text is a str; image a path, a PIL image, or uint8 [h, w, 3]; audio a path, or float [n] at 16 kHz, mono.  What a
+    data set leaves out is refused: a blank text, sound that is empty or holds NaN.  Raises ConfigError for that, for a
+    modality that the model does not read and for what does not decode, FileNotFoundError for no file.
     """
     arrays = {}
     for name, value in raw.items():
@@ -88,17 +96,34 @@ def one_sample(model: Model, **raw: str | Path | np.ndarray) -> tuple[Item, Feat
             raise ConfigError(f"embed: the model reads {', '.join(model.front_ends)}, not {name}")
         front_end = model.front_ends[name]
         try:
-            if name != "text" and isinstance(value, str | Path):
-                value = front_end.decode(Path(value).read_bytes())
-            if name in RAW and (value.ndim, value.shape[2:], value.dtype.kind) != RAW[name]:
-                raise ValueError(f"it is {value.dtype} {list(value.shape)}")
-            arrays[name] = [front_end.prepare(value)]
+            arrays[name] = [front_end.prepare(_decoded(name, value, front_end))]
         except FileNotFoundError:
             raise
         except Exception as error:  # decoders raise what they like
             expected = EXPECTED.get(name, "a path")
             raise ConfigError(f"embed: {name} does not read, expected {expected}: {error}") from error
     return Item("", "", "", "", "", dict.fromkeys(raw, 0)), Features.of(arrays)
+
+
+def _decoded(name: str, value: Any, front_end: nn.Module) -> Any:
+    """As a data set gives it to `front_end.prepare`; an error for what it would leave out."""
+    if name == "text":
+        if not isinstance(value, str):
+            raise ValueError(f"it is {type(value).__name__}")
+        if (text := front_end.decode(value.encode())) is None:
+            raise ValueError("it is blank")
+        return text
+    if isinstance(value, str | Path):
+        return front_end.decode(Path(value).read_bytes())
+    if name == "image" and isinstance(value, Image.Image):
+        return media.pixels(value.copy())
+    if name in RAW:
+        value = np.asarray(value)
+        if (value.ndim, value.shape[2:], value.dtype.kind) != RAW[name] or 0 in value.shape:
+            raise ValueError(f"it is {value.dtype} {list(value.shape)}")
+        if name == "audio":
+            media.refuse_infinite(value)
+    return value
 
 
 @torch.no_grad()

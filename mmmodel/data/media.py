@@ -84,9 +84,14 @@ def opened(data: bytes) -> Image.Image:
 def decode_image(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3] from encoded bytes of any kind pillow reads, upright; transparency becomes white."""
     with opened(data) as image:
-        image = upright(image)
-        opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
-        return np.array(image.convert("RGB") if opaque else flatten(image))
+        return pixels(image)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """decode_image, of what pillow has opened, which it turns."""
+    image = upright(image)
+    opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
+    return np.array(image.convert("RGB") if opaque else flatten(image))
 
 
 def decode_text(data: bytes) -> str | None:
@@ -108,8 +113,7 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
         raise ValueError(f"it does not read as sound: {error.error_string}") from None
     if waveform.shape[0] == 0:
         raise ValueError("the file holds no samples")
-    if not np.isfinite(waveform).all():
-        raise ValueError("the sound holds samples that are not numbers, or infinite")
+    refuse_infinite(waveform)
     channels = waveform.T
     mono = sum(channels[1:], channels[0]) / np.float32(
         len(channels)
@@ -119,6 +123,11 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
 
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def refuse_infinite(waveform: np.ndarray) -> None:
+    if not np.isfinite(waveform).all():
+        raise ValueError("the sound holds samples that are not numbers, or infinite")
 
 
 def encode_flac(waveform: np.ndarray) -> bytes:

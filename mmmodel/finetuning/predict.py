@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmmodel import embed, export, limits, pretraining, tables
@@ -54,7 +55,7 @@ class Predictor:
             scores = self.labels.scores(predict(self.learner, features, part))
             yield [(item.key, *self._said(row)) for item, row in zip(part, scores, strict=True)]
 
-    def one(self, **raw: str | Path | np.ndarray) -> dict[str, Any]:
+    def one(self, **raw: str | Path | Image.Image | np.ndarray) -> dict[str, Any]:
         """What the model says of one sample, under the names of `columns`: one(text="two red stars", image="a.png").
 
         raw: as in `embed.one_sample`; for qa with a question, text is the question.

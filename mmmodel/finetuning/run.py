@@ -184,10 +184,11 @@ def with_questions(
     """Items whose text is the question in a field of KEY.json; those without one are left out."""
     if "text" not in model.front_ends:
         raise ConfigError("finetune: a question is text, which the model does not read")
-    kept = [item for item in items if isinstance(metas[item.key].get(field), str)]
+    asked = {key: said.strip() for key, meta in metas.items() if isinstance(said := meta.get(field), str)}
+    kept = [item for item in items if asked.get(item.key)]
     if not kept:
         raise ConfigError(f"finetune: no sample has a question {field!r}")
-    texts = [model.front_ends["text"].prepare(metas[item.key][field]) for item in kept]
+    texts = [model.front_ends["text"].prepare(asked[item.key]) for item in kept]
     stored = Features.of({"text": texts})
     merged = Features({**features.flat, **stored.flat}, {**features.shapes, **stored.shapes})
     return [replace(item, rows={**item.rows, "text": i}) for i, item in enumerate(kept)], merged

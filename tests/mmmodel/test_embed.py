@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from builders import learner, samples
 from PIL import Image
 from pyarrow import parquet
@@ -116,9 +117,11 @@ def test_one_thing_has_the_vector_that_it_has_in_the_data(run, shards, tmp_path)
     (tmp_path / "a.png").write_bytes(media.encode_png(Image.fromarray(read.read_image(0))))
     (tmp_path / "a.flac").write_bytes(media.encode_flac(read.read_waveform(0)))
     for raw in (
-        {"text": read.read_text(0)},
+        {"text": f" {read.read_text(0)}\n"},
         {"image": read.read_image(0)},
         {"image": tmp_path / "a.png"},
+        {"image": Image.fromarray(read.read_image(0)).convert("RGBA")},
+        {"image": torch.from_numpy(read.read_image(0))},
         {"audio": read.read_waveform(0)},
         {"audio": str(tmp_path / "a.flac")},
     ):
@@ -134,7 +137,7 @@ def test_one_thing_has_the_vector_that_it_has_in_the_data(run, shards, tmp_path)
         ({"smell": "rose"}, "the model reads text, image, audio, not smell"),
         (
             {"image": np.zeros((3, 16, 16), np.uint8)},
-            r"a path or uint8 \[h, w, 3\]: it is uint8 \[3, 16, 16\]",
+            r"a path, a PIL image or uint8 \[h, w, 3\]: it is uint8 \[3, 16, 16\]",
         ),
         ({"image": np.zeros((16, 16, 3), np.float32)}, "it is float32"),
         (
@@ -143,7 +146,11 @@ def test_one_thing_has_the_vector_that_it_has_in_the_data(run, shards, tmp_path)
         ),
         ({"image": __file__}, "image does not read"),
         ({"audio": __file__}, "audio does not read"),
-        ({"text": 3}, "text does not read, expected a str"),
+        ({"text": 3}, "text does not read, expected a str: it is int"),
+        ({"text": " \n"}, "text does not read, expected a str: it is blank"),
+        ({"image": np.zeros((0, 16, 3), np.uint8)}, r"it is uint8 \[0, 16, 3\]"),
+        ({"audio": np.zeros(0, np.float32)}, r"it is float32 \[0\]"),
+        ({"audio": np.full(900, np.nan, np.float32)}, "holds samples that are not numbers"),
     ],
     ids=str,
 )
