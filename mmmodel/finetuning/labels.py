@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmmodel.configs import ConfigError
+from mmmodel.data.shards import Entry
 from mmmodel.features import Item
 
 UNSEEN = -1  # class of a label that no training sample has; the model cannot be right about it
@@ -54,7 +55,9 @@ class Labels:
         return outputs.softmax(dim=-1)
 
 
-def read(items: Sequence[Item], metas: Mapping[str, Mapping[str, Any]], task: str, field: str) -> dict[str, Any]:
+def read(
+    items: Sequence[Item | Entry], metas: Mapping[str, Mapping[str, Any]], task: str, field: str
+) -> dict[str, Any]:
     """key -> label of each item that has one; metas: key -> KEY.json.
 
     classification, qa, retrieval: str.  multilabel: tuple of str.  regression: float.  Raises ConfigError if no item

@@ -151,29 +151,29 @@ def read_labelled(
     """
     languages = config.languages or (() if config.data else pretrain.languages)
     dataset = pretraining.open_shards(config.data or pretrain.data, languages)
+    metas = dict(zip(dataset.keys, dataset.metas, strict=True))
+    values = label_rules.read(dataset.entries, metas, config.task, config.label)  # before anything is decoded
     items, features = read_samples(dataset, model, config)
     if config.one_per_group:
         items = label_rules.first_of_groups(items)
-    metas = dict(zip(dataset.keys, dataset.metas, strict=True))
-    values = label_rules.read(items, metas, config.task, config.label)
     splits = _by_split([item for item in items if item.key in values])
     if config.labels_per_class:
         splits["train"] = label_rules.few(splits["train"], values, config.labels_per_class, config.seed)
     labels = label_rules.fit([values[item.key] for item in splits["train"]], config.task)
     counts = {name: len(splits[name]) for name in ("train", "validation", "test")}
-    counts["without_label"] = len(items) - len(values)
+    counts["without_label"] = sum(item.key not in values for item in items)
     return Labelled(features, splits["train"], splits["validation"], splits["test"], values, labels), counts
 
 
 def read_samples(dataset: ShardDataset, model: nn.Module, config: FinetuneConfig) -> tuple[list[Item], Features]:
     """Samples as the fine-tuned model sees them: config.modalities alone, and for qa the question as text."""
+    if unknown := set(config.modalities) - set(model.front_ends):
+        raise ConfigError(f"finetune: the model reads {', '.join(model.front_ends)}, not {', '.join(unknown)}")
     items, features = feature_store.prepare(dataset, model.front_ends, threads=config.threads)
     if config.task == "qa" and config.question:
         metas = dict(zip(dataset.keys, dataset.metas, strict=True))
         items, features = with_questions(items, features, metas, model, config.question)
     if config.modalities:
-        if unknown := set(config.modalities) - set(model.front_ends):
-            raise ConfigError(f"finetune: the model reads {', '.join(model.front_ends)}, not {', '.join(unknown)}")
         items = label_rules.limited_to(items, config.modalities)
     return items, features
 

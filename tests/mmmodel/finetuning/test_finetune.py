@@ -275,10 +275,13 @@ def test_balanced_loss_by_hand():
         ({"task": "qa", "question": "none"}, "no sample has a question 'none'"),
     ],
 )
-def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, message):
+def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, message, caplog):
+    """For labels and modalities before hours may have gone into decoding."""
+    caplog.set_level("INFO")
     config = dataclasses.replace(QUICK, **{"label": "colour", "data": str(labelled), **fields})
     with pytest.raises(ConfigError, match=message):
         finetuning.finetune(run, config, tmp_path)
+    assert ("they hold text" in caplog.text) == ("question" in fields)
 
 
 @pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")
