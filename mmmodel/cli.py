@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
 
         if not isinstance(error, UnavailableError):
             raise
-        sys.exit(str(error))
+        sys.exit(f"{error}{'; --impl auto takes the fastest that can' * hasattr(command, 'impl')}")
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
         where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
         sys.exit(f"{where}: {error.strerror}" if where else str(error))

@@ -42,12 +42,14 @@ Read = Callable[[Batch], Tensor]
 class Embedder:
     """The model of a run, pretrained or fine-tuned, in eval mode.  Reading unpickles nothing.
 
+    impl: as in `export.open_run`.
+
     A modality's vector is its point in the contrastive space, [P] of unit length; where the run has none, the mean of
     its last hidden states, [E].  Raises CheckpointError for a run that does not read or does not fit.
     """
 
-    def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
-        opened = export.open_run(run)
+    def __init__(self, run: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> None:
+        opened = export.open_run(run, impl=impl)
         self.config = opened.config
         learner = weights.learner_of(opened).to(device)
         self.model: Model = learner.model
@@ -181,6 +183,7 @@ def write(
     languages: Sequence[str] = (),
     joint: bool = True,
     device: str = "cpu",
+    impl: str | None = None,
 ) -> int:
     """Write a table of key, modality and vector, a row for each modality of each sample, and with `joint` one for the
     sample; returns the number of rows.  path ends in .parquet, .csv or .jsonl.
@@ -191,7 +194,7 @@ def write(
     limits.check_device(device, "embed")
     path = Path(path)
     tables.check(path)
-    embedder = Embedder(run, device=device)
+    embedder = Embedder(run, device=device, impl=impl)
     torch.set_num_threads(embedder.config.threads)
     languages = tuple(languages) or (embedder.config.languages if not data else ())
     dataset = pretraining.open_shards(data or embedder.config.data, languages, split)

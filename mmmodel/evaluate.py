@@ -42,15 +42,16 @@ class Ranks:
     chance: dict[str, float]
 
 
-def evaluate(run: Path | str, *, split: str = "test", data: str = "") -> dict[str, Any]:
+def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str | None = None) -> dict[str, Any]:
     """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
 
+    impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
     is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
     split has no samples.
     """
     started = time.perf_counter()
-    opened = export.open_run(run)
+    opened = export.open_run(run, impl=impl)
     export.refuse_finetuned(opened)
     config, run = opened.config, opened.path.parent
     if data:

@@ -59,16 +59,19 @@ class Explanation:
         }
 
 
-def explain(run: Path | str, out: Path | str, *, data: str = "", key: str = "", split: str = "test") -> Explanation:
+def explain(
+    run: Path | str, out: Path | str, *, data: str = "", key: str = "", split: str = "test", impl: str | None = None
+) -> Explanation:
     """Explain sample `key` of `data` by the model of a run: writes index.html, PNGs and explanation.json into `out`.
 
     Of a fine-tuned run the encoder is explained, its modalities seeing each other.  What needs an objective that it no
     longer has is left out: hidden words, and search unless it was fine-tuned for retrieval.
+    impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, empty: the run's own.  key empty: the first sample of `split` with every
     modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
     CheckpointError for a run that does not load.
     """
-    learner = weights.learner_of(export.open_run(run))
+    learner = weights.learner_of(export.open_run(run, impl=impl))
     config, out = learner.config, Path(out)
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)

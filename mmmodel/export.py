@@ -9,7 +9,7 @@ import json
 import stat
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,22 +59,22 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: PretrainConfig, tok
         partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
 
 
-def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> Pretraining:
-    """The learner that `export` wrote, bit by bit, in eval mode.  path: the file, or the folder of a run.
+def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> Pretraining:
+    """The learner that `export` wrote, bit by bit, in eval mode.  path, impl: as in `open_run`.
 
     `learner.model` is the encoder, `learner.objectives` the heads, `learner.config` the configuration.  Raises
     CheckpointError for a file that is missing, damaged or of another model, and for a fine-tuned one, which
     `finetuning.run.load` reads.
     """
-    run = open_run(path)
+    run = open_run(path, impl=impl)
     refuse_finetuned(run)
     learner = Pretraining(run.config, run.tokenizer)
     load_weights(run, learner)
     return learner.to(device).eval()
 
 
-def open_run(path: Path | str) -> Run:
-    """path: a run's folder, or its safetensors file.
+def open_run(path: Path | str, *, impl: str | None = None) -> Run:
+    """path: a run's folder, or its safetensors file.  impl: of every operator, in place of the run's own; None: that.
 
     Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a
     pickle, for what is no safetensors file or a damaged one, and for one without configuration.
@@ -87,6 +87,8 @@ def open_run(path: Path | str) -> Run:
     config, tokenizer, tensors = _config(file, metadata), _tokenizer(file, metadata), load_file(file)
     if "crc32" in metadata and metadata["crc32"] != str(checksum(tensors)):
         raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
+    if impl:
+        config = replace(config, model=replace(config.model, impl=impl))
     return Run(file, config, tokenizer, tensors, metadata.get("finetune"))
 
 

@@ -15,6 +15,7 @@ from mmmodel.finetuning.config import FinetuneConfig
 Assignments = Annotated[
     tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FIELD=VALUE ...")
 ]
+Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class Evaluate:
     """Folder of the benchmark; the same command goes on where it was stopped. A run's own report is in its folder."""
     budget_minutes: float = 0.0
     """Begin no further part of the benchmark after so many minutes; 0: no limit."""
+    impl: Implementation | None = None
+    """Implementation of every operator, by default the run's own. auto: the fastest that runs here. Not for a
+    benchmark."""
 
     def run(self) -> None:
         if self.benchmark != "none":
@@ -156,7 +160,7 @@ class Evaluate:
             sys.exit("evaluate: several runs belong to a --benchmark; one is scored by itself")
         from mmmodel import evaluate
 
-        report = evaluate.evaluate(self.run_folder[0], split=self.split, data=self.data)
+        report = evaluate.evaluate(self.run_folder[0], split=self.split, data=self.data, impl=self.impl)
         evaluate.show(report)
         if not report["tasks"]:
             sys.exit("evaluate: no task can be scored")
@@ -184,13 +188,15 @@ class Finetune:
     """Folder of a pretrained run, or its safetensors file."""
     out: Path
     """Folder for the model, its metrics and report.json."""
+    impl: Implementation | None = None
+    """Implementation of every operator, by default the run's own. auto: the fastest that runs here."""
     config: tyro.conf.OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
 
     def run(self) -> None:
         from mmmodel.finetuning.run import finetune
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        report = finetune(self.run_folder, self.config, self.out)
+        report = finetune(self.run_folder, self.config, self.out, impl=self.impl)
         for split in ("validation", "test"):
             if report[split]:
                 print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in report[split].items()))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mmmodel.commands.training import Assignments
+from mmmodel.commands.training import Assignments, Implementation
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Predict:
     """Language tags of the samples; empty: all, or with no --data those of the run."""
     device: str = "cpu"
     """Where the model runs."""
+    impl: Implementation | None = None
+    """Implementation of every operator, by default the run's own. auto: the fastest that runs here."""
 
     def run(self) -> None:
         from mmmodel.finetuning import predict
@@ -40,6 +42,7 @@ class Predict:
             split=self.split or None,
             languages=self.languages,
             device=self.device,
+            impl=self.impl,
         )
         print(f"{self.out}: {rows} rows" + (f"; {left} samples have nothing that the model reads" if left else ""))
 
@@ -62,6 +65,8 @@ class Embed:
     """Also a vector of each whole sample."""
     device: str = "cpu"
     """Where the model runs."""
+    impl: Implementation | None = None
+    """Implementation of every operator, by default the run's own. auto: the fastest that runs here."""
 
     def run(self) -> None:
         from mmmodel import embed
@@ -75,6 +80,7 @@ class Embed:
             languages=self.languages,
             joint=self.joint,
             device=self.device,
+            impl=self.impl,
         )
         print(f"{self.out}: {rows} vectors")
 
@@ -109,11 +115,15 @@ class Explain:
     """Which sample; empty: the first of the split that has every modality."""
     split: Literal["test", "validation", "train"] = "test"
     """Where to look for it if no key is given."""
+    impl: Implementation | None = None
+    """Implementation of every operator, by default the run's own. auto: the fastest that runs here."""
 
     def run(self) -> None:
         from mmmodel import explain
 
-        found = explain.explain(self.run_folder, self.out, data=self.data, key=self.key, split=self.split)
+        found = explain.explain(
+            self.run_folder, self.out, data=self.data, key=self.key, split=self.split, impl=self.impl
+        )
         print(f"{found.sample.item.key}: {self.out / 'index.html'}")
 
 

@@ -26,13 +26,15 @@ LIKELY = 0.5  # probability from which a sample has a label, of many that it may
 class Predictor:
     """A fine-tuned model in eval mode.  Raises CheckpointError for a file that is damaged or not fine-tuned.
 
+    impl: as in `export.open_run`.
+
     columns  of the table.  classification, qa: key, predicted, and score_NAME for each class, which add up to 1.
              multilabel: the same, predicted being the names whose score is at least 0.5.  regression: key and
              predicted, in the label's unit.  retrieval: key, modality, vector, as `mmmodel embed` writes.
     """
 
-    def __init__(self, run: Path | str, *, device: torch.device | str = "cpu") -> None:
-        source = export.open_run(run)
+    def __init__(self, run: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> None:
+        source = export.open_run(run, impl=impl)
         learner, self.labels, self.config = restore(source)
         self.learner, self.pretrain = learner.to(device), source.config
         kind = {"multilabel": "names", "regression": "number"}.get(self.labels.task, "text")
@@ -92,6 +94,7 @@ def write(
     split: str | None = None,
     languages: Sequence[str] = (),
     device: str = "cpu",
+    impl: str | None = None,
 ) -> tuple[int, int]:
     """Write the table of `Predictor` under `path`, .parquet, .csv or .jsonl; how many rows, and samples left out.
 
@@ -101,7 +104,7 @@ def write(
     limits.check_device(device, "predict")
     path = Path(path)
     tables.check(path)
-    predictor = Predictor(run, device=device)
+    predictor = Predictor(run, device=device, impl=impl)
     config, pretrain = predictor.config, predictor.pretrain
     torch.set_num_threads(config.threads)
     if not data and not languages:

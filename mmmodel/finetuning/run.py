@@ -41,8 +41,10 @@ WHERE = ("threads", "device")  # fields that say where it is computed: one that 
 HELD_OUT = 0.1  # share of the training groups that validate where the data has no validation split
 
 
-def finetune(run: Path | str, config: FinetuneConfig, out: Path | str) -> dict[str, Any]:
+def finetune(run: Path | str, config: FinetuneConfig, out: Path | str, *, impl: str | None = None) -> dict[str, Any]:
     """Fine-tune the model of `run`; writes model.safetensors, metrics.jsonl, finetune.json and report.json to `out`.
+
+    impl: as in `export.open_run`, and kept in what is written.
 
     Stopped, the same call goes on from the last epoch of which a checkpoint was kept.  Returns the report.  Raises
     ConfigError for labels or a folder that do not fit, CheckpointError for weights.
@@ -52,7 +54,7 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path | str) -> dict[s
     limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
     config = replace(config, data=config.data and pretraining.located(config.data))
-    source, out = export.open_run(run), Path(out)
+    source, out = export.open_run(run, impl=impl), Path(out)
     with run_folder.alone_in(out, "finetune"):
         return _finetune(source, config, out, started)
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmodel import cli, configs, embed, run_folder, train
+from mmmodel import cli, configs, embed, export, run_folder, train
 from mmmodel.data import stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
@@ -66,6 +66,27 @@ def assert_one_line(message, *arguments):
 def test_an_implementation_that_cannot_run_here_is_one_line(shards, tmp_path):
     start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "model.impl=triton", "--out", tmp_path)
     assert_one_line("modality_embed: impl='triton' cannot run on cpu float32", *start)
+
+
+def test_a_run_of_another_machines_implementation_is_used_with_one_that_runs_here(run, shards, tmp_path):
+    """A run that was trained with impl=triton, on a CPU: what it was asked for, an error that says how, or --impl."""
+    opened = export.open_run(run, impl="triton")
+    there = tmp_path / "model.safetensors"
+    export.write(there, opened.tensors, opened.config, opened.tokenizer)
+    tuned = ("--data", shards, "--freeze", "encoder", "--epochs", 1, "--label", "category")
+    for name, *more in (
+        ("embed", "--split", "test", "--out", tmp_path / "a.jsonl"),
+        ("explain", "--out", tmp_path / "explained"),
+        ("finetune", "--out", tmp_path / "tuned", *tuned),
+        ("predict", "--from", tmp_path / "tuned", "--split", "test", "--out", tmp_path / "b.jsonl"),
+        ("evaluate",),
+    ):
+        command = [name, *more] if "--from" in more else [name, "--from", there, *more]
+        if name != "predict":  # which keeps what finetune was given
+            assert_one_line("impl='triton' cannot run .*; --impl auto takes the fastest that can", *command)
+        cli.main([*map(str, command), "--impl", "auto"])
+    assert export.from_pretrained(there).config.model.impl == "triton"
+    assert export.from_pretrained(there, impl="auto").config.model.impl == "auto"
 
 
 def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
