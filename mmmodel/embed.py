@@ -49,6 +49,7 @@ class Embedder:
     """
 
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> None:
+        limits.check_device(str(device), "embed")
         opened = export.open_run(run, impl=impl)
         self.config = opened.config
         learner = weights.learner_of(opened).to(device)
@@ -191,10 +192,9 @@ def write(
     data: as in `pretraining.find_data`; empty: what the run was trained on.  The file appears whole or not at all.
     Raises ConfigError if no sample has the split and a language, or for another suffix.
     """
-    limits.check_device(device, "embed")
     path = Path(path)
-    tables.check(path)
     embedder = Embedder(run, device=device, impl=impl)
+    tables.check(path)
     torch.set_num_threads(embedder.config.threads)
     languages = tuple(languages) or (embedder.config.languages if not data else ())
     dataset = pretraining.open_shards(data or embedder.config.data, languages, split)

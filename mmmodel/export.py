@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmmodel import atomic, configs
+from mmmodel import atomic, configs, limits
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import listed
@@ -66,6 +66,7 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu", imp
     CheckpointError for a file that is missing, damaged or of another model, and for a fine-tuned one, which
     `finetuning.run.load` reads.
     """
+    limits.check_device(str(device), "from_pretrained")
     run = open_run(path, impl=impl)
     refuse_finetuned(run)
     learner = Pretraining(run.config, run.tokenizer)

@@ -34,6 +34,7 @@ class Predictor:
     """
 
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> None:
+        limits.check_device(str(device), "predict")
         source = export.open_run(run, impl=impl)
         learner, self.labels, self.config = restore(source)
         self.learner, self.pretrain = learner.to(device), source.config
@@ -101,10 +102,9 @@ def write(
     data: as in `pretraining.find_data`; empty: what the model was fine-tuned on.  Raises ConfigError if no sample has
     the split and a language, or none has anything that the model reads.
     """
-    limits.check_device(device, "predict")
     path = Path(path)
-    tables.check(path)
     predictor = Predictor(run, device=device, impl=impl)
+    tables.check(path)
     config, pretrain = predictor.config, predictor.pretrain
     torch.set_num_threads(config.threads)
     if not data and not languages:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mmkernels import dispatch
-from mmmodel import cli, configs, limits, train
+from mmmodel import cli, configs, embed, export, limits, train
 from mmmodel.finetuning.config import FinetuneConfig
+from mmmodel.finetuning.predict import Predictor
 from mmmodel.limits import ConfigError, Range
 
 WRONG = (
@@ -82,6 +83,9 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
     ):
         with pytest.raises(SystemExit, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
             cli.main(command)
+    for read in (embed.Embedder, Predictor, export.from_pretrained):
+        with pytest.raises(ConfigError, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
+            read(tmp_path, device="cuda")
 
 
 def test_every_preset_and_default_can_be():
