@@ -12,7 +12,10 @@ WINDOW = 15  # steps in the running mean
 
 
 def plot_run(run: Path) -> Path | None:
-    """Losses, in-batch accuracies, step time and rate of a run; None if it has no steps yet."""
+    """Losses, accuracies or scores, tokens per second, gradient norm and rate of a run; None if it has no steps yet.
+
+    A fine-tuning has validation scores, and a line per epoch; what a run does not have is left out.
+    """
     lines = metrics.read(run / "metrics.jsonl")
     if not lines:
         return None
@@ -27,13 +30,17 @@ def plot_run(run: Path) -> Path | None:
     _panel(
         axes[0, 0], "loss (nats)", steps, lines, ["loss", *(n for n in names if n.endswith("/loss") or "/loss/" in n)]
     )
-    _panel(
-        axes[0, 1], "in-batch accuracy", steps, lines, [n for n in names if "/top1/" in n or n.endswith("/accuracy")]
-    )
+    if "epoch" in names:
+        scores = [n for n in names if n not in ("step", "epoch", "loss", "lr", "seconds")]
+        _panel(axes[0, 1], "validation", steps, lines, scores)
+    else:
+        accuracies = [n for n in names if "/top1/" in n or n.endswith("/accuracy")]
+        _panel(axes[0, 1], "in-batch accuracy", steps, lines, accuracies)
     _panel(axes[1, 0], "tokens per second", steps, lines, [n for n in names if n.startswith("tokens_per_s/")])
-    _panel(axes[1, 1], "gradient norm before clipping", steps, lines, ["grad_norm"])
+    _panel(axes[1, 1], "gradient norm before clipping", steps, lines, [n for n in names if n == "grad_norm"])
     axes[1, 1].set_ylim(auto=True)
-    axes[1, 1].set_yscale("log")  # the first steps are a hundred times larger
+    if "grad_norm" in names:
+        axes[1, 1].set_yscale("log")  # the first steps are a hundred times larger
     rate = axes[1, 1].twinx()
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle="--", linewidth=1)
     rate.set_ylabel("learning rate (dashed)")
@@ -47,12 +54,16 @@ def plot_run(run: Path) -> Path | None:
 
 
 def _panel(axis, title: str, steps: np.ndarray, lines: list[dict], names: list[str]) -> None:
+    if not names:
+        axis.set_yticks([])  # an empty frame, in which the rate may still be drawn
+        return
     for name in names:
         values = np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
         (curve,) = axis.plot(steps, values, alpha=0.2, linewidth=0.8)
         axis.plot(steps, _running_mean(values), color=curve.get_color(), linewidth=1.6, label=_label(name))
     axis.set_title(title)
-    axis.set_ylim(bottom=0)
+    if axis.dataLim.ymin >= 0:  # an R2 may be negative
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     if names:
         axis.legend(fontsize=8)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from builders import batch_of, learner, samples
+from matplotlib import pyplot
 
-from mmmodel import checkpoint, cli
+from mmmodel import checkpoint, cli, plot
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
 from mmmodel.export import CheckpointError, from_pretrained, open_run
@@ -295,6 +296,21 @@ def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
     config = dataclasses.replace(QUICK, task="regression", label="size", data=str(tmp_path))
     with pytest.raises(ConfigError, match="r2 of 1 validation samples is nan"):
         finetuning.finetune(run, config, tmp_path / "out")
+
+
+def test_its_curves_show_the_validation_scores(tmp_path, recwarn, monkeypatch):
+    """R2 may be below zero; of what only a pretraining has there is no panel, and no warning of matplotlib."""
+    lines = [{"step": 5 * i, "epoch": i, "loss": 1 / i, "lr": 0.1, "r2": -1 / i, "seconds": 1.0} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot.plot_run(tmp_path)
+    validation = figures[0].axes[1]
+    assert validation.get_title() == "validation"
+    assert [text.get_text() for text in validation.get_legend().get_texts()] == ["r2"]
+    assert validation.get_ylim()[0] < -0.9
+    assert [axis.get_title() for axis in figures[0].axes[2:4]] == ["", ""]
+    assert not recwarn.list
 
 
 def test_another_fine_tuning_or_a_run_is_not_written_over(run, labelled, tmp_path):
