@@ -49,7 +49,7 @@ def private_folder(parent: Path, name: str) -> Iterator[Path]:
     another host: there, where the file system has locks between hosts.  What was written within the hour stays anyhow.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    _remove_left(parent)
+    remove_left(parent)
     work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -69,7 +69,11 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def _remove_left(parent: Path) -> None:
+def remove_left(parent: Path, *, older: float = NEW) -> None:
+    """Removes what processes left in `parent` that were killed, if its last write is `older` than so many seconds.
+
+    0 is for who knows that nobody else writes there.
+    """
     for work in parent.glob(f".*{SUFFIX}"):
         with suppress(OSError):  # its process lives, or another was faster to remove it
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)  # of a pipe it would wait for a writer
@@ -77,7 +81,7 @@ def _remove_left(parent: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 age = time.time() - _last_write(work)
                 _finish(work)
-                if age > NEW:
+                if age > older:
                     shutil.rmtree(work)
             finally:
                 os.close(lock)

@@ -63,6 +63,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():
+        if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
+            atomic.remove_left(checkpoints, older=0)
         begun = run_folder.begun(out, config)
         dataset = pretraining.open_data(config)
         if not (begun and tokenizer.exists()) and not distributed.rank():  # a failed run may have left another

@@ -116,6 +116,14 @@ def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbr
     assert_same_run(tmp_path, unbroken)
 
 
+def test_a_checkpoint_that_a_kill_cut_goes_at_the_next_start(tiny, tmp_path):
+    left = tmp_path / "checkpoints" / ".step-00000001.x1y2.mmmodel-partial" / "step-00000001"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    train.pretrain(dataclasses.replace(tiny, steps=1), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
 def test_a_run_whose_data_lacks_a_modality_continues_too(tmp_path):
     """No gradient reaches the front ends of image and audio, so the optimizer has nothing of them to save."""
     (tmp_path / "data").mkdir()
