@@ -154,6 +154,28 @@ def test_an_index_outside_its_table_reads_zero_and_gets_no_gradient(which):
     assert all(g.isfinite().all() for g in torch.utils._pytree.tree_leaves(grads[1:]))
 
 
+@pytest.mark.parametrize("which", ["row", "token", "position"])
+def test_every_index_outside_its_table_reads_the_same_zero(which):
+    """Just beyond its end and just before its beginning too, where other tensors lie."""
+    inputs = make(BY_NAME["everything"], torch.float32)
+    given, options = inputs.operator_arguments()
+    given = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), given)
+    if which == "row":
+        place = given.source_rows[((given.modality_ids == 1) & (given.source_rows >= 0)).nonzero()[0]]
+        values = len(given.streams[1]), 2 * len(given.streams[1]), 10**9
+        target, index = given.source_rows, ((given.modality_ids == 1) & (given.source_rows == place)).nonzero()[0]
+    elif which == "token":
+        values, target, index = (len(given.token_weight), -3, 10**9), given.streams[0], 0
+    else:
+        values, target = (-5, -2, 10**6), given.positions
+        index = slice(None), (given.modality_ids == 2).nonzero()[0]
+    found = []
+    for value in values:
+        target[index] = value
+        found.append(op.modality_embed_fwd(*given, *options, torch.float32, "triton")[0])
+    assert all(torch.equal(one, found[-1]) for one in found)
+
+
 def test_refusals():
     inputs = make(BY_NAME["plain"], torch.bfloat16)
     with pytest.raises(RuntimeError, match="bf16"):
