@@ -206,3 +206,14 @@ def test_bf16_is_refused():
     q = torch.randn(4, 1, 16, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="bf16"):
         attention(q, q, q, layout=layout, impl="triton")
+
+
+def test_more_than_half_may_be_dropped():
+    """The threshold then has its highest bit, which a signed comparison would take for a sign."""
+    layout = PackedLayout.from_counts([[40]])
+    q, k, v = torch.randn(40, 3, 2, 16).unbind(1)
+    found = []
+    for impl in ("triton", "reference"):
+        torch.manual_seed(0)
+        found.append(attention(q, k, v, layout=layout, dropout_p=0.8, impl=impl))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
