@@ -69,6 +69,34 @@ def test_from_counts_is_from_segments(special_tokens):
     assert one.stream_lengths == other.stream_lengths
 
 
+def test_a_special_token_may_have_the_id_0():
+    layout = PackedLayout.from_counts([[2]], special_tokens=(0,))
+    assert (layout.total_tokens, layout.source_rows.tolist()) == (3, [-1, 0, 1])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_device_bounds_make_the_layout_of_host_bounds(seed):
+    """As on a GPU, by a function that reads nothing."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 5, 9)
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    total = int(bounds[-1])
+    for kinds in (1, 2):
+        ids = torch.from_numpy(rng.integers(0, kinds, total).astype(np.uint8))
+        host = PackedLayout.from_cu_seqlens(
+            bounds, total_tokens=total, max_seqlen=5, modality_ids=ids, num_modalities=kinds
+        )
+        device = PackedLayout._from_device_bounds(bounds, total, 5, ids, kinds)
+        assert torch.equal(device.positions, host.positions)
+        filled = torch.unique_consecutive(host.segment_ids, return_inverse=True)[1]  # empty samples count with one kind
+        assert torch.equal(device.segment_ids, host.segment_ids if kinds == 1 else filled.int())
+        if kinds == 2:
+            with pytest.raises(ValueError, match="num_segments: a layout from device-side bounds"):
+                _ = device.num_segments
+            with pytest.raises(ValueError, match="stream_lengths: a layout from cu_seqlens"):
+                _ = device.stream_lengths
+
+
 def test_from_counts_is_one_segment_per_present_modality():
     layout = PackedLayout.from_counts([[2, 0, 1], [0, 0, 0], [1, 3, 0]])
     assert layout.segments.tolist() == [[0, 0, 2, 0], [0, 2, 1, 0], [2, 0, 1, 2], [2, 1, 3, 0]]
@@ -180,6 +208,19 @@ def two_tokens(**arguments):
     [
         (lambda: PackedLayout.from_segments([[(2, 1)]], num_modalities=2), "sample 0 has modality 2, expected 0 to 1"),
         (lambda: PackedLayout.from_segments([[(0, -1)]], num_modalities=1), "sample 0 has length -1"),
+        (
+            lambda: PackedLayout.from_segments([[(0, (1, 1, 1, 1))]], num_modalities=1),
+            r"length \(1, 1, 1, 1\), expected",
+        ),
+        (lambda: PackedLayout.from_segments([], num_modalities=0), "num_modalities is 0, expected 1 to 32"),
+        (lambda: PackedLayout.from_counts([[1]], special_tokens=(-1,)), r"special_tokens\[0\] is -1, expected"),
+        (
+            lambda: PackedLayout.from_segments([[(0, 2**31 - 1)]], num_modalities=1, special_tokens=(0,)),
+            r"more than 2\*\*31 - 1 tokens at sample 0",
+        ),
+        (lambda: two_tokens(max_seqlen=-1), "max_seqlen is -1, expected a whole number >= 0"),
+        (lambda: two_tokens(modality_ids=torch.zeros(2, dtype=torch.int32)), "modality_ids is torch.int32"),
+        (lambda: two_tokens(modality_ids=torch.zeros(3, dtype=torch.uint8)), r"\(3,\), expected uint8 \[2\]"),
         (lambda: PackedLayout.from_segments([], num_modalities=33), "num_modalities is 33, expected 1 to 32"),
         (lambda: PackedLayout.from_segments([[(0, 2**31)]], num_modalities=1), "2\\*\\*31"),
         (lambda: PackedLayout.from_segments([[(0, 2.5)]], num_modalities=1), "sample 0 has length 2.5, expected n"),
