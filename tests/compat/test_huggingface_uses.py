@@ -160,3 +160,21 @@ def test_dense_masks_of_a_user_are_read_back():
         model.set_attn_implementation(name)
         found.append(model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_scaling_reaches_dense_and_packed_attention_and_masks_must_fit():
+    q, seen = torch.randn(2, 2, 6, 16), torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, seen, scale=0.4).transpose(1, 2)
+    bounds, module = torch.tensor([0, 6, 12], dtype=torch.int32), torch.nn.Module()
+    dense, _ = huggingface.attention_forward(module, q, q, q, seen, scaling=0.4)
+    packed, _ = huggingface.attention_forward(
+        module, q, q, q, None, scaling=0.4, is_causal=True, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds
+    )
+    for out in (dense, packed):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cu_seq_lens_q is given without cu_seq_lens_k"):
+        huggingface.attention_forward(module, q, q, q, None, cu_seq_lens_q=bounds)
+    for batch, keys in ((3, 6), (2, 5)):
+        mask = huggingface.attention_mask(batch, 6, keys)
+        with pytest.raises(ValueError, match="attention_mask is for"):
+            huggingface.attention_forward(module, q, q, q, mask)
