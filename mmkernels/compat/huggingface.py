@@ -117,6 +117,11 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     mask = _without_mask(query, key, causal, sliding_window) if attention_mask is None else attention_mask
     _check_fits(mask, query, key)
+    if mask.keeps_no_packs_apart and _begin_again(kwargs.get("position_ids")):
+        raise ValueError(
+            f"{NAME}: position_ids begin again, but with a cache transformers takes the row for one sequence; give "
+            "use_cache=False, or cu_seq_lens_q and cu_seq_lens_k"
+        )
     plan = mask.plan(
         query.shape[2],
         device,
@@ -221,6 +226,13 @@ def _without_mask(query: Tensor, key: Tensor, causal: bool, sliding_window: int 
     place = torch.arange(queries).unsqueeze(0)
     hi = place + 1 if causal else torch.full_like(place, keys)
     return PaddedMask(torch.zeros_like(place), hi, keys, None, batch=query.shape[0], offset=0, parts=set())
+
+
+def _begin_again(position_ids: Any) -> bool:
+    """Whether a row of [B, Lq] holds several sequences; on a GPU they are not read."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.device.type != "cpu":
+        return False
+    return bool((position_ids.diff(dim=1) < 0).any())
 
 
 def _check_fits(mask: PaddedMask, query: Tensor, key: Tensor) -> None:

@@ -39,6 +39,7 @@ class PaddedMask:
     offset    of the first query among the keys
     causal    so queries and keys are the same tokens
     packable  cu_seq_lens may take the mask's place: nothing but causal, window and sequences one after another
+    keeps_no_packs_apart   each row is one sequence from its first token on, whatever its position_ids say
     """
 
     ndim = 4  # to transformers, a mask that has been prepared
@@ -55,6 +56,8 @@ class PaddedMask:
             self._read(padding)
         self.causal = "causal_mask_function" in parts
         self.packable = not self.is_padded and not parts & {"blockwise_overlay", "chunked_overlay"}
+        whole = self.causal and offset == 0 and self.queries == keys and not self.is_padded
+        self.keeps_no_packs_apart = whole and _OWN_SEQUENCE not in parts
         self._plans: dict[tuple, PaddedPlan] = {}
 
     @classmethod

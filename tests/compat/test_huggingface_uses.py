@@ -60,6 +60,21 @@ def test_packed_sequences_equal_each_alone(window):
         model(input_ids=ids, position_ids=positions, attention_mask=padding, use_cache=False, **packed)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_packs_that_transformers_does_not_see_are_refused(window):
+    """With a cache, which is the default, it does not look at position_ids: sequences would see one another."""
+    model = decoder() if window is None else decoder(transformers.MistralModel, sliding_window=window)
+    model.set_attn_implementation("mmkernels")
+    ids = torch.cat(sequences(), 1)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
+    for cached in (model.eval(), model.train()):
+        with pytest.raises(ValueError, match=r"position_ids begin again.*use_cache=False, or cu_seq_lens_q"):
+            cached(input_ids=ids, position_ids=positions)
+    model(input_ids=ids, position_ids=torch.arange(13).unsqueeze(0) + 2)
+    left = torch.tensor([[0] * 5 + [1] * 8])
+    model(input_ids=ids, position_ids=(left.cumsum(1) - 1).masked_fill(left == 0, 1), attention_mask=left)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_forward_that_continues_a_cache_equals_one_pass(cache):
     model = decoder()
