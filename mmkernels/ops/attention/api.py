@@ -69,7 +69,8 @@ def attention(
         return out
     asked = scale, deterministic, impl
     keys = layout if k_layout is None else k_layout
-    _check_types(q, k, v, layout, keys, mask)
+    _check_tensors(q, k, v)
+    _check_types("attention", layout, keys, mask)
     _check(q, k, v, layout, keys)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[2])
@@ -157,9 +158,16 @@ def prepare_attention(
 ) -> None:
     """Lower `mask` on `layout` and plan its tiles ahead, as the first `attention` call would.
 
-    For torch.compile, whose regions cannot hold this host code, and for data workers.  extras: the call will have a
-    pair_bias, dropout or return_modality_mass.  Raises what `attention` would.
+    For torch.compile, whose regions cannot hold this host code, and for data workers.
+
+    needs_backward  the call will be made with gradients on, and one of q, k, v and pair_bias requires one
+    extras          the call will have a pair_bias, dropout or return_modality_mass
+    the others      as the call will have them; dtype is autocast's where that is on
+
+    A plan of another kind does not serve: a model that trains and evaluates on one layout prepares both.  Raises what
+    `attention` would.
     """
+    _check_types("prepare_attention", layout, layout if k_layout is None else k_layout, mask)
     if dtype not in DTYPES:
         raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {DTYPE_NAMES}")
     if not (isinstance(head_dim, int | np.integer) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
@@ -177,8 +185,9 @@ def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
 
 
 @dispatch.host_code(
-    "attention: in one graph the layout must have met this mask, dtype, head width and requires_grad before; call "
-    "mmkernels.prepare_attention, or attention itself, on it once outside"
+    "attention: in one graph the layout must have met a call of this kind before (mask, dtype, head width, impl, "
+    "deterministic; needs_backward: does one of the inputs require a gradient; extras: pair_bias, dropout or modality "
+    "mass); call mmkernels.prepare_attention with these, or attention itself, on it once outside"
 )
 def _prepared_anew(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
     chosen = dispatch.resolve("attention", impl, device=plan.layout.device, dtype=request.dtype)
@@ -221,20 +230,23 @@ def _checked_bias(pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: Pack
     return pair_bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _check_types(q, k, v, layout, keys, mask) -> None:
-    """What users of other attention functions pass by habit: bounds for the layout, a dense mask."""
+def _check_tensors(q, k, v) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise ValueError(f"attention: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
+
+
+def _check_types(who: str, layout, keys, mask) -> None:
+    """What users of other attention functions pass by habit: bounds for the layout, a dense mask."""
     for name, value in (("layout", layout), ("k_layout", keys)):
         if not isinstance(value, PackedLayout):
             raise ValueError(
-                f"attention: {name} is {type(value).__name__}, expected PackedLayout; PackedLayout.from_cu_seqlens "
-                "takes bounds"
+                f"{who}: {name} is {type(value).__name__}, expected PackedLayout; PackedLayout.from_cu_seqlens takes "
+                "bounds"
             )
     if mask is not None and not isinstance(mask, AttentionMask):
         raise ValueError(
-            f"attention: mask is {type(mask).__name__}, expected AttentionMask or None; dense masks are not taken"
+            f"{who}: mask is {type(mask).__name__}, expected AttentionMask or None; dense masks are not taken"
         )
 
 

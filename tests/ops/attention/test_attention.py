@@ -204,6 +204,10 @@ def test_bad_arguments_of_prepare_attention():
     for width in (4, 1000, 16.5):
         with pytest.raises(ValueError, match=f"head_dim is {width}, expected 8 to 256"):
             prepare_attention(layout, dtype=torch.float32, head_dim=width)
+    good = {"layout": layout, "dtype": torch.float32, "head_dim": 16}
+    for name, value in (("layout", torch.tensor([0, 5, 8])), ("k_layout", [5, 3]), ("mask", torch.ones(8, 8))):
+        with pytest.raises(ValueError, match=f"prepare_attention: {name} is {type(value).__name__}, expected"):
+            prepare_attention(**{**good, name: value})
 
 
 def test_autocast_decides_the_dtype_as_in_torchs_attention():

@@ -86,6 +86,21 @@ def test_an_unprepared_layout_is_named_and_a_prepared_one_runs():
     assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout))
 
 
+def test_a_call_of_another_kind_is_named_and_runs_once_prepared():
+    """A pair bias is an extra: the error says which argument of prepare_attention it wants."""
+    layout, bias = PackedLayout.from_counts([[6]]), torch.randn(2, 1, 1)
+    qkv = torch.randn(6, 3, 2, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: attention(*x.unbind(1), layout=layout, pair_bias=bias), backend="aot_eager", fullgraph=True
+    )
+    prepare_attention(layout, dtype=torch.float32, head_dim=16, needs_backward=False)
+    with pytest.raises(Exception, match=r"extras: pair_bias, dropout or modality\s+mass"):
+        compiled(qkv)
+    prepare_attention(layout, dtype=torch.float32, head_dim=16, needs_backward=False, extras=True)
+    assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout, pair_bias=bias))
+
+
 def test_a_new_layout_breaks_the_graph_where_it_may_break():
     """torch.compile as most people call it: host code runs outside, and the results are those of eager calls."""
     torch._dynamo.reset()
