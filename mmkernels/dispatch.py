@@ -106,13 +106,18 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
     """A function that torch.compile leaves as it is: a graph breaks there, or where it may not the error says why.
 
     torch.compiler.disable does that, but imports the compiler, a second that who does not compile need not wait.
+    What such a function makes is kept, so no mode that traces (torch.export, FakeTensorMode) sees it made.
     """
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def outside(*args, **kwargs):
             dynamo = sys.modules.get("torch._dynamo")
-            return (function if dynamo is None else dynamo.disable(function))(*args, **kwargs)
+            run = function if dynamo is None else dynamo.disable(function)
+            if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+                with torch.utils._python_dispatch._disable_current_modes():
+                    return run(*args, **kwargs)
+            return run(*args, **kwargs)
 
         outside._torchdynamo_disable = True
         outside._torchdynamo_disable_msg = why

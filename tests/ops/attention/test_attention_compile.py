@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from attention_oracle import CPU_IMPLS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels import AttentionMask, PackedLayout, attention, pack, prepare_attention
 
@@ -84,6 +85,36 @@ def test_an_unprepared_layout_is_named_and_a_prepared_one_runs():
         compiled(qkv)
     prepare_attention(layout, dtype=torch.float32, head_dim=16, needs_backward=False)
     assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout))
+
+
+class _OnOneLayout(torch.nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, qkv):
+        return attention(*qkv.unbind(1), layout=self.layout, mask=CAUSAL)
+
+
+def test_a_layout_that_is_new_to_torch_export_is_lowered_with_its_numbers(tmp_path):
+    """What is kept on the layout is no stand-in of the tracer's: eager calls go on with it."""
+    layout, qkv = _layout(3), torch.randn(_layout(3).total_tokens, 3, 2, 16)
+    expected = attention(*qkv.unbind(1), layout=_layout(3), mask=CAUSAL)
+    torch.export.save(torch.export.export(_OnOneLayout(layout), (qkv,)), tmp_path / "program.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(qkv), expected)
+    assert torch.equal(attention(*qkv.unbind(1), layout=layout, mask=CAUSAL), expected)
+
+
+def test_a_layout_that_is_new_to_fake_tensors_is_lowered_with_its_numbers():
+    layout, qkv = _layout(3), torch.randn(_layout(3).total_tokens, 3, 2, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        built = _layout(3)
+        for each in (layout, built):
+            fake = attention(*mode.from_tensor(qkv).unbind(1), layout=each, mask=CAUSAL)
+            assert fake.shape == (layout.total_tokens, 2, 16)
+    expected = attention(*qkv.unbind(1), layout=_layout(3), mask=CAUSAL)
+    for each in (layout, built):
+        assert torch.equal(attention(*qkv.unbind(1), layout=each, mask=CAUSAL), expected)
 
 
 def test_a_call_of_another_kind_is_named_and_runs_once_prepared():
