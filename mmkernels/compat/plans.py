@@ -126,7 +126,7 @@ def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
     read = mask_reading.read(seen.mask.expand(*seen.mask.shape[:3], shape.keys), shape.batch, shape.heads)
     if isinstance(read, str):
         return Refused(f"attn_mask {read}")
-    if read.lo.shape[0] > shape.batch:
+    if read.lo.shape[0] > max(shape.batch, 1):  # one mask may be for all samples, also where there are none
         if shape.heads != shape.kv_heads:
             return Refused("attn_mask differs between heads, of which several share keys")
         by_head = True

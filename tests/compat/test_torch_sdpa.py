@@ -365,3 +365,13 @@ def test_no_gradient_where_none_is_wanted():
     (dk,) = torch.autograd.grad(out.sum(), [k])
     assert not dk.transpose(1, 2)[~REAL].any()
     assert not ours(q, k.detach(), v, KEYS).requires_grad
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_one_mask_for_a_batch_of_no_samples(kv_heads):
+    q, k = torch.randn(0, 2, 5, 16, requires_grad=True), torch.randn(0, kv_heads, 5, 16)
+    for mask in (CAUSAL[..., :5, :5], torch.ones(5, 5, dtype=torch.bool).triu()):
+        out = ours(q, k, k, attn_mask=mask, enable_gqa=True)
+        assert out.shape == q.shape
+        out.sum().backward()
+    assert q.grad.shape == q.shape
