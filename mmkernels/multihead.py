@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels import transforms
 from mmkernels.compat import plans
 from mmkernels.compat.arguments import FALLBACKS, one_of
 from mmkernels.compat.torch_sdpa import DTYPES, scaled_dot_product_attention
@@ -203,7 +204,13 @@ def _mask(
     if padding is None and attn is None:
         return None
     _check_masks(padding, attn, batch, heads, queries, keys)
+    if not torch._C._are_functorch_transforms_active() or (attn is not None and attn.requires_grad):
+        return _joined(padding, attn, batch, heads, extra)
+    with torch._C._DisableFuncTorch():  # what is kept must not be a wrapper
+        return _joined(transforms.below(padding), transforms.below(attn), batch, heads, extra)
 
+
+def _joined(padding: Tensor | None, attn: Tensor | None, batch: int, heads: int, extra: int) -> Tensor:
     parts = []
     if padding is not None:
         parts.append(padding.view(batch, 1, 1, -1))
@@ -223,7 +230,8 @@ def _mask(
             mask, neutral = added[0] if len(added) == 1 else added[0] + added[1], 0.0
         return F.pad(mask, (extra, 0), value=neutral) if extra else mask
 
-    if torch.compiler.is_compiling() or (attn is not None and attn.is_inference()):  # as once: it has no version
+    # As once: an inference tensor has no version.  What carries a graph is not kept.
+    if torch.compiler.is_compiling() or (attn is not None and (attn.is_inference() or attn.requires_grad)):
         return build()
     if padding is None:
         return plans.once(attn, ("multihead", batch, heads, extra), build)

@@ -23,6 +23,19 @@ def has_tangent(*tensors: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def below(value: Any) -> Any:
+    """The tensor that torch.func's wrappers hold, whose data can be read; anything else as it came.
+
+    Raises NotImplementedError where vmap made many of it.
+    """
+    functorch = torch._C._functorch
+    while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            raise NotImplementedError("vmap goes over a mask, lengths or bounds, which are read: expected one for all")
+        value = functorch.get_unwrapped(value)
+    return value
+
+
 class Rule:
     """An operator and its gradient, in the form that torch.library.register_autograd takes them.
 

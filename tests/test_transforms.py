@@ -7,6 +7,9 @@ import torch
 from torch.autograd import forward_ad
 
 from mmkernels import PackedLayout, attention, gather_rows, modality_embed, pack, pad, segment_mean, unpack, unpad
+from mmkernels.compat import flash_attn
+from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as sdpa
+from mmkernels.modules import MultiheadAttention
 
 LAYOUT = PackedLayout.from_counts([[3, 2], [1, 4], [0, 0], [2, 0]])
 T, E = LAYOUT.total_tokens, 8
@@ -113,3 +116,42 @@ def test_a_layout_may_be_made_inside():
 def test_vmap_over_nothing_is_refused():
     with pytest.raises(NotImplementedError, match="gather_rows: vmap over a dimension of size 0"):
         torch.vmap(scalar("gather_rows", "auto"))(drawn(0, T, E))
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+MODULE = MultiheadAttention(16, 2, batch_first=True)
+# Masks, lengths and bounds made outside, and inside, where torch.func wraps what is made.
+DROP_INS = {
+    "mask": lambda x: sdpa(x, x, x, attn_mask=SEEN),
+    "mask made inside": lambda x: sdpa(x, x, x, attn_mask=~PADDING[:, None, None]),
+    "lengths": lambda x: sdpa(x, x, x, lengths=torch.tensor([5, 3]) + 0),
+    "lengths on the host": lambda x: sdpa(x, x, x, lengths=[4, 1], window=(2, 0)),
+    "flash_attn": lambda x: flash_attn.flash_attn_func(x, x, x, causal=True, window_size=(1, 0)),
+    "bounds": lambda x: flash_attn.flash_attn_varlen_func(*[x.flatten(0, 1)] * 3, BOUNDS, BOUNDS.clone(), 6, 6),
+    "module": lambda x: MODULE(*[x.flatten(2)] * 3, key_padding_mask=PADDING, need_weights=False)[0],
+}
+SEEN, BOUNDS = ~PADDING[:, None, None], torch.tensor([0, 4, 10], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", DROP_INS)
+def test_drop_ins_under_transforms(name):
+    """First by torch.func, so that what is kept is made there; then as everybody calls them."""
+
+    def function(x):
+        return DROP_INS[name](x).square().sum()
+
+    xs = torch.stack([drawn(2, 5, 2, 8), drawn(2, 5, 2, 8) + 1])
+    if name not in ("flash_attn", "bounds", "module"):
+        xs = xs.transpose(2, 3)
+    found = torch.stack([torch.func.grad(function)(x) for x in xs])
+    vmapped = torch.vmap(torch.func.grad(function))(xs)
+    leaves = xs.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(map(function, leaves)), leaves)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(vmapped, expected)
+
+
+def test_what_is_read_is_not_mapped_over():
+    x = drawn(2, 5, 2, 8).transpose(1, 2)
+    with pytest.raises(NotImplementedError, match="vmap goes over a mask, lengths or bounds"):
+        torch.vmap(lambda mask: sdpa(x, x, x, attn_mask=mask))(torch.stack([SEEN, SEEN]))

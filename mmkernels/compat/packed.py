@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmkernels import transforms
 from mmkernels.compat import plans
 from mmkernels.compat.arguments import is_whole
 from mmkernels.layout import PackedLayout
@@ -47,7 +48,7 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int 
             f"{name}: inside torch.compile bounds cannot be planned; give a PackedLayout in their place, "
             "after mmkernels.prepare_attention on it"
         )
-    total = tokens.shape[0]
+    total, bounds = tokens.shape[0], transforms.below(bounds)
 
     def build() -> PackedLayout:
         if bounds.device.type == "cpu" and not 0 <= int(bounds.min()) <= int(bounds.max()) <= total:  # none may wrap
@@ -61,7 +62,10 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int 
         most = int(longest) if isinstance(longest, int) else total
         return PackedLayout.from_cu_seqlens(on_device, total_tokens=total, max_seqlen=most)
 
-    return plans.once(bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build)
+    with torch._C._DisableFuncTorch():  # as in plans.plan
+        return plans.once(
+            bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build
+        )
 
 
 def seqused_mask(

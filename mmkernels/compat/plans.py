@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels import transforms
 from mmkernels.compat import mask_reading
 from mmkernels.compat.arguments import is_whole
 from mmkernels.compat.mask_reading import Bounds
@@ -53,6 +54,16 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
     by_head: take each head for a sample, as padded.goes_by_head advises; masks that differ between heads need it.
     Raises ValueError for lengths that do not fit.
     """
+    if seen.mask is not None and seen.mask.requires_grad:
+        return Refused("attn_mask requires a gradient, which a mask has not")
+    if not torch._C._are_functorch_transforms_active():
+        return _plan(seen, shape, device, by_head)
+    seen = seen._replace(**{name: transforms.below(getattr(seen, name)) for name in ("lengths", "key_lengths", "mask")})
+    with torch._C._DisableFuncTorch():  # else what is made here has no data that numpy could read
+        return _plan(seen, shape, device, by_head)
+
+
+def _plan(seen: Seen, shape: Shape, device: torch.device, by_head: bool) -> PaddedPlan | Refused:
     lengths, key_lengths = checked_lengths(seen, shape)
     if any(isinstance(n, Tensor) for n in (lengths, key_lengths)):
         return _device_plan(seen, lengths, key_lengths, shape, device, by_head)
@@ -119,8 +130,6 @@ def _captures(device: torch.device) -> bool:
 
 
 def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
-    if seen.mask.requires_grad:
-        return Refused("attn_mask requires a gradient, which a mask has not")
     if _captures(device):
         return Refused("attn_mask cannot be read while a graph is captured; give lengths, or call once before")
     read = mask_reading.read(seen.mask.expand(*seen.mask.shape[:3], shape.keys), shape.batch, shape.heads)
