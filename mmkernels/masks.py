@@ -92,6 +92,8 @@ class AttentionMask:
             raise ValueError("AttentionMask: prefix and bidirectional widen a causal mask; set causal=True")
         if self.visible is not None:
             object.__setattr__(self, "visible", _table_of_bools(self.visible))
+        if not isinstance(self.intervals, KeyIntervals | None):
+            raise ValueError(f"AttentionMask: intervals is {type(self.intervals).__name__}, expected KeyIntervals")
 
     @classmethod
     def isolated(cls, num_modalities: int) -> AttentionMask:

@@ -185,6 +185,7 @@ def test_joined_spans_of_a_short_sample():
         (lambda: AttentionMask(visible=[["no", "yes"], ["no", "no"]]), ValueError, "visible is .*, expected bool"),
         (lambda: AttentionMask(visible=[[2, 1], [1, 1]]), ValueError, "visible is .*, expected bool"),
         (lambda: AttentionMask(visible=np.ones((2, 2, 2), bool)), ValueError, r"visible is (?s:.)*, expected bool"),
+        (lambda: AttentionMask(intervals=([0], [1])), ValueError, "intervals is tuple, expected KeyIntervals"),
         (lambda: AttentionMask(causal="False"), ValueError, "causal is 'False', expected a bool"),
         (lambda: AttentionMask(align="left"), ValueError, "align is 'left'"),
         (lambda: AttentionMask(window_scope="some"), ValueError, "window_scope is 'some'"),
