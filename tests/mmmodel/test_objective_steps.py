@@ -170,6 +170,7 @@ def test_the_matching_loss_is_that_of_each_pair_read_jointly():
 @pytest.mark.parametrize("name", ["contrastive", "meaning"])
 def test_scores_are_fp32_and_of_all_ranks(name, monkeypatch):
     """Under autocast too: a score of 100 has three digits in bf16.  Here the other rank has the same, backwards."""
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "gathered", lambda *ts: tuple(torch.cat([t, t.flip(0)]) for t in ts))
     meaning = ("objectives.meaning.weight=1", "objectives.meaning.width=6")
     _, learned = objective_learner(*(meaning if name == "meaning" else ()))
