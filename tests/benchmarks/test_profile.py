@@ -47,7 +47,7 @@ def test_the_host_of_a_call():
 
     found = profile.host(call, torch.device("cpu"))
     assert {"aten::mm", "aten::expand"} <= {row["name"] for row in found["operators"]}
-    assert found["own_ms"] >= sum(row["ms"] for row in found["operators"]) * 0.999
+    assert found["own_ms"] >= sum(row["ms"] for row in found["operators"]) - 0.01  # as both are rounded
     assert found["waits"] == {"calls": 0, "ms": 0}  # there is no GPU to wait for
     functions = {row["name"].split(" ", 1)[-1]: row for row in found["python"]}
     assert functions["call"]["ms"] >= functions["backward"]["ms"] >= functions["backward"]["own_ms"]
