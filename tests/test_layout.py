@@ -198,6 +198,11 @@ def test_repr_is_one_line():
     )
 
 
+def from_bounds(*bounds):
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    return PackedLayout.from_cu_seqlens(bounds, total_tokens=4, max_seqlen=4)
+
+
 def two_tokens(**arguments):
     bounds = torch.tensor([0, 2], dtype=torch.int32)
     return PackedLayout.from_cu_seqlens(bounds, **{"total_tokens": 2, "max_seqlen": 2, **arguments})
@@ -271,6 +276,8 @@ def two_tokens(**arguments):
             lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2], dtype=torch.int32), total_tokens=2, max_seqlen=1),
             "max_seqlen is 1, but a sample has 2 tokens",
         ),
+        (lambda: from_bounds(0, 3, 1, 4), "runs from 0 to 4, expected non-decreasing values from 0 to total_tokens 4"),
+        (lambda: from_bounds(1, 2, 4), "cu_seqlens runs from 1 to 4, expected non-decreasing values from 0"),
         (lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2]), total_tokens=2, max_seqlen=2), "expected int32"),
     ],
 )
