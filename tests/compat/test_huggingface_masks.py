@@ -40,6 +40,7 @@ FUNCTIONS = {
     "window": mu.sliding_window_causal_mask_function(4),
     "window of one": mu.sliding_window_causal_mask_function(1),
     "window on both sides": mu.sliding_window_bidirectional_mask_function(3),
+    "window of itself": mu.sliding_window_bidirectional_mask_function(0),
     "chunks": mu.chunked_causal_mask_function(5, torch.tensor([0, 0, 4, 0])),
     "images": mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES)),
     "images beyond the window": mu.or_masks(mu.sliding_window_causal_mask_function(3), mu.blockwise_overlay(IMAGES)),
@@ -98,6 +99,7 @@ def test_visible_pairs_equal_the_dense_mask(name, pads):
     place = torch.arange(L)
     outside = (place < first.unsqueeze(1)) | (place >= last.unsqueeze(1)) | ~real.any(1, keepdim=True)
     assert not seen[outside].any()  # rows of padding at the ends cost nothing
+    assert (mask.hidden is None) == (pads != "anywhere")  # and bounds do without a modality for them
 
 
 @pytest.mark.parametrize("pads", ["right", "left", "anywhere"])
@@ -112,6 +114,8 @@ def test_bounds_on_a_device_give_the_same_pairs(pads):
         plan = huggingface_masks.plan_on_device(lo, hi, hidden, B, by_head=0)
         assert plan.layout.host is None
         assert torch.equal(pairs_of(plan, L, L), pairs(mask, skip=False)), name
+        by_head = huggingface_masks.plan_on_device(lo, hi, hidden, 3 * B, by_head=3)
+        assert torch.equal(pairs_of(by_head, L, L), pairs(mask, skip=False).repeat_interleave(3, 0)), name
 
 
 def test_queries_that_continue_a_cache():
@@ -123,9 +127,20 @@ def test_queries_that_continue_a_cache():
         mask = huggingface.attention_mask(B, 5, L, torch.tensor(7), 0, FUNCTIONS[name], pad)
         assert torch.equal(pairs(mask, skip=True, queries=5), dense)
     # A cache that slid away: keys from 4 on.
+    pad[1, 10:] = False
     dense = mu.sdpa_mask(B, 5, 8, 7, 4, FUNCTIONS["window"], pad, allow_is_causal_skip=False)[:, 0]
     mask = huggingface.attention_mask(B, 5, 8, 7, 4, FUNCTIONS["window"], pad)
-    assert torch.equal(pairs(mask, skip=True, queries=5), dense)
+    assert torch.equal(pairs(mask, skip=False, queries=5), dense)
+    assert torch.equal(pairs(mask, skip=True, queries=5), dense & pad[:, 7:, None])
+
+
+def test_a_query_that_is_none_of_the_keys_is_no_padding():
+    """As of a head that pools: no row is skipped, though the first keys are padding."""
+    dense = mu.sdpa_mask(B, 1, L, 0, 0, FUNCTIONS["encoder"], padding("left"))[:, 0]
+    mask = huggingface.attention_mask(
+        B, 1, L, 0, 0, FUNCTIONS["encoder"], padding("left"), allow_is_bidirectional_skip=True
+    )
+    assert torch.equal(pairs(mask, skip=True, queries=1), dense)
 
 
 def test_unknown_functions_become_dense_masks():
@@ -138,9 +153,44 @@ def test_unknown_functions_become_dense_masks():
     every_second = huggingface.attention_mask(B, L, L, mask_function=lambda b, h, q, kv: (q + kv) % 2 == 0)
     with pytest.raises(NotImplementedError, match="attn_mask"):
         huggingface.attention_forward(torch.nn.Module(), q, q, q, every_second)
-    pieces = torch.tensor([[0, 0, -1, 0, 0, -1, -1, 1, 1, 1, -1, -1]]).expand(B, L)
-    function = mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(pieces))
-    assert isinstance(huggingface.attention_mask(B, L, L, mask_function=function), torch.Tensor)
+
+
+def causal_mask_function(batch, head, query, key):
+    """A user's, by the name of transformers' own."""
+    return key <= query + 2
+
+
+PIECES = torch.tensor([[0, 0, -1, 0, 0, -1, -1, 1, 1, 1, -1, -1]]).expand(B, L)
+OWN = mu.packed_sequence_mask_function(mu.find_packed_sequence_indices(POSITIONS))
+CAUSAL_BY_POSITION = mu.remap_positions_for_packed_sequence(mu.causal_mask_function, POSITIONS)
+NO_INTERVALS = {
+    "a user's": causal_mask_function,
+    "sequences in several pieces": mu.packed_sequence_mask_function(torch.arange(L).remainder(3).expand(B, L)),
+    "images in several pieces": mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(PIECES)),
+    "positions alone": CAUSAL_BY_POSITION,
+    "positions, or a sequence": mu.or_masks(OWN, CAUSAL_BY_POSITION),
+    "images by position": packed(mu.or_masks(mu.causal_mask_function, mu.blockwise_overlay(IMAGES))),
+    "window of none, or images": mu.or_masks(mu.sliding_window_causal_mask_function(0), mu.blockwise_overlay(IMAGES)),
+    "window of less than none, or images": mu.or_masks(
+        mu.sliding_window_bidirectional_mask_function(-1), mu.blockwise_overlay(IMAGES)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_INTERVALS)
+def test_functions_that_give_no_intervals_become_dense_masks(name):
+    dense = mu.sdpa_mask(B, L, L, 0, 0, NO_INTERVALS[name], allow_is_causal_skip=False)
+    mask = huggingface.attention_mask(B, L, L, mask_function=NO_INTERVALS[name])
+    assert isinstance(mask, torch.Tensor)
+    assert torch.equal(mask, dense)
+
+
+@pytest.mark.parametrize("name", ["chunks", "images"])
+def test_bounds_of_packs_do_not_take_the_place_of_chunks_or_blocks(name):
+    mask = huggingface.attention_mask(B, L, L, mask_function=FUNCTIONS[name])
+    q, bounds = torch.randn(B, 2, L, 16), torch.tensor([0, L * B], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q with a padding, block or dense attention_mask"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, mask, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
 
 
 def test_masks_that_a_model_wants_as_tensors_stay_tensors():
@@ -148,6 +198,8 @@ def test_masks_that_a_model_wants_as_tensors_stay_tensors():
     for function in (mu.causal_mask_function, mu.bidirectional_mask_function):
         mask = huggingface.attention_mask(B, L, L, mask_function=function, allow_is_causal_skip=False)
         assert mask.dtype == torch.bool
+    # But for one query, which sees all keys.
+    assert isinstance(huggingface.attention_mask(B, 1, L, L - 1, allow_is_causal_skip=False), PaddedMask)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +209,8 @@ def test_what_is_not_computed_is_refused_by_name(argument):
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(NotImplementedError, match=argument):
         huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: torch.ones(1)})
-    huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: None})
+    for off in (None, False):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: off})
 
 
 def test_calls_without_a_mask():
@@ -169,6 +222,11 @@ def test_calls_without_a_mask():
     assert out.is_contiguous()
     out, _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, None)  # as for sdpa: causal unless a module says
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2))
+    out, _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, sliding_window=6)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q).transpose(1, 2))  # no key is beyond it
+    last = q[:, :, -1:]  # one query sees all keys, causal or not
+    out, _ = huggingface.attention_forward(torch.nn.Module(), last, k, k, None, is_causal=True)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(last, k, k, enable_gqa=True).transpose(1, 2))
     for name, kwargs in (("is_causal", {"is_causal": True}), ("sliding_window", {"is_causal": False})):
         with pytest.raises(NotImplementedError, match=name):
             huggingface.attention_forward(torch.nn.Module(), q, k, k, None, sliding_window=3, **kwargs)
