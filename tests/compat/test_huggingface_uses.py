@@ -5,6 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import masking_utils as mu  # noqa: E402
+
 from mmkernels.compat import huggingface  # noqa: E402
 
 LENGTHS = (5, 1, 7)
@@ -189,7 +191,83 @@ def test_scaling_reaches_dense_and_packed_attention_and_masks_must_fit():
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="cu_seq_lens_q is given without cu_seq_lens_k"):
         huggingface.attention_forward(module, q, q, q, None, cu_seq_lens_q=bounds)
-    for batch, keys in ((3, 6), (2, 5)):
-        mask = huggingface.attention_mask(batch, 6, keys)
+    for shape in ((3, 6, 6), (2, 5, 6), (2, 6, 5)):
+        mask = huggingface.attention_mask(*shape)
         with pytest.raises(ValueError, match="attention_mask is for"):
             huggingface.attention_forward(module, q, q, q, mask)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_are_causal_as_the_mask_says_and_windows_have_two_sides(causal, window):
+    """A mask goes before is_causal; a window of 3 is two tokens to each side, as for flash-attention."""
+    q = torch.randn(2, 2, 6, 16)  # sequences of 4, 5 and 3 in 12 tokens
+    bounds, sample = torch.tensor([0, 4, 9, 12], dtype=torch.int32), torch.tensor([0] * 4 + [1] * 5 + [2] * 3)
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    seen = (sample[:, None] == sample) & (distance >= 0 if causal else distance < 12)
+    if window is not None:
+        seen &= distance.abs() < window
+    row = q.transpose(1, 2).reshape(1, 12, 2, 16).transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(row, row, row, seen).transpose(1, 2).view(2, 6, 2, 16)
+    function = mu.causal_mask_function if causal else mu.bidirectional_mask_function
+    mask = huggingface.attention_mask(2, 6, 6, mask_function=function, allow_is_bidirectional_skip=True)
+    packed = dict(sliding_window=window, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    for given, says in ((mask, not causal), (None, causal)):
+        out, _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, given, is_causal=says, **packed)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_the_same_however_the_mask_is_given():
+    """Of one seed, for intervals, a dense mask and bounds of sequences as long as the rows."""
+    q = torch.randn(2, 6, 2, 16).transpose(1, 2)
+    bounds = torch.tensor([0, 6, 12], dtype=torch.int32)
+    function = mu.sliding_window_causal_mask_function(3)  # not causal alone: for that SDPA has torch's own dropout
+    outs = {}
+    for name, mask, more in (
+        ("intervals", huggingface.attention_mask(2, 6, 6, mask_function=function), {}),
+        ("dense", mu.sdpa_mask(2, 6, 6, 0, 0, function, allow_is_causal_skip=False), {}),
+        ("packed", None, dict(is_causal=True, sliding_window=3, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)),
+    ):
+        torch.manual_seed(4)
+        outs[name], _ = huggingface.attention_forward(torch.nn.Module(), q, q, q, mask, dropout=0.5, **more)
+    for name in ("dense", "packed"):
+        torch.testing.assert_close(outs[name], outs["intervals"], msg=name)
+
+
+class Itself(torch.nn.Module):
+    is_causal = False
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs): ...
+
+
+class Another(torch.nn.Module):
+    is_causal = False
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs): ...
+
+
+def test_rows_of_padding_are_skipped_where_queries_are_the_keys():
+    """Keys may be of a second sequence where a module takes one: their padding says nothing of the queries."""
+    q, real = torch.randn(2, 2, 6, 16), torch.ones(2, 6, dtype=torch.bool)
+    real[1, 4:] = False
+    mask = huggingface.attention_mask(
+        2, 6, 6, mask_function=mu.bidirectional_mask_function, attention_mask=real, allow_is_bidirectional_skip=True
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, real[:, None, None]).transpose(1, 2)
+    out, _ = huggingface.attention_forward(Another(), q, q, q, mask)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    out, _ = huggingface.attention_forward(Itself(), q, q, q, mask)
+    torch.testing.assert_close(out, expected * real[:, :, None, None], rtol=1e-4, atol=1e-5)
+
+
+def test_one_mask_serves_layers_of_other_heads():
+    """Contiguous tensors are taken head by head, unless the keys have fewer: each has a plan of its own."""
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[1, :2] = False
+    mask = huggingface.attention_mask(2, 6, 6, attention_mask=real)
+    seen = real[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()
+    for heads, kv_heads in ((2, 2), (4, 4), (4, 2)):
+        q, k = torch.randn(2, heads, 6, 16), torch.randn(2, kv_heads, 6, 16)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, seen, enable_gqa=True).transpose(1, 2)
+        out, _ = huggingface.attention_forward(torch.nn.Module(), q, k, k, mask)
+        torch.testing.assert_close(out[real], expected[real], rtol=1e-4, atol=1e-5)
