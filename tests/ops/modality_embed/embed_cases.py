@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import reference
 from mmkernels.ops.modality_embed.api import modality_embed
@@ -93,6 +95,9 @@ CASES = [
     Case("only a special token", [[(1, 0)]], 16, (0, 1), special=(None, 3), vocab=4),
     Case("no token", [[], []], 16, (1, 2), ids=(0,), vocab=4),
 ]
+BY_NAME = {case.name: case for case in CASES}
+needs_cpp = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason=str(dispatch.cpp_missing()))
+IMPLS = ["reference", "torch", pytest.param("cpp", marks=needs_cpp)]
 
 
 @dataclass
