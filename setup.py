@@ -6,7 +6,7 @@ headers at hand also a module of Python's limited API, for packing calls that go
 `mmkernels._C_cuda`: CUDA operators, the same way, compiled by nvcc where torch is a CUDA build.
 All are optional: without a compiler, pybind11 or torch the install goes on in pure Python and says what is missing.
 MMKERNELS_SKIP_NATIVE=1 leaves them out; MMKERNELS_SANITIZE=1 builds the C++ with ASan and UBSan (tests/sanitize.py);
-MMKERNELS_X86_LEVEL=3 (AVX2) or 1 with no wider vectors than those (tests/vector_widths.py).
+MMKERNELS_X86_LEVEL=4 (AVX-512, no products of bf16), 3 (AVX2) or 1 with nothing wider (tests/vector_widths.py).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from setuptools.errors import CompileError
 CFLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]  # wider vectors are chosen at run time
 
 
-# For tests: no wider vectors than those of x86-64-v3 (AVX2) or v1, whatever the CPU has.
+# For tests: nothing wider than x86-64-v4 (AVX-512), v3 (AVX2) or v1, whatever the CPU has.
 if "MMKERNELS_X86_LEVEL" in os.environ:
     CFLAGS.append(f"-DMM_X86_LEVEL={int(os.environ['MMKERNELS_X86_LEVEL'])}")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -244,10 +244,7 @@ def explain() -> str:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 lines.append(_row(op, per_device[device_type], device_type, dtype))
     if cpp_missing() is None:
-        floats = load("attention", "cpp").vector_floats()
-        name = {16: " (AVX-512)", 8: " (AVX2)"}.get(floats, "")
-        older = "of an older version (run: python -m mmkernels.build)"
-        lines.insert(3, "C++ on the CPU: " + (f"vectors of {floats} floats{name}" if floats else older))
+        lines.insert(3, f"C++ on the CPU: {_vectors()}")
     if cpp_missing() is None and native.cpu_functions() is None:
         lines.append(
             "packing: short calls on the CPU take the dispatcher, since mmkernels._C was built without Python's "
@@ -256,6 +253,16 @@ def explain() -> str:
     if _NOTES:
         lines += ["", *(f"{text}  ({count} call{'s' if count > 1 else ''})" for text, count in _NOTES.items())]
     return "\n".join(lines)
+
+
+def _vectors() -> str:
+    terms = load("attention", "cpp").vector_terms
+    floats = terms()
+    if floats is None:
+        return "of an older version (run: python -m mmkernels.build)"
+    name = {16: " (AVX-512)", 8: " (AVX2)"}.get(floats, "")
+    bf16 = ", attention in bf16 of 32 bf16 (AVX512_BF16)" if terms(torch.bfloat16) == 2 * floats else ""
+    return f"vectors of {floats} floats{name}{bf16}"
 
 
 def _row(op: str, order: tuple[str, ...], device_type: str, dtype: torch.dtype) -> str:

@@ -44,18 +44,20 @@ def test_missing_extension_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("floats", "line"),
+    ("floats", "bf16", "line"),
     [
-        (16, "vectors of 16 floats (AVX-512)"),
-        (8, "vectors of 8 floats (AVX2)"),
-        (4, "vectors of 4 floats"),
-        (None, "of an older version (run: python -m mmkernels.build)"),
+        (16, 32, "vectors of 16 floats (AVX-512), attention in bf16 of 32 bf16 (AVX512_BF16)"),
+        (16, 16, "vectors of 16 floats (AVX-512)"),
+        (8, 8, "vectors of 8 floats (AVX2)"),
+        (4, 4, "vectors of 4 floats"),
+        (None, None, "of an older version (run: python -m mmkernels.build)"),
     ],
 )
-def test_explain_says_how_wide_the_cpus_vectors_are(monkeypatch, floats, line):
+def test_explain_says_how_wide_the_cpus_vectors_are(monkeypatch, floats, bf16, line):
     cpp = pytest.importorskip("mmkernels.ops.attention.cpp_impl", reason="mmkernels._C is not built")
-    assert cpp.vector_floats() in (16, 8, 4)
-    monkeypatch.setattr(cpp, "vector_floats", lambda: floats)
+    assert cpp.vector_terms() in (16, 8, 4)
+    assert cpp.vector_terms(torch.float16) == cpp.vector_terms()
+    monkeypatch.setattr(cpp, "vector_terms", lambda dtype=torch.float32: bf16 if dtype == torch.bfloat16 else floats)
     assert f"C++ on the CPU: {line}\n" in dispatch.explain()
 
 

@@ -1,6 +1,7 @@
-"""Runs the tests of the CPU operators on modules that use no wider vectors than AVX2, then the baseline's.
+"""Runs the tests of the CPU operators on modules that use less than this CPU may have.
 
-    PYTHON tests/vector_widths.py [LEVEL ...]      levels of x86-64: 3 is AVX2, 1 the baseline; both if none is named
+    PYTHON tests/vector_widths.py [LEVEL ...]      levels of x86-64: 4 is AVX-512 without products of bf16, 3 is AVX2,
+                                                   1 the baseline; all of them if none is named
 
 `make test-vector-widths` does this: what a CPU without AVX-512 runs is tested on one that has it.
 """
@@ -9,10 +10,12 @@ import sys
 
 from native_copy import built, run, run_tests
 
-LANES = {3: 8, 1: 4}  # floats of a vector, by level
+LANES = {4: 16, 3: 8, 1: 4}  # floats of a vector, by level; bf16 is widened to them
 CHECK = """
+import torch
 from mmkernels.ops.attention import cpp_impl
-assert cpp_impl.vector_floats() == {}, f"vectors of {{cpp_impl.vector_floats()}} floats"
+for dtype in (torch.float32, torch.bfloat16):
+    assert cpp_impl.vector_terms(dtype) == {}, f"{{dtype}}: vectors of {{cpp_impl.vector_terms(dtype)}}"
 """
 
 

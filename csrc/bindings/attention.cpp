@@ -1,4 +1,4 @@
-// torch.ops.mm_cpp.attention_{fwd, bwd, lanes}: check, unwrap, call.   Schemas: ops/attention/cpp_impl.py
+// torch.ops.mm_cpp.attention_{fwd, bwd, terms}: check, unwrap, call.   Schemas: ops/attention/cpp_impl.py
 #include "cpu/attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -158,12 +158,12 @@ void attention_bwd(Tensor dout, Optional dlse, Tensor q, Tensor k, Tensor v, Opt
   attention::backward(b, parallel);
 }
 
-int64_t attention_lanes(Tensor) { return attention::lanes(); }
+int64_t attention_terms(Tensor like) { return attention::terms(dtype_of(like)); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mm_cpp, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
-  m.impl("attention_lanes", TORCH_BOX(&attention_lanes));
+  m.impl("attention_terms", TORCH_BOX(&attention_terms));
 }

@@ -10,8 +10,13 @@
 namespace mm::cpu::attention {
 namespace {
 
-const Kernels& kernels() {
+const Kernels& kernels([[maybe_unused]] DType dtype) {
 #if MM_ATTENTION_X86
+  static const bool bf16_products = [] {
+    __builtin_cpu_init();
+    return MM_X86_LEVEL >= 5 && __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+  }();
+  if (dtype == DType::kBFloat16 && bf16_products) return kAvx512Bf16;
   static const Kernels* const chosen = [] {
     __builtin_cpu_init();
     if (MM_X86_LEVEL >= 4 && __builtin_cpu_supports("x86-64-v4")) return &kAvx512;
@@ -137,8 +142,8 @@ void forward(const Forward& f, const Parallel& parallel) {
     for (int64_t s = tile[2]; s < tile[3]; ++s)
       pairs += static_cast<double>(tile[1] - tile[0]) * (f.spans[3 * s + 1] - f.spans[3 * s]);
   }
-  share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels().forward_scratch(f), parallel,
-            [&](int64_t task, int64_t following, float* scratch) { kernels().forward(f, task, following, scratch); });
+  share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels(f.in.dtype).forward_scratch(f), parallel,
+            [&](int64_t task, int64_t following, float* scratch) { kernels(f.in.dtype).forward(f, task, following, scratch); });
 }
 
 void backward(const Backward& b, const Parallel& parallel) {
@@ -171,14 +176,14 @@ void backward(const Backward& b, const Parallel& parallel) {
     for (size_t i = 0; i < tasks.size(); ++i) tasks[i].dbias = dbias.data() + i * size;
   }
   share_out(static_cast<int64_t>(tasks.size()), pairs_of(b) * static_cast<double>(in.H), in.D,
-            kernels().backward_scratch(b, max_queries, max_keys), parallel,
+            kernels(in.dtype).backward_scratch(b, max_queries, max_keys), parallel,
             [&](int64_t task, int64_t following, float* scratch) {
-              kernels().backward(b, tasks[task], following == kNone ? nullptr : &tasks[following], scratch);
+              kernels(in.dtype).backward(b, tasks[task], following == kNone ? nullptr : &tasks[following], scratch);
             });
   sum_chunks(b, chunks, partials, parallel);
   if (b.dbias) sum_dbias(b, tasks);
 }
 
-int lanes() { return kernels().lanes; }
+int terms(DType dtype) { return kernels(dtype).terms; }
 
 }  // namespace mm::cpu::attention

@@ -54,9 +54,9 @@ struct Backward {
   float* dbias;             // [H, Mq, Mk] or null
 };
 
-// Whether the rounding of `out` would show in delta = rowsum(do out): then each row's delta is summed from its scores,
-// for which a task must have all of the sample's keys.
-MM_INLINE bool exact_delta(const Backward& b) { return b.in.dtype != DType::kFloat32 || b.dbias != nullptr; }
+// Whether the rounding of `out` would show in delta = rowsum(do out), as it does in dbias, a sum over all of ds: then
+// each row's delta is summed from its scores, for which a task must have all of the sample's keys.
+MM_INLINE bool exact_delta(const Backward& b) { return b.dbias != nullptr; }
 
 // A key range of one sample and one key head.  A sample with more than one chunk leaves its dq in `partial`, one
 // [queries, group, D] per chunk, to be summed in order.
@@ -74,12 +74,12 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t task, int64_t following, float* scratch);  // tile * H + head
   int64_t (*backward_scratch)(const Backward&, int64_t max_queries, int64_t max_keys);
   void (*backward)(const Backward&, const BackwardTask&, const BackwardTask* following, float* scratch);
-  int lanes;  // floats of a vector
+  int terms;  // of a product's vectors: floats, or bf16 where they are multiplied as they are
 };
 extern const Kernels kBaseline;
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define MM_ATTENTION_X86 1
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;  // the last for bf16 alone
 #endif
 
 // body(begin, end) over [0, n) on the caller's threads.
@@ -87,6 +87,6 @@ using Parallel = std::function<void(int64_t n, const std::function<void(int64_t,
 
 void forward(const Forward& problem, const Parallel& parallel);
 void backward(const Backward& problem, const Parallel& parallel);
-int lanes();  // of the kernels that run on this CPU
+int terms(DType dtype);  // of a product's vectors, in the kernels that run on this CPU
 
 }  // namespace mm::cpu::attention

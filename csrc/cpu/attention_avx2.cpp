@@ -10,5 +10,6 @@
 #define MM_TABLE kAvx2
 #define MM_LANES 8
 #define MM_ROWS 6
+#define MM_TERMS 1
 #include "attention_kernels.h"
 #endif

@@ -10,5 +10,6 @@
 #define MM_TABLE kAvx512
 #define MM_LANES 16
 #define MM_ROWS 12
+#define MM_TERMS 1
 #include "attention_kernels.h"
 #endif

@@ -21,11 +21,14 @@ constexpr int64_t kMaxBands = 8;
 struct BackwardRange {
   const Backward& b;
   int64_t padded, ld, ld_scores, block_keys, block_queries;
-  float *key, *key_t, *value_t;  // of a block: [keys, ld] and panels of the transposes
-  float *query, *dout;           // [block_queries, ld]
+  int64_t depth;                       // words of a row
+  float *key, *key_t, *value_t;        // of a block: [keys, ld] woven, and panels of the transposes
+  float *query, *dout;                 // [block_queries, ld]
+  float *query_woven, *dout_woven;     // the same where words are floats
   float *lse, *delta, *norm;     // [queries] of the head; p is norm e^(score - lse)
   float *products, *total;       // [queries]: sums so far of e^(score - lse) dp, and without dp
   float *p, *ds;                 // [block_queries, ld_scores]
+  float *p_woven, *ds_woven;     // the same where words are floats
   float *dq, *dk, *dv;           // of the range: [queries, padded], [keys, padded] twice
   float *bias, *keep, *row;
   enum class Stage { kDelta, kGradients, kBoth } stage = Stage::kBoth;  // delta known before, or found row by row
@@ -38,14 +41,17 @@ struct BackwardRange {
     const int64_t D = b.in.D;
     padded = round_up(D, W);
     ld = padded + 16;
+    depth = words(D);
     block_keys = backward_keys(D);
     block_queries = backward_queries(D);
     ld_scores = block_keys + 16;
     key = scratch.take(block_keys * ld);
-    key_t = scratch.take(block_keys * D);
-    value_t = scratch.take(block_keys * D);
+    key_t = scratch.take(block_keys * depth);
+    value_t = scratch.take(block_keys * depth);
     query = scratch.take(block_queries * ld);
     dout = scratch.take(block_queries * ld);
+    query_woven = kTerms == 1 ? query : scratch.take(words(block_queries) * ld);
+    dout_woven = kTerms == 1 ? dout : scratch.take(words(block_queries) * ld);
     lse = scratch.take(max_queries);
     delta = scratch.take(max_queries);
     norm = scratch.take(max_queries);
@@ -53,6 +59,8 @@ struct BackwardRange {
     total = scratch.take(max_queries);
     p = scratch.take(block_queries * ld_scores);
     ds = scratch.take(block_queries * ld_scores);
+    p_woven = kTerms == 1 ? p : scratch.take(words(block_queries) * ld_scores);
+    ds_woven = kTerms == 1 ? ds : scratch.take(words(block_queries) * ld_scores);
     row = scratch.take(ld);
     bias = b.in.bias ? scratch.take(b.in.Mq * ld_scores) : nullptr;
     keep = b.in.dropout ? scratch.take(block_keys + 5 * W + 8) : nullptr;
@@ -92,7 +100,7 @@ struct BackwardRange {
       write_dq(task, member);
     }
     for (int64_t j = 0; j < keys; ++j) {
-      write_row(in.dtype, dk + j * padded, 1.0f, b.dk.at(task.key_begin + j, task.kv_head), in.D);
+      write_row(in.dtype, dk + j * padded, scale_left(in), b.dk.at(task.key_begin + j, task.kv_head), in.D);
       write_row(in.dtype, dv + j * padded, 1.0f, b.dv.at(task.key_begin + j, task.kv_head), in.D);
     }
   }
@@ -133,10 +141,11 @@ struct BackwardRange {
 
   void read_keys(const Keys& block, int64_t kv_head) {
     const Inputs& in = b.in;
-    read_rows(in.dtype, in.v, block.begin, block.count, kv_head, in.D, key, ld);
-    transpose_rows(key, ld, block.count, in.D, value_t);
-    read_rows(in.dtype, in.k, block.begin, block.count, kv_head, in.D, key, ld);
-    transpose_rows(key, ld, block.count, in.D, key_t);
+    read_words(in, in.v, block.begin, block.count, kv_head, key, ld);
+    transpose_rows(key, ld, block.count, depth, value_t);
+    read_words(in, in.k, block.begin, block.count, kv_head, key, ld);
+    transpose_rows(key, ld, block.count, depth, key_t);
+    if (kTerms == 2) read_woven(in, in.k, block.begin, block.count, kv_head, key, ld);
   }
 
   // Every query that sees a key of the block.
@@ -160,8 +169,12 @@ struct BackwardRange {
       stretches += seen[r].stretches;
     }
     if (stretches == 0) return;
-    read_rows(in.dtype, in.q, begin, count, head, in.D, query, ld, in.scale);
-    read_rows(in.dtype, b.dout, begin, count, head, in.D, dout, ld);
+    read_queries(in, begin, count, head, query, ld);
+    read_words(in, b.dout, begin, count, head, dout, ld);
+    if (kTerms == 2 && stage != Stage::kDelta) {
+      read_woven(in, in.q, begin, count, head, query_woven, ld);
+      read_woven(in, b.dout, begin, count, head, dout_woven, ld);
+    }
     for (int64_t r = 0; r < bands; ++r) visit_band(keys, seen[r], begin, r * kBand, least(kBand, count - r * kBand));
     if (stage == Stage::kDelta) return;
     // Keys panel by panel, each with the stretches of bands that see it.
@@ -174,11 +187,11 @@ struct BackwardRange {
         }
         const int64_t from = r * kBand;
         while (r < bands && seen[r].active[panel]) ++r;
-        const int64_t rows = least(r * kBand, count) - from;
-        multiply<true, true>(here, padded / W, rows, p + from * ld_scores + column, ld_scores, dout + from * ld, ld,
-                             kPanel, dv_rows + column * padded, padded);
-        multiply<true, true>(here, padded / W, rows, ds + from * ld_scores + column, ld_scores, query + from * ld, ld,
-                             kPanel, dk_rows + column * padded, padded);
+        const int64_t rows = words(least(r * kBand, count) - from), first = words(from);
+        multiply<true, true>(here, padded / W, rows, p_woven + first * ld_scores + column, ld_scores,
+                             dout_woven + first * ld, ld, kPanel, dv_rows + column * padded, padded);
+        multiply<true, true>(here, padded / W, rows, ds_woven + first * ld_scores + column, ld_scores,
+                             query_woven + first * ld, ld, kPanel, dk_rows + column * padded, padded);
       }
     }
   }
@@ -189,10 +202,10 @@ struct BackwardRange {
     float *p_band = p + first * ld_scores, *ds_band = ds + first * ld_scores;
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      const int64_t panel = kPanel * in.D, offset = at.begin * in.D;
-      multiply<false, false>(rows, at.vecs(), in.D, query + first * ld, ld, key_t + offset, kPanel, panel,
-                             p_band + at.begin, ld_scores);
-      multiply<false, false>(rows, at.vecs(), in.D, dout + first * ld, ld, value_t + offset, kPanel, panel,
+      const int64_t panel = kPanel * depth, offset = at.begin * depth;
+      multiply<false, false>(rows, at.vecs(), depth, query + first * ld, ld, key_t + offset, kPanel, panel,
+                             p_band + at.begin, ld_scores, scale_left(in));
+      multiply<false, false>(rows, at.vecs(), depth, dout + first * ld, ld, value_t + offset, kPanel, panel,
                              ds_band + at.begin, ld_scores);
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -204,8 +217,21 @@ struct BackwardRange {
     if (stage == Stage::kDelta) return;
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      multiply<false, true>(rows, padded / W, at.end - at.begin, ds_band + at.begin, ld_scores, key + at.begin * ld, ld,
-                            kPanel, dq + (begin + first - first_query) * padded, padded);
+      if (kTerms == 2) make_words(at, first, rows);
+      multiply<false, true>(rows, padded / W, words(at.end - at.begin), ds_band + words(at.begin), ld_scores,
+                            key + words(at.begin) * ld, ld, kPanel, dq + (begin + first - first_query) * padded, padded);
+    }
+  }
+
+  // A band's probabilities and score gradients as operands: woven for the sums over queries, ds along the row too.
+  void make_words(const Seen::Stretch& at, int64_t first, int64_t rows) {
+    for (int64_t i = first; i < first + rows; i += 2) {
+      const bool both = i + 1 < first + rows;
+      float *p_row = p + i * ld_scores, *ds_row = ds + i * ld_scores;
+      weave_rows(p_row, both ? p_row + ld_scores : nullptr, at.begin, at.end, p_woven + i / 2 * ld_scores);
+      weave_rows(ds_row, both ? ds_row + ld_scores : nullptr, at.begin, at.end, ds_woven + i / 2 * ld_scores);
+      narrow_row(ds_row, at.begin, at.end);
+      if (both) narrow_row(ds_row + ld_scores, at.begin, at.end);
     }
   }
 

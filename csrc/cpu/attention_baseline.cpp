@@ -5,4 +5,5 @@
 #define MM_TABLE kBaseline
 #define MM_LANES 4
 #define MM_ROWS 4
+#define MM_TERMS 1
 #include "attention_kernels.h"

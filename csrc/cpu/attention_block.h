@@ -1,9 +1,8 @@
-// Blocks of attention scores: rows in and out of them, which parts are seen, masks, biases, dropout.
+// Blocks of attention scores: which parts are seen, masks, biases, dropout.
 // For attention_kernels.h alone, which is compiled once per instruction set.
 #pragma once
 
-#include "attention.h"
-#include "attention_simd.h"
+#include "attention_rows.h"
 
 namespace mm::cpu::attention::MM_ISA {
 
@@ -58,62 +57,6 @@ class Ahead {
   Range ranges_[8];
   int64_t row_bytes_, count_ = 0, now_ = 0, left_ = 0, step_ = 0;
 };
-
-template <typename T>
-MM_INLINE void widen_row(const T* __restrict from, float factor, float* __restrict to, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::widen(from[d]) * factor;
-}
-
-template <typename T>
-void read_rows_of(const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float factor, float* to,
-                  int64_t ld) {
-  const int64_t padded = round_up(D, W);
-  for (int64_t i = 0; i < count; ++i, to += ld) {
-    widen_row(reinterpret_cast<const T*>(x.at(begin + i, head)), factor, to, D);
-    for (int64_t d = D; d < padded; ++d) to[d] = 0.0f;
-  }
-}
-
-// Rows [begin, begin + count) of one head as fp32, times `factor`, ld apart, zero from D up to a whole vector.
-inline void read_rows(DType dtype, const Heads& x, int64_t begin, int64_t count, int64_t head, int64_t D, float* to,
-                      int64_t ld, float factor = 1.0f) {
-  if (dtype == DType::kFloat32) return read_rows_of<float>(x, begin, count, head, D, factor, to, ld);
-  if (dtype == DType::kBFloat16) return read_rows_of<BFloat16>(x, begin, count, head, D, factor, to, ld);
-  read_rows_of<Float16>(x, begin, count, head, D, factor, to, ld);
-}
-
-template <typename T>
-MM_INLINE void narrow_row(const float* __restrict from, float factor, T* __restrict to, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) to[d] = mm::cpu::narrow<T>(from[d] * factor);
-}
-
-// One row times `factor`, rounded once.
-inline void write_row(DType dtype, const float* from, float factor, char* to, int64_t D) {
-  if (dtype == DType::kFloat32) return narrow_row(from, factor, reinterpret_cast<float*>(to), D);
-  if (dtype == DType::kBFloat16) return narrow_row(from, factor, reinterpret_cast<BFloat16*>(to), D);
-  narrow_row(from, factor, reinterpret_cast<Float16*>(to), D);
-}
-
-// Transposed panels: to[p kPanel D + d kPanel + j] = rows[(p kPanel + j) ld + d], zero beyond `count` up to a vector.
-// The rows are padded to whole vectors.
-inline void transpose_rows(const float* rows, int64_t ld, int64_t count, int64_t D, float* to) {
-  for (int64_t j = 0; j < count; j += W) {
-    const int64_t here = least(W, count - j);
-    float* panel = to + j / kPanel * kPanel * D + j % kPanel;
-    for (int64_t d = 0; d < D; d += W) {
-      V tile[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) tile[i] = i < here ? load(rows + (j + i) * ld + d) : V{};
-      transpose(tile);
-      if (D - d >= W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(panel + (d + i) * kPanel, tile[i]);
-      } else {
-        for (int i = 0; i < D - d; ++i) store(panel + (d + i) * kPanel, tile[i]);
-      }
-    }
-  }
-}
 
 // Keys [begin, begin + count) of a block, and what is known of them panel by panel.
 struct Keys {

@@ -14,25 +14,28 @@ MM_INLINE int64_t forward_block(int64_t D) { return D <= 64 ? 256 : D <= 128 ? 1
 struct ForwardTile {
   const Forward& f;
   int64_t begin, n, head, padded, block, ld_scores, ld_value, band;
+  int64_t depth, ld_query;                        // words of a row, and up to a whole vector
   bool fresh;                                     // `out` holds nothing yet
-  float *query, *out, *row_max, *row_sum, *mass;  // [n, padded] twice, [n] twice, [n, Mk]
+  float *query, *out, *row_max, *row_sum, *mass;  // [n, ld_query], [n, padded], [n] twice, [n, Mk]
   float *rows, *key, *value, *scores, *bias, *keep;
   Ahead ahead;
 
   ForwardTile(const Forward& forward, int64_t tile_rows, Scratch& scratch) : f(forward), ahead(forward.in) {
     const int64_t D = f.in.D;
     padded = round_up(D, W);
+    depth = words(D);
+    ld_query = round_up(depth, W);
     block = forward_block(D);
     ld_scores = block + 16;
     ld_value = padded + 16;
-    query = scratch.take(tile_rows * padded);
+    query = scratch.take(tile_rows * ld_query);
     out = scratch.take(tile_rows * padded);
     row_max = scratch.take(tile_rows);
     row_sum = scratch.take(tile_rows);
     mass = f.mass ? scratch.take(tile_rows * f.in.Mk) : nullptr;
     rows = scratch.take(kPanel * ld_value);
-    key = scratch.take(block * D);
-    value = scratch.take(block * ld_value);
+    key = scratch.take(block * depth);
+    value = scratch.take(words(block) * ld_value);
     scores = scratch.take(kWideBand * ld_scores);
     bias = f.in.bias ? scratch.take(f.in.Mq * ld_scores) : nullptr;
     keep = f.in.dropout ? scratch.take(block + 5 * W + 8) : nullptr;
@@ -47,7 +50,7 @@ struct ForwardTile {
     const bool same = !in.has_visible && in.kv_lo[begin] == in.kv_lo[begin + n - 1] &&
                       in.kv_hi[begin] == in.kv_hi[begin + n - 1];  // both rise with the row
     band = same ? kWideBand : kBand;
-    read_rows(in.dtype, in.q, begin, n, head, in.D, query, padded, in.scale);
+    read_queries(in, begin, n, head, query, ld_query);
     for (int64_t i = 0; i < n; ++i) row_max[i] = -kInfinity, row_sum[i] = 0.0f;
     if (mass) std::memset(mass, 0, sizeof(float) * n * in.Mk);
   }
@@ -58,10 +61,10 @@ struct ForwardTile {
     const Keys keys = keys_of(in, key_begin, count);
     for (int64_t j = 0; j < count; j += kPanel) {
       const int64_t here = least(kPanel, count - j);
-      read_rows(in.dtype, in.k, key_begin + j, here, kv_head, in.D, rows, ld_value);
-      transpose_rows(rows, ld_value, here, in.D, key + j * in.D);
+      read_words(in, in.k, key_begin + j, here, kv_head, rows, ld_value);
+      transpose_rows(rows, ld_value, here, depth, key + j * depth);
     }
-    read_rows(in.dtype, in.v, key_begin, count, kv_head, in.D, value, ld_value);
+    read_woven(in, in.v, key_begin, count, kv_head, value, ld_value);
     if (bias) read_bias(in, head, keys, bias, ld_scores);
     for (int64_t i = 0; i < n; i += band) attend_band(keys, i, least(band, n - i));
     fresh = false;
@@ -92,18 +95,20 @@ struct ForwardTile {
     }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      multiply<false, false>(rows_here, at.vecs(), in.D, query + first * padded, padded, key + at.begin * in.D, kPanel,
-                             kPanel * in.D, scores + at.begin, ld_scores);
+      multiply<false, false>(rows_here, at.vecs(), depth, query + first * ld_query, ld_query, key + at.begin * depth,
+                             kPanel, kPanel * depth, scores + at.begin, ld_scores, scale_left(in));
     }
     for (int64_t i = 0; i < rows_here; ++i) {
       softmax_row(keys, seen, first + i, scores + i * ld_scores);
+      for (int64_t s = 0; s < seen.stretches; ++s)
+        narrow_row(scores + i * ld_scores, seen.stretch[s].begin, seen.stretch[s].end);
       ahead.fetch_some();
     }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       const auto product = fresh && s == 0 ? multiply<false, false> : multiply<false, true>;
-      product(rows_here, padded / W, at.end - at.begin, scores + at.begin, ld_scores, value + at.begin * ld_value,
-              ld_value, kPanel, out + first * padded, padded);
+      product(rows_here, padded / W, words(at.end - at.begin), scores + words(at.begin), ld_scores,
+              value + words(at.begin) * ld_value, ld_value, kPanel, out + first * padded, padded, 1.0f);
     }
   }
 

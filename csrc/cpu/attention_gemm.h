@@ -1,17 +1,20 @@
-// Products of small fp32 matrices that lie in a cache: C (+)= A B or A^T B.   Register tiles of kRows x kVecs vectors
+// Products of small matrices that lie in a cache: C (+)= A B or A^T B, C in fp32.   Register tiles of kRows x kVecs
+// vectors; K counts words of A and B
 // For attention_kernels.h alone, which is compiled once per instruction set.
 #pragma once
 
-#include "attention_simd.h"
+#include "attention_words.h"
 
 namespace mm::cpu::attention::MM_ISA {
 
-using Micro = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K);
+using Micro = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
+                       float factor);
 
 // c[i, j] (+)= sum over k < K of a[i, k] b[k, j], for ROWS rows and VECS vectors; TRANSPOSED: of a[k, i] b[k, j].
+// Times `factor` where words are of bf16.
 template <bool TRANSPOSED, bool ADD, int ROWS, int VECS>
 __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                     int64_t K) {
+                                     int64_t K, [[maybe_unused]] float factor) {
   V sums[ROWS][VECS] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
@@ -20,9 +23,9 @@ __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b
     for (int j = 0; j < VECS; ++j) row[j] = load(b + k * ldb + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const float x = TRANSPOSED ? a[k * lda + i] : a[i * lda + k];
+      const Word x = load_word(TRANSPOSED ? a + k * lda + i : a + i * lda + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECS; ++j) sums[i][j] += x * row[j];
+      for (int j = 0; j < VECS; ++j) sums[i][j] = add_products(sums[i][j], x, row[j]);
     }
   }
 #pragma GCC unroll 16
@@ -30,6 +33,7 @@ __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b
 #pragma GCC unroll 4
     for (int j = 0; j < VECS; ++j) {
       float* at = c + i * ldc + j * W;
+      if constexpr (kTerms == 2) sums[i][j] *= factor;
       store(at, ADD ? load(at) + sums[i][j] : sums[i][j]);
     }
 }
@@ -42,7 +46,7 @@ MM_INLINE Micro choose(int64_t rows, int64_t vecs, std::integer_sequence<int, RO
 
 template <bool TRANSPOSED, bool ADD>
 void multiply_part(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-                   int64_t panel, float* c, int64_t ldc) {
+                   int64_t panel, float* c, int64_t ldc, float factor) {
   const int64_t parts = (rows + kRows - 1) / kRows;
   const int64_t some = rows / parts, longer = rows % parts;  // the first `longer` parts have one row more
   constexpr auto sizes = std::make_integer_sequence<int, kRows>{};
@@ -52,27 +56,27 @@ void multiply_part(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_
     const Micro less = choose<TRANSPOSED, ADD>(some, now, sizes);
     for (int64_t i = 0, part = 0; part < parts; ++part) {
       const bool one_more = part < longer;
-      (one_more ? more : less)(a + i * (TRANSPOSED ? 1 : lda), lda, b, ldb, c + i * ldc, ldc, K);
+      (one_more ? more : less)(a + i * (TRANSPOSED ? 1 : lda), lda, b, ldb, c + i * ldc, ldc, K, factor);
       i += some + one_more;
     }
   }
 }
 
-constexpr int64_t kDepth = 128;  // products in one chain of additions: long chains lose digits
+constexpr int64_t kDepth = 128;  // words in one chain of additions: long chains lose digits
 
 // B is [K, vecs W] in panels of kPanel columns: panel p starts at b + p * panel, its rows lie ldb apart.
 template <bool TRANSPOSED, bool ADD>
 void multiply(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-              int64_t panel, float* c, int64_t ldc) {
+              int64_t panel, float* c, int64_t ldc, float factor = 1.0f) {
   if (rows <= 0 || K <= 0) return;
   const int64_t parts = (K + kDepth - 1) / kDepth;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t from = part * K / parts, depth = (part + 1) * K / parts - from;
     const float* a_part = a + from * (TRANSPOSED ? lda : 1);
     if (part == 0)
-      multiply_part<TRANSPOSED, ADD>(rows, vecs, depth, a_part, lda, b, ldb, panel, c, ldc);
+      multiply_part<TRANSPOSED, ADD>(rows, vecs, depth, a_part, lda, b, ldb, panel, c, ldc, factor);
     else
-      multiply_part<TRANSPOSED, true>(rows, vecs, depth, a_part, lda, b + from * ldb, ldb, panel, c, ldc);
+      multiply_part<TRANSPOSED, true>(rows, vecs, depth, a_part, lda, b + from * ldb, ldb, panel, c, ldc, factor);
   }
 }
 

@@ -10,6 +10,6 @@
 namespace mm::cpu::attention {
 
 const Kernels MM_TABLE = {MM_ISA::forward_scratch, MM_ISA::forward_tile, MM_ISA::backward_scratch,
-                          MM_ISA::backward_range, MM_LANES};
+                          MM_ISA::backward_range, MM_LANES * MM_TERMS};
 
 }  // namespace mm::cpu::attention

@@ -4,10 +4,10 @@
 #include <bit>
 #include <cstdint>
 
-// The widest vectors that are used where the CPU has them: 4 AVX-512, 3 AVX2, 1 the baseline of x86-64.  Less than 4 is
-// for tests of what other CPUs run (tests/vector_widths.py).
+// What is used at most where the CPU has it: 5 AVX-512 with products of bf16, 4 AVX-512, 3 AVX2, 1 the baseline of
+// x86-64.  Less than 5 is for tests of what other CPUs run (tests/vector_widths.py).
 #ifndef MM_X86_LEVEL
-#define MM_X86_LEVEL 4
+#define MM_X86_LEVEL 5
 #endif
 // A function marked MM_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader picks one. What it calls must
 // be MM_INLINE to be compiled along with it. Elsewhere (other compilers and CPUs) there is the baseline only.

@@ -25,21 +25,22 @@ torch.library.define(
     f"(Tensor do, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, Tensor q_table, Tensor k_table, Tensor samples, "
     f"{_MASK}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()",
 )
-torch.library.define("mm_cpp::attention_lanes", "(Tensor on_cpu) -> int")
+torch.library.define("mm_cpp::attention_terms", "(Tensor like) -> int")
 native.load_cpu_ops()  # implements what is defined above
 run_forward, run_backward = torch.ops.mm_cpp.attention_fwd.default, torch.ops.mm_cpp.attention_bwd.default
 
 SPAN_COLS = 64
 
 
-def vector_floats() -> int | None:
-    """Floats in a vector of the kernels that this CPU runs: 16 with AVX-512, 8 with AVX2, else 4.
+def vector_terms(dtype: torch.dtype = torch.float32) -> int | None:
+    """Numbers that a vector of this CPU's products takes: 16 with AVX-512, 8 with AVX2, else 4.
 
+    For bf16 32 with AVX512_BF16; elsewhere it is widened to fp32 first, as fp16 always is.
     None where the extension is of a version that does not say.
     """
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("mm_cpp::attention_lanes", "CPU"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("mm_cpp::attention_terms", "CPU"):
         return None
-    return torch.ops.mm_cpp.attention_lanes(torch.empty(0))
+    return torch.ops.mm_cpp.attention_terms(torch.empty(0, dtype=dtype))
 
 
 def tile_rows(head_dim: int) -> int:

@@ -76,16 +76,27 @@ def test_many_layouts(seed, dtype):
 # from which backward cuts a lonely sample into ranges of keys (512).  Many heads: the rule compares root mean squares.
 @pytest.mark.parametrize("length", [1, 7, 8, 12, 13, 16, 17, 33, 128, 129, 192, 193, 257, 515])
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths_at_the_edges_of_blocks(length, causal):
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.bfloat16, 33)], ids=str)
+def test_lengths_at_the_edges_of_blocks(length, causal, dtype, width):
     layout, n = PackedLayout.from_counts([[length]]), 96 // length + 1
-    check(layout, AttentionMask(causal=causal), impl="cpp", heads=n, kv_heads=n, width=24, mass=True)
+    with poisoned_empty():
+        check(
+            layout, AttentionMask(causal=causal), impl="cpp", dtype=dtype, heads=n, kv_heads=n, width=width, mass=True
+        )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pair_bias"), [(torch.float32, False), (torch.float32, True), (torch.float16, False)]
+    ("dtype", "pair_bias"),
+    [
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.float16, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ],
 )
 def test_a_lonely_sample(dtype, pair_bias):
-    """In fp32 without a bias it is cut into ranges of keys; elsewhere it must not be: delta needs all of a row."""
+    """Without a bias it is cut into ranges of keys; with one it must not be: delta needs all of a row."""
     layout = PackedLayout.from_counts([[300, 400]])
     mask = AttentionMask(causal=True, visible=[[True, False], [True, True]])
     with poisoned_empty():
