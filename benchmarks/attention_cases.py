@@ -56,19 +56,23 @@ CPU_QUICK = (
     Case("uniform", 1, heads=1, kv_heads=1, width=128, length=1024),
     Case("stamps", 32, heads=4, kv_heads=1),
     Case("longtail", 4, "causal"),
+    Case("stamps", 32, dtype="bf16"),
+    *(Case("uniform", 1024 // length, heads=2, kv_heads=2, length=length, dtype="bf16") for length in (256, 1024)),
 )
 CPU_FULL = (
     *CPU_QUICK,
     Case("stamps", 32, "isolated"),
     Case("stamps", 32, "causal"),
     Case("stamps", 32, heads=12, kv_heads=12),
-    Case("stamps", 32, dtype="bf16"),
+    *(Case("stamps", 32, mask, dtype="bf16") for mask in MODALITY_MASKS),
     Case("uniform", 32, length=64),
     Case("native", 16, heads=12, kv_heads=12),
+    Case("native", 16, heads=12, kv_heads=12, dtype="bf16"),
     *(Case("native", 16, mask) for mask in (*MODALITY_MASKS, "isolated")),
     Case("uniform", 2, length=2048),
     Case("uniform", 2, "causal", length=2048),
     Case("uniform", 2, "causal", length=2048, width=128),
+    Case("uniform", 2, "causal", length=2048, width=128, dtype="bf16"),
     Case("uniform", 2, "window", length=2048),
 )
 # Shapes of the published tables: 16,384 tokens and 2,048 channels at every length.
