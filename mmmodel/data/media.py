@@ -7,6 +7,7 @@ machine that only times steps or decodes pictures need not have them.
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,16 +104,21 @@ def decode_text(data: bytes) -> str | None:
 
 
 def decode_speech(source: Path | bytes) -> np.ndarray:
-    """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.  Raises ValueError if it holds no sound."""
+    """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.
+
+    Raises ValueError if it holds no sound, or less than its header says (WAV, AIFF and AU say it).
+    """
     import soundfile
 
     stream = str(source) if isinstance(source, Path) else io.BytesIO(source)
     try:
-        waveform, rate = soundfile.read(stream, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(stream) as file:
+            waveform, rate, log = file.read(dtype="float32", always_2d=True), file.samplerate, file.extra_info
     except soundfile.LibsndfileError as error:  # its message says where the bytes lie in memory
         raise ValueError(f"it does not read as sound: {error.error_string}") from None
     if waveform.shape[0] == 0:
         raise ValueError("the file holds no samples")
+    refuse_cut_short(log)
     refuse_infinite(waveform)
     channels = waveform.T
     mono = sum(channels[1:], channels[0]) / np.float32(
@@ -123,6 +129,17 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
 
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+# What libsndfile logs of a chunk of samples that reaches past the end of its file.
+_CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_SIZE = 0x7FFF0000  # and more: written by who streams and does not know the length
+
+
+def refuse_cut_short(log: str) -> None:
+    for stated, there in _CUT_SHORT.findall(log):
+        if int(there) < int(stated) < _UNKNOWN_SIZE:
+            raise ValueError(f"the sound is cut short: its header says {stated} bytes, {there} are there")
 
 
 def refuse_infinite(waveform: np.ndarray) -> None:

@@ -143,3 +143,22 @@ def test_empty_audio_is_an_error():
     soundfile.write(file, np.zeros((0, 1)), 16_000, format="WAV")
     with pytest.raises(ValueError, match="no samples"):
         media.decode_speech(file.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU"])
+def test_a_sound_that_is_cut_short_is_an_error(kind):
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(1000, np.float32), 16_000, format=kind, subtype="PCM_16")
+    assert len(media.decode_speech(file.getvalue())) == 1000
+    with pytest.raises(ValueError, match=r"cut short: its header says 20\d\d bytes, 10\d\d are there"):
+        media.decode_speech(file.getvalue()[:-1000])
+
+
+@pytest.mark.parametrize("unknown", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_wav_of_a_stream_states_no_length(unknown):
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(1000, np.float32), 16_000, format="WAV", subtype="PCM_16")
+    written = file.getvalue()
+    streamed = written.replace((2000).to_bytes(4, "little"), unknown.to_bytes(4, "little"))
+    assert streamed != written
+    assert len(media.decode_speech(streamed)) == 1000
