@@ -5,6 +5,8 @@ Forward walks the planner's query tiles; backward takes whole samples, cut by th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,14 +45,18 @@ def vector_terms(dtype: torch.dtype = torch.float32) -> int | None:
     return torch.ops.mm_cpp.attention_terms(torch.empty(0, dtype=dtype))
 
 
-def tile_rows(head_dim: int) -> int:
-    """Queries of a forward tile: many, since each packs K and V, but few enough for the second-level cache."""
-    return 256 if head_dim <= 64 else 192 if head_dim <= 128 else 96
+def tile_rows(head_dim: int, longest: int) -> int:
+    """Queries of a forward tile: many, since each packs K and V, but few enough for the second-level cache.
+
+    The longest sample falls into equal ones, so that the threads of a lonely sample end together.
+    """
+    most = 256 if head_dim <= 64 else 192 if head_dim <= 128 else 96
+    return most if longest <= most else math.ceil(longest / math.ceil(longest / most))
 
 
 def schedule(plan, request) -> tuple:
     """Query tiles and spans of the forward, samples [B, 4] of the backward, three empty tensors, no configuration."""
-    tiles = plan.tiles("query", tile_rows(request.head_dim), SPAN_COLS)
+    tiles = plan.tiles("query", tile_rows(request.head_dim, plan.layout.max_seqlen), SPAN_COLS)
     empty = plan.q_table[0, :0]
     samples = _samples(plan) if request.needs_backward else empty
     return tiles.tiles, tiles.spans, empty, empty, samples, empty, []

@@ -261,3 +261,12 @@ def test_a_table_out_of_range_is_named():
                 q, q, q, None, None, plan.q_table, plan.k_table, torch.tensor(tiles, dtype=torch.int32), spans,
                 1.0, False, 0.0, 0, out, lse, None,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "longest", "rows"), [(64, 0, 256), (64, 256, 256), (64, 512, 256), (64, 300, 150), (128, 1024, 171)]
+)
+def test_the_longest_sample_falls_into_equal_tiles(width, longest, rows):
+    from mmkernels.ops.attention import cpp_impl
+
+    assert cpp_impl.tile_rows(width, longest) == rows
