@@ -102,7 +102,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--budget-seconds", type=_amount, help=f"about how long to take; default {_budgets(op)}")
         command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
         if op != "all":
-            command.add_argument("--case", default="", help="only cases with this in their name; default all")
+            command.add_argument(
+                "--case", default="", help="only cases with this in their name and dtype, such as bf16; default all"
+            )
         if op == "attention":
             command.add_argument("--host", action="store_true", help="host time of one call, by part, and nothing else")
     report = commands.add_parser("report", help="result files to Markdown, plots and one HTML page")

@@ -44,7 +44,7 @@ def run(
     save: Callable[[dict], None] | None = None,
 ) -> dict:
     """The document of one operator.  problems replaces the operator's own (tests); case: only those with it in their
-    name.  Raises ValueError if malformed, or if no case has that name.
+    name and dtype.  Raises ValueError if malformed, or if no case has that name.
 
     Timing shares what is left of the budget evenly; where it is spent, the remaining problems' rows are skipped.  save
     gets what there is after each problem.
@@ -54,9 +54,11 @@ def run(
     record = _Record(device, seed, {"shapes": shapes, "budget_seconds": budget}, on_rows, save)
     if case:
         everything = problems if problems is not None else load(op).problems(shapes, device, seed)
-        problems = [problem for problem in everything if case in problem.case]
+        # With the dtype: the same batch may be there in fp32 and in bf16.
+        named = {f"{problem.case} {problem.dtype}": problem for problem in everything}
+        problems = [problem for name, problem in named.items() if case in name]
         if not problems:
-            raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name")
+            raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name; they are: {'; '.join(named)}")
     _measure_all(op, device, shapes, until, seed, record, problems)
     return record.ended()
 

@@ -139,8 +139,18 @@ def test_one_case_by_name():
     problems = [packing.build("pack", "stamps", 3, width, "fp32", CPU, 0) for width in (24, 32)]
     rows = run.run("packing", CPU, seconds=600.0, problems=problems, case=problems[1].case)["rows"]
     assert {row["case"] for row in rows} == {problems[1].case}
-    with pytest.raises(ValueError, match="no case of packing"):
+    with pytest.raises(
+        ValueError, match=f"no case of packing .* they are: {problems[0].case} fp32; {problems[1].case}"
+    ):
         run.run("packing", CPU, problems=problems, case="none of them")
+
+
+def test_the_dtype_is_part_of_a_cases_name():
+    """attention has one batch in fp32 and in bf16, of one name."""
+    problems = [packing.build("pack", "stamps", 3, 24, dtype, CPU, 0) for dtype in ("fp32", "bf16")]
+    for case in ("bf16", f"{problems[1].case} bf16"):
+        rows = run.run("packing", CPU, seconds=600.0, problems=problems, case=case)["rows"]
+        assert {row["dtype"] for row in rows} == {"bf16"}
 
 
 def test_wrong_kernel_is_excluded(monkeypatch):
