@@ -149,8 +149,13 @@ def show(report: Complexity, console: Console | None = None) -> None:
         f"memory of a step in fp32: {report.state_bytes / 1e6:,.0f} MB of weights, gradients and AdamW averages + "
         f"{report.saved_bytes / 1e6:,.0f} MB kept for backward"
     )
-    if config.precision != "fp32" or config.chunk_tokens or config.checkpointing:
-        console.print("bf16, chunk_tokens and checkpointing of this configuration keep less for backward than that")
+    lighter = {
+        "bf16": config.precision == "bf16",
+        "chunk_tokens": config.chunk_tokens,
+        "checkpointing": config.checkpointing,
+    }
+    if named := [name for name, used in lighter.items() if used]:
+        console.print(f"less than that is kept for backward with this configuration's {' and '.join(named)}")
     if unknown := [cost.part for cost in report.costs if cost.forward is None]:
         console.print(f"not counted: FLOPs and memory of {', '.join(unknown)}")
     if absent := [name for name in config.model.modalities if not shape.tokens(name)]:

@@ -139,6 +139,20 @@ def test_limits_are_named():
         complexity.complexity(configs.demo(), SampleShape(97, (1, 1), 10))
 
 
+def test_what_keeps_less_for_backward_is_named_where_it_is_used(capsys):
+    config, shape = cases()["tiny"]
+    for change, said in (
+        ({}, ""),
+        ({"precision": "bf16"}, "this configuration's bf16"),
+        ({"precision": "bf16", "chunk_tokens": 64}, "this configuration's bf16 and chunk_tokens"),
+    ):
+        complexity.show(complexity.complexity(dataclasses.replace(config, **change), shape))
+        _, found, named = " ".join(capsys.readouterr().out.split()).partition(
+            "less than that is kept for backward with "
+        )
+        assert (named if found else "") == said
+
+
 def test_what_is_not_known_is_said(capsys):
     """A modality without a formula is listed, and adds no tokens that it does not have."""
     config = configs.tiny()
