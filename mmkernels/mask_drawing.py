@@ -21,6 +21,7 @@ import numpy as np
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import ALIGN, SCHEDULES, AttentionMask, MaskPlan
 
+PICTURES = (".png", ".svg", ".pdf")
 MAX_TEXT = 160  # keys in a text drawing, one column each
 MAX_DPI = 1200  # a picture of 400 MB while it is drawn
 MAX_CELLS = 4096  # queries or keys in a picture: beyond it a pixel would hold several
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.out is None:
             print(text(plan, names))
         else:
+            if options.out.suffix.lower() not in PICTURES:  # matplotlib would add one, to another name than we print
+                raise ValueError(f"mask drawing: --out is {options.out}, expected a name in {', '.join(PICTURES)}")
             if not 1 <= options.dpi <= MAX_DPI:
                 raise ValueError(f"mask drawing: --dpi is {options.dpi}, expected 1 to {MAX_DPI}")
             figure(plan, blocks, names=names).savefig(options.out, dpi=options.dpi)
@@ -269,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--names", help="of the modalities, such as text,image,audio")
     parser.add_argument("--tiles", help="ROWSxCOLS, such as 64x64: outline the tiles of a forward kernel")
     parser.add_argument("--schedule", default="sample", choices=SCHEDULES, help="of --tiles; default sample")
-    parser.add_argument("--out", type=Path, help="picture to write (.png, .svg, .pdf); default: draw as text")
+    parser.add_argument("--out", type=Path, help=f"picture to write ({', '.join(PICTURES)}); default: draw as text")
     parser.add_argument("--dpi", type=int, default=120, help="of a .png; default 120")
     return parser
 

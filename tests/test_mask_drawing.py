@@ -123,6 +123,7 @@ def test_tiles_are_counted(capsys):
         (["--segments", "0:5000", "--out", "x.png"], "5000 queries, expected at most"),
         (["--segments", "", "--out", "x.png"], "nothing to draw"),
         (["--segments", "0:2", "--out", "x.png", "--dpi", "1000000"], "--dpi is 1000000, expected 1 to 1200"),
+        (["--segments", "0:2", "--out", "mask"], "--out is mask, expected a name in .png, .svg, .pdf"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
