@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from attention_oracle import Case, dense_oracle
+from attention_oracle import Case, check, dense_oracle
 
 from mmkernels import AttentionMask, PackedLayout, attention, dispatch
+from mmkernels.testing import poisoned_empty
 
 pytestmark = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="the extension is not built")
 
@@ -24,3 +25,11 @@ def test_roundings_leave_no_bias():
     for name, got, ref in zip(("out", "dq", "dk", "dv"), ours, refs, strict=True):
         share = float(((got.double() * ref).sum() / ref.square().sum()).detach())
         assert abs(share - 1) < 1e-3, f"{name}: {share:.5f} of the exact result"
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_gradients_through_both_ends_of_a_block(dtype):
+    """Text on both sides of an image that it does not see, within one block of backward's: two stretches of panels."""
+    layout = PackedLayout.from_segments([[(0, 40), (1, 64), (0, 23)]], num_modalities=2)
+    with poisoned_empty():
+        check(layout, AttentionMask.isolated(2), impl="cpp", dtype=dtype, heads=4, kv_heads=2, width=24)
