@@ -230,8 +230,8 @@ struct BackwardRange {
       float *p_row = p + i * ld_scores, *ds_row = ds + i * ld_scores;
       weave_rows(p_row, both ? p_row + ld_scores : nullptr, at.begin, at.end, p_woven + i / 2 * ld_scores);
       weave_rows(ds_row, both ? ds_row + ld_scores : nullptr, at.begin, at.end, ds_woven + i / 2 * ld_scores);
-      narrow_row(ds_row, at.begin, at.end);
-      if (both) narrow_row(ds_row + ld_scores, at.begin, at.end);
+      narrow_in_place(ds_row, at.begin, at.end);
+      if (both) narrow_in_place(ds_row + ld_scores, at.begin, at.end);
     }
   }
 

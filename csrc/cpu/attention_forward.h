@@ -101,7 +101,7 @@ struct ForwardTile {
     for (int64_t i = 0; i < rows_here; ++i) {
       softmax_row(keys, seen, first + i, scores + i * ld_scores);
       for (int64_t s = 0; s < seen.stretches; ++s)
-        narrow_row(scores + i * ld_scores, seen.stretch[s].begin, seen.stretch[s].end);
+        narrow_in_place(scores + i * ld_scores, seen.stretch[s].begin, seen.stretch[s].end);
       ahead.fetch_some();
     }
     for (int64_t s = 0; s < seen.stretches; ++s) {

@@ -96,7 +96,7 @@ inline void read_woven(const Inputs& in, const Heads& x, int64_t begin, int64_t 
 }
 
 // Floats [begin, end) of a row to words in their place: word j / 2 is that of floats j and j + 1.
-MM_INLINE void narrow_row(float* row, int64_t begin, int64_t end) {
+MM_INLINE void narrow_in_place(float* row, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; j += W) {
     const Half narrowed = narrow(load(row + j));
     std::memcpy(row + j / 2, &narrowed, sizeof(narrowed));
@@ -119,7 +119,7 @@ inline void read_woven(const Inputs& in, const Heads& x, int64_t begin, int64_t 
                        int64_t ld) {
   read_rows(in.dtype, x, begin, count, head, in.D, to, ld);
 }
-MM_INLINE void narrow_row(float*, int64_t, int64_t) {}
+MM_INLINE void narrow_in_place(float*, int64_t, int64_t) {}
 MM_INLINE void weave_rows(const float*, const float*, int64_t, int64_t, float*) {}
 
 #endif
