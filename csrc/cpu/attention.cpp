@@ -142,8 +142,10 @@ void forward(const Forward& f, const Parallel& parallel) {
     for (int64_t s = tile[2]; s < tile[3]; ++s)
       pairs += static_cast<double>(tile[1] - tile[0]) * (f.spans[3 * s + 1] - f.spans[3 * s]);
   }
-  share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels(f.in.dtype).forward_scratch(f), parallel,
-            [&](int64_t task, int64_t following, float* scratch) { kernels(f.in.dtype).forward(f, task, following, scratch); });
+  share_out(f.num_tiles * f.in.H, pairs * static_cast<double>(f.in.H), f.in.D, kernels(f.in.dtype).forward_scratch(f),
+            parallel, [&](int64_t task, int64_t following, float* scratch) {
+              kernels(f.in.dtype).forward(f, task, following, scratch);
+            });
 }
 
 void backward(const Backward& b, const Parallel& parallel) {

@@ -21,15 +21,15 @@ constexpr int64_t kMaxBands = 8;
 struct BackwardRange {
   const Backward& b;
   int64_t padded, ld, ld_scores, block_keys, block_queries;
-  int64_t depth;                       // words of a row
-  float *key, *key_t, *value_t;        // of a block: [keys, ld] woven, and panels of the transposes
-  float *query, *dout;                 // [block_queries, ld]
-  float *query_woven, *dout_woven;     // the same where words are floats
-  float *lse, *delta, *norm;     // [queries] of the head; p is norm e^(score - lse)
-  float *products, *total;       // [queries]: sums so far of e^(score - lse) dp, and without dp
-  float *p, *ds;                 // [block_queries, ld_scores]
-  float *p_woven, *ds_woven;     // the same where words are floats
-  float *dq, *dk, *dv;           // of the range: [queries, padded], [keys, padded] twice
+  int64_t depth;                    // words of a row
+  float *key, *key_t, *value_t;     // of a block: [keys, ld] woven, and panels of the transposes
+  float *query, *dout;              // [block_queries, ld]
+  float *query_woven, *dout_woven;  // the same where words are floats
+  float *lse, *delta, *norm;        // [queries] of the head; p is norm e^(score - lse)
+  float *products, *total;          // [queries]: sums so far of e^(score - lse) dp, and without dp
+  float *p, *ds;                    // [block_queries, ld_scores]
+  float *p_woven, *ds_woven;        // the same where words are floats
+  float *dq, *dk, *dv;              // of the range: [queries, padded], [keys, padded] twice
   float *bias, *keep, *row;
   enum class Stage { kDelta, kGradients, kBoth } stage = Stage::kBoth;  // delta known before, or found row by row
   int64_t first_query = 0, queries = 0, head = 0;
@@ -219,7 +219,8 @@ struct BackwardRange {
       const Seen::Stretch& at = seen.stretch[s];
       if (kTerms == 2) make_words(at, first, rows);
       multiply<false, true>(rows, padded / W, words(at.end - at.begin), ds_band + words(at.begin), ld_scores,
-                            key + words(at.begin) * ld, ld, kPanel, dq + (begin + first - first_query) * padded, padded);
+                            key + words(at.begin) * ld, ld, kPanel, dq + (begin + first - first_query) * padded,
+                            padded);
     }
   }
 
