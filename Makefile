@@ -61,7 +61,7 @@ test-extended: setup
 sanitize: setup
 	$(PY) tests/sanitize.py
 
-# The tests of the CPU operators on what CPUs with AVX2, and with neither, run: built so, in copies of the checkout.
+# The tests of the CPU operators on what CPUs with AVX-512 alone, with AVX2, and with neither, run: built so, in copies.
 test-vector-widths: setup
 	$(PY) tests/vector_widths.py
 
