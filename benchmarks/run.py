@@ -55,10 +55,11 @@ def run(
     if case:
         everything = problems if problems is not None else load(op).problems(shapes, device, seed)
         # With the dtype: the same batch may be there in fp32 and in bf16.
-        named = {f"{problem.case} {problem.dtype}": problem for problem in everything}
-        problems = [problem for name, problem in named.items() if case in name]
+        named = [(f"{problem.case} {problem.dtype}", problem) for problem in everything]
+        problems = [problem for name, problem in named if case in name]
         if not problems:
-            raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name; they are: {'; '.join(named)}")
+            names = "; ".join(name for name, _ in named)
+            raise ValueError(f"benchmarks: no case of {op} has {case!r} in its name; they are: {names}")
     _measure_all(op, device, shapes, until, seed, record, problems)
     return record.ended()
 
