@@ -3,7 +3,7 @@
 // Scores are computed once and serve five products: p = exp(q k^T - lse), dp = do v^T, dv += p^T do, dk += ds^T q,
 // dq += ds k.  All sums stay in fp32, in an order that the shapes alone decide.
 // delta = rowsum(p dp), which is rowsum(do out) but for the rounding of out: taken from the scores where a block has
-// all of a row, by a pass of its own where rounding would show (16-bit out, sums of ds in dbias), and else from out.
+// all of a row, by a pass of its own where rounding would show (sums of ds in dbias), and else from out.
 // Where the scores are summed, p is also divided by its own sum, which takes the rounding of lse back out. For
 // attention_kernels.h alone, which is compiled once per instruction set.
 #pragma once
