@@ -74,7 +74,7 @@ struct BackwardRange {
     const int32_t* sample = b.samples + 4 * task.sample;
     first_query = sample[0];
     queries = sample[1] - sample[0];
-    if (following) look_ahead(*following);
+    if (following) look_ahead(task, *following);
     const int64_t keys = task.key_end - task.key_begin;
     std::memset(dk, 0, sizeof(float) * keys * padded);
     std::memset(dv, 0, sizeof(float) * keys * padded);
@@ -105,14 +105,15 @@ struct BackwardRange {
     }
   }
 
-  // Another task's rows, a few for each row of this one.
-  void look_ahead(const BackwardTask& task) {
-    const int32_t* sample = b.samples + 4 * task.sample;
-    const int64_t h = task.kv_head * b.in.group();
+  // The rows of the task that follows.
+  void look_ahead(const BackwardTask& task, const BackwardTask& following) {
+    const int32_t* sample = b.samples + 4 * following.sample;
+    const int64_t h = following.kv_head * b.in.group();
     for (const Heads* keys : {&b.in.v, &b.in.k, &b.dk, &b.dv})
-      ahead.add(*keys, task.key_begin, task.key_end, task.kv_head);
+      ahead.add(*keys, following.key_begin, following.key_end, following.kv_head);
     for (const Heads* queries_of : {&b.in.q, &b.dout, &b.dq}) ahead.add(*queries_of, sample[0], sample[1], h);
-    ahead.spread(queries * b.in.group());
+    const int64_t pairs = pairs_between(b.in, first_query, first_query + queries, task.key_begin, task.key_end);
+    ahead.spread(5 * b.in.group() * pairs);
   }
 
   // lse of the head's queries; delta without the part that the scores are to give.
@@ -189,9 +190,9 @@ struct BackwardRange {
         while (r < bands && seen[r].active[panel]) ++r;
         const int64_t rows = words(least(r * kBand, count) - from), first = words(from);
         multiply<true, true>(here, padded / W, rows, p_woven + first * ld_scores + column, ld_scores,
-                             dout_woven + first * ld, ld, kPanel, dv_rows + column * padded, padded);
+                             dout_woven + first * ld, ld, kPanel, dv_rows + column * padded, padded, 1.0f, ahead);
         multiply<true, true>(here, padded / W, rows, ds_woven + first * ld_scores + column, ld_scores,
-                             query_woven + first * ld, ld, kPanel, dk_rows + column * padded, padded);
+                             query_woven + first * ld, ld, kPanel, dk_rows + column * padded, padded, 1.0f, ahead);
       }
     }
   }
@@ -204,23 +205,22 @@ struct BackwardRange {
       const Seen::Stretch& at = seen.stretch[s];
       const int64_t panel = kPanel * depth, offset = at.begin * depth;
       multiply<false, false>(rows, at.vecs(), depth, query + first * ld, ld, key_t + offset, kPanel, panel,
-                             p_band + at.begin, ld_scores, scale_left(in));
+                             p_band + at.begin, ld_scores, scale_left(in), ahead);
       multiply<false, false>(rows, at.vecs(), depth, dout + first * ld, ld, value_t + offset, kPanel, panel,
-                             ds_band + at.begin, ld_scores);
+                             ds_band + at.begin, ld_scores, 1.0f, ahead);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t token = begin + first + i;
       probability_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
       if (stage != Stage::kDelta) gradient_row(keys, seen, token, p_band + i * ld_scores, ds_band + i * ld_scores);
-      ahead.fetch_some();
     }
     if (stage == Stage::kDelta) return;
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       if (kTerms == 2) make_words(at, first, rows);
       multiply<false, true>(rows, padded / W, words(at.end - at.begin), ds_band + words(at.begin), ld_scores,
-                            key + words(at.begin) * ld, ld, kPanel, dq + (begin + first - first_query) * padded,
-                            padded);
+                            key + words(at.begin) * ld, ld, kPanel, dq + (begin + first - first_query) * padded, padded,
+                            1.0f, ahead);
     }
   }
 

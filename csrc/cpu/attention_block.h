@@ -24,39 +24,12 @@ struct Scratch {
   }
 };
 
-// The rows of a thread's next task, fetched into the second-level cache a few at a time while it computes this one:
-// they lie apart, a head's width in each token's row, where no hardware prefetcher finds them.
-class Ahead {
- public:
-  explicit Ahead(const Inputs& in) : row_bytes_(in.D * (in.dtype == DType::kFloat32 ? 4 : 2)) {}
-
-  void add(const Heads& x, int64_t begin, int64_t end, int64_t head) {
-    end = least(end, begin + kMaxRows);
-    if (begin < end) ranges_[count_++] = {x.at(begin, head), x.token, end - begin};
-    left_ += most(0, end - begin);
-  }
-
-  // To be fetched in so many steps.
-  void spread(int64_t steps) { step_ = (left_ + most(steps, 1) - 1) / most(steps, 1); }
-
-  MM_INLINE void fetch_some() {
-    for (int64_t i = 0; i < step_ && now_ < count_; ++i) {
-      Range& range = ranges_[now_];
-      for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(range.next + byte, 0, 2);
-      range.next += range.stride;
-      if (--range.rows == 0) ++now_;
-    }
-  }
-
- private:
-  static constexpr int64_t kMaxRows = 256;  // of a range: more would push out what this task reads
-  struct Range {
-    const char* next;
-    int64_t stride, rows;
-  };
-  Range ranges_[8];
-  int64_t row_bytes_, count_ = 0, now_ = 0, left_ = 0, step_ = 0;
-};
+// Pairs of queries [begin, end) and keys [key_begin, key_end) within the queries' bounds.
+inline int64_t pairs_between(const Inputs& in, int64_t begin, int64_t end, int64_t key_begin, int64_t key_end) {
+  int64_t pairs = 0;
+  for (int64_t i = begin; i < end; ++i) pairs += most(0, least(in.kv_hi[i], key_end) - most(in.kv_lo[i], key_begin));
+  return pairs;
+}
 
 // Keys [begin, begin + count) of a block, and what is known of them panel by panel.
 struct Keys {

@@ -72,7 +72,7 @@ struct ForwardTile {
 
   void clear(int64_t first, int64_t rows) { std::memset(out + first * padded, 0, sizeof(float) * rows * padded); }
 
-  // Another tile's rows, a few for each row of this one.
+  // Another tile's rows.
   void look_ahead(int64_t tile, int64_t h) {
     const int32_t* bounds = f.tiles + 4 * tile;
     if (bounds[2] < bounds[3]) {
@@ -82,7 +82,7 @@ struct ForwardTile {
     }
     ahead.add(f.in.q, bounds[0], bounds[1], h);
     ahead.add(f.out, bounds[0], bounds[1], h);
-    ahead.spread(n);
+    ahead.spread(2 * pairs_between(f.in, begin, begin + n, 0, f.in.Tk));
   }
 
   void attend_band(const Keys& keys, int64_t first, int64_t rows_here) {
@@ -96,19 +96,18 @@ struct ForwardTile {
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       multiply<false, false>(rows_here, at.vecs(), depth, query + first * ld_query, ld_query, key + at.begin * depth,
-                             kPanel, kPanel * depth, scores + at.begin, ld_scores, scale_left(in));
+                             kPanel, kPanel * depth, scores + at.begin, ld_scores, scale_left(in), ahead);
     }
     for (int64_t i = 0; i < rows_here; ++i) {
       softmax_row(keys, seen, first + i, scores + i * ld_scores);
       for (int64_t s = 0; s < seen.stretches; ++s)
         narrow_in_place(scores + i * ld_scores, seen.stretch[s].begin, seen.stretch[s].end);
-      ahead.fetch_some();
     }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       const auto product = fresh && s == 0 ? multiply<false, false> : multiply<false, true>;
       product(rows_here, padded / W, words(at.end - at.begin), scores + words(at.begin), ld_scores,
-              value + words(at.begin) * ld_value, ld_value, kPanel, out + first * padded, padded, 1.0f);
+              value + words(at.begin) * ld_value, ld_value, kPanel, out + first * padded, padded, 1.0f, ahead);
     }
   }
 

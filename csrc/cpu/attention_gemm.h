@@ -3,21 +3,20 @@
 // For attention_kernels.h alone, which is compiled once per instruction set.
 #pragma once
 
-#include "attention_words.h"
+#include "attention_ahead.h"
 
 namespace mm::cpu::attention::MM_ISA {
 
 using Micro = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
-                       float factor);
+                       float factor, Ahead& ahead);
 
 // c[i, j] (+)= sum over k < K of a[i, k] b[k, j], for ROWS rows and VECS vectors; TRANSPOSED: of a[k, i] b[k, j].
 // Times `factor` where words are of bf16.
 template <bool TRANSPOSED, bool ADD, int ROWS, int VECS>
 __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                     int64_t K, [[maybe_unused]] float factor) {
+                                     int64_t K, [[maybe_unused]] float factor, Ahead& ahead) {
   V sums[ROWS][VECS] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < K; ++k) {
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
     V row[VECS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECS; ++j) row[j] = load(b + k * ldb + j * W);
@@ -27,7 +26,14 @@ __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b
 #pragma GCC unroll 4
       for (int j = 0; j < VECS; ++j) sums[i][j] = add_products(sums[i][j], x, row[j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + Ahead::kWordsPerStep <= K; k += Ahead::kWordsPerStep) {
+    ahead.fetch_some();
+#pragma GCC unroll 4
+    for (int64_t next = 0; next < Ahead::kWordsPerStep; ++next) add(k + next);
   }
+  for (; k < K; ++k) add(k);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
@@ -46,7 +52,7 @@ MM_INLINE Micro choose(int64_t rows, int64_t vecs, std::integer_sequence<int, RO
 
 template <bool TRANSPOSED, bool ADD>
 void multiply_part(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-                   int64_t panel, float* c, int64_t ldc, float factor) {
+                   int64_t panel, float* c, int64_t ldc, float factor, Ahead& ahead) {
   const int64_t parts = (rows + kRows - 1) / kRows;
   const int64_t some = rows / parts, longer = rows % parts;  // the first `longer` parts have one row more
   constexpr auto sizes = std::make_integer_sequence<int, kRows>{};
@@ -56,7 +62,7 @@ void multiply_part(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_
     const Micro less = choose<TRANSPOSED, ADD>(some, now, sizes);
     for (int64_t i = 0, part = 0; part < parts; ++part) {
       const bool one_more = part < longer;
-      (one_more ? more : less)(a + i * (TRANSPOSED ? 1 : lda), lda, b, ldb, c + i * ldc, ldc, K, factor);
+      (one_more ? more : less)(a + i * (TRANSPOSED ? 1 : lda), lda, b, ldb, c + i * ldc, ldc, K, factor, ahead);
       i += some + one_more;
     }
   }
@@ -67,16 +73,17 @@ constexpr int64_t kDepth = 128;  // words in one chain of additions: long chains
 // B is [K, vecs W] in panels of kPanel columns: panel p starts at b + p * panel, its rows lie ldb apart.
 template <bool TRANSPOSED, bool ADD>
 void multiply(int64_t rows, int64_t vecs, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb,
-              int64_t panel, float* c, int64_t ldc, float factor = 1.0f) {
+              int64_t panel, float* c, int64_t ldc, float factor, Ahead& ahead) {
   if (rows <= 0 || K <= 0) return;
   const int64_t parts = (K + kDepth - 1) / kDepth;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t from = part * K / parts, depth = (part + 1) * K / parts - from;
     const float* a_part = a + from * (TRANSPOSED ? lda : 1);
     if (part == 0)
-      multiply_part<TRANSPOSED, ADD>(rows, vecs, depth, a_part, lda, b, ldb, panel, c, ldc, factor);
+      multiply_part<TRANSPOSED, ADD>(rows, vecs, depth, a_part, lda, b, ldb, panel, c, ldc, factor, ahead);
     else
-      multiply_part<TRANSPOSED, true>(rows, vecs, depth, a_part, lda, b + from * ldb, ldb, panel, c, ldc, factor);
+      multiply_part<TRANSPOSED, true>(rows, vecs, depth, a_part, lda, b + from * ldb, ldb, panel, c, ldc, factor,
+                                      ahead);
   }
 }
 
