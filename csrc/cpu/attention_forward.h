@@ -7,6 +7,8 @@
 
 namespace mm::cpu::attention::MM_ISA {
 
+constexpr int kTogether = 4;  // rows of a softmax: a row alone waits for its maximum, and again for its sum
+
 // Keys of a block: as many as leave K, V and the tile's rows room in the second-level cache.
 MM_INLINE int64_t forward_block(int64_t D) { return D <= 64 ? 256 : D <= 128 ? 128 : 64; }
 
@@ -98,11 +100,10 @@ struct ForwardTile {
       multiply<false, false>(rows_here, at.vecs(), depth, query + first * ld_query, ld_query, key + at.begin * depth,
                              kPanel, kPanel * depth, scores + at.begin, ld_scores, scale_left(in), ahead);
     }
-    for (int64_t i = 0; i < rows_here; ++i) {
-      softmax_row(keys, seen, first + i, scores + i * ld_scores);
-      for (int64_t s = 0; s < seen.stretches; ++s)
-        narrow_in_place(scores + i * ld_scores, seen.stretch[s].begin, seen.stretch[s].end);
-    }
+    int64_t done = 0;
+    for (; done + kTogether <= rows_here; done += kTogether)
+      softmax_rows<kTogether>(keys, seen, first + done, scores + done * ld_scores);
+    for (; done < rows_here; ++done) softmax_rows<1>(keys, seen, first + done, scores + done * ld_scores);
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
       const auto product = fresh && s == 0 ? multiply<false, false> : multiply<false, true>;
@@ -111,32 +112,48 @@ struct ForwardTile {
     }
   }
 
-  // Scores to probabilities times e^(row maximum), and the row's sums so far to the new maximum.
-  void softmax_row(const Keys& keys, const Seen& seen, int64_t row, float* x) {
+  // Scores to probabilities times e^(row maximum), and the rows' sums so far to the new maxima.
+  template <int ROWS>
+  void softmax_rows(const Keys& keys, const Seen& seen, int64_t row, float* x) {
     const Inputs& in = f.in;
-    if (seen.any_masked) mask_row(in, begin + row, keys, seen, x);
-    V maxima = splat(-kInfinity);
+    const auto scores_of = [&](int r) { return x + r * ld_scores; };
+    V maxima[ROWS], sums[ROWS] = {};
+    float top[ROWS], base[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      maxima[r] = splat(-kInfinity);
+      if (seen.any_masked) mask_row(in, begin + row + r, keys, seen, scores_of(r));
+    }
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      close_row(at, x);
-      if (bias) add_bias(at, bias + in.q_modality[begin + row] * ld_scores, x);
-      for (int64_t j = at.begin; j < at.end; j += W) maxima = larger(load(x + j), maxima);
-    }
-    const float before = row_max[row], found = largest(maxima);
-    const float top = found > before ? found : before;
-    const float base = top == -kInfinity ? 0.0f : top;  // nothing seen yet: every exponent is -inf
-    V sums{};
-    for (int64_t s = 0; s < seen.stretches; ++s)
-      for (int64_t j = seen.stretch[s].begin; j < seen.stretch[s].end; j += W) {
-        const V p = exp(load(x + j) - base);
-        store(x + j, p);
-        sums += p;
+      for (int r = 0; r < ROWS; ++r) {
+        close_row(at, scores_of(r));
+        if (bias) add_bias(at, bias + in.q_modality[begin + row + r] * ld_scores, scores_of(r));
       }
-    if (top != before && before != -kInfinity) rescale(row, exp(splat(before - base))[0]);
-    row_max[row] = top;
-    row_sum[row] += sum(sums);
-    if (mass) add_mass(keys, seen, row, x);
-    if (keep) drop(keys, seen, row, x);
+      for (int64_t j = at.begin; j < at.end; j += W)
+        for (int r = 0; r < ROWS; ++r) maxima[r] = larger(load(scores_of(r) + j), maxima[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const float found = largest(maxima[r]), before = row_max[row + r];
+      top[r] = found > before ? found : before;
+      base[r] = top[r] == -kInfinity ? 0.0f : top[r];  // nothing seen yet: every exponent is -inf
+    }
+    for (int64_t s = 0; s < seen.stretches; ++s)
+      for (int64_t j = seen.stretch[s].begin; j < seen.stretch[s].end; j += W)
+        for (int r = 0; r < ROWS; ++r) {
+          const V p = exp(load(scores_of(r) + j) - base[r]);
+          store(scores_of(r) + j, p);
+          sums[r] += p;
+        }
+    for (int r = 0; r < ROWS; ++r) {
+      const float before = row_max[row + r];
+      if (top[r] != before && before != -kInfinity) rescale(row + r, exp(splat(before - base[r]))[0]);
+      row_max[row + r] = top[r];
+      row_sum[row + r] += sum(sums[r]);
+      if (mass) add_mass(keys, seen, row + r, scores_of(r));
+      if (keep) drop(keys, seen, row + r, scores_of(r));
+      for (int64_t s = 0; s < seen.stretches; ++s)
+        narrow_in_place(scores_of(r), seen.stretch[s].begin, seen.stretch[s].end);
+    }
   }
 
   void rescale(int64_t row, float factor) {
