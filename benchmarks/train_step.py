@@ -32,7 +32,7 @@ from mmmodel import configs, train
 from mmmodel.batches import Batch
 from mmmodel.configs import PretrainConfig
 from mmmodel.flops import StepFlops
-from mmmodel.model import Model
+from mmmodel.model import Model, autocast
 from mmmodel.pretraining import Pretraining
 
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
@@ -85,7 +85,7 @@ class Step:
 
     def gradients(self, batch: Batch, prepared: Any) -> tuple[float, list[Tensor]]:
         """Loss and gradients on a batch."""
-        return gradients(self.learner, batch, prepared, train.autocast(self.config))
+        return gradients(self.learner, batch, prepared, autocast(self.config.device, self.config.precision))
 
 
 @dataclass

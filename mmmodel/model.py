@@ -189,3 +189,8 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
     """Trainable parameters by top-level part, and "total"."""
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()}
     return {**counts, "total": sum(p.numel() for p in module.parameters())}
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """What a training step's forward runs under.  bf16 has the range of fp32, so gradients need no scaling."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")

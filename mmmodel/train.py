@@ -28,7 +28,7 @@ from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
-from mmmodel.model import parameter_counts
+from mmmodel.model import autocast, parameter_counts
 from mmmodel.plot import plot_run
 from mmmodel.pretraining import Prepared, Pretraining
 from mmmodel.progress import Progress
@@ -180,7 +180,7 @@ def train_step(
     """
     learner.train()
     device = next(learner.parameters()).device
-    with autocast(config), StepFlops(learner) as flops:
+    with autocast(config.device, config.precision), StepFlops(learner) as flops:
         loss, figures = learner(batch.to(device), prepared)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -198,11 +198,6 @@ def _read(figures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
     """All in one copy, before the optimizer's kernels are asked for: each read lets a GPU run dry."""
     values = torch.stack([value.to(device) for value in figures.values()]).tolist()
     return dict(zip(figures, values, strict=True))
-
-
-def autocast(config: PretrainConfig) -> torch.autocast:
-    """bf16 has the range of fp32, so gradients need no scaling."""
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def prepare_modules(learner: Pretraining, config: PretrainConfig) -> None:

@@ -40,6 +40,7 @@ class FinetuneConfig:
     seed: Seed = 0
     threads: Count = 1
     device: Device = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: training under autocast; weights and scores stay fp32
 
 
 def check(config: FinetuneConfig) -> None:

@@ -25,6 +25,7 @@ from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_groups
 from mmmodel.limits import RunError
+from mmmodel.model import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,9 @@ def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
 
     def feed_batches(epoch: int) -> Iterator[Tensor]:
         for rows, batch in _batches(learner, data.train, data.features, config, epoch):
-            yield loss(learner(batch), targets[rows])
+            with autocast(config.device, config.precision):
+                outputs = learner(batch)
+            yield loss(outputs.float(), targets[rows])
 
     return feed_batches, lambda: evaluate_on(learner, data, data.validation)
 
@@ -193,7 +196,9 @@ def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig):
 
     def feed(epoch: int) -> Iterator[Tensor]:
         for _, batch in _batches(learner, items, data.features, config, epoch):
-            yield learner(batch)
+            with autocast(config.device, config.precision):
+                loss = learner(batch)
+            yield loss
 
     return feed, lambda: evaluate_on(learner, data, data.validation)
 

@@ -256,7 +256,7 @@ def _refuse_other(out: Path, config: FinetuneConfig, source: Run) -> None:
         raise ConfigError(f"finetune: {out} is the run to start from; choose another --out")
     if path.exists():
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = asdict(configs.from_dict(json.loads(path.read_text(encoding="utf-8")), FinetuneConfig))
             theirs["data"] = theirs["data"] and pretraining.located(theirs["data"])  # older ones: as it was typed
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"finetune: {path} does not read: {error}; choose another --out") from error

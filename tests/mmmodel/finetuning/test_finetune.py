@@ -19,6 +19,7 @@ from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
 from mmmodel.finetuning.loop import evaluate_on
+from mmmodel.model import Model
 
 QUICK = FinetuneConfig(epochs=12, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05)
 
@@ -62,6 +63,38 @@ def test_retrieval_starts_from_the_runs_own_head_and_saves_it_where_a_run_has_it
     again, _, _ = finetuning.load(tmp_path)
     data, _ = finetuning.read_labelled(open_run(run).config, again.model, config)
     assert evaluate_on(again, data, data.test) == pytest.approx(report["test"])
+
+
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_bf16_trains_under_autocast_and_scores_in_fp32(run, labelled, shards, tmp_path, task, monkeypatch):
+    label, data = ("concept", shards) if task == "retrieval" else ("colour", labelled)
+    seen = set()
+    original = Model.forward
+
+    def forward(model, *args):
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return original(model, *args)
+
+    monkeypatch.setattr(Model, "forward", forward)
+    config = dataclasses.replace(QUICK, task=task, label=label, data=str(data), epochs=6)
+    exact = finetuning.finetune(run, config, tmp_path / "fp32")
+    assert seen == {(True, False), (False, False)}
+    seen.clear()
+    report = finetuning.finetune(run, dataclasses.replace(config, precision="bf16"), tmp_path / "bf16")
+    assert seen == {(True, True), (False, False)}
+    assert {tensor.dtype for tensor in open_run(tmp_path / "bf16").tensors.values()} == {torch.float32}
+    assert report["validation"][report["score"]] == pytest.approx(exact["validation"][report["score"]], abs=0.15)
+    assert json.loads((tmp_path / "bf16" / "finetune.json").read_text())["precision"] == "bf16"
+
+
+def test_a_folder_that_was_written_before_a_field_was_there_holds_its_default(run, labelled, tmp_path):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=1)
+    finetuning.finetune(run, config, tmp_path)
+    path = tmp_path / "finetune.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "precision"}))
+    finetuning.finetune(run, config, tmp_path)
+    with pytest.raises(ConfigError, match="other precision fp32 -> bf16"):
+        finetuning.finetune(run, dataclasses.replace(config, precision="bf16"), tmp_path)
 
 
 def test_a_frozen_encoder_stays_as_it_was_and_the_head_learns(run, labelled, tmp_path):
