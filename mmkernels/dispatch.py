@@ -147,6 +147,7 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 # What an option that is a number may be: in a graph of torch.compile also a symbol.
 WHOLE = (int, np.integer, torch.SymInt)
 NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
+LARGEST = sys.float_info.max  # finite, as a float: compared with, since torch.compile has no isfinite for symbols
 
 
 def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:

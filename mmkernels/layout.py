@@ -211,14 +211,7 @@ class PackedLayout:
     def stream_lengths(self) -> tuple[int, ...]:
         """Rows that each of the M streams must have."""
         cached = self.cache.get("stream_lengths")  # first: a graph that looks at a read-only array makes torch warn
-        if cached is None:
-            if self.segments is None:
-                raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")
-            has_special = np.array([s is not None for s in self.special_tokens or [None] * self.num_modalities])
-            modality, length = self.segments[:, 1], self.segments[:, 2].astype(np.int64)
-            rows = np.bincount(modality, weights=length - has_special[modality], minlength=self.num_modalities)
-            cached = self.cache["stream_lengths"] = tuple(int(n) for n in rows)
-        return cached
+        return _counted_streams(self) if cached is None else cached
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         """The layout on `device`: one buffer, one copy.  Itself when it is there already."""
@@ -301,6 +294,17 @@ class PackedLayout:
             special_tokens=tuple(None if s < 0 else s for s in special.tolist()) if (special >= 0).any() else None,
             _buffer=buffer,
         )
+
+
+@dispatch.host_code("PackedLayout.stream_lengths: in one graph it must have been read before, outside")
+def _counted_streams(layout: PackedLayout) -> tuple[int, ...]:
+    if layout.segments is None:
+        raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")
+    has_special = np.array([s is not None for s in layout.special_tokens or [None] * layout.num_modalities])
+    modality, length = layout.segments[:, 1], layout.segments[:, 2].astype(np.int64)
+    rows = np.bincount(modality, weights=length - has_special[modality], minlength=layout.num_modalities)
+    counted = layout.cache["stream_lengths"] = tuple(int(n) for n in rows)
+    return counted
 
 
 _TENSORS = ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids")

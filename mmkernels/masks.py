@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, mask_lowering, mask_lowering_device, planner
+from mmkernels import dispatch, layout_tables, mask_lowering, mask_lowering_device, planner
 from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
@@ -97,7 +97,8 @@ class AttentionMask:
 
     @classmethod
     def isolated(cls, num_modalities: int) -> AttentionMask:
-        """Each modality sees itself alone: as many unimodal encoders in one pass."""
+        """Each modality sees itself alone: as many unimodal encoders in one pass.  ValueError beyond 1 to 32."""
+        layout_tables.check_modalities("AttentionMask.isolated", num_modalities)
         return cls(visible=tuple(tuple(q == k for k in range(num_modalities)) for q in range(num_modalities)))
 
 
@@ -146,6 +147,8 @@ class MaskPlan:
         layout, NotImplementedError for one that intervals and bits cannot express, with the dense alternative.
         """
         mask = _EVERYTHING if mask is None else mask
+        if not isinstance(mask, AttentionMask):
+            raise ValueError(f"MaskPlan: mask is {type(mask).__name__}, expected AttentionMask or None")
         keys = layout if k_layout is None else k_layout
         # Not a dictionary by (mask, keys): Dynamo cannot hash a layout, but it guards on `is`.
         plans = layout.cache.get(mask, ())

@@ -19,6 +19,20 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# Whether a gradient stands for many at once, as torch.autograd.grad(is_grads_batched=True) makes them.  torch's own
+# operators have rules for that; for others, where they return tensors and no lists, torch goes through them one by one.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def refuse_batched(name: str, *grads: torch.Tensor | None) -> None:
+    """For operators with lists of tensors: torch's message would name a function that nobody called."""
+    if any(grad is not None and is_batched(grad) for grad in grads):
+        raise NotImplementedError(
+            f"{name}: there are no many gradients at once (is_grads_batched, jacobian(vectorize=True)); use "
+            "torch.func.vmap over torch.func.vjp"
+        )
+
+
 def has_tangent(*tensors: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 

@@ -113,6 +113,25 @@ def test_a_layout_may_be_made_inside():
     torch.testing.assert_close(torch.func.grad(function)(x), torch.autograd.grad(function(x.requires_grad_()), x)[0])
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_many_gradients_at_once(name):
+    """torch.autograd.grad(is_grads_batched=True): right, or refused where lists of tensors go through."""
+    function, shape = OPERATORS[name]
+    lists = name in ("pack", "unpack") or name.startswith("modality_embed")
+    for _ in range(2):  # attention's second call goes a shorter way
+        x = drawn(*shape).requires_grad_()
+        out = function(x, "cpp")
+        out = out[0] if isinstance(out, list) else out
+        grads = drawn(3, *out.shape)
+        if lists:
+            with pytest.raises(NotImplementedError, match=f"^{name.split()[0]}: there are no many gradients at once"):
+                torch.autograd.grad(out, x, grads, is_grads_batched=True)
+            continue
+        (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in grads]
+        torch.testing.assert_close(found, torch.stack(each))
+
+
 def test_vmap_over_nothing_is_refused():
     with pytest.raises(NotImplementedError, match="gather_rows: vmap over a dimension of size 0"):
         torch.vmap(scalar("gather_rows", "auto"))(drawn(0, T, E))

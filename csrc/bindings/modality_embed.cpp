@@ -72,8 +72,10 @@ void check_call(AOTITorchError error) {
 Tensor fresh(int32_t dtype, std::initializer_list<int64_t> sizes) {
   const int64_t strides[2] = {sizes.size() == 2 ? std::max<int64_t>(1, sizes.begin()[1]) : 1, 1};
   AtenTensorHandle made = nullptr;
-  check_call(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                      aoti_torch_device_type_cpu(), 0, &made));
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                        dtype, aoti_torch_device_type_cpu(), 0, &made);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "modality_embed: there is no memory for a result of ",
+                  sizes.begin()[0] * strides[0], " elements");
   return Tensor(made);
 }
 

@@ -128,7 +128,9 @@ Tensor new_tensor(const Tensor& like, const std::array<int64_t, D>& sizes, bool 
   if (!boolean) check_call(aoti_torch_get_dtype(like.get(), &dtype));
   check_call(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  check_call(aoti_torch_empty_strided(D, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &made));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(D, sizes.data(), strides.data(), dtype, device, like.get_device_index(), &made);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "packing: there is no memory for a result of ", stride, " elements");
   return Tensor(made);
 }
 

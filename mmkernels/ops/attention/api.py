@@ -63,6 +63,7 @@ def attention(
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for masks that cannot
     be expressed, RuntimeError when `impl` cannot run here.
     """
+    _check_options("attention", deterministic, impl)
     q, k, v = _in_autocasts_dtype(q, k, v)
     plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
@@ -76,12 +77,10 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
         raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (dispatch.is_number(scale) and scale > 0 and math.isfinite(scale)):
+    elif not (dispatch.is_number(scale) and 0 < scale <= dispatch.LARGEST):
         raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
     if not dispatch.is_dropout(dropout_p):
         raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
-    if deterministic not in (None, True, False):
-        raise ValueError(f"attention: deterministic is {deterministic!r}, expected True, False or None")
     if pair_bias is not None:
         pair_bias = _checked_bias(pair_bias, q, layout, keys)
     plan = MaskPlan.lower(layout, mask, k_layout)
@@ -137,6 +136,7 @@ def attention_qkvpacked(
     if not isinstance(qkv, Tensor) or qkv.ndim != 4 or qkv.shape[1] != 3:
         came = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
         raise ValueError(f"attention_qkvpacked: qkv is {came}, expected a tensor [T, 3, heads, head width]")
+    _check_options("attention", deterministic, impl)
     (qkv,) = _in_autocasts_dtype(qkv)
     if not others and (out := quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)) is not None:
         return out
@@ -158,7 +158,8 @@ def prepare_attention(
 ) -> None:
     """Lower `mask` on `layout` and plan its tiles ahead, as the first `attention` call would.
 
-    For torch.compile, whose regions cannot hold this host code, and for data workers.
+    For torch.compile, whose regions cannot hold this host code.  In the process that computes: a layout that comes from
+    a data worker has left its plans there.
 
     needs_backward  the call will be made with gradients on, and one of q, k, v and pair_bias requires one
     extras          the call will have a pair_bias, dropout or return_modality_mass
@@ -168,6 +169,7 @@ def prepare_attention(
     `attention` would.
     """
     _check_types("prepare_attention", layout, layout if k_layout is None else k_layout, mask)
+    _check_options("prepare_attention", deterministic, impl)
     if dtype not in DTYPES:
         raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {DTYPE_NAMES}")
     if not (isinstance(head_dim, int | np.integer) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
@@ -223,11 +225,20 @@ def _checked_bias(pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: Pack
     """pair_bias as the kernels read it: contiguous, in the dtype of the softmax."""
     expected = (q.shape[1], layout.num_modalities, keys.num_modalities)
     if not isinstance(pair_bias, Tensor) or tuple(pair_bias.shape) != expected or not pair_bias.is_floating_point():
-        found = tuple(pair_bias.shape) if isinstance(pair_bias, Tensor) else type(pair_bias).__name__
+        is_tensor = isinstance(pair_bias, Tensor)
+        found = f"{pair_bias.dtype} {tuple(pair_bias.shape)}" if is_tensor else type(pair_bias).__name__
         raise ValueError(f"attention: pair_bias is {found}, expected floating point {expected}, [H, Mq, Mk]")
     if pair_bias.device != q.device:
         raise ValueError(f"attention: pair_bias is on {pair_bias.device}, expected q's {q.device}")
     return pair_bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _check_options(who: str, deterministic, impl) -> None:
+    """Before anything looks for what was kept: there these are keys."""
+    if deterministic is not None and type(deterministic) is not bool:
+        raise ValueError(f"{who}: deterministic is {deterministic!r}, expected True, False or None")
+    if impl not in dispatch.IMPLS:
+        raise ValueError(f"{who}: impl is {impl!r}, expected one of {', '.join(dispatch.IMPLS)}")
 
 
 def _check_tensors(q, k, v) -> None:

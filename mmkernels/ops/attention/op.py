@@ -132,7 +132,8 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
     inputs = (do, dlse, q, k, v, pair_bias, rng, out, lse, *lowered, impl)
     if transforms.active():
         dq, dk, dv, dbias = _transformed_bwd(*inputs)
-    elif torch.is_grad_enabled():  # someone wants a second-order gradient, and gets to know that there is none
+    elif torch.is_grad_enabled() or any(g is not None and transforms.is_batched(g) for g in (do, dlse)):
+        # A second-order gradient, of which the operator says that there is none; or many gradients at once.
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
         dq, dk, dv, dbias = dispatch.below_autograd(_bwd, _bwd_op, inputs, do)

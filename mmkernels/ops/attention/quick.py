@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import dispatch, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.attention import op
 from mmkernels.ops.attention.inputs import Lowered, uses_tf32
@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or not dispatch.unwatched(do):
+        if torch.is_grad_enabled() or transforms.is_batched(do) or not dispatch.unwatched(do):
             return *op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], None
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         ctx.known.backward(do, q, k, v, out, lse, dq, dk, dv)
@@ -102,7 +102,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or not dispatch.unwatched(do):
+        if torch.is_grad_enabled() or transforms.is_batched(do) or not dispatch.unwatched(do):
             return torch.stack(op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], 1), None
         gradient = q.new_empty((q.shape[0], 3, *q.shape[1:]))
         ctx.known.backward(do, q, k, v, out, lse, *gradient.unbind(1))

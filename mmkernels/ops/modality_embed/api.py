@@ -5,7 +5,6 @@ T tokens, E width, M modalities, N_m rows of modality m's stream, V token ids, P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -135,8 +134,8 @@ def _quick(
     for stream, rows in zip(given, layout.stream_lengths, strict=True):
         if stream is not None and type(stream) not in dispatch.PLAIN_TENSORS:
             return None
-        if stream is None or (rows == 0 and stream.shape != (0, modality_weight.shape[-1])):
-            stream = modality_weight.new_empty((0, modality_weight.shape[-1]))
+        if stream is None or (rows == 0 and stream.numel() == 0):
+            stream = _without_rows(stream, modality_weight)
         if stream.shape[:1] != (rows,):
             return None
         streams.append(stream)
@@ -163,7 +162,7 @@ def _quick(
 def check_options(function: str, norm, eps, dropout, dropout_name: str = "dropout_p") -> None:
     if norm not in NORMS:
         raise ValueError(f"{function}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-    if not (dispatch.is_number(eps) and 0 <= eps < math.inf):  # not isfinite: under torch.compile it may be a symbol
+    if not (dispatch.is_number(eps) and 0 <= eps <= dispatch.LARGEST):
         raise ValueError(f"{function}: eps is {eps!r}, expected a finite number >= 0")
     if not dispatch.is_dropout(dropout):
         raise ValueError(f"{function}: {dropout_name} is {dropout!r}, expected a number, 0 <= {dropout_name} < 1")
@@ -184,16 +183,19 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
-    """Streams, with a float stream of no rows in place of each that is None or empty in some other shape."""
-    width = modality_weight.shape[-1]
-    found = []
-    for stream in streams:
-        if stream is None or (stream.numel() == 0 and stream.ndim != 1 and tuple(stream.shape) != (0, width)):
-            stream = modality_weight.new_empty((0, width))
-        elif stream.ndim == 1 and stream.numel() == 0 and stream.is_floating_point():
-            stream = stream.new_empty((0, width))
-        found.append(stream)
-    return found
+    """Streams, with a float stream of no rows in place of each that is None or empty."""
+    return [
+        _without_rows(stream, modality_weight) if stream is None or stream.numel() == 0 else stream
+        for stream in streams
+    ]
+
+
+def _without_rows(stream: Tensor | None, modality_weight: Tensor) -> Tensor:
+    """[0, E] in the parameters' dtype; the stream itself where it is that in some dtype, for it may learn."""
+    shape = (0, modality_weight.shape[-1])
+    if stream is None or stream.shape != shape:
+        return modality_weight.new_empty(shape)
+    return stream if stream.dtype is modality_weight.dtype else stream.to(modality_weight.dtype)
 
 
 def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: int) -> tuple[list[Tensor], list[int]]:

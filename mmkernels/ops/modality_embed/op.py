@@ -119,6 +119,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        transforms.refuse_batched("modality_embed", grad_out)
         M, table_counts, indices, options, impl = ctx.rest
         *leaves, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
         streams = leaves[:M]

@@ -21,6 +21,7 @@ from mmkernels.planner import PackPlan, plan_packs
 __all__ = ["PackPlan", "gather_rows", "pack", "pad", "plan_packs", "segment_mean", "unpack", "unpad"]
 
 _QUICK = ("auto", "cpp")  # what `quick` may serve
+MAX_LENGTH = 2**31 - 1  # positions are int32
 
 
 def pack(
@@ -32,7 +33,7 @@ def pack(
              apart (views of a wider tensor); the copy follows the layout's segment table
 
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
-    a token table: use modality_embed) and for a layout from cu_seqlens (it does not know its streams).
+    a token table: use modality_embed) and for one whose bounds only the device knows (it does not know its streams).
     """
     if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         table = layout.cache.get("quick_segments")
@@ -88,9 +89,10 @@ def pad(
     length = layout.max_seqlen if length is None else length
     if isinstance(length, Tensor | np.ndarray) and length.ndim == 0:
         length = length.item()
-    if not dispatch.is_number(length, dispatch.WHOLE) or length < layout.max_seqlen:
+    if not dispatch.is_number(length, dispatch.WHOLE) or not layout.max_seqlen <= length <= MAX_LENGTH:
         raise ValueError(
-            f"pad: length is {length!r}, expected a whole number of at least {layout.max_seqlen}, the longest sample's"
+            f"pad: length is {length!r}, expected a whole number from {layout.max_seqlen}, the longest sample's, to "
+            f"{MAX_LENGTH}"
         )
     if out is not None:
         out = checks.padded_out(out, (layout.num_samples, length, packed.shape[1]), packed)
@@ -130,8 +132,8 @@ def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl
 def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Mean of each segment's tokens (its special token included): [N, E] from packed [T, E]; 0 for an empty segment.
 
-    Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  For a layout from cu_seqlens a segment
-    is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
+    Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  Where only the device knows a layout's
+    bounds, a segment is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
     """
     if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         means = quick.segment_mean(packed, layout.segment_cu_seqlens, out)
@@ -145,7 +147,8 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
 
 
 def _resolve(impl: str, tensor: Tensor) -> str:
-    if is_dynamo_compiling():  # which would guard on what is not kept yet, and compile the next call anew
+    # The compiler would guard on what is not kept yet, and compile the next call anew.
+    if is_dynamo_compiling() or not isinstance(impl, str):
         return dispatch.resolve("packing", impl, device=tensor.device, dtype=tensor.dtype)
     key = (impl, tensor.device.type, tensor.dtype)
     chosen = _RESOLVED.get(key)  # on a short batch looking it up anew would cost as much as the copy

@@ -142,6 +142,7 @@ def _pack_context(ctx, inputs, output):
 
 
 def _pack_backward(ctx, grad):
+    transforms.refuse_batched("pack", grad)
     return unpack(grad, *ctx.saved_tensors, ctx.stream_lengths, ctx.impl), None, None, None, None, None
 
 
@@ -152,6 +153,7 @@ def _unpack_context(ctx, inputs, output):
 
 
 def _unpack_backward(ctx, grads):
+    transforms.refuse_batched("unpack", *grads)
     return pack(grads, *ctx.saved_tensors, ctx.total, ctx.impl), None, None, None, None, None
 
 

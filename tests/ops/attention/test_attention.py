@@ -1,5 +1,7 @@
 """attention on CPU: rows that see nothing, lse and mass, strides, the operator's contract, what is refused."""
 
+import math
+
 import pytest
 import torch
 from attention_oracle import CPU_IMPLS, MASKS, NUM_MODALITIES, Case, check, dense_oracle, make_qkv, shared_layout
@@ -172,13 +174,20 @@ def _call(**changes):
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": "1"}, "scale is '1', expected a positive finite number"),
         ({"scale": True}, "scale is True, expected a positive finite number"),
+        ({"scale": math.inf}, "scale is inf, expected a positive finite number"),
+        ({"scale": 10**400}, "scale is 10+, expected a positive finite number"),
         ({"dropout_p": True}, "dropout_p is True, expected a number"),
         ({"scale": torch.nn.Parameter(torch.tensor(0.25))}, "scale is a tensor, expected a number; multiply q by it"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0, expected a number, 0 <= dropout_p < 1"),
         ({"dropout_p": None}, "dropout_p is None, expected a number"),
         ({"dropout_p": torch.tensor(0.5)}, "dropout_p is tensor"),
         ({"deterministic": "yes"}, "deterministic is 'yes', expected True, False or None"),
-        ({"pair_bias": torch.zeros(4, 1, 2)}, r"pair_bias is \(4, 1, 2\), expected floating point \(4, 1, 1\)"),
+        ({"deterministic": torch.ones(2)}, r"deterministic is tensor\(.*, expected True, False or None"),
+        (
+            {"pair_bias": torch.zeros(4, 1, 2)},
+            r"pair_bias is torch.float32 \(4, 1, 2\), expected floating point \(4, 1, 1\)",
+        ),
+        ({"pair_bias": torch.zeros(4, 1, 1).long()}, "pair_bias is torch.int64 .*, expected floating point"),
         ({"pair_bias": 0.5}, "pair_bias is float, expected"),
         ({"k_layout": PackedLayout.from_counts([[8]])}, "k_layout has 1 samples, expected layout's 2"),
         ({"k_layout": PackedLayout.from_counts([[5], [4]])}, "k has 8 tokens, expected the layout's 9"),
@@ -187,13 +196,16 @@ def _call(**changes):
         ({"layout": torch.tensor([0, 5, 8])}, "layout is Tensor, expected PackedLayout"),
         ({"q": [[0.0]]}, "q is list, expected a tensor"),
         ({"impl": "fast"}, "impl is 'fast', expected one of"),
+        ({"impl": ["cpp"]}, r"impl is \['cpp'\], expected one of"),
         ({"q": torch.randn(8, 4, 16).to("meta")}, "q is on meta, expected the layout's cpu"),
         ({name: torch.ones(8, 4, 16, dtype=torch.int32) for name in "qkv"}, "q is torch.int32, expected float32"),
     ],
 )
 def test_bad_arguments(changes, message):
+    layout = PackedLayout.from_counts([[5], [3]])
+    _call(layout=layout)  # after which a call of the same kind goes a shorter way
     with pytest.raises(ValueError, match=message):
-        _call(**changes)
+        _call(**{"layout": layout, **changes})
 
 
 def test_bad_arguments_of_prepare_attention():
@@ -205,6 +217,9 @@ def test_bad_arguments_of_prepare_attention():
         with pytest.raises(ValueError, match=f"head_dim is {width}, expected 8 to 256"):
             prepare_attention(layout, dtype=torch.float32, head_dim=width)
     good = {"layout": layout, "dtype": torch.float32, "head_dim": 16}
+    for name, value in (("deterministic", "yes"), ("impl", "fast")):
+        with pytest.raises(ValueError, match=f"prepare_attention: {name} is '{value}', expected"):
+            prepare_attention(**good, **{name: value})
     for name, value in (("layout", torch.tensor([0, 5, 8])), ("k_layout", [5, 3]), ("mask", torch.ones(8, 8))):
         with pytest.raises(ValueError, match=f"prepare_attention: {name} is {type(value).__name__}, expected"):
             prepare_attention(**{**good, name: value})

@@ -153,12 +153,33 @@ def test_a_new_layout_breaks_the_graph_where_it_may_break():
     assert torch.equal(building(qkv), attention(*qkv.unbind(1), layout=PackedLayout.from_counts([[4], [2]])))
 
 
+@pytest.mark.parametrize("how", ["an argument", "an attribute", "of the shape"])
+def test_a_scale_may_be_a_symbol(how):
+    class Block(torch.nn.Module):
+        scale = 0.25
+
+        def forward(self, qkv, layout, scale):
+            scale = {"an argument": scale, "an attribute": self.scale, "of the shape": 1 / qkv.shape[-1] ** 0.5}[how]
+            return attention(*qkv.unbind(1), layout=layout, scale=scale)
+
+    torch._dynamo.reset()
+    layout = PackedLayout.from_counts([[4], [2]])
+    compiled = torch.compile(Block(), backend="aot_eager", fullgraph=True, dynamic=True)
+    qkv = torch.randn(6, 3, 2, 16)
+    for scale in (0.3, 0.4, 0.5):
+        expected = Block()(qkv, layout, scale)
+        assert torch.equal(compiled(qkv, layout, scale), expected)
+
+
 def test_what_one_graph_cannot_hold_is_named():
     torch._dynamo.reset()
     streams = [torch.randn(2, 3)]
     compiled = torch.compile(lambda s, layout: pack(s, layout), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="in one graph the layout must have met one of them before"):
         compiled(streams, PackedLayout.from_counts([[2]]))
+    reading = torch.compile(lambda s, layout: s[0] * layout.stream_lengths[0], backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="stream_lengths: in one graph it must have been read before, outside"):
+        reading(streams, PackedLayout.from_counts([[2]]))
     built = torch.compile(lambda s: pack(s, PackedLayout.from_counts([[2]])), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="a layout is built on the host, outside of a graph"):
         built(streams)

@@ -161,6 +161,7 @@ BAD = [
     ({"position_weights": [5, None]}, ValueError, r"position_weights\[0\] is int, expected a table"),
     ({"position_weights": [[None], None]}, ValueError, r"position_weights\[0\] holds NoneType, expected tensors"),
     ({"eps": True}, ValueError, "eps is True, expected a finite number"),
+    ({"eps": 10**400}, ValueError, "eps is 10+, expected a finite number"),
 ]
 
 
@@ -169,6 +170,21 @@ def test_errors_say_what_was_expected(change, error, message):
     modality_embed(**GOOD)
     with pytest.raises(error, match=message):
         modality_embed(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpp", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16, torch.int16, torch.int64])
+@pytest.mark.parametrize("shape", [(0, 8), (0, 7), (0,), (3, 0)])
+def test_what_is_empty_has_no_dtype_that_matters(shape, dtype, impl):
+    layout = PackedLayout.from_counts([[3, 0], [1, 0]])
+    arguments = {"modality_weight": torch.randn(2, 8, requires_grad=True), "impl": impl}
+    rows, empty = torch.randn(4, 8, requires_grad=True), torch.empty(shape, dtype=dtype)
+    out = modality_embed([rows, empty], layout, **arguments)
+    assert torch.equal(out, modality_embed([rows, None], layout, **arguments))
+    if shape == (0, 8) and dtype == torch.float64:
+        leaf = empty.requires_grad_()
+        modality_embed([rows, leaf], layout, **arguments).sum().backward()
+        assert leaf.grad.shape == (0, 8)
 
 
 def test_generators_of_streams_and_tables_are_taken():

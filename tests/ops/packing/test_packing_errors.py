@@ -50,8 +50,8 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: unpack(WHOLE, LAYOUT, out=[A, A]), r"unpack: out\[1\] is torch.float32 \[3, 4\] on cpu, expected"),
         (lambda: unpack(WHOLE, LAYOUT, out=[WHOLE[:3], B]), "unpack: out shares memory with the input"),
         (lambda: unpack(WHOLE, LAYOUT, out=[SPARE[:3], SPARE[2:6]]), "unpack: the outputs share memory"),
-        (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected a whole number of at least 4"),
-        (lambda: pad(WHOLE, LAYOUT, length=7.0), "pad: length is 7.0, expected a whole number of at least 4"),
+        (lambda: pad(WHOLE, LAYOUT, length=3), "pad: length is 3, expected a whole number from 4"),
+        (lambda: pad(WHOLE, LAYOUT, length=7.0), "pad: length is 7.0, expected a whole number from 4"),
         (lambda: pad(A, ROWS_OF_ONE, length=True), "pad: length is True, expected a whole number"),
         (lambda: pad(WHOLE, LAYOUT, length="7"), "pad: length is '7', expected a whole number"),
         (lambda: pad(WHOLE, LAYOUT, out=5), "pad: out is int, expected two tensors"),
@@ -87,6 +87,12 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: unpack(WHOLE, ROW), "unpack: layout is Tensor, expected PackedLayout"),
         (lambda: pad(WHOLE, None), "pad: layout is NoneType, expected PackedLayout"),
         (lambda: unpad(PADDED, None), "unpad: layout is NoneType, expected PackedLayout"),
+        (
+            lambda: pad(WHOLE, LAYOUT, length=2**31),
+            "pad: length is 2147483648, expected a whole number from 4, .* to 2147",
+        ),
+        (lambda: pad(WHOLE, LAYOUT, length=2**70), "pad: length is 1180591620717411303424, expected"),
+        (lambda: pack([A, B], LAYOUT, impl=["cpp"]), r"packing: impl is \['cpp'\], expected one of"),
         (lambda: segment_mean(WHOLE, None), "segment_mean: layout is NoneType, expected PackedLayout"),
     ],
 )
