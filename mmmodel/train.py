@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmmodel import atomic, checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.export import export
+from mmmodel.export import FILE, export
 from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
@@ -61,11 +61,14 @@ def pretrain(config: PretrainConfig, out: Path | str) -> bool:
 def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     started = time.perf_counter()
     tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
+    begun = run_folder.begun(out, config)
+    if begun and (out / FILE).exists() and not checkpoint.saved(checkpoints):  # deleted, to save their space
+        _log("%s is finished; to train it again, delete its %s or choose another --out", out, FILE)
+        return True
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():
         if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
             atomic.remove_left(checkpoints, older=0)
-        begun = run_folder.begun(out, config)
         dataset = pretraining.open_data(config)
         if not (begun and tokenizer.exists()) and not distributed.rank():  # a failed run may have left another
             made = earlier.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
@@ -122,7 +125,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         plot_run(out)
         if finished:
             with run_folder.writing(out):
-                export(out / "model.safetensors", learner, config)
+                export(out / FILE, learner, config)
     distributed.wait()
     return finished
 

@@ -202,6 +202,24 @@ def test_a_finished_run_is_left_alone(tiny, unbroken):
     assert all(torch.equal(before[name], value) for name, value in weights(unbroken).items())
 
 
+def test_a_finished_run_without_its_checkpoints_is_finished(tiny, unbroken, tmp_path, caplog):
+    """They take three times the model's space.  More steps are another configuration; without the model it trains."""
+    out = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    with caplog.at_level("INFO"):
+        assert train.pretrain(tiny, out)
+    assert [record.message for record in caplog.records if record.name == "mmmodel.train"] == [
+        f"{out} is finished; to train it again, delete its model.safetensors or choose another --out"
+    ]
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"} == before
+    with pytest.raises(ConfigError, match="holds a run with other steps 8 -> 9"):
+        train.pretrain(dataclasses.replace(tiny, steps=9), out)
+    (out / "model.safetensors").unlink()
+    assert train.pretrain(tiny, out)
+    assert_same_run(out, unbroken)
+
+
 def test_a_folder_of_another_run_is_refused(tiny, unbroken):
     wider = dataclasses.replace(tiny, lr=1.0, model=dataclasses.replace(tiny.model, width=32))
     with pytest.raises(ConfigError, match=r"holds a run with other model.width 16 -> 32, lr 0.002 -> 1.0; choose"):
