@@ -24,6 +24,11 @@ from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
 
+# Fields that say where a run computes, in what portions, and what it keeps: one that was stopped may go on with others.
+# `precision` and `compile` are not among them: they change its numbers by more than the order of sums does.
+WHERE = ("threads", "device", "checkpoint_every", "keep_checkpoints", "checkpointing", "chunk_tokens")
+DATA = "data.json"
+
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
@@ -47,38 +52,34 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
         yield
 
 
-def begun(out: Path, config: PretrainConfig) -> bool:
-    """Whether `out` holds this run already, in which case it goes on.  What made no step holds nothing.
+def begun(out: Path, config: PretrainConfig) -> PretrainConfig | None:
+    """The configuration with which `out` holds this run already, in which case it goes on; None: it holds nothing.
 
-    Raises ConfigError if it holds a run of another configuration, naming the fields that differ, or a fine-tuning.
+    What made no step holds nothing.  Those of WHERE may differ, and the path of data that only moved.  Raises
+    ConfigError if it holds a run of another configuration, naming the fields that differ, or a fine-tuning.
     """
     path = out / "config.json"
     if (out / "finetune.json").exists() and (out / FILE).exists():  # without a model it failed on the way
         raise ConfigError(f"pretrain: {out} holds a fine-tuning; choose another --out")
     steps = metrics.read(out / "metrics.jsonl") or checkpoint.saved(out / "checkpoints") or (out / FILE).exists()
     if not (path.exists() and steps):
-        return False
+        return None
     try:
         theirs = configs.from_dict(json.loads(path.read_text(encoding="utf-8")))
         theirs = replace(theirs, data=pretraining.located(theirs.data))  # older runs kept it as it was typed
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"pretrain: {path} does not read: {error}; choose another --out") from error
-    if found := differences(configs.to_dict(theirs), configs.to_dict(config)):
+    same = replace(theirs, **{name: getattr(config, name) for name in WHERE})
+    if same != config and replace(same, data=config.data) == config and _is_data_of(out, config):
+        return theirs
+    if found := differences(configs.to_dict(same), configs.to_dict(config)):
         raise ConfigError(f"pretrain: {out} holds a run with other {found}; choose another --out")
-    return True
+    return theirs
 
 
 def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:
-    """Keeps in `out` what the samples of a run are; warns if one that goes on finds others than before.
-
-    A sample is its key, its metadata and the sizes of its files: shards may be copied, renamed or packed anew.
-    """
-    digest = hashlib.sha256()
-    for entry in sorted(dataset.entries, key=lambda entry: entry.key):
-        sizes = sorted((extension, size) for extension, (_, size) in entry.members.items())
-        digest.update(json.dumps([entry.key, sizes, entry.meta], sort_keys=True).encode())
-    found = {"samples": len(dataset), "sha256": digest.hexdigest()}
-    path = out / "data.json"
+    """Keeps in `out` what the samples of a run are; warns if one that goes on finds others than before."""
+    found, path = _samples(dataset), out / DATA
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # older runs kept none
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if begun and theirs["sha256"] != found["sha256"]:
@@ -89,6 +90,23 @@ def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:
                 change if theirs["samples"] != found["samples"] else f"still {found['samples']} samples, not the same",
             )
     atomic.write_json(path, found)
+
+
+def _is_data_of(out: Path, config: PretrainConfig) -> bool:
+    """Whether the samples of the configuration's data are those that `note_data` kept."""
+    try:
+        return json.loads((out / DATA).read_text(encoding="utf-8")) == _samples(pretraining.open_data(config))
+    except (FileNotFoundError, ValueError):  # an older run kept none, or the data is not there
+        return False
+
+
+def _samples(dataset: ShardDataset) -> dict[str, Any]:
+    """A sample is its key, its metadata and the sizes of its files: shards may be copied, renamed or packed anew."""
+    digest = hashlib.sha256()
+    for entry in sorted(dataset.entries, key=lambda entry: entry.key):
+        sizes = sorted((extension, size) for extension, (_, size) in entry.members.items())
+        digest.update(json.dumps([entry.key, sizes, entry.meta], sort_keys=True).encode())
+    return {"samples": len(dataset), "sha256": digest.hexdigest()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

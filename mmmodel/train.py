@@ -100,9 +100,10 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("%s learns nothing in this run: it %s", name, reason)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
-            run_folder.note_data(out, dataset, begun=begun)
-        if not begun:
-            atomic.write_json(out / "config.json", asdict(config))
+            run_folder.note_data(out, dataset, begun=bool(begun))
+            if begun and (changed := run_folder.differences(asdict(begun), asdict(config))):
+                _log("going on with other %s", changed)
+        atomic.write_json(out / "config.json", asdict(config))
     _log("ready after %.1f s", time.perf_counter() - started)
 
     def make(step: int):

@@ -226,6 +226,42 @@ def test_a_folder_of_another_run_is_refused(tiny, unbroken):
         train.pretrain(wider, unbroken)
 
 
+def test_a_stopped_run_goes_on_elsewhere_in_other_portions_and_from_data_that_moved(
+    tiny, shards, unbroken, tmp_path, caplog
+):
+    """The objective is the same, and the figures are but for rounding.  Other samples are another run's."""
+    out = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    (out / "model.safetensors").unlink()
+    moved = dataclasses.replace(tiny, data=str(shutil.copytree(shards, tmp_path / "moved")))
+    fields = {"threads": 2, "chunk_tokens": 100, "checkpointing": True, "checkpoint_every": 1, "keep_checkpoints": 3}
+    config = dataclasses.replace(moved, **fields)
+    (tmp_path / "other").mkdir()
+    write_shard(tmp_path / "other" / "a-0.tar", [{"__key__": f"k{i}", "txt": f"red {i}"} for i in range(8)])
+    for field, wrong in (
+        ("data", {"data": str(tmp_path / "other")}),
+        ("data", {"data": str(tmp_path / "nowhere")}),
+        ("precision", {"precision": "bf16"}),
+        ("compile", {"compile": True}),
+    ):
+        with pytest.raises(ConfigError, match=f"holds a run with other .*{field} "):
+            train.pretrain(dataclasses.replace(config, **wrong), out)
+    threads = torch.get_num_threads()
+    try:
+        with caplog.at_level("INFO"):
+            assert train.pretrain(config, out)
+    finally:
+        torch.set_num_threads(threads)
+    assert (
+        f"going on with other data {shards} -> {moved.data}, threads 1 -> 2, chunk_tokens 0 -> 100, "
+        "checkpointing False -> True, checkpoint_every 3 -> 1, keep_checkpoints 2 -> 3" in caplog.messages
+    )
+    assert configs.from_dict(json.loads((out / "config.json").read_text())) == config
+    lines = [metrics.read(folder / "metrics.jsonl") for folder in (out, unbroken)]
+    assert [line["step"] for line in lines[0]] == list(range(1, 9))
+    assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], rel=1e-3)
+
+
 def test_a_run_that_made_no_step_leaves_its_folder_free(tiny, tmp_path):
     """What was wrong: the data, the batch, and then the first step, as when it does not fit in memory."""
     with pytest.raises(FileNotFoundError):
