@@ -60,6 +60,11 @@ def pretrain(config: PretrainConfig, out: Path | str) -> bool:
 
 def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     started = time.perf_counter()
+    if config.batch_size < distributed.size():
+        raise ConfigError(
+            f"pretrain: batch_size is {config.batch_size}, expected at least a sample for each of the "
+            f"{distributed.size()} processes"
+        )
     tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
     begun = run_folder.begun(out, config)
     if begun and (out / FILE).exists() and not checkpoint.saved(checkpoints):  # deleted, to save their space

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mmmodel import checkpoint, distributed, metrics, train
 from mmmodel.batches import collate
-from mmmodel.configs import MaskedConfig, ObjectiveConfig, ObjectivesConfig
+from mmmodel.configs import ConfigError, MaskedConfig, ObjectiveConfig, ObjectivesConfig
 
 ROOT = Path(__file__).parents[2]
 CONTRASTIVE = ObjectivesConfig(contrastive=ObjectiveConfig(weight=1.0), masked_text=MaskedConfig(weight=0.0))
@@ -139,3 +139,9 @@ def test_torchrun_trains_and_resumes_to_the_same_bits(shards, tmp_path):
     for left, right in zip(lines, metrics.read(broken / "metrics.jsonl"), strict=True):
         assert {k: left.get(k) for k in alone} == {k: right.get(k) for k in alone}
     assert json.loads((whole / "config.json").read_text())["batch_size"] == 4
+
+
+def test_a_batch_that_leaves_a_process_without_samples_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 5)
+    with pytest.raises(ConfigError, match="batch_size is 4, expected at least a sample for each of the 5 processes"):
+        train.pretrain(tiny, tmp_path)
