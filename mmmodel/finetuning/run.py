@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from mmmodel import atomic, configs, export, limits, pretraining, run_folder
 from mmmodel import features as feature_store
@@ -47,10 +47,12 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path | str, *, impl: 
     impl: as in `export.open_run`, and kept in what is written.
 
     Stopped, the same call goes on from the last epoch of which a checkpoint was kept.  Returns the report.  Raises
-    ConfigError for labels or a folder that do not fit, CheckpointError for weights.
+    ConfigError for labels or a folder that do not fit and under torchrun, CheckpointError for weights.
     """
     started = time.perf_counter()
     check(config)
+    if distributed.is_torchelastic_launched():
+        raise ConfigError("finetune: is one process, expected to be started without torchrun")
     limits.check_device(config.device, "finetune")
     torch.set_num_threads(config.threads)
     config = replace(config, data=config.data and pretraining.located(config.data))

@@ -243,6 +243,14 @@ def test_a_fine_tuning_that_was_stopped_before_its_report_still_has_its_checkpoi
     assert not (tmp_path / ".checkpoints").exists()
 
 
+def test_torchrun_is_refused_before_anything_is_read(run, labelled, tmp_path, monkeypatch):
+    """Each of its processes would train the same model in the same folder."""
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(ConfigError, match="finetune: is one process, expected to be started without torchrun"):
+        finetuning.finetune(run, dataclasses.replace(QUICK, data=str(labelled)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_from_scratch_loads_nothing(run, labelled, tmp_path):
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), from_scratch=True, epochs=1, seed=7)
     report = finetuning.finetune(run, config, tmp_path)
