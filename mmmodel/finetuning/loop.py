@@ -25,6 +25,7 @@ from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_groups
 from mmmodel.limits import RunError
+from mmmodel.metrics import MetricsFile
 from mmmodel.model import autocast
 
 logger = logging.getLogger(__name__)
@@ -57,19 +58,27 @@ class Outcome:
 
 
 def train(
-    learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None = None
+    learner: FineTuned | Aligned,
+    data: Labelled,
+    config: FinetuneConfig,
+    checkpoints: Path | None = None,
+    curve: Path | None = None,
 ) -> Outcome:
     """Train the learner in place; with a folder of checkpoints, from the last epoch that one was kept of.
+
+    curve: the metrics file, which is written anew, a line as each epoch ends.
 
     Raises RunError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
     samples have no score, as R2 of a single number has none.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
-        return _train(learner, data, config, checkpoints)
+        return _train(learner, data, config, checkpoints, curve)
 
 
-def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None) -> Outcome:
+def _train(
+    learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None, curve: Path | None
+) -> Outcome:
     learner.model.requires_grad_(config.freeze != "encoder")
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]
@@ -87,6 +96,9 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig,
         history = json.loads(progress["history"])
         torch.set_rng_state(progress["dropout"])
         logger.info("continuing after epoch %d of %d", len(history), config.epochs)
+    log = MetricsFile(curve, from_step=0) if curve is not None else None
+    for line in history if log else ():  # not what the file had: it may be another's, or of epochs done again
+        log.write(line)
     kept = time.monotonic()
     for epoch in range(len(history), config.epochs):
         learner.train()
@@ -112,6 +124,8 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig,
             )
         line = {"step": (epoch + 1) * steps_per_epoch, "epoch": epoch + 1, "loss": mean_loss, "lr": config.lr * factor}
         history.append({**line, **found, "seconds": time.perf_counter() - started})
+        if log:
+            log.write(history[-1])
         best = _best(history, main)
         if best == epoch:
             weights = _trained(learner)
@@ -131,6 +145,8 @@ def _train(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig,
             progress = {"history": json.dumps(history), "best": weights, "dropout": torch.get_rng_state()}
             checkpoint.save(checkpoints, epoch + 1, learner, optimizer, progress, keep=1)
             kept = time.monotonic()
+    if log:
+        log.close()
     best = _best(history, main)
     learner.load_state_dict(weights, strict=False)
     ours = ("step", "epoch", "loss", "lr", "seconds")

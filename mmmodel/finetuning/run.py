@@ -31,7 +31,6 @@ from mmmodel.finetuning.learner import Aligned, FineTuned
 from mmmodel.finetuning.loop import Labelled, evaluate_on, train
 from mmmodel.finetuning.scores import MAIN
 from mmmodel.finetuning.weights import Loaded
-from mmmodel.metrics import MetricsFile
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +74,12 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     about["shards"] = stamps
     checkpoints = _checkpoints(out / ".checkpoints", about)
     with run_folder.writing(out):
-        outcome = train(learner, data, config, checkpoints)
+        outcome = train(learner, data, config, checkpoints, out / "metrics.jsonl")
     with torch.no_grad():
         test = evaluate_on(learner, data, data.test) if data.test else None
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
-    log = MetricsFile(out / "metrics.jsonl", from_step=0)
-    for line in outcome.history:
-        log.write(line)
-    log.close()
     report = {
         "task": config.task,
         "label": config.label,

@@ -182,6 +182,27 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path,
     }
 
 
+def test_a_stopped_fine_tuning_has_the_curve_of_its_epochs(run, labelled, tmp_path, stopping, monkeypatch):
+    """Of the third epoch, which has no checkpoint, the line goes when it is done again; and no one's lines stay."""
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=5)
+
+    def stopped(epoch, **fields):
+        stopping["epoch"] = epoch
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(run, dataclasses.replace(config, **fields), tmp_path)
+        return [line["epoch"] for line in epochs(tmp_path)]
+
+    assert stopped(2) == [1, 2]
+    assert plot.plot_run(tmp_path) == tmp_path / "curves.png"
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 60)
+    assert stopped(3) == [1, 2, 3]
+    assert stopped(2) == [1, 2]
+    assert stopped(0, lr=0.5) == []
+    stopping["epoch"] = None
+    report = finetuning.finetune(run, config, tmp_path)  # the folder was free, and the rate above left nothing in it
+    assert report["epochs"] == len(epochs(tmp_path)) == 5
+
+
 def test_a_stopped_fine_tuning_begins_anew_where_the_labels_were_corrected(run, tmp_path, stopping):
     """In the same files, and as many of each class: "red" where it said "blue", and the other way round."""
 
