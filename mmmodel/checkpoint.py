@@ -84,4 +84,4 @@ def _read(path: Path, state: dict[str, Any]) -> None:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, CheckpointError):
                 raise cause from error
-            raise CheckpointError(f"{path}: damaged: {cause}") from error
+            raise CheckpointError(f"{path}: damaged: {str(cause) or type(cause).__name__}") from error

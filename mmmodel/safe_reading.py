@@ -73,7 +73,8 @@ def read_index(folder: Path) -> Metadata:
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:  # a damaged pickle raises what it likes
-        raise CheckpointError(f"{folder}: damaged, its {INDEX} does not read: {error}") from error
+        said = str(error) or type(error).__name__
+        raise CheckpointError(f"{folder}: damaged, its {INDEX} does not read: {said}") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{folder}: damaged, its {INDEX} holds a {type(metadata).__name__}")
     return metadata
