@@ -77,6 +77,15 @@ def begun(out: Path, config: PretrainConfig) -> PretrainConfig | None:
     return theirs
 
 
+def finished(out: Path, config: PretrainConfig) -> bool:
+    """Whether the run of this configuration in `out` has its model, and no step to make.
+
+    Its checkpoints do not matter: they may be deleted, to save their space.
+    """
+    lines = metrics.read(out / "metrics.jsonl")  # fewer: the model is an earlier run's, whose config.json went
+    return (out / FILE).exists() and (not lines or lines[-1]["step"] >= config.steps)
+
+
 def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:
     """Keeps in `out` what the samples of a run are; warns if one that goes on finds others than before."""
     found, path = _samples(dataset), out / DATA

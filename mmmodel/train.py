@@ -67,8 +67,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         )
     tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
     begun = run_folder.begun(out, config)
-    if begun and (out / FILE).exists() and not checkpoint.saved(checkpoints):  # deleted, to save their space
-        _log("%s is finished; to train it again, delete its %s or choose another --out", out, FILE)
+    if begun and run_folder.finished(out, config):
+        _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():

@@ -194,30 +194,37 @@ def test_a_run_that_goes_on_says_that_its_data_changed(tiny, shards, tmp_path, c
     assert changed not in goes_on(5)  # it is finished
 
 
-def test_a_finished_run_is_left_alone(tiny, unbroken):
-    stamp = (unbroken / "metrics.jsonl").stat().st_mtime_ns
-    before = weights(unbroken)
-    assert train.pretrain(tiny, unbroken)
-    assert (unbroken / "metrics.jsonl").stat().st_mtime_ns == stamp
-    assert all(torch.equal(before[name], value) for name, value in weights(unbroken).items())
-
-
-def test_a_finished_run_without_its_checkpoints_is_finished(tiny, unbroken, tmp_path, caplog):
+@pytest.mark.parametrize("gone", ["", "checkpoints/step-00000008", "checkpoints"])
+def test_a_finished_run_is_left_alone_with_or_without_its_checkpoints(tiny, unbroken, tmp_path, caplog, gone):
     """They take three times the model's space.  More steps are another configuration; without the model it trains."""
     out = shutil.copytree(unbroken, tmp_path / "run")
-    shutil.rmtree(out / "checkpoints")
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    if gone:
+        shutil.rmtree(out / gone)
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+
+    before = files()
     with caplog.at_level("INFO"):
         assert train.pretrain(tiny, out)
-    assert [record.message for record in caplog.records if record.name == "mmmodel.train"] == [
-        f"{out} is finished; to train it again, delete its model.safetensors or choose another --out"
-    ]
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"} == before
+    assert caplog.messages == [f"{out} is finished: all of its 8 steps are done"]
+    assert files() == before
     with pytest.raises(ConfigError, match="holds a run with other steps 8 -> 9"):
         train.pretrain(dataclasses.replace(tiny, steps=9), out)
     (out / "model.safetensors").unlink()
     assert train.pretrain(tiny, out)
     assert_same_run(out, unbroken)
+
+
+def test_a_model_that_another_run_left_does_not_finish_one_that_was_stopped(tiny, unbroken, tmp_path):
+    """Its config.json was deleted to get the folder free; then the new run was killed before its first checkpoint."""
+    out = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(out / "checkpoints")
+    config = dataclasses.replace(tiny, seed=1)
+    (out / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert train.pretrain(config, out)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(unbroken).values(), strict=True))
 
 
 def test_a_folder_of_another_run_is_refused(tiny, unbroken):
