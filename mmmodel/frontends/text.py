@@ -77,9 +77,14 @@ class TextFrontEnd(nn.Module):
         super().__init__()
         self.max_tokens = config.text.max_tokens
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # "[MASK]" in a caption is a word
         self.cls_id = tokenizer.token_to_id("[CLS]")
         self.sep_id = tokenizer.token_to_id("[SEP]")  # of a pretrained language model; None in a tokenizer of our own
         self.positions = (self.max_tokens,)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.tokenizer.encode_special_tokens = True  # a copied tokenizer forgets it, as a saved one does
 
     def prepare(self, caption: str) -> np.ndarray:
         """Ids, int32 [n], [CLS] first and [SEP], if there is one, last; at most max_tokens."""

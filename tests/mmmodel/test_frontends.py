@@ -10,7 +10,7 @@ from mmkernels.testing import assert_error_rule
 from mmmodel import configs, frontends
 from mmmodel.frontends.audio import HOP, KERNELS, SAMPLE_RATE, log_mel
 from mmmodel.frontends.image import fit_grid
-from mmmodel.frontends.text import SPECIAL_TOKENS, train_tokenizer
+from mmmodel.frontends.text import SPECIAL_TOKENS, load_tokenizer, special_ids, train_tokenizer
 
 CAPTIONS = ["A flower.", "Une fleur rouge.", "Красный цветок.", "Ένα λουλούδι.", "A red rocket!"]
 
@@ -104,6 +104,18 @@ def test_text_round_trip_in_scripts_seen_and_unseen(front_ends, tokenizer, text)
     assert tokenizer.decode(whole) == text.lower()
     assert ids[1:].tolist() == whole[: configs.tiny().model.text.max_tokens - 1]
     assert (ids[1:] >= len(SPECIAL_TOKENS)).all()
+
+
+def test_names_of_special_tokens_in_a_caption_are_words(tokenizer, tmp_path):
+    """Of a new tokenizer, one read from a file, and a copy: none of them keeps the flag."""
+    caption = "a[MASK][CLS][IMG][AUD]"
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    made = [frontends.build(configs.tiny().model, t) for t in (tokenizer, load_tokenizer(tmp_path / "tokenizer.json"))]
+    for front_end in (built["text"] for built in (*made, copy.deepcopy(made[0]))):
+        ids = front_end.prepare(caption)
+        assert ids[0] == front_end.tokenizer.token_to_id("[CLS]")
+        assert not set(ids[1:].tolist()) & set(special_ids(tokenizer).tolist())
+        assert front_end.tokenizer.decode(ids[1:].tolist()) == caption.lower()
 
 
 def test_tokenizer_does_not_depend_on_the_order_of_captions():

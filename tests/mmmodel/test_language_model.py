@@ -113,6 +113,15 @@ def test_hidden_states_on_text_are_the_language_models(folder):
     assert not [name for name in report.new if name.startswith(("blocks.", "embedding.norm"))]
 
 
+def test_names_of_special_tokens_in_a_caption_are_words(folder):
+    text = start(folder, "model.text.max_tokens=16")[0].model.front_ends["text"]
+    plain, named = text.prepare("a red flower"), text.prepare("a [MASK] <mask> [CLS] red")
+    assert plain[0] == named[0] == text.tokenizer.token_to_id("[CLS]")
+    assert named[-1] == text.sep_id
+    assert text.tokenizer.token_to_id("[MASK]") not in named
+    assert not set(named[1:-1].tolist()) & {text.cls_id, text.sep_id}
+
+
 def test_the_other_spelling_of_gelu(bert):
     learner, _ = start(bert, "model.text.max_tokens=16")
     assert learner.config.model.activation == "gelu_tanh"
