@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def concept(self) -> str:
-        return self._said("concept", self.key)
+        return self._said("concept", self.group)
 
     @property
     def group(self) -> str:

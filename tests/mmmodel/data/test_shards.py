@@ -10,7 +10,7 @@ import pytest
 from builders import write_tar
 
 from mmmodel.configs import ConfigError
-from mmmodel.data.shards import INDEX, read_index, scan_shard, write_index, write_shard
+from mmmodel.data.shards import INDEX, Entry, read_index, scan_shard, write_index, write_shard
 
 
 def sample(key, **members):
@@ -67,6 +67,12 @@ def test_a_rewritten_shard_of_the_same_size_is_read_anew(tmp_path):
     x, y = read_index(tmp_path)
     assert x.meta == {"split": "test", "category": "dog"}
     assert (x.members["txt"][1], y.members["txt"][1]) == (len(after["x.txt"]), 1)
+
+
+def test_captions_of_one_picture_are_of_one_concept_unless_they_name_another():
+    of = {"a": {"image": "p"}, "b": {"image": "p"}, "c": {"image": "p", "concept": "sea"}, "d": {}, "e": {"image": ""}}
+    concepts = {key: Entry(key, "a.tar", {}, meta).concept for key, meta in of.items()}
+    assert concepts == {"a": "p", "b": "p", "c": "sea", "d": "d", "e": "e"}
 
 
 def test_an_index_of_the_older_form_is_made_anew(tmp_path):
