@@ -117,7 +117,12 @@ def prepare(
         flat[name], shapes[name] = stored["flat"], stored["shapes"]
     read = {name: {i for i, row in table.row_of.items() if row not in missing[name]} for name, table in tables.items()}
     if not distributed.rank():
-        for line in summary.lines(dataset, {name: table.members for name, table in tables.items()}, read):
+        members, full = {name: table.members for name, table in tables.items()}, {}
+        for name, front_end in front_ends.items():
+            if read[name] and (longest := getattr(front_end, "longest", None)):
+                lengths = shapes[name][[tables[name].row_of[i] for i in read[name]], 0]
+                full[name] = int((lengths >= longest[0]).sum()), longest[1]
+        for line in summary.lines(dataset, members, read, full):
             logger.info("%s: %s", dataset.path, line)
     return _items(dataset, tables, read), Features(flat, shapes)
 

@@ -8,6 +8,7 @@ also has size and time of each shard: an index of shards that were written since
 
 import json
 import logging
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from mmmodel import atomic
 from mmmodel.configs import ConfigError
+from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ AUDIO = ("flac", "ogg", "wav")
 INDEX = "index.json"
 INDEX_VERSION = 2
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|z))?|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
+SHOWN = 3  # names of what is not read, at most
 VALIDATION = ("val", "valid", "dev")  # what others call the split "validation"
 
 
@@ -193,8 +197,21 @@ def _without_shards(folder: Path) -> str:
         return f"{folder} is a file, expected the folder that holds the *.tar"
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    deeper = next(iter(sorted(folder.glob("*/*.tar"))), None)
-    return f"no *.tar in {folder}" + (f", but in its folder {deeper.parent.name}: one folder is read" if deeper else "")
+    if found := unread(folder) or sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        return f"no *.tar in {folder}, but {listed(found, SHOWN)}: unpacked *.tar of one folder are read"
+    return f"no *.tar in {folder}, which is empty"
+
+
+def unread(folder: Path) -> list[str]:
+    """What of a folder looks like data and is not read: archives that are no *.tar, and folders that hold archives."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if any(ARCHIVE.search(inner.name) for inner in path.glob("*")):  # forbidden: as empty
+                names.append(f"folder {path.name}")
+        elif ARCHIVE.search(path.name) and path.suffix != ".tar":
+            names.append(path.name)
+    return names
 
 
 def shard_stamps(folder: Path) -> dict[str, list[int]]:

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from mmmodel.data import shards
 from mmmodel.data.concepts import SPLITS
 from mmmodel.data.loader import ShardDataset
+from mmmodel.limits import listed
 
 SHOWN = 8  # kinds of members, at most
 
 
-def lines(dataset: ShardDataset, members: Mapping[str, Sequence[str]], read: Mapping[str, set[int]]) -> Iterator[str]:
-    """members: modality -> its extensions.  read: modality -> numbers of the entries from which it was read."""
+def lines(
+    dataset: ShardDataset,
+    members: Mapping[str, Sequence[str]],
+    read: Mapping[str, set[int]],
+    full: Mapping[str, tuple[int, str]],
+) -> Iterator[str]:
+    """members: modality -> its extensions.  read: modality -> numbers of the entries from which it was read.
+
+    full: modality -> how many are as long as its front end lets them be, and how long that is.
+    """
     entries = dataset.entries
     some = set().union(*read.values())
     splits = Counter(entries[i].split for i in some)
@@ -23,12 +33,16 @@ def lines(dataset: ShardDataset, members: Mapping[str, Sequence[str]], read: Map
         lost = sum(entry.member(extensions) is not None for entry in entries) - len(read[name])
         parts.append(f"{name} {len(read[name])}" + (f" ({lost} left out, broken or blank)" if lost else ""))
     yield f"they hold {', '.join(parts)}"
+    if cut := [f"{name} {count} ({limit})" for name, (count, limit) in full.items() if count]:
+        yield f"at the limit where longer ones are cut: {', '.join(cut)}"
     if dataset.others:
         yield f"left out: {dataset.others} samples of other languages or splits"
     if len(some) < len(entries):
         yield f"left out: {len(entries) - len(some)} samples with nothing to read"
     if bare := sum("json" in entry.members and not entry.meta for entry in entries):
         yield f"{bare} KEY.json are empty or do not read: their samples are of train"
+    if archives := shards.unread(dataset.path):
+        yield f"not read: {listed(archives, shards.SHOWN)}"
     unread = Counter()
     dotted = []
     for entry in entries:

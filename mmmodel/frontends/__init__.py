@@ -12,6 +12,8 @@ A front end is an nn.Module with
     computed_rows(*inputs) -> int   rows that forward computes: N_m and what padding or gaps add
     special                         name of the token in front of each segment, or None
     positions                       sizes of its position tables, one per axis it uses
+and, where prepare cuts long samples,
+    longest -> int, str             length of features at which it does, and the same in words
 and, where masked modelling is to predict its content,
     cell_width, cells(features) -> float32 [n, cell_width]   content of the first n tokens
     hide(features, places) -> features   a copy in which the cells at `places` say nothing

@@ -35,6 +35,7 @@ class AudioFrontEnd(nn.Module):
         super().__init__()
         self.mels = config.audio.mels
         self.max_frames = int(config.audio.max_seconds * SAMPLE_RATE / HOP)
+        self.longest = self.max_frames, f"{config.audio.max_seconds:g} s"
         self.recipe = f"audio 1: {self.mels} {self.max_frames}"  # what `prepare` gives; names the cache
         self.positions = (-(-self.max_frames // STRIDE) + 1,)  # + 1: the special token sits at position 0
         self.cell_width = STRIDE * self.mels

@@ -151,6 +151,8 @@ class HuggingFaceAudio(nn.Module):
             self.mel = WhisperFeatureExtractor(feature_size=theirs.num_mel_bins)
             self.window = 2 * theirs.max_source_positions  # frames of 10 ms
             self.max_samples = min(self.max_samples, self.window * self.mel.hop_length)
+        longest = self.max_samples // self.mel.hop_length if self.is_whisper else self.max_samples
+        self.longest = longest, f"{self.max_samples / SAMPLE_RATE:g} s"
         self.recipe = f"audio {theirs.model_type} 1: {self.max_samples} {getattr(theirs, 'num_mel_bins', '')}"
         self.positions = (self._rows(self.max_samples) + 1,)
         self.project = nn.Linear(theirs.hidden_size, config.width)

@@ -76,6 +76,7 @@ class TextFrontEnd(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.max_tokens = config.text.max_tokens
+        self.longest = self.max_tokens, f"{self.max_tokens} tokens"
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True  # "[MASK]" in a caption is a word
         self.cls_id = tokenizer.token_to_id("[CLS]")

@@ -185,6 +185,13 @@ def test_names_that_are_not_utf_8_stay_apart(tmp_path):
     assert len(read_index(tmp_path)) == 2  # from the index
 
 
+def test_a_folder_of_loose_files_is_told_by_some_of_their_names(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"but a\.png, b\.png, c\.png and 1 more: unpacked"):
+        read_index(tmp_path)
+
+
 def test_equal_keys_in_two_shards_are_an_error(tmp_path):
     for name in ("a.tar", "b.tar"):
         write_shard(tmp_path / name, [sample("x", txt="1")])
@@ -193,13 +200,16 @@ def test_equal_keys_in_two_shards_are_an_error(tmp_path):
 
 
 def test_a_folder_without_shards_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*; prepare"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, which is empty; prepare"):
         read_index(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*none"):
         read_index(tmp_path / "none")
     (tmp_path / "train").mkdir()
     write_shard(tmp_path / "train" / "a.tar", [sample("x", txt="1")])
-    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but in its folder train: one folder is read"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but folder train: unpacked \*\.tar of one folder"):
+        read_index(tmp_path)
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but a\.tar\.gz, folder train: unpacked"):
         read_index(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"a\.tar is a file, expected the folder that holds the \*\.tar"):
         read_index(tmp_path / "train" / "a.tar")

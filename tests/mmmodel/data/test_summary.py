@@ -67,3 +67,24 @@ def test_all_that_is_left_out_is_counted(tmp_path, caplog):
     assert logged(tmp_path, tmp_path / "cache", caplog, members, languages=("",)) == expected
     caplog.clear()
     assert logged(tmp_path, tmp_path / "cache", caplog, members, languages=("",)) == expected
+
+
+def test_archives_that_are_not_read_are_named(tmp_path, caplog):
+    """Some of their names: a hundred would hide the other lines."""
+    for name in ("b.tar.gz", "c.TAR", "d.zip", "a.tar.md5", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("sub/c.tar", "empty/readme.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+    lines = logged(tmp_path, tmp_path / "cache", caplog, {"a.txt": b"red"})
+    assert lines[2:] == ["not read: b.tar.gz, c.TAR, d.zip and 1 more"]
+
+
+def test_what_is_as_long_as_may_be_is_counted(tmp_path, caplog):
+    """Also from the cache, which knows how long features are and not how long the sounds were."""
+    long = media.encode_flac(np.random.default_rng(0).normal(size=17000).astype(np.float32) * 0.1)
+    members = {"a.txt": b"x y " * 40, "b.txt": b"red", "a.flac": long, "b.flac": FLAC, "c.flac": long}
+    for _ in range(2):
+        lines = logged(tmp_path, tmp_path / "cache", caplog, members)
+        assert lines[2:] == ["at the limit where longer ones are cut: text 1 (24 tokens), audio 2 (1 s)"]
+        caplog.clear()
