@@ -55,6 +55,7 @@ class Sampler:
             raise ConfigError(
                 f"batch_size is {batch_size}, expected at most the {len(groups)} distinct items of the training data"
             )
+        self.items = items
         self.groups = [groups[name] for name in sorted(groups)]
         self.languages = sorted({item.language for item in items})
         self.batch_size, self.seed = batch_size, seed
@@ -68,6 +69,16 @@ class Sampler:
             candidates = group.get(language) or [i for items in group.values() for i in items]
             chosen.append(candidates[rng.integers(len(candidates))])
         return chosen
+
+    def joined(self, batches: int = 32) -> float:
+        """Mean over the first batches of how many concepts a batch shows in two modalities or more."""
+        found = 0
+        for step in range(batches):
+            seen: dict[str, set[str]] = {}
+            for item in (self.items[i] for i in self.batch(step)):
+                seen.setdefault(item.concept, set()).update(item.rows)
+            found += sum(len(modalities) > 1 for modalities in seen.values())
+        return found / batches
 
     def _groups(self, step: int) -> list[dict[str, list[int]]]:
         """The next batch_size groups of an endless row of shuffled epochs; a batch never spans two epochs."""

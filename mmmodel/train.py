@@ -84,7 +84,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     items = corpus.split("train")
     if not items:
         raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
-    idle = objectives.idle(learner.objectives, items, config.steps)
+    idle = objectives.idle(learner.objectives, items, config.steps, config.batch_size)
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
@@ -103,6 +103,12 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
     for name, reason in idle.items():
         _log("%s learns nothing in this run: it %s", name, reason)
+    if "contrastive" in learner.objectives.keys() - idle.keys() and (pairs := sampler.joined()) < 1:
+        _log(
+            "contrastive learns little in this run: a batch shows %.2g concepts in two modalities; "
+            "it needs samples that hold both",
+            pairs,
+        )
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
             run_folder.note_data(out, dataset, begun=bool(begun))

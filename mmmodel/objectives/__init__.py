@@ -4,6 +4,7 @@ An objective is an nn.Module with
     config                            its ObjectiveConfig: weight and schedule
     forward(views, inputs)            -> loss (scalar), metrics (detached scalars)
     needs, finds(items) -> bool       what it learns from, in words, and whether any of the items has it
+    compares (optional)               True: samples of a batch with one another, so one alone teaches it nothing
 and, where it draws something for a batch, one of
     prepare(batch, rng) -> inputs     host, in the data worker; rng is seeded by (seed, step)
     hides, hide(features, front_end, rng) -> Hidden   name of the modality in which it hides parts of the masked view
@@ -54,7 +55,7 @@ def build(config: PretrainConfig, model) -> nn.ModuleDict:
     return nn.ModuleDict(made)
 
 
-def idle(made: nn.ModuleDict, items: Sequence[Item], steps: int) -> dict[str, str]:
+def idle(made: nn.ModuleDict, items: Sequence[Item], steps: int, batch_size: int) -> dict[str, str]:
     """Name -> why, of the objectives that a run of `steps` on these training items never asks, or never learns from.
 
     Raises ConfigError if that is all of them, with one that would learn.
@@ -65,6 +66,8 @@ def idle(made: nn.ModuleDict, items: Sequence[Item], steps: int) -> dict[str, st
             reasons[name] = "is never due"
         elif not objective.finds(items):
             reasons[name] = f"needs {objective.needs}"
+        elif getattr(objective, "compares", False) and batch_size < 2:
+            reasons[name] = f"compares the samples of a batch, and batch_size is {batch_size}"
     if len(reasons) < len(made):
         return reasons
     present = sorted({modality for item in items for modality in item.rows})

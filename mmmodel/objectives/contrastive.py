@@ -31,6 +31,7 @@ class ContrastiveAlignment(nn.Module):
     """
 
     needs = "a concept in two modalities"
+    compares = True
 
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
@@ -42,8 +43,16 @@ class ContrastiveAlignment(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
 
     def finds(self, items: Sequence[Item]) -> bool:
-        first: dict[str, str] = {}  # concept -> a modality of it
-        return any(first.setdefault(item.concept, name) != name for item in items for name in item.rows)
+        # concept -> its modality and its group, None for several: of a group a batch holds one sample
+        shown: dict[str, tuple[str | None, str | None]] = {}
+        for item in items:
+            for name in item.rows:
+                modality, group = shown.get(item.concept, (name, item.group))
+                seen = (modality if modality == name else None, group if group == item.group else None)
+                if len(item.rows) > 1 or seen == (None, None):
+                    return True
+                shown[item.concept] = seen
+        return False
 
     def forward(self, views: Views, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = views.batch

@@ -43,6 +43,8 @@ class Matching(nn.Module):
     at hardness 0, any is equally likely.
     """
 
+    compares = True
+
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()
         self.config = config.objectives.matching

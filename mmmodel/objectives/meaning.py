@@ -29,6 +29,7 @@ class Meaning(nn.Module):
     """
 
     needs = "captions of the training samples"
+    compares = True
 
     def __init__(self, config: PretrainConfig, model) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from builders import batch_of, objective_learner, samples
 from mmkernels.ops.packing.api import segment_mean
 from mmmodel import distributed, objectives
 from mmmodel.configs import ConfigError
+from mmmodel.features import Item
 from mmmodel.frontends.text import special_ids
 from mmmodel.objectives import masked_features, masked_text, matching
 from mmmodel.objectives.hiding import draw_hidden
@@ -225,10 +226,38 @@ def test_objectives_that_cannot_be_built_are_named():
 
 def test_an_objective_that_begins_late_is_not_idle():
     _, learned = objective_learner("objectives.matching.begin=0.9")
-    assert objectives.idle(learned.objectives, samples()[0], 10) == {}
+    assert objectives.idle(learned.objectives, samples()[0], 10, 4) == {}
+
+
+def test_alignment_needs_two_modalities_that_a_batch_can_hold():
+    """Of a group, the samples of one picture, a batch holds one."""
+    contrastive = objective_learner()[1].objectives["contrastive"]
+
+    def item(modalities, group, concept="c"):
+        return Item(f"{group}{modalities}", group, "", concept, "train", dict.fromkeys(modalities, 0))
+
+    text, image = ("text",), ("image",)
+    for found, items in (
+        (True, [item(("text", "image"), "p")]),
+        (True, [item(text, "p"), item(image, "q")]),
+        (True, [item(text, "p"), item(image, "p"), item(text, "q")]),
+        (False, [item(text, "p"), item(image, "p")]),
+        (False, [item(text, "p"), item(text, "q")]),
+        (False, [item(text, "p", "c"), item(image, "q", "d")]),
+    ):
+        assert contrastive.finds(items) == found, items
+
+
+def test_objectives_that_compare_samples_are_idle_on_one_at_a_time():
+    _, learned = objective_learner("objectives.meaning.weight=1")
+    items, _ = samples()
+    assert objectives.idle(learned.objectives, items, 10, 2) == {}
+    why = "compares the samples of a batch, and batch_size is 1"
+    compared = dict.fromkeys(("contrastive", "meaning", "matching"), why)
+    assert objectives.idle(learned.objectives, items, 10, 1) == compared
 
 
 def test_an_objective_without_its_modality_is_idle():
     _, learned = objective_learner("objectives.masked_audio.weight=1")
     items, _ = samples(present=(("text", "image"), ("text", "image")))
-    assert objectives.idle(learned.objectives, items, 10) == {"masked_audio": "needs audio"}
+    assert objectives.idle(learned.objectives, items, 10, 4) == {"masked_audio": "needs audio"}

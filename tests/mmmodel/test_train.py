@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -328,11 +329,30 @@ def test_a_run_that_can_learn_nothing_is_refused_and_told_what_would(modality, w
     assert metrics.read(tmp_path / "out" / "metrics.jsonl")[-1]["loss"] > 0
 
 
+@pytest.mark.parametrize(("apart", "said"), [(True, 1), (False, 0)])
+def test_captions_and_pictures_that_are_samples_of_their_own_are_warned_of(apart, said, tmp_path, caplog):
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
+    made = []
+    for i in range(40):
+        members = [{"txt": f"a sea {i}"}, {"png": picture.getvalue()}]
+        for j, one in enumerate(members if apart else [members[0] | members[1]]):
+            made.append({"__key__": f"k{i}-{j}", "json": {"concept": f"c{i}"}, **one})
+    write_shard(tmp_path / "a-0.tar", made)
+    config = configs.override(configs.tiny(), ("steps=1", "objectives.matching.weight=0", f"data={tmp_path}"))
+    with caplog.at_level(logging.INFO):
+        train.pretrain(config, tmp_path / "out")
+    lines = [
+        line for line in caplog.messages if line.startswith("contrastive learns little in this run: a batch shows 0")
+    ]
+    assert len(lines) == said
+
+
 def test_an_objective_that_is_never_due_is_named():
     _, learned = objective_learner("objectives.matching.begin=1")
     items, _ = samples()
-    assert objectives.idle(learned.objectives, items, 8) == {"matching": "is never due"}
-    assert objectives.idle(learned.objectives, [items[3]] * 3, 8).keys() == {"contrastive", "matching"}  # captions
+    assert objectives.idle(learned.objectives, items, 8, 4) == {"matching": "is never due"}
+    assert objectives.idle(learned.objectives, [items[3]] * 3, 8, 4).keys() == {"contrastive", "matching"}  # captions
 
 
 def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):
