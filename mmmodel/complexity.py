@@ -23,7 +23,7 @@ from mmmodel.frontends import special_names
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE, STRIDE
 from mmmodel.frontends.image import CELL
 from mmmodel.objectives.matching import named_pairs
-from mmmodel.pretraining import Pretraining
+from mmmodel.pretraining import Pretraining, check_vocabulary
 
 FLOAT = 4  # bytes; under bf16 autocast activations take between half of this and all of it
 STATE = 4 * FLOAT  # bytes per parameter: weight, gradient and AdamW's two averages
@@ -104,12 +104,13 @@ class Complexity:
 def complexity(config: PretrainConfig, shape: SampleShape | None = None) -> Complexity:
     """The cost of a step on B samples of this shape, by default the longest there can be, with every objective.
 
-    Parameters are exact where the tokenizer reaches its vocab_size (a small corpus may end below).  FLOPs count
-    products, 2 per multiplication, as torch.utils.flop_counter does; front ends are counted on tensors without memory,
-    encoder and heads by formula.  Memory is that of fp32 without checkpointing, the batch in one chunk.  Raises
-    ConfigError for a shape beyond the configuration's limits.
+    Parameters are exact where the tokenizer has vocab_size ids: a small corpus may end below, a language model's gets
+    the special tokens that it lacks.  FLOPs count products, 2 per multiplication, as torch.utils.flop_counter does;
+    front ends are counted on tensors without memory, encoder and heads by formula.  Memory is that of fp32 without
+    checkpointing, the batch in one chunk.  Raises ConfigError for a shape beyond the configuration's limits.
     """
     limits.check(config, "config")
+    check_vocabulary(config)
     shape = shape or SampleShape.longest(config.model)
     _check(config.model, shape)
     with torch.device("meta"):

@@ -25,6 +25,7 @@ from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
 
 PREPARED = ("stamps", "synthetic")  # data sets that are made in the cache
 SYNTHETIC_SAMPLES = 2000
+BYTES = 256  # of which any text is made; all are in the vocabulary
 
 
 class Pretraining(nn.Module):
@@ -127,6 +128,17 @@ def open_data(config: PretrainConfig) -> ShardDataset:
 def open_shards(name: str, languages: Sequence[str] = (), split: str | None = None) -> ShardDataset:
     """Of the data set `name` as in `find_data`.  Raises ConfigError if nothing is selected, saying what there is."""
     return ShardDataset(find_data(name), split, languages or None)
+
+
+def check_vocabulary(config: PretrainConfig) -> None:
+    """Raises ConfigError for fewer word pieces than a tokenizer of our own has before it learns one."""
+    special = special_names(config.model.modalities)
+    size, least = config.model.text.vocab_size, BYTES + len(special)
+    if size < least and not (config.language_model or config.model.text.encoder):
+        raise ConfigError(
+            f"config: model.text.vocab_size is {size}, expected at least {least}: {BYTES} bytes and {len(special)} "
+            "special tokens"
+        )
 
 
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):

@@ -47,6 +47,7 @@ def pretrain(config: PretrainConfig, out: Path | str) -> bool:
     configuration or another process is at work there, and if there is nothing to learn from the data.
     """
     limits.check(config, "config")
+    pretraining.check_vocabulary(config)
     limits.check_device(config.device, "config")
     torch.set_num_threads(config.threads)
     out = Path(out)

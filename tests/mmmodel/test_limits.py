@@ -32,6 +32,10 @@ WRONG = (
     ("model.impl=foo", "model.impl is 'foo', expected one of auto, reference"),
     ("model.modalities=text,text", "model.modalities is 'text,text', expected one or more names, each once"),
     ("model.modalities=", "model.modalities is '', expected one or more names"),
+    (
+        "model.text.vocab_size=259",
+        "model.text.vocab_size is 259, expected at least 260: 256 bytes and 4 special tokens",
+    ),
     ("model.text.max_tokens=0", "model.text.max_tokens is 0, expected at least 2"),
     ("model.image.max_tokens=0", "model.image.max_tokens is 0, expected at least 1"),
     ("model.image.channels=a,b", "model.image.channels is 'a,b', expected whole numbers with commas"),
