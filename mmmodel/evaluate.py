@@ -18,13 +18,14 @@ from rich.table import Table
 import mmkernels
 from mmmodel import atomic, export, held_out, metrics, pretraining, retrieval
 from mmmodel.configs import ConfigError
+from mmmodel.data import stamps
 from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
 from mmmodel.finetuning.learner import Aligned
 from mmmodel.pretraining import Corpus, Pretraining
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
-POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in
+POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in; of other data all are pooled
 
 # Least pooled R@10 as a multiple of chance; the gain over the untrained model must also lie above zero at 95 %.
 REQUIREMENTS = {
@@ -64,11 +65,12 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
     if not items:
         splits = ", ".join(sorted({item.split for item in corpus.items}))
         raise ConfigError(f"evaluate: {config.data} has no samples of split {split!r}, expected one of {splits}")
+    pooled = POOLED if stamps.is_stamps(dataset.path) else ()
     untrained = ranks(embed(learner, corpus, items), items)
     export.load_weights(opened, learner)
     pretrained = ranks(embed(learner, corpus, items), items)
     report = {
-        "tasks": [_score(name, untrained, pretrained) for name in task_names(pretrained)],
+        "tasks": [_score(row, untrained, pretrained) for row in task_names(pretrained, pooled)],
         "objectives": held_out.figures(learner, corpus, items),
         "data": {"name": config.data, "split": split, "images": len({item.group for item in items}),
                  "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
@@ -123,17 +125,20 @@ def all_pairs(points: Mapping[str, np.ndarray]) -> dict[str, tuple[str, str]]:
     return {f"{a}_to_{b}": (a, b) for a, b in permutations(points, 2)}
 
 
-def task_names(outcomes: dict[tuple[str, str], Ranks]) -> list[tuple[str, str, list[str]]]:
-    """(name, task, languages): pooled first, then each pooled language alone, then the others."""
+def task_names(outcomes: Mapping[tuple[str, str], Any], pooled: Sequence[str] = ()) -> list[tuple[str, str, list[str]]]:
+    """(name, task, languages): pooled first, then each pooled language alone, then the others.
+
+    pooled: the languages that the first row is over, those of them that there are; empty: all.
+    """
     rows = []
     for task in TASKS:
         present = [language for t, language in outcomes if t == task]
-        pooled = [language for language in POOLED if language in present] or present
-        if pooled:
-            rows.append((task, task, pooled))
+        together = [language for language in pooled if language in present] or present
+        if together:
+            rows.append((task, task, together))
         if len(present) > 1:
-            others = sorted(set(present) - set(pooled))
-            rows += [(f"{task}.{language}", task, [language]) for language in [*pooled, *others]]
+            others = sorted(set(present) - set(together))
+            rows += [(f"{task}.{language}", task, [language]) for language in [*together, *others]]
     return rows
 
 

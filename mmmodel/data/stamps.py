@@ -103,6 +103,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def is_stamps(folder: Path) -> bool:
+    """Whether `prepare` made this folder of shards, wherever it lies."""
+    manifest = read_manifest(folder)
+    return isinstance(manifest, dict) and manifest.get("data") == "stamps"
+
+
 def verify(folder: Path) -> dict[str, tuple[int, int]]:
     """Counted and expected images, concepts and images per split, {"images": (950, 950), ...}: they must be equal."""
     counts = _counts(read_index(folder))

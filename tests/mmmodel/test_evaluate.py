@@ -1,15 +1,18 @@
 """From a run to its report: what is counted, what is shared, and when the demo fails."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from builders import batch_of, learner, samples
+from PIL import Image
 
 from mmmodel import evaluate, retrieval
 from mmmodel.configs import ConfigError
+from mmmodel.data.shards import write_shard
 from mmmodel.features import Item
 from mmmodel.pretraining import Corpus
 
@@ -56,6 +59,12 @@ def test_embed_equals_the_head_on_each_item_and_shares_features():
     assert np.isnan(points["text"][-1]).all()
 
 
+def png(brightness):
+    data = io.BytesIO()
+    Image.new("RGB", (32, 16), (brightness, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
 def items_in(languages, concepts):
     return [
         Item(f"{c}{i}/{lang}", f"{c}{i}", lang, c, "test", {}) for lang in languages for i, c in enumerate(concepts)
@@ -73,7 +82,7 @@ def test_tasks_are_scored_per_language_and_pooled_over_the_three():
     outcomes = evaluate.ranks({"text": text, "image": text, "audio": speech}, items)
     assert retrieval.recall(outcomes["speech_to_text", "fr"].before_hit)["r1"] == 1
     assert retrieval.recall(outcomes["speech_to_text", "es"].before_hit)["r10"] == 0
-    rows = [row for row in evaluate.task_names(outcomes) if row[1] == "speech_to_text"]
+    rows = [row for row in evaluate.task_names(outcomes, evaluate.POOLED) if row[1] == "speech_to_text"]
     assert rows == [
         ("speech_to_text", "speech_to_text", ["fr", "es"]),
         ("speech_to_text.fr", "speech_to_text", ["fr"]),
@@ -85,6 +94,30 @@ def test_tasks_are_scored_per_language_and_pooled_over_the_three():
     assert pooled["pretrained"]["r10"] == 0.5
     assert pooled["chance"]["r10"] == pytest.approx(10 / 24)
     assert pooled["gain_r10_ci95"] == [0, 0]
+    assert evaluate.task_names(outcomes)[0] == ("speech_to_text", "speech_to_text", ["fr", "es", "el"])
+
+
+def write_captioned(folder, languages, **manifest):
+    """Four held-out pictures in each language; a manifest.json beside them where one is given."""
+    samples = [
+        {"__key__": f"{tag}{i}", "txt": f"a {i}", "png": png(40 * i), "json": {"split": "test", "lang": tag}}
+        for tag in languages
+        for i in range(4)
+    ]
+    folder.mkdir()
+    write_shard(folder / "a-0.tar", samples)
+    if manifest:
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_pooled_row_is_over_every_language_but_of_the_stamps(run, tmp_path):
+    own = write_captioned(tmp_path / "own", ("en", "fr"))
+    found = {task["name"]: task["n"] for task in evaluate.evaluate(run, data=str(own))["tasks"]}
+    assert found == {"image_to_text": 8, "image_to_text.en": 4, "image_to_text.fr": 4}
+    stamps = write_captioned(tmp_path / "stamps", ("en", "fr"), data="stamps")
+    found = {task["name"]: task["n"] for task in evaluate.evaluate(run, data=str(stamps))["tasks"]}
+    assert found == {"image_to_text": 4, "image_to_text.en": 4, "image_to_text.fr": 4}
 
 
 def test_items_without_speech_ask_nothing_but_can_be_found():
@@ -126,7 +159,6 @@ def test_the_command_exits_non_zero_below_the_bars(report, run, monkeypatch, cap
 
 def test_what_cannot_be_scored_is_said(report, run, tmp_path, capsys):
     from mmmodel import cli
-    from mmmodel.data.shards import write_shard
 
     captions = [{"__key__": f"k{i}", "txt": f"a {i}", "json": {"split": "test"}} for i in range(4)]
     write_shard(tmp_path / "a-0.tar", captions)
