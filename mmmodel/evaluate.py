@@ -66,12 +66,15 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
         splits = ", ".join(sorted({item.split for item in corpus.items}))
         raise ConfigError(f"evaluate: {config.data} has no samples of split {split!r}, expected one of {splits}")
     pooled = POOLED if stamps.is_stamps(dataset.path) else ()
-    untrained = ranks(embed(learner, corpus, items), items)
+    comparable = "contrastive" in learner.objectives
+    untrained = ranks(embed(learner, corpus, items), items) if comparable else {}
     export.load_weights(opened, learner)
-    pretrained = ranks(embed(learner, corpus, items), items)
+    pretrained = ranks(embed(learner, corpus, items), items) if comparable else {}
     report = {
         "tasks": [_score(row, untrained, pretrained) for row in task_names(pretrained, pooled)],
+        "unscored": _unscored(learner, pretrained),
         "objectives": held_out.figures(learner, corpus, items),
+        "guesses": held_out.guesses(learner),
         "data": {"name": config.data, "split": split, "images": len({item.group for item in items}),
                  "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
         "seconds": {"evaluate": round(time.perf_counter() - started, 1), "pretrain": _trained_seconds(run)},
@@ -142,6 +145,18 @@ def task_names(outcomes: Mapping[tuple[str, str], Any], pooled: Sequence[str] = 
     return rows
 
 
+def _unscored(learner: Pretraining, outcomes: Mapping[tuple[str, str], Ranks]) -> str:
+    """Which tasks have no score, and why, in words; empty where all have."""
+    if "contrastive" not in learner.objectives:
+        return "retrieval, which needs the contrastive objective: its weight is 0 in this run"
+    asked = {name: pair for name, pair in TASKS.items() if set(pair) <= learner.model.front_ends.keys()}
+    if not asked:
+        return f"retrieval: this run reads {', '.join(learner.model.front_ends)} alone"
+    scored = {task for task, _ in outcomes}
+    left = [f"{name} ({' and '.join(pair)})" for name, pair in asked.items() if name not in scored]
+    return f"no concept of these samples has both in one language: {', '.join(left)}" if left else ""
+
+
 def _score(row: tuple[str, str, list[str]], untrained: dict, pretrained: dict) -> dict[str, Any]:
     name, task, languages = row
     before = np.concatenate([untrained[task, language].before_hit for language in languages])
@@ -176,7 +191,7 @@ def failures(report: dict[str, Any], requirement: str) -> list[str]:
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print the report as a table that fits 80 columns, and which tasks the data does not ask."""
+    """Print the report as tables that fit 80 columns, and which tasks have no score."""
     data = report["data"]
     label = "synthetic data" if data["synthetic"] else data["name"]
     title = f"Retrieval in percent: {label}, {data['images']} {data['split']} images of {data['concepts']} concepts"
@@ -198,9 +213,10 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     if report["tasks"]:
         console.print(table)
-    scored = {task["name"] for task in report["tasks"]}
-    if unscored := [f"{name} ({' and '.join(pair)})" for name, pair in TASKS.items() if name not in scored]:
-        console.print(f"not scored, no concept of these samples has both in one language: {', '.join(unscored)}")
+    if report["objectives"]:
+        console.print(held_out.table(report["objectives"], report["guesses"]))
+    if report["unscored"]:
+        console.print(f"not scored: {report['unscored']}")
 
 
 def _percent(rates: dict[str, float]) -> str:

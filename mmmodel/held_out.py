@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from mmmodel.batches import Sampler, collate
 from mmmodel.features import Item
@@ -15,15 +17,31 @@ from mmmodel.pretraining import Corpus, Pretraining
 BATCH = 64
 BATCHES = 24  # some 1,500 samples, each picture several times in different languages and company
 
+MEANING = {  # of a figure, by its objective and the first part of its name
+    "contrastive/loss": "cross entropy of alignment",
+    "contrastive/top1": "nearest in its batch is right",
+    "masked_text/loss": "cross entropy of hidden pieces",
+    "masked_text/accuracy": "hidden pieces read right",
+    "masked_image/loss": "error of hidden cells",
+    "masked_image/of_mean": "that over the best constant's",
+    "masked_audio/loss": "error of hidden frames",
+    "masked_audio/of_mean": "that over the best constant's",
+    "matching/loss": "cross entropy of yes or no",
+    "matching/accuracy": "yes and no right, halves alike",
+}
+
 
 @torch.no_grad()
 def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batches: int = BATCHES) -> dict[str, float]:
     """Mean over batches of what the run's objectives report, named objective/figure; nothing is augmented.
 
-    Negatives, and what is hidden, are drawn as in training, by fixed seeds.  The objective `meaning` is left out: it
-    knows training concepts alone.
+    Negatives, and what is hidden, are drawn as in training, by fixed seeds.  Left out are objectives of which the items
+    have nothing, and `meaning`, which knows training concepts alone.
     """
     learner.eval()
+    asked = [name for name, o in learner.objectives.items() if name != "meaning" and o.finds(items)]
+    if not asked:
+        return {}
     sampler = Sampler(items, batch_size=min(BATCH, len({item.group for item in items})), seed=0)
     model, device = learner.model, learner.model.token_table.device
     found: dict[str, list[float]] = {}
@@ -33,7 +51,35 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
             [items[i] for i in sampler.batch(number)], corpus.features, model.front_ends, model.special_tokens
         )
         prepared = learner.prepare(batch, rng, None)
-        weights = {name: weight for name, weight in prepared.weights.items() if name != "meaning"}
+        weights = {name: prepared.weights[name] for name in asked}
         for name, value in learner(batch.to(device), dataclasses.replace(prepared, weights=weights))[1].items():
             found.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def guesses(learner: Pretraining) -> dict[str, float]:
+    """What some figures are of a model that knows nothing, where that does not hang on the data."""
+    pieces = learner.model.tokenizer.get_vocab_size()
+    known = {
+        "masked_text/loss": math.log(pieces),
+        "masked_text/accuracy": 1 / pieces,
+        "masked_image/of_mean": 1.0,
+        "masked_audio/of_mean": 1.0,
+        "matching/loss": math.log(3) - 2 / 3 * math.log(2),  # of three pairs one is true
+        "matching/accuracy": 0.5,
+    }
+    return {name: value for name, value in known.items() if name.partition("/")[0] in learner.objectives}
+
+
+def table(found: dict[str, float], known: dict[str, float]) -> Table:
+    """found as `figures` gives them, known as `guesses`; a parameter such as the scale is no score and has no row."""
+    made = Table(title="Objectives on these samples", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    made.add_column("figure", no_wrap=True)
+    made.add_column("held out", justify="right", no_wrap=True)
+    made.add_column("a guess", justify="right", no_wrap=True)
+    made.add_column("what it is")
+    for name, value in found.items():
+        if meaning := MEANING.get("/".join(name.split("/")[:2])):
+            guess = f"{known[name]:.3f}" if name in known else ""
+            made.add_row(name, f"{value:.3f}", guess, meaning)
+    return made

@@ -131,7 +131,8 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a pretrained run by retrieval on concepts it never saw, or by a whole benchmark; writes report.json."""
+    """Score a pretrained run by retrieval and its objectives' losses on concepts it never saw, or by a whole benchmark;
+    writes report.json."""
 
     run_folder: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", aliases=("--from",))] = (Path("runs/demo"),)
     """Folder of a finished run; a benchmark takes several that differ in their seed."""
@@ -162,7 +163,7 @@ class Evaluate:
 
         report = evaluate.evaluate(self.run_folder[0], split=self.split, data=self.data, impl=self.impl)
         evaluate.show(report)
-        if not report["tasks"]:
+        if not report["tasks"] and not report["objectives"]:
             sys.exit("evaluate: no task can be scored")
         if self.require != "none" and (missed := evaluate.failures(report, self.require)):
             sys.exit("below the bar: " + "; ".join(missed))

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from builders import batch_of, learner, samples
 from PIL import Image
 
-from mmmodel import evaluate, retrieval
+from mmmodel import cli, configs, evaluate, retrieval, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 from mmmodel.features import Item
@@ -26,7 +27,7 @@ def report(run):
 
 
 def test_report_has_the_promised_form(report):
-    assert report.keys() == {"tasks", "objectives", "data", "seconds", "versions"}
+    assert report.keys() == {"tasks", "unscored", "objectives", "guesses", "data", "seconds", "versions"}
     assert [task["name"] for task in report["tasks"]] == ["speech_to_text", "image_to_text", "speech_to_image"]
     for task in report["tasks"]:
         assert task.keys() == {"name", "n", "chance", "untrained", "pretrained", "gain_r10_ci95"}
@@ -148,8 +149,6 @@ def test_demo_fails_below_its_bars():
 
 
 def test_the_command_exits_non_zero_below_the_bars(report, run, monkeypatch, capsys):
-    from mmmodel import cli
-
     cli.main(["evaluate", "--run", str(run)])
     assert "speech_to_text" in capsys.readouterr().out
     monkeypatch.setitem(evaluate.REQUIREMENTS, "quick", {"speech_to_text": 1e9})
@@ -157,16 +156,36 @@ def test_the_command_exits_non_zero_below_the_bars(report, run, monkeypatch, cap
         cli.main(["evaluate", "--run", str(run), "--require", "quick"])
 
 
-def test_what_cannot_be_scored_is_said(report, run, tmp_path, capsys):
-    from mmmodel import cli
-
+def test_what_cannot_be_scored_is_said_and_the_objectives_shown(run, tmp_path, capsys):
     captions = [{"__key__": f"k{i}", "txt": f"a {i}", "json": {"split": "test"}} for i in range(4)]
     write_shard(tmp_path / "a-0.tar", captions)
-    with pytest.raises(SystemExit, match="no task can be scored"):
-        cli.main(["evaluate", "--from", str(run), "--data", str(tmp_path)])
+    cli.main(["evaluate", "--from", str(run), "--data", str(tmp_path)])
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith("not scored, no concept of these samples has both in one language: speech_to_text (audio")
+    assert "not scored: no concept of these samples has both in one language: speech_to_text (audio" in printed
     assert "Retrieval" not in printed
+    assert "masked_text/loss" in printed
+    assert "contrastive" not in printed  # it finds nothing here: a loss of 0 would be no figure
+    assert "matching" not in printed
+
+
+def test_a_run_without_alignment_shows_its_objectives(shards, tmp_path, capsys):
+    fields = ("objectives.contrastive.weight=0", "objectives.masked_image.weight=1", "steps=1", f"data={shards}")
+    train.pretrain(configs.override(configs.tiny(), fields), tmp_path)
+    cli.main(["evaluate", "--from", str(tmp_path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "masked_image/of_mean" in printed
+    assert "not scored: retrieval, which needs the contrastive objective: its weight is 0" in printed
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["tasks"] == []
+    assert f"masked_text/loss {written['objectives']['masked_text/loss']:.3f} {math.log(280):.3f} cross" in printed
+
+
+def test_nothing_to_score_and_no_figure_is_an_error(shards, tmp_path):
+    fields = ("objectives.contrastive.weight=0", "objectives.matching.weight=0", "steps=1", f"data={shards}")
+    train.pretrain(configs.override(configs.tiny(), fields), tmp_path / "run")
+    write_shard(tmp_path / "a-0.tar", [{"__key__": "k", "png": png(9), "json": {"split": "test"}}])
+    with pytest.raises(SystemExit, match="no task can be scored"):
+        cli.main(["evaluate", "--from", str(tmp_path / "run"), "--data", str(tmp_path)])
 
 
 def test_a_run_is_scored_on_other_data(run, tmp_path):
