@@ -44,7 +44,9 @@ class Ranks:
 
 
 def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str | None = None) -> dict[str, Any]:
-    """Score the exported model of a run against its own initialisation; writes run/report.json and returns it.
+    """Score the exported model of a run against its own random weights; writes run/report.json and returns it.
+
+    "untrained" in the report are those random weights, also of a run that began with others, which "start" names.
 
     impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
@@ -72,6 +74,7 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
     pretrained = ranks(embed(learner, corpus, items), items) if comparable else {}
     report = {
         "tasks": [_score(row, untrained, pretrained) for row in task_names(pretrained, pooled)],
+        "start": config.start or (config.language_model if config.load_language_model else ""),
         "unscored": _unscored(learner, pretrained),
         "objectives": held_out.figures(learner, corpus, items),
         "guesses": held_out.guesses(learner),
@@ -200,7 +203,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     for heading in (
         "n",
         "chance\nR@1 R@5 R@10",
-        "untrained\nR@1 R@5 R@10",
+        f"{'random weights' if report['start'] else 'untrained'}\nR@1 R@5 R@10",
         "pretrained\nR@1 R@5 R@10",
         "R@10 gain\n(95 %)",
     ):
@@ -213,6 +216,11 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     if report["tasks"]:
         console.print(table)
+        if report["start"]:
+            console.print(
+                f"This run began with {report['start']}, not with random weights: "
+                "the gain includes what that had learnt."
+            )
     if report["objectives"]:
         console.print(held_out.table(report["objectives"], report["guesses"]))
     if report["unscored"]:

@@ -11,7 +11,7 @@ import torch
 from builders import batch_of, learner, samples
 from PIL import Image
 
-from mmmodel import cli, configs, evaluate, retrieval, train
+from mmmodel import cli, configs, evaluate, export, retrieval, start, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 from mmmodel.features import Item
@@ -27,7 +27,7 @@ def report(run):
 
 
 def test_report_has_the_promised_form(report):
-    assert report.keys() == {"tasks", "unscored", "objectives", "guesses", "data", "seconds", "versions"}
+    assert report.keys() == {"tasks", "start", "unscored", "objectives", "guesses", "data", "seconds", "versions"}
     assert [task["name"] for task in report["tasks"]] == ["speech_to_text", "image_to_text", "speech_to_image"]
     for task in report["tasks"]:
         assert task.keys() == {"name", "n", "chance", "untrained", "pretrained", "gain_r10_ci95"}
@@ -186,6 +186,29 @@ def test_nothing_to_score_and_no_figure_is_an_error(shards, tmp_path):
     write_shard(tmp_path / "a-0.tar", [{"__key__": "k", "png": png(9), "json": {"split": "test"}}])
     with pytest.raises(SystemExit, match="no task can be scored"):
         cli.main(["evaluate", "--from", str(tmp_path / "run"), "--data", str(tmp_path)])
+
+
+def test_what_a_run_began_with_is_not_called_untrained(run, report, tmp_path, capsys):
+    """The baseline is drawn at random whatever the run began with."""
+    evaluate.show(report)
+    printed = capsys.readouterr().out
+    assert "untrained" in printed
+    assert "random weights" not in printed
+    train.pretrain(dataclasses.replace(start.configured(run), steps=1), tmp_path)
+    cli.main(["evaluate", "--from", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "untrained" not in printed
+    assert "random weights" in printed
+    assert "This run began with" in printed
+    assert json.loads((tmp_path / "report.json").read_text())["start"] == str(run)
+
+
+@pytest.mark.parametrize(("loaded", "begun"), [(True, "bert"), (False, "")])  # False: its shape, from random weights
+def test_a_language_models_weights_are_a_start(run, tmp_path, loaded, begun):
+    opened = export.open_run(run)
+    config = dataclasses.replace(opened.config, language_model="bert", load_language_model=loaded)
+    export.write(tmp_path / export.FILE, opened.tensors, config, opened.tokenizer)
+    assert evaluate.evaluate(tmp_path)["start"] == begun
 
 
 def test_a_run_is_scored_on_other_data(run, tmp_path):
