@@ -44,10 +44,11 @@ class Ranks:
 
 
 def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str | None = None) -> dict[str, Any]:
-    """Score the exported model of a run against its own random weights; writes run/report.json and returns it.
+    """Score the exported model of a run against its own random weights; writes and returns the report.
 
     "untrained" in the report are those random weights, also of a run that began with others, which "start" names.
 
+    It is written to run/report.json, of another split than test to run/report-SPLIT.json.
     impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
     is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
@@ -85,7 +86,7 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
                      "mmkernels": mmkernels.__version__},
     }  # fmt: skip
     if not data:  # what is said of other data is not the run's own report, which others read
-        atomic.write_json(run / "report.json", report)
+        atomic.write_json(run / ("report.json" if split == "test" else f"report-{split}.json"), report)
     return report
 
 

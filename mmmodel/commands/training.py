@@ -137,7 +137,7 @@ class Evaluate:
     run_folder: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", aliases=("--from",))] = (Path("runs/demo"),)
     """Folder of a finished run; a benchmark takes several that differ in their seed."""
     split: Literal["test", "validation", "train"] = "test"
-    """Which concepts to score on."""
+    """Which concepts to score on; the scores of another split than test go to report-SPLIT.json."""
     data: str = ""
     """stamps, synthetic, or a folder of shards; empty: what the run was trained on. Scores on other data are printed,
     and the run's report.json stays. Not for a benchmark."""

@@ -40,6 +40,13 @@ def test_report_has_the_promised_form(report):
     evaluate.show(report)
 
 
+def test_another_split_leaves_the_test_scores(run):
+    own = evaluate.evaluate(run)
+    evaluate.evaluate(run, split="validation")
+    assert json.loads((run / "report.json").read_text())["data"] == own["data"]
+    assert json.loads((run / "report-validation.json").read_text())["data"]["split"] == "validation"
+
+
 def test_a_split_without_samples_is_one_line(run):
     with pytest.raises(ConfigError, match="no samples of split 'recordings'"):
         evaluate.evaluate(run, split="recordings")
