@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmkernels
-from mmmodel import atomic, export, held_out, metrics, pretraining, retrieval
+from mmmodel import atomic, export, held_out, limits, metrics, pretraining, retrieval
 from mmmodel.configs import ConfigError
 from mmmodel.data import stamps
 from mmmodel.embed import segment_vectors
@@ -43,7 +43,9 @@ class Ranks:
     chance: dict[str, float]
 
 
-def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Path | str, *, split: str = "test", data: str = "", device: str = "cpu", impl: str | None = None
+) -> dict[str, Any]:
     """Score the exported model of a run against its own random weights; writes and returns the report.
 
     "untrained" in the report are those random weights, also of a run that began with others, which "start" names.
@@ -54,6 +56,7 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
     is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
     split has no samples.
     """
+    limits.check_device(device, "evaluate")
     started = time.perf_counter()
     opened = export.open_run(run, impl=impl)
     export.refuse_finetuned(opened)
@@ -62,7 +65,7 @@ def evaluate(run: Path | str, *, split: str = "test", data: str = "", impl: str 
         config = replace(config, data=pretraining.located(data), languages=())
     torch.set_num_threads(config.threads)
     dataset = pretraining.open_data(config)
-    learner = Pretraining(config, opened.tokenizer)
+    learner = Pretraining(config, opened.tokenizer).to(device)
     corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split(split)
     if not items:
@@ -220,7 +223,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         if report["start"]:
             console.print(
                 f"This run began with {report['start']}, not with random weights: "
-                "the gain includes what that had learnt."
+                "the gain includes what that had learnt.",
+                markup=False,
             )
     if report["objectives"]:
         console.print(held_out.table(report["objectives"], report["guesses"]))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmmodel import atomic, evaluate, export, features, pretraining
+from mmmodel import atomic, evaluate, export, features, limits, pretraining
 from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.explaining import ablation, attention, page, pictures
@@ -60,7 +60,14 @@ class Explanation:
 
 
 def explain(
-    run: Path | str, out: Path | str, *, data: str = "", key: str = "", split: str = "test", impl: str | None = None
+    run: Path | str,
+    out: Path | str,
+    *,
+    data: str = "",
+    key: str = "",
+    split: str = "test",
+    device: str = "cpu",
+    impl: str | None = None,
 ) -> Explanation:
     """Explain sample `key` of `data` by the model of a run: writes index.html, PNGs and explanation.json into `out`.
 
@@ -71,7 +78,8 @@ def explain(
     modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
     CheckpointError for a run that does not load.
     """
-    learner = weights.learner_of(export.open_run(run, impl=impl))
+    limits.check_device(device, "explain")
+    learner = weights.learner_of(export.open_run(run, impl=impl)).to(device)
     config, out = learner.config, Path(out)
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)

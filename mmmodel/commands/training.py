@@ -149,6 +149,8 @@ class Evaluate:
     """Folder of the benchmark; the same command goes on where it was stopped. A run's own report is in its folder."""
     budget_minutes: float = 0.0
     """Begin no further part of the benchmark after so many minutes; 0: no limit."""
+    device: str = "cpu"
+    """Where the model runs: cpu, cuda or cuda:NUMBER. Not for a benchmark."""
     impl: Implementation | None = None
     """Implementation of every operator, by default the run's own. auto: the fastest that runs here. Not for a
     benchmark."""
@@ -161,7 +163,9 @@ class Evaluate:
             sys.exit("evaluate: several runs belong to a --benchmark; one is scored by itself")
         from mmmodel import evaluate
 
-        report = evaluate.evaluate(self.run_folder[0], split=self.split, data=self.data, impl=self.impl)
+        report = evaluate.evaluate(
+            self.run_folder[0], split=self.split, data=self.data, device=self.device, impl=self.impl
+        )
         evaluate.show(report)
         if not report["tasks"] and not report["objectives"]:
             sys.exit("evaluate: no task can be scored")

@@ -115,6 +115,8 @@ class Explain:
     """Which sample; empty: the first of the split that has every modality."""
     split: Literal["test", "validation", "train"] = "test"
     """Where to look for it if no key is given."""
+    device: str = "cpu"
+    """Where the model runs."""
     impl: Implementation | None = None
     """Implementation of every operator, by default the run's own. auto: the fastest that runs here."""
 
@@ -122,7 +124,13 @@ class Explain:
         from mmmodel import explain
 
         found = explain.explain(
-            self.run_folder, self.out, data=self.data, key=self.key, split=self.split, impl=self.impl
+            self.run_folder,
+            self.out,
+            data=self.data,
+            key=self.key,
+            split=self.split,
+            device=self.device,
+            impl=self.impl,
         )
         print(f"{found.sample.item.key}: {self.out / 'index.html'}")
 

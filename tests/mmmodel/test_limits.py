@@ -10,6 +10,7 @@ from mmmodel import cli, configs, embed, export, limits, train
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.predict import Predictor
 from mmmodel.limits import ConfigError, Range
+from mmmodel.pretraining import Pretraining
 
 WRONG = (
     ("steps=-1", "steps is -1, expected at least 1"),
@@ -75,6 +76,22 @@ def test_a_flag_of_finetune_that_cannot_be_is_named(flags, message, tmp_path):
         cli.main(["finetune", "--from", str(tmp_path), "--out", str(tmp_path / "out"), *flags])
 
 
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+def test_the_model_goes_to_the_device(command, run, tmp_path, monkeypatch):
+    """On a machine that may have none: it is sent there before anything is computed."""
+
+    class MovedError(Exception):
+        pass
+
+    def moved(learner, device):
+        raise MovedError(device)
+
+    monkeypatch.setattr(limits, "check_device", lambda device, who: None)
+    monkeypatch.setattr(Pretraining, "to", moved)
+    with pytest.raises(MovedError, match="cuda:1"):
+        cli.main([command, "--from", str(run), "--out", str(tmp_path / "out"), "--device", "cuda:1"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the device is there")
 def test_a_gpu_that_is_not_there_is_named(tmp_path):
     there = ["--from", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cuda"]
@@ -83,6 +100,8 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
         ["finetune", *there],
         ["embed", *there],
         ["predict", *there],
+        ["evaluate", *there],
+        ["explain", *there],
         ["pretrain", "--out", str(tmp_path / "out"), gpu],
     ):
         with pytest.raises(SystemExit, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
