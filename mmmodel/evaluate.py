@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -72,17 +72,19 @@ def evaluate(
         splits = ", ".join(sorted({item.split for item in corpus.items}))
         raise ConfigError(f"evaluate: {config.data} has no samples of split {split!r}, expected one of {splits}")
     pooled = POOLED if stamps.is_stamps(dataset.path) else ()
+    tasks = tasks_of(learner.model.front_ends)
     comparable = "contrastive" in learner.objectives
-    untrained = ranks(embed(learner, corpus, items), items) if comparable else {}
+    untrained = ranks(embed(learner, corpus, items), items, tasks) if comparable else {}
     export.load_weights(opened, learner)
-    pretrained = ranks(embed(learner, corpus, items), items) if comparable else {}
+    pretrained = ranks(embed(learner, corpus, items), items, tasks) if comparable else {}
     report = {
-        "tasks": [_score(row, untrained, pretrained) for row in task_names(pretrained, pooled)],
+        "tasks": [_score(row, untrained, pretrained) for row in task_names(pretrained, tasks, pooled=pooled)],
         "start": config.start or (config.language_model if config.load_language_model else ""),
-        "unscored": _unscored(learner, pretrained),
+        "unscored": _unscored(learner, tasks, pretrained),
         "objectives": held_out.figures(learner, corpus, items),
         "guesses": held_out.guesses(learner),
-        "data": {"name": config.data, "split": split, "images": len({item.group for item in items}),
+        "data": {"name": config.data, "split": split, "samples": len(items),
+                 "images": len({item.group for item in items}),
                  "concepts": len({item.concept for item in items}), "synthetic": config.data == "synthetic"},
         "seconds": {"evaluate": round(time.perf_counter() - started, 1), "pretrain": _trained_seconds(run)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -130,18 +132,34 @@ def ranks(
     return outcomes
 
 
+def tasks_of(modalities: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The tasks of a run that reads these modalities: of TASKS, and of each pair that TASKS lacks, both ways.
+
+    Audio is called speech in their names.
+    """
+    modalities = list(modalities)
+    tasks = {name: pair for name, pair in TASKS.items() if set(pair) <= set(modalities)}
+    known = {frozenset(pair) for pair in TASKS.values()}
+    for a, b in permutations(modalities, 2):
+        if frozenset((a, b)) not in known:
+            tasks["_to_".join("speech" if name == "audio" else name for name in (a, b))] = (a, b)
+    return tasks
+
+
 def all_pairs(points: Mapping[str, np.ndarray]) -> dict[str, tuple[str, str]]:
     """Every ordered pair of modalities, as tasks."""
     return {f"{a}_to_{b}": (a, b) for a, b in permutations(points, 2)}
 
 
-def task_names(outcomes: Mapping[tuple[str, str], Any], pooled: Sequence[str] = ()) -> list[tuple[str, str, list[str]]]:
+def task_names(
+    outcomes: Mapping[tuple[str, str], Any], tasks: Iterable[str] = TASKS, *, pooled: Sequence[str] = ()
+) -> list[tuple[str, str, list[str]]]:
     """(name, task, languages): pooled first, then each pooled language alone, then the others.
 
     pooled: the languages that the first row is over, those of them that there are; empty: all.
     """
     rows = []
-    for task in TASKS:
+    for task in tasks:
         present = [language for t, language in outcomes if t == task]
         together = [language for language in pooled if language in present] or present
         if together:
@@ -152,15 +170,14 @@ def task_names(outcomes: Mapping[tuple[str, str], Any], pooled: Sequence[str] = 
     return rows
 
 
-def _unscored(learner: Pretraining, outcomes: Mapping[tuple[str, str], Ranks]) -> str:
+def _unscored(learner: Pretraining, tasks: dict[str, tuple[str, str]], outcomes: dict[tuple[str, str], Ranks]) -> str:
     """Which tasks have no score, and why, in words; empty where all have."""
     if "contrastive" not in learner.objectives:
         return "retrieval, which needs the contrastive objective: its weight is 0 in this run"
-    asked = {name: pair for name, pair in TASKS.items() if set(pair) <= learner.model.front_ends.keys()}
-    if not asked:
-        return f"retrieval: this run reads {', '.join(learner.model.front_ends)} alone"
+    if not tasks:
+        return f"retrieval, which needs two modalities: this run reads {', '.join(learner.model.front_ends)} alone"
     scored = {task for task, _ in outcomes}
-    left = [f"{name} ({' and '.join(pair)})" for name, pair in asked.items() if name not in scored]
+    left = [f"{name} ({' and '.join(pair)})" for name, pair in tasks.items() if name not in scored]
     return f"no concept of these samples has both in one language: {', '.join(left)}" if left else ""
 
 
@@ -201,7 +218,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the report as tables that fit 80 columns, and which tasks have no score."""
     data = report["data"]
     label = "synthetic data" if data["synthetic"] else data["name"]
-    title = f"Retrieval in percent: {label}, {data['images']} {data['split']} images of {data['concepts']} concepts"
+    title = f"Retrieval in percent: {label}, {data['samples']} {data['split']} samples of {data['concepts']} concepts"
     table = Table(title=title, box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("task", no_wrap=True)
     for heading in (
@@ -233,7 +250,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _percent(rates: dict[str, float]) -> str:
-    return " ".join(f"{100 * rates[f'r{k}']:4.1f}" for k in retrieval.KS)
+    percents = [f"{100 * rates[f'r{k}']:4.1f}" for k in retrieval.KS]
+    return " ".join(" 100" if percent == "100.0" else percent for percent in percents)  # a digit more does not fit
 
 
 def _trained_seconds(run: Path) -> float:

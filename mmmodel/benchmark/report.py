@@ -51,7 +51,7 @@ def make(found: Parts, data: Labelled, protocol: Protocol, runs: Sequence[Run], 
 
 def _retrieval(outcomes: list[dict[str, Any]], protocol: Protocol) -> list[dict[str, Any]]:
     present = {(task, language): None for task, languages in outcomes[0].items() for language in languages}
-    rows = evaluate.task_names(present, evaluate.POOLED)
+    rows = evaluate.task_names(present, pooled=evaluate.POOLED)
     rows += [(task, task, list(outcomes[0][task])) for task in KNOWN_TASKS if task in outcomes[0]]
     tasks = []
     for name, task, languages in rows:

@@ -90,7 +90,7 @@ def test_tasks_are_scored_per_language_and_pooled_over_the_three():
     outcomes = evaluate.ranks({"text": text, "image": text, "audio": speech}, items)
     assert retrieval.recall(outcomes["speech_to_text", "fr"].before_hit)["r1"] == 1
     assert retrieval.recall(outcomes["speech_to_text", "es"].before_hit)["r10"] == 0
-    rows = [row for row in evaluate.task_names(outcomes, evaluate.POOLED) if row[1] == "speech_to_text"]
+    rows = [row for row in evaluate.task_names(outcomes, pooled=evaluate.POOLED) if row[1] == "speech_to_text"]
     assert rows == [
         ("speech_to_text", "speech_to_text", ["fr", "es"]),
         ("speech_to_text.fr", "speech_to_text", ["fr"]),
@@ -126,6 +126,47 @@ def test_the_pooled_row_is_over_every_language_but_of_the_stamps(run, tmp_path):
     stamps = write_captioned(tmp_path / "stamps", ("en", "fr"), data="stamps")
     found = {task["name"]: task["n"] for task in evaluate.evaluate(run, data=str(stamps))["tasks"]}
     assert found == {"image_to_text": 4, "image_to_text.en": 4, "image_to_text.fr": 4}
+
+
+def test_pairs_that_the_three_tasks_lack_are_asked_both_ways():
+    """A demo's table stays three tasks long; text and video, or a sensor, have scores too."""
+    assert evaluate.tasks_of(("text", "image", "audio")) == evaluate.TASKS
+    assert evaluate.tasks_of(("text", "video")) == {
+        "text_to_video": ("text", "video"),
+        "video_to_text": ("video", "text"),
+    }
+    assert list(evaluate.tasks_of(("image", "audio", "motion"))) == [
+        "speech_to_image",
+        "image_to_motion",
+        "speech_to_motion",
+        "motion_to_image",
+        "motion_to_speech",
+    ]
+
+
+def gif(brightness):
+    data = io.BytesIO()
+    frames = [Image.new("RGB", (16, 16), (brightness, 20 * i, 0)) for i in range(3)]
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:])
+    return data.getvalue()
+
+
+def test_text_and_video_are_scored(tmp_path, capsys):
+    splits = 8 * ["train"] + 6 * ["test"]
+    clips = [
+        {"__key__": f"k{i}", "txt": f"a {i}", "gif": gif(15 * i), "json": {"split": split}}
+        for i, split in enumerate(splits)
+    ]
+    write_shard(tmp_path / "a-0.tar", clips)
+    fields = ("model.modalities=text,video", "objectives.matching.weight=0", "steps=1", f"data={tmp_path}")
+    train.pretrain(configs.override(configs.tiny(), fields), tmp_path / "run")
+    cli.main(["evaluate", "--from", str(tmp_path / "run")])
+    tasks = json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]
+    assert {task["name"]: task["n"] for task in tasks} == {"text_to_video": 6, "video_to_text": 6}
+    printed = capsys.readouterr().out
+    assert "6 test samples of 6 concepts" in printed
+    assert "…" not in printed  # everything fits, a rate of 100 too
+    assert "not scored" not in printed
 
 
 def test_items_without_speech_ask_nothing_but_can_be_found():
