@@ -35,23 +35,23 @@ MEANING = {  # of a figure, by its objective and the first part of its name
 def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batches: int = BATCHES) -> dict[str, float]:
     """Mean over batches of what the run's objectives report, named objective/figure; nothing is augmented.
 
-    Negatives, and what is hidden, are drawn as in training, by fixed seeds.  Left out are objectives of which the items
-    have nothing, and `meaning`, which knows training concepts alone.
+    Negatives, and what is hidden, are drawn as in training, by fixed seeds.  A batch in which an objective finds
+    nothing does not count for it: its loss there is 0.  `meaning` is left out, as it knows training concepts alone.
     """
     learner.eval()
-    asked = [name for name, o in learner.objectives.items() if name != "meaning" and o.finds(items)]
-    if not asked:
-        return {}
     sampler = Sampler(items, batch_size=min(BATCH, len({item.group for item in items})), seed=0)
     model, device = learner.model, learner.model.token_table.device
     found: dict[str, list[float]] = {}
     for number in range(batches):
         rng = np.random.default_rng([number, 6])
-        batch = collate(
-            [items[i] for i in sampler.batch(number)], corpus.features, model.front_ends, model.special_tokens
-        )
+        chosen = [items[i] for i in sampler.batch(number)]
+        batch = collate(chosen, corpus.features, model.front_ends, model.special_tokens)
         prepared = learner.prepare(batch, rng, None)
-        weights = {name: prepared.weights[name] for name in asked}
+        weights = {
+            name: weight
+            for name, weight in prepared.weights.items()
+            if name != "meaning" and learner.objectives[name].finds(chosen)
+        }
         for name, value in learner(batch.to(device), dataclasses.replace(prepared, weights=weights))[1].items():
             found.setdefault(name, []).append(float(value))
     return {name: float(np.mean(values)) for name, values in found.items()}

@@ -11,7 +11,7 @@ import torch
 from builders import batch_of, learner, samples
 from PIL import Image
 
-from mmmodel import cli, configs, evaluate, export, retrieval, start, train
+from mmmodel import cli, configs, evaluate, export, held_out, retrieval, start, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 from mmmodel.features import Item
@@ -226,6 +226,16 @@ def test_a_run_without_alignment_shows_its_objectives(shards, tmp_path, capsys):
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["tasks"] == []
     assert f"masked_text/loss {written['objectives']['masked_text/loss']:.3f} {math.log(280):.3f} cross" in printed
+
+
+def test_a_batch_without_words_is_no_loss_of_0():
+    """A batch is in one language: in the second there is nothing to read, which would halve the mean."""
+    _, learned = learner()
+    items, features = samples(present=6 * [("text", "image")])
+    silent = [dataclasses.replace(item, language="yy", rows={"image": item.rows["image"]}) for item in items]
+    alone, both = (held_out.figures(learned, Corpus(part, features), part) for part in (items, items + silent))
+    assert both["masked_text/loss"] == pytest.approx(alone["masked_text/loss"], rel=0.1)
+    assert "masked_text/loss" not in held_out.figures(learned, Corpus(silent, features), silent)
 
 
 def test_nothing_to_score_and_no_figure_is_an_error(shards, tmp_path):

@@ -72,6 +72,7 @@ def test_samples_hold_what_their_metadata_says(prepared):
 
 def test_manifest_counts_and_names_what_is_missing(prepared):
     _, folder = prepared
+    assert stamps.is_stamps(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["counts"]["samples"] == 13
     assert manifest["counts"]["images"] == 6
