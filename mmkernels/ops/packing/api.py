@@ -83,7 +83,8 @@ def pad(
     """
     if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         longest = layout.max_seqlen if length is None else length
-        if (padded := quick.pad(packed, layout.cu_seqlens, longest, out)) is not None:
+        fits = type(longest) is int and longest <= MAX_LENGTH
+        if fits and (padded := quick.pad(packed, layout.cu_seqlens, longest, out)) is not None:
             return padded
     checks.packed("pad", packed, layout)
     length = layout.max_seqlen if length is None else length
