@@ -5,8 +5,10 @@ import io
 import tarfile
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
-from mmmodel import configs
+from mmmodel import configs, metrics
 from mmmodel.batches import collate
 from mmmodel.features import Features, Item
 from mmmodel.frontends.text import train_tokenizer
@@ -66,3 +68,16 @@ def _feature(name, i, rng):
 
 def batch_of(learner, items, features):
     return collate(items, features, learner.model.front_ends, learner.model.special_tokens)
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+def assert_same_run(one, two):
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for left, right in zip(metrics.read(one / "metrics.jsonl"), metrics.read(two / "metrics.jsonl"), strict=True):
+        timed = {name for name in left if name.endswith("_ms") or "per_s" in name or name == "mfu_percent"}
+        assert {k: v for k, v in left.items() if k not in timed} == {k: v for k, v in right.items() if k not in timed}

@@ -63,3 +63,11 @@ def one_thread():
 @pytest.fixture
 def tiny(shards):
     return dataclasses.replace(configs.tiny(), data=str(shards))
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards, tmp_path_factory):
+    config = dataclasses.replace(configs.tiny(), data=str(shards))
+    out = tmp_path_factory.mktemp("unbroken")
+    assert train.pretrain(config, out)
+    return out
