@@ -162,6 +162,7 @@ class PretrainConfig:
     compile: bool = False  # torch.compile of the blocks around attention
     checkpoint_every: Whole = 100  # steps; 0: only at the end
     keep_checkpoints: Count = 2
+    evaluate_every: Whole = 0  # steps between the objectives' figures on the split validation; 0: none
 
 
 def demo() -> PretrainConfig:

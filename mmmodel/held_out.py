@@ -1,4 +1,4 @@
-"""What the objectives make of concepts that training never saw: losses and accuracies, without a step."""
+"""What the objectives make of samples that training never saw: losses and accuracies, without a step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from mmmodel import distributed
 from mmmodel.batches import Sampler, collate
 from mmmodel.features import Item
+from mmmodel.metrics import merged
 from mmmodel.pretraining import Corpus, Pretraining
 
 BATCH = 64
@@ -37,24 +39,38 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
 
     Negatives, and what is hidden, are drawn as in training, by fixed seeds.  A batch in which an objective finds
     nothing does not count for it: its loss there is 0.  `meaning` is left out, as it knows training concepts alone.
+    Under torchrun every process reads its part of each batch, and all get the mean; {} if there are fewer groups of
+    samples than processes.
     """
     learner.eval()
-    sampler = Sampler(items, batch_size=min(BATCH, len({item.group for item in items})), seed=0)
+    rank, ranks = distributed.rank(), distributed.size()
+    size = min(BATCH, len({item.group for item in items}))
+    if size < ranks:
+        return {}
+    sampler = Sampler(items, batch_size=size, seed=0)
     model, device = learner.model, learner.model.token_table.device
     found: dict[str, list[float]] = {}
     for number in range(batches):
-        rng = np.random.default_rng([number, 6])
-        chosen = [items[i] for i in sampler.batch(number)]
-        batch = collate(chosen, corpus.features, model.front_ends, model.special_tokens)
+        rng = np.random.default_rng([number, 6, *([rank] if rank else [])])
+        everyone = [items[i] for i in sampler.batch(number)]
+        own = everyone[rank::ranks]
+        batch = collate(own, corpus.features, model.front_ends, model.special_tokens)
         prepared = learner.prepare(batch, rng, None)
+        # alike on all ranks: alignment's points go round among them
         weights = {
             name: weight
             for name, weight in prepared.weights.items()
-            if name != "meaning" and learner.objectives[name].finds(chosen)
+            if name != "meaning" and learner.objectives[name].finds(everyone)
         }
         for name, value in learner(batch.to(device), dataclasses.replace(prepared, weights=weights))[1].items():
-            found.setdefault(name, []).append(float(value))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+            if learner.objectives[name.partition("/")[0]].finds(own):
+                found.setdefault(name, []).append(float(value))
+    return merged(distributed.everyone({name: float(np.mean(values)) for name, values in found.items()}))
+
+
+def is_score(name: str) -> bool:
+    """Whether a figure says how well an objective does: a parameter such as the scale is none."""
+    return "/".join(name.split("/")[:2]) in MEANING
 
 
 def guesses(learner: Pretraining) -> dict[str, float]:
@@ -72,14 +88,14 @@ def guesses(learner: Pretraining) -> dict[str, float]:
 
 
 def table(found: dict[str, float], known: dict[str, float]) -> Table:
-    """found as `figures` gives them, known as `guesses`; a parameter such as the scale is no score and has no row."""
+    """found as `figures` gives them, known as `guesses`; what is no score has no row."""
     made = Table(title="Objectives on these samples", box=None, padding=(0, 1, 0, 0), header_style="bold")
     made.add_column("figure", no_wrap=True)
     made.add_column("held out", justify="right", no_wrap=True)
     made.add_column("a guess", justify="right", no_wrap=True)
     made.add_column("what it is")
     for name, value in found.items():
-        if meaning := MEANING.get("/".join(name.split("/")[:2])):
+        if is_score(name):
             guess = f"{known[name]:.3f}" if name in known else ""
-            made.add_row(name, f"{value:.3f}", guess, meaning)
+            made.add_row(name, f"{value:.3f}", guess, MEANING["/".join(name.split("/")[:2])])
     return made

@@ -9,6 +9,8 @@ import numpy as np
 from mmmodel import metrics
 
 WINDOW = 15  # steps in the running mean
+VALIDATION = "validation/"  # before the name of a figure: the same, on the split validation
+DOTTED = "; dots: validation"
 
 
 def plot_run(run: Path) -> Path | None:
@@ -26,7 +28,7 @@ def plot_run(run: Path) -> Path | None:
 
     steps = np.array([line["step"] for line in lines])
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-    names = sorted({name for line in lines for name in line})
+    names = sorted({name for line in lines for name in line if not name.startswith(VALIDATION)})
     _panel(
         axes[0, 0], "loss (nats)", steps, lines, ["loss", *(n for n in names if n.endswith("/loss") or "/loss/" in n)]
     )
@@ -61,6 +63,11 @@ def _panel(axis, title: str, steps: np.ndarray, lines: list[dict], names: list[s
         values = np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
         (curve,) = axis.plot(steps, values, alpha=0.2, linewidth=0.8)
         axis.plot(steps, _running_mean(values), color=curve.get_color(), linewidth=1.6, label=_label(name))
+        if looks := [
+            (line["step"], line[VALIDATION + name]) for line in lines if line.get(VALIDATION + name) is not None
+        ]:
+            axis.plot(*zip(*looks, strict=True), "o--", color=curve.get_color(), linewidth=1, markersize=4)
+            title = title.removesuffix(DOTTED) + DOTTED
     axis.set_title(title)
     if axis.dataLim.ymin >= 0:  # an R2 may be negative
         axis.set_ylim(bottom=0)
@@ -76,10 +83,11 @@ def _label(name: str) -> str:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Over the last WINDOW steps, shorter at the start; a missing value is left out."""
-    known = np.isfinite(values)
-    sums = np.concatenate([[0], np.cumsum(np.where(known, values, 0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
+    """Over the last WINDOW steps, shorter at the start; a missing value is left out, NaN where all are missing."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - WINDOW)
-    return (sums[ends] - sums[starts]) / np.maximum(1, counts[ends] - counts[starts])
+    known = counts[ends] - counts[starts]
+    return np.where(known > 0, sums[ends] - sums[starts], np.nan) / np.maximum(1, known)

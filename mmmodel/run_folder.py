@@ -24,9 +24,9 @@ from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
 
-# Fields that say where a run computes, in what portions, and what it keeps: one that was stopped may go on with others.
-# `precision` and `compile` are not among them: they change its numbers by more than the order of sums does.
-WHERE = ("threads", "device", "checkpoint_every", "keep_checkpoints", "checkpointing", "chunk_tokens")
+# Fields that say where a run computes, in what portions, and what it keeps and tells: one that was stopped may go on
+# with others.  `precision` and `compile` are not among them: they change its numbers by more than the order of sums.
+WHERE = ("threads", "device", "checkpoint_every", "keep_checkpoints", "evaluate_every", "checkpointing", "chunk_tokens")
 DATA = "data.json"
 
 

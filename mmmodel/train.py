@@ -20,7 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmmodel import atomic, checkpoint, distributed, language_model, limits, objectives, pretraining, run_folder, start
+from mmmodel import (
+    atomic,
+    checkpoint,
+    distributed,
+    held_out,
+    language_model,
+    limits,
+    objectives,
+    pretraining,
+    run_folder,
+    start,
+)
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import FILE, export
@@ -30,13 +41,14 @@ from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
 from mmmodel.model import autocast, parameter_counts
 from mmmodel.plot import plot_run
-from mmmodel.pretraining import Prepared, Pretraining
+from mmmodel.pretraining import Corpus, Prepared, Pretraining
 from mmmodel.progress import Progress
 from mmmodel.recompute import Recompute, wrap_front_ends
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 20
+VALIDATION_BATCHES = 8
 STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 
 
@@ -85,7 +97,6 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     items = corpus.split("train")
     if not items:
         raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
-    idle = objectives.idle(learner.objectives, items, config.steps, config.batch_size)
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
@@ -102,14 +113,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    for name, reason in idle.items():
-        _log("%s learns nothing in this run: it %s", name, reason)
-    if "contrastive" in learner.objectives.keys() - idle.keys() and (pairs := sampler.joined()) < 1:
-        _log(
-            "contrastive learns little in this run: a batch shows %.2g concepts in two modalities; "
-            "it needs samples that hold both",
-            pairs,
-        )
+    _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
             run_folder.note_data(out, dataset, begun=bool(begun))
@@ -132,7 +136,9 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
 
     finished = True
     if progress["step"] < config.steps:
-        finished = _run(config, out, learner, optimizer, progress, make, save)
+        finished = _run(
+            config, out, learner, optimizer, progress, make, save, lambda step: validate(learner, corpus, step)
+        )
         save()
     if not distributed.rank():
         plot_run(out)
@@ -143,8 +149,40 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     return finished
 
 
-def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable) -> bool:
-    """Steps until config.steps or SIGTERM; progress counts them."""
+def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sampler) -> None:
+    config, items = learner.config, corpus.split("train")
+    idle = objectives.idle(learner.objectives, items, config.steps, config.batch_size)
+    for name, reason in idle.items():
+        _log("%s learns nothing in this run: it %s", name, reason)
+    if "contrastive" in learner.objectives.keys() - idle.keys() and (pairs := sampler.joined()) < 1:
+        _log(
+            "contrastive learns little in this run: a batch shows %.2g concepts in two modalities; "
+            "it needs samples that hold both",
+            pairs,
+        )
+    if config.evaluate_every and not corpus.split("validation"):
+        _log("evaluate_every does nothing in this run: no sample has the split validation")
+
+
+def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float]:
+    """The objectives' figures on samples of the split validation, named validation/objective/figure.
+
+    {} but after every config.evaluate_every steps and after the last.  The draws are the same each time, and no state
+    of the run changes: with or without it, it ends with the same bits.
+    """
+    config, items = learner.config, corpus.split("validation")
+    due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
+    if not (due and items):
+        return {}
+    with autocast(config.device, config.precision):
+        found = held_out.figures(learner, corpus, items, batches=VALIDATION_BATCHES)
+    losses = [f"{name.removesuffix('/loss')} {loss:.3f}" for name, loss in found.items() if name.endswith("/loss")]
+    _log("step %d, on the split validation: %s", step, ", ".join(losses) or "nothing to learn from")
+    return {f"validation/{name}": value for name, value in found.items() if held_out.is_score(name)}
+
+
+def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable, look: Callable) -> bool:
+    """Steps until config.steps or SIGTERM; progress counts them.  look: figures to add after a step."""
     first = not distributed.rank()
     device = next(learner.parameters()).device
     metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"]) if first else None
@@ -175,6 +213,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
             line = {"step": step + 1, **merged(every), "lr": rate, "skipped": progress["skipped"]}
             stopping = line.pop("stop")  # all ranks stop after the same step
             line |= timings(line, time.perf_counter() - before, waited, peak)
+            line |= look(step + 1)
             if first:
                 metrics.write(line)
                 bar.advance(line)

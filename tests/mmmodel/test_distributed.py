@@ -108,7 +108,7 @@ def test_masked_gradients_are_the_mean_over_all_hidden_tokens(tmp_path):
 
 
 def command(out, shards):
-    fields = ["data=" + str(shards), "steps=8", "checkpoint_every=3"]
+    fields = ["data=" + str(shards), "steps=8", "checkpoint_every=3", "evaluate_every=4"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "mmmodel"]
     return [*launch, "pretrain", "--preset", "tiny", "--out", str(out), "--set", *fields]
 
@@ -134,6 +134,7 @@ def test_torchrun_trains_and_resumes_to_the_same_bits(shards, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
     lines = metrics.read(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if "validation/contrastive/loss" in line] == [4, 8]
     alone = {name for line in lines for name in line if not name.endswith("_ms") and "per_s" not in name}
     alone -= {"mfu_percent"}
     for left, right in zip(lines, metrics.read(broken / "metrics.jsonl"), strict=True):

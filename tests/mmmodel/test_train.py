@@ -20,9 +20,10 @@ import soundfile
 import torch
 from builders import assert_same_run, batch_of, learner, objective_learner, samples
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmmodel import checkpoint, configs, metrics, objectives, train
+from mmmodel import checkpoint, configs, export, held_out, metrics, objectives, plot, pretraining, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 
@@ -67,6 +68,44 @@ def test_sigterm_saves_and_the_same_command_continues_to_the_same_bits(tiny, unb
     assert train.pretrain(tiny, tmp_path) is True
     assert len(steps) == 8
     assert_same_run(tmp_path, unbroken)
+
+
+def test_figures_on_the_validation_split_leave_the_run_its_bits(tiny, unbroken, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert train.pretrain(dataclasses.replace(tiny, evaluate_every=3), tmp_path)
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path, unbroken))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    looks = {line["step"]: line for line in lines if any(name.startswith("validation/") for name in line)}
+    assert list(looks) == [3, 6, 8]  # the last step too
+    learner = export.from_pretrained(tmp_path)
+    dataset = pretraining.open_data(tiny)
+    corpus = pretraining.load_corpus(tiny, dataset, learner.model)
+    found = held_out.figures(learner, corpus, corpus.split("validation"), batches=train.VALIDATION_BATCHES)
+    scores = {name: value for name, value in found.items() if held_out.is_score(name)}
+    assert {"contrastive/loss", "masked_text/accuracy", "matching/loss"} < scores.keys()
+    assert {n.removeprefix("validation/"): v for n, v in looks[8].items() if n.startswith("validation/")} == (
+        pytest.approx(scores, rel=1e-4)
+    )
+    assert [m.partition(":")[0] for m in caplog.messages if "on the split validation" in m] == [
+        f"step {step}, on the split validation" for step in looks
+    ]
+
+
+def test_the_curve_of_an_objective_begins_where_it_does():
+    mean = plot._running_mean(np.array([np.nan, np.nan, 2.0, np.nan, 4.0]))
+    np.testing.assert_array_equal(mean, [np.nan, np.nan, 2, 2, 3])
+
+
+def test_data_without_a_validation_split_says_that_there_is_nothing_to_see(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": "train"}} for i in range(8)]
+    write_shard(tmp_path / "data" / "a-0.tar", made)
+    caplog.set_level("INFO")
+    config = dataclasses.replace(configs.tiny(), data=str(tmp_path / "data"), steps=2, evaluate_every=1)
+    assert train.pretrain(config, tmp_path / "run")
+    assert "evaluate_every does nothing in this run: no sample has the split validation" in caplog.messages
+    assert not any(n.startswith("validation/") for n in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1])
 
 
 def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbroken, tmp_path):
