@@ -19,6 +19,11 @@ OBJECTIVES = {
     "alignment alone": ("objectives.masked_text.weight=0", "objectives.matching.weight=0"),
     "with masked text": ("objectives.masked_text.every=1", "objectives.matching.weight=0"),
     "with matching": ("objectives.masked_text.weight=0", "objectives.matching.every=1"),
+    "with matching, hard negatives": (
+        "objectives.masked_text.weight=0",
+        "objectives.matching.every=1",
+        "objectives.matching.hardness=1",
+    ),
     "with the meaning of captions": (
         "objectives.masked_text.weight=0",
         "objectives.matching.weight=0",

@@ -1,6 +1,6 @@
 """Image-text and audio-text matching: do two segments belong together?   N segments, Q pairs, E width.
 
-A negative is hard: it is drawn among the segments that the contrastive scores take for a match.
+A negative may be hard: drawn among the segments that the contrastive scores take for a match.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Matching(nn.Module):
         return prepared
 
     def forward(self, views: Views, inputs: Sequence[Anchors]) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = _scores(views)
+        scores = _scores(views) if self.config.hardness else None
         pairs = np.concatenate([draw_pairs(anchors, scores, self.config.hardness) for anchors in inputs])  # [Q, 3]
         if not len(pairs):  # no sample has both modalities
             return 0 * self.out.bias.sum(), {}
@@ -89,10 +89,13 @@ class Matching(nn.Module):
         return self.out(hidden).squeeze(1)
 
     def loss(self, a: Tensor, b: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """labels [Q], 1: a match.  "accuracy" weighs matches and negatives alike: 0.5 is chance."""
+        """labels [Q], 1: a match.  "accuracy" weighs matches and negatives alike: 0.5 is chance.
+
+        For it a pair matches that is likelier to than the share of matches among the pairs, a third as a rule.
+        """
         logits = self.logits(a, b)
-        right = ((logits > 0) == (labels > 0.5)).float()
         yes, no = labels.sum().clamp_min(1), (1 - labels).sum().clamp_min(1)
+        right = ((logits > (yes / no).log()) == (labels > 0.5)).float()
         accuracy = ((right * labels).sum() / yes + (right * (1 - labels)).sum() / no) / 2
         return F.binary_cross_entropy_with_logits(logits, labels), {"accuracy": accuracy}
 
