@@ -50,7 +50,8 @@ def evaluate(
 
     "untrained" in the report are those random weights, also of a run that began with others, which "start" names.
 
-    It is written to run/report.json, of another split than test to run/report-SPLIT.json.
+    It is written to run/report.json, of another split than test to run/report-SPLIT.json; that of a run which is not
+    finished is returned alone.
     impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
     is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
@@ -90,7 +91,7 @@ def evaluate(
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "mmkernels": mmkernels.__version__},
     }  # fmt: skip
-    if not data:  # what is said of other data is not the run's own report, which others read
+    if opened.finished and not data:  # what is said of other data is not the run's own report, which others read
         atomic.write_json(run / ("report.json" if split == "test" else f"report-{split}.json"), report)
     return report
 

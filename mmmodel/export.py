@@ -6,6 +6,7 @@ The file holds everything that `from_pretrained` needs; it is data, so a strange
 from __future__ import annotations
 
 import json
+import logging
 import stat
 import zlib
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import listed
 from mmmodel.pretraining import Pretraining
 
+logger = logging.getLogger(__name__)
+
 FILE = "model.safetensors"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -41,11 +44,18 @@ class Run:
     tokenizer: Tokenizer
     tensors: dict[str, Tensor]
     finetuning: str | None = None  # of a fine-tuned run: its configuration and labels, as `finetuning.run` writes them
+    step: int | None = None  # after which they were written; None: nobody said
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step was left to make; True where nobody said."""
+        return self.step is None or self.step >= self.config.steps
 
 
-def export(path: Path | str, learner: Pretraining, config: PretrainConfig) -> None:
-    """Encoder, front ends and heads; atomically."""
-    write(Path(path), learner.state_dict(), config, learner.model.tokenizer)
+def export(path: Path | str, learner: Pretraining, config: PretrainConfig, *, step: int | None = None) -> None:
+    """Encoder, front ends and heads, as they are after `step` steps; atomically."""
+    more = {} if step is None else {"step": str(step)}
+    write(Path(path), learner.state_dict(), config, learner.model.tokenizer, **more)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], config: PretrainConfig, tokenizer: Tokenizer, **more: str) -> None:
@@ -77,7 +87,8 @@ def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu", imp
 def open_run(path: Path | str, *, impl: str | None = None) -> Run:
     """path: a run's folder, or its safetensors file.  impl: of every operator, in place of the run's own; None: that.
 
-    Only safetensors is read, which holds data alone.  Raises CheckpointError for a path that is not there, for a
+    Only safetensors is read, which holds data alone.  A run that is not finished has the weights of its last
+    checkpoint there; a warning says so.  Raises CheckpointError for a path that is not there, for a
     pickle, for what is no safetensors file or a damaged one, and for one without configuration.
     """
     path = Path(path)
@@ -90,12 +101,20 @@ def open_run(path: Path | str, *, impl: str | None = None) -> Run:
         raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
     if impl:
         config = replace(config, model=replace(config.model, impl=impl))
-    return Run(file, config, tokenizer, tensors, metadata.get("finetune"))
+    run = Run(file, config, tokenizer, tensors, metadata.get("finetune"), _step(file, metadata))
+    if not run.finished:
+        logger.warning("%s: of step %d of %d, its run is not finished", file, run.step, config.steps)
+    return run
 
 
 def read_config(path: Path) -> PretrainConfig:
     """The configuration inside a file.  Raises CheckpointError as `open_run` does."""
     return _config(path, _read_metadata(path))
+
+
+def written_step(path: Path) -> int | None:
+    """Of `Run.step`.  Raises CheckpointError as `open_run` does."""
+    return _step(path, _read_metadata(path))
 
 
 def load_weights(run: Run, learner: Pretraining) -> None:
@@ -137,12 +156,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 def _read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; a finished `mmmodel pretrain` writes {FILE}")
+        raise CheckpointError(f"{path}: no such file; `mmmodel pretrain` writes {FILE} with its first checkpoint")
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
+
+
+def _step(path: Path, metadata: Mapping[str, str]) -> int | None:
+    try:
+        return int(metadata["step"]) if "step" in metadata else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its step does not read: {metadata['step']!r}") from error
 
 
 def _config(path: Path, metadata: Mapping[str, str]) -> PretrainConfig:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmmodel import atomic, checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.export import FILE
+from mmmodel.export import FILE, written_step
 from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,11 @@ def finished(out: Path, config: PretrainConfig) -> bool:
 
     Its checkpoints do not matter: they may be deleted, to save their space.
     """
+    if not (out / FILE).exists():
+        return False
+    step = written_step(out / FILE)  # None: an older run, which wrote it at its end alone
     lines = metrics.read(out / "metrics.jsonl")  # fewer: the model is an earlier run's, whose config.json went
-    return (out / FILE).exists() and (not lines or lines[-1]["step"] >= config.steps)
+    return all(made >= config.steps for made in (step, lines[-1]["step"] if lines else None) if made is not None)
 
 
 def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:

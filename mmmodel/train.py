@@ -132,6 +132,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
                 checkpoint.save(
                     checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints
                 )
+            with run_folder.writing(out):
+                export(out / FILE, learner, config, step=progress["step"])  # what is there may be used before the end
         distributed.wait()
 
     finished = True
@@ -139,12 +141,9 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         finished = _run(
             config, out, learner, optimizer, progress, make, save, lambda step: validate(learner, corpus, step)
         )
-        save()
+    save()
     if not distributed.rank():
         plot_run(out)
-        if finished:
-            with run_folder.writing(out):
-                export(out / FILE, learner, config)
     distributed.wait()
     return finished
 

@@ -38,6 +38,10 @@ def run(
     opened = [export.open_run(path) for path in runs]
     for source in opened:
         export.refuse_finetuned(source)
+        if not source.finished:
+            raise ConfigError(
+                f"benchmark: {source.path} is of step {source.step} of {source.config.steps}: finish the run"
+            )
     _check_alike([source.config for source in opened])
     _claim(out, opened, protocol)
     torch.set_num_threads(opened[0].config.threads)

@@ -135,7 +135,7 @@ class Evaluate:
     writes report.json."""
 
     run_folder: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", aliases=("--from",))] = (Path("runs/demo"),)
-    """Folder of a finished run; a benchmark takes several that differ in their seed."""
+    """Folder of a run; a benchmark takes several finished ones that differ in their seed."""
     split: Literal["test", "validation", "train"] = "test"
     """Which concepts to score on; the scores of another split than test go to report-SPLIT.json."""
     data: str = ""

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmmodel import cli, configs, embed, export, run_folder, train
+from mmmodel import checkpoint, cli, configs, embed, export, run_folder, train
 from mmmodel.data import stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
@@ -31,7 +31,7 @@ from mmmodel.limits import RunError
         ),
         (
             ["evaluate", "--run", "missing"],
-            "missing: no such file; a finished `mmmodel pretrain` writes model.safetensors",
+            "missing: no such file; `mmmodel pretrain` writes model.safetensors with its first checkpoint",
         ),
         (["plot", "--run", "missing"], "plot: missing holds no steps to draw"),
         (["data", "stamps", "--cache", "cache", "--tree", "missing"], r"stamps: no captions \(\*.txt\) under missing"),
@@ -128,17 +128,17 @@ def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("before", ["train_step", "plot_run"], ids=["checkpoint", "export"])
+@pytest.mark.parametrize("before", [(train, "train_step"), (checkpoint, "save")], ids=["checkpoint", "export"])
 def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     """torch raises no Exception at all there, but a BaseException with what each process met."""
-    original = getattr(train, before)
+    original = getattr(*before)
 
-    def then_full(*arguments):
-        found = original(*arguments)
+    def then_full(*arguments, **options):
+        found = original(*arguments, **options)
         full()
         return found
 
-    monkeypatch.setattr(train, before, then_full)
+    monkeypatch.setattr(*before, then_full)
     start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "steps=1", "--out", tmp_path)
     assert_one_line("could not be written, .* MB are free there: .*File too large", *start)
     assert not list(tmp_path.rglob("*partial*"))

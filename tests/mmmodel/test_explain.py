@@ -116,7 +116,7 @@ def test_a_language_of_the_run_is_preferred_in_other_data(tmp_path, languages, e
 def test_an_unknown_key_is_one_line_with_suggestions(run, tmp_path):
     with pytest.raises(SystemExit, match=r"has no sample 'synthetic-000000'; near it are synthetic-0\d+"):
         cli.main(["explain", "--from", str(run), "--key", "synthetic-000000", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no such file; a finished `mmmodel pretrain` writes"):
+    with pytest.raises(SystemExit, match="no such file; `mmmodel pretrain` writes"):
         cli.main(["explain", "--from", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 

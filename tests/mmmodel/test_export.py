@@ -149,7 +149,7 @@ def test_tensors_of_someone_else_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, path := tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="holds tensors but no configuration"):
         from_pretrained(path)
-    with pytest.raises(CheckpointError, match="a finished `mmmodel pretrain` writes"):
+    with pytest.raises(CheckpointError, match="`mmmodel pretrain` writes"):
         from_pretrained(tmp_path / "nowhere")
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmmodel import checkpoint, configs, export, held_out, metrics, objectives, plot, pretraining, train
+from mmmodel import checkpoint, configs, evaluate, export, held_out, metrics, objectives, plot, pretraining, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 
@@ -51,23 +51,44 @@ def test_a_run_leaves_what_the_readme_promises(unbroken):
     assert configs.from_dict(json.loads((unbroken / "config.json").read_text())).steps == 8
 
 
-def test_sigterm_saves_and_the_same_command_continues_to_the_same_bits(tiny, unbroken, tmp_path, monkeypatch):
-    """Stopped after step 5, between the checkpoints after 3 and 6."""
+def stopped_after(number, monkeypatch):
+    """SIGTERM in the step of that number; the list grows with each step."""
     steps = []
     original = train.train_step
 
     def stopping(*args):
         steps.append(1)
-        if len(steps) == 5:
+        if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
     monkeypatch.setattr(train, "train_step", stopping)
+    return steps
+
+
+def test_sigterm_saves_and_the_same_command_continues_to_the_same_bits(tiny, unbroken, tmp_path, monkeypatch):
+    """Stopped after step 5, between the checkpoints after 3 and 6."""
+    steps = stopped_after(5, monkeypatch)
     assert train.pretrain(tiny, tmp_path) is False
     assert checkpoint.saved(tmp_path / "checkpoints")[-1].name == "step-00000005"
     assert train.pretrain(tiny, tmp_path) is True
     assert len(steps) == 8
     assert_same_run(tmp_path, unbroken)
+
+
+def test_a_run_that_is_not_finished_has_the_weights_of_its_last_checkpoint(tiny, tmp_path, monkeypatch, caplog):
+    """A report on them is printed, not kept; the run goes on as if nobody had looked."""
+    stopped_after(5, monkeypatch)
+    assert not train.pretrain(tiny, tmp_path)
+    report = evaluate.evaluate(tmp_path)
+    assert f"{tmp_path}/model.safetensors: of step 5 of 8, its run is not finished" in caplog.messages
+    assert {task["name"] for task in report["tasks"]} > {"speech_to_text", "image_to_text"}
+    assert not (tmp_path / "report.json").exists()
+    caplog.clear()
+    assert train.pretrain(tiny, tmp_path)
+    evaluate.evaluate(tmp_path)
+    assert "not finished" not in caplog.text
+    assert (tmp_path / "report.json").exists()
 
 
 def test_figures_on_the_validation_split_leave_the_run_its_bits(tiny, unbroken, tmp_path, caplog):

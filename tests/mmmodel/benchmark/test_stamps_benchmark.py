@@ -10,7 +10,7 @@ from mmmodel.benchmark import parts, report, stamps
 from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
 from mmmodel.data.recordings import RECORDINGS
-from mmmodel.export import CheckpointError, open_run
+from mmmodel.export import CheckpointError, export, from_pretrained, open_run
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
 
@@ -123,6 +123,14 @@ def test_a_fine_tuned_run_is_refused(runs, shards, tmp_path):
     finetune(runs[0], FinetuneConfig(label="category", data=str(shards), epochs=1), tmp_path / "tuned")
     with pytest.raises(CheckpointError, match="is fine-tuned, the heads of its pretraining are gone"):
         stamps.run([tmp_path / "tuned"], tmp_path / "out", protocol=TINY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_finished_is_refused(runs, tmp_path):
+    config = open_run(runs[0]).config
+    export(tmp_path / "model.safetensors", from_pretrained(runs[0]), config, step=1)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is of step 1 of 2: finish the run"):
+        stamps.run([tmp_path], tmp_path / "out", protocol=TINY)
     assert not (tmp_path / "out").exists()
 
 
