@@ -3,7 +3,7 @@
 A stage's file: {"stage", "ok", "dry_run", "seconds", "environment", "result"}, or "error" in place of "result".
 The timing stages also write what they have after each case, so that a stage that is ended on the way is not lost.
 Speed is not measured while correctness is red: the timing stages read OUT/correctness.json first.  A second run into
-the same folder goes on where the first stopped; a stage that is named is run again.
+the same folder goes on where the first stopped; a stage that is named is run again.  Each GPU has a folder of its own.
 """
 
 from __future__ import annotations
@@ -185,6 +185,11 @@ def run_all(
         print("gpu: torch sees no GPU; --dry-run runs every stage on CPU stand-ins", file=sys.stderr)
         return 2
     device = torch.device("cpu" if dry_run else "cuda")
+    here = "a dry run" if dry_run else torch.cuda.get_device_name(device)
+    others = _gpus(out) - {here}
+    if others:
+        print(f"gpu: {out} has results of {', '.join(sorted(others))}: {here} needs another --out", file=sys.stderr)
+        return 2
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + seconds
     todo, failed = [], []
@@ -263,8 +268,14 @@ def _timed(
     return any("checked" in row for row in ours) and not wrong, document
 
 
+def _gpus(out: Path) -> set[str]:
+    """Whose results are in OUT.  Those of another GPU would count as shown here, or be written over."""
+    records = (run.read(out / f"{name}.json") for name in STAGES)
+    return {record["environment"]["gpu"]["name"] for record in records if "gpu" in record.get("environment", {})}
+
+
 def _earlier(context: Context, name: str) -> dict | None:
-    """The stage's record in OUT, where it is of these sources, this kind of run and this device."""
+    """The stage's record in OUT, where it is of these sources and this kind of run."""
     record = run.read(context.path(name))
     same = record.get("dry_run") == context.dry_run and _sources(record) == environment.sources()
     return record if same else None

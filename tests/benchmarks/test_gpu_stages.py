@@ -325,3 +325,19 @@ def test_refuses_without_a_gpu(tmp_path, capsys, monkeypatch):
     assert "no GPU" in capsys.readouterr().err
     assert stages.run_all(tmp_path, ["nonsense"], 10, dry_run=True) == 2
     assert "expected probe, correctness, sanitizer, attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_folder_of_another_gpu_is_refused(tmp_path, capsys, monkeypatch, dry_run):
+    """What was right on an H100 is not shown on an H200, and its figures are not to be written over."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    record = {"ok": True, "dry_run": False, "environment": {"sources": environment.sources(), "gpu": {"name": "H100"}}}
+    text = json.dumps(record)
+    (tmp_path / "probe.json").write_text(text)
+    assert stages.run_all(tmp_path, None, 1.0, dry_run=dry_run) == 2
+    here = "a dry run" if dry_run else "NVIDIA H200"
+    assert f"has results of H100: {here} needs another --out" in capsys.readouterr().err
+    assert (tmp_path / "probe.json").read_text() == text
+    (tmp_path / "probe.json").write_text(text.replace("H100", "NVIDIA H200"))
+    assert stages.run_all(tmp_path, ["probe"], 1.0, dry_run=dry_run) == (2 if dry_run else 1)  # 1: no time left
