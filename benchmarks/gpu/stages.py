@@ -195,7 +195,7 @@ def run_all(
     todo, failed = [], []
     for name in [n for n in STAGES if not names or n in names]:
         if not names and (_earlier(Context(device, out, 0.0, dry_run), name) or {}).get("ok"):
-            print(f"gpu: {name}: ok in {out} already, for these sources", flush=True)
+            print(f"gpu: {name}: ok in {out} already, for these sources and versions", flush=True)
         else:
             todo.append(name)
     for index, name in enumerate(todo):
@@ -275,14 +275,16 @@ def _gpus(out: Path) -> set[str]:
 
 
 def _earlier(context: Context, name: str) -> dict | None:
-    """The stage's record in OUT, where it is of these sources and this kind of run."""
+    """The stage's record in OUT, where it is of these sources, these compilers and this kind of run."""
     record = run.read(context.path(name))
-    same = record.get("dry_run") == context.dry_run and _sources(record) == environment.sources()
+    same = record.get("dry_run") == context.dry_run and not _changed(record, context.device)
     return record if same else None
 
 
-def _sources(record: dict) -> str | None:
-    return record.get("environment", {}).get("sources")
+def _changed(record: dict, device: torch.device) -> list[str]:
+    """What is not as it was then, of what kernels depend on besides the GPU."""
+    then, now = record.get("environment", {}), environment.describe(device, SEED)
+    return [name for name in ("sources", "torch", "triton") if then.get(name) != now[name]]
 
 
 def _require_green(context: Context, op: str) -> None:
@@ -292,5 +294,6 @@ def _require_green(context: Context, op: str) -> None:
     record = run.read(path)
     if record.get("dry_run") != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
         raise Refused(f"correctness of {op} is red (or was a dry run): speed is not measured")
-    if _sources(record) != environment.sources():
-        raise Refused(f"correctness was shown for commit {record['environment']['commit']}, the sources are others")
+    if changed := _changed(record, context.device):
+        commit = record["environment"]["commit"]
+        raise Refused(f"correctness was shown for commit {commit}, with other {', '.join(changed)} than now")

@@ -60,7 +60,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
     capsys.readouterr()
     assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
-    assert capsys.readouterr().out.count("already, for these sources") == len(stages.STAGES)
+    assert capsys.readouterr().out.count("already, for these sources and versions") == len(stages.STAGES)
 
 
 def test_no_speed_while_correctness_is_red(tmp_path):
@@ -68,15 +68,17 @@ def test_no_speed_while_correctness_is_red(tmp_path):
     assert stages.run_all(tmp_path, attention_alone, 600, dry_run=True) == 1
     assert "correctness" in json.loads((tmp_path / "attention.json").read_text())["error"]
     green = {"attention": True, "modality_embed": False}
+    facts = environment.describe(CPU, 0) | {"commit": "0"}
     for changes, stage, message in (
         ({"result": {"green_ops": {"attention": False}}}, "attention", "red"),
         ({"dry_run": False}, "attention", "red"),
         ({"error": "it broke", "result": {}}, "attention", "red"),
-        ({"environment": {"commit": "0", "sources": "0"}}, "attention", "others"),
+        ({"environment": facts | {"sources": "0"}}, "attention", "commit 0, with other sources than now"),
+        ({"environment": facts | {"triton": "0"}}, "attention", "with other triton than now"),
         ({}, "modality_embed", "modality_embed is red"),
         ({}, "train_step", "modality_embed is red"),
     ):
-        record = {"ok": True, "dry_run": True, "environment": {"sources": environment.sources()}}
+        record = {"ok": True, "dry_run": True, "environment": facts}
         (tmp_path / "correctness.json").write_text(json.dumps(record | {"result": {"green_ops": green}} | changes))
         assert stages.run_all(tmp_path, [stage], 600, dry_run=True) == 1
         record = json.loads((tmp_path / f"{stage}.json").read_text())
