@@ -78,8 +78,15 @@ def _gpu(device: torch.device) -> dict:
         "l2_mib": round(properties.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda,
     }
-    query = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader", "-i", "0")
-    return facts | dict(zip(GPU_FIELDS, [part.strip() for part in query.split(",")], strict=False))
+    # By its own name: nvidia-smi counts all GPUs of the machine, torch those that CUDA_VISIBLE_DEVICES shows it.  Of a
+    # part of one (MIG) it knows no such name; the driver is the same for all.
+    query = _nvidia_smi(GPU_FIELDS, f"GPU-{properties.uuid}") or _nvidia_smi(GPU_FIELDS[:1], "0")
+    return facts | dict(zip(GPU_FIELDS, query, strict=False))
+
+
+def _nvidia_smi(fields: tuple[str, ...], gpu: str) -> list[str]:
+    found = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", gpu)
+    return [part.strip() for part in found.split(",")] if found else []
 
 
 def _cpu_name() -> str:
