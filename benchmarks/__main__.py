@@ -12,9 +12,11 @@ python -m benchmarks gpu --out DIR [--stage NAME ...] [--budget-seconds N] [--dr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(options)
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        reason = "a file, expected a folder" if isinstance(error, FileExistsError) else error.strerror
+        what = f"{error.filename}: {reason}" if error.filename else error
         print(f"benchmarks: {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -100,7 +103,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--shapes", choices=["quick", "full"], default="quick", help="cases; default quick")
         command.add_argument("--json", type=Path, help="write there after each case; default: only print")
         command.add_argument("--budget-seconds", type=_amount, help=f"about how long to take; default {_budgets(op)}")
-        command.add_argument("--seed", type=int, default=0, help="of the drawn batches; default 0")
+        command.add_argument("--seed", type=_seed, default=0, help="of the drawn batches; default 0")
         if op != "all":
             command.add_argument(
                 "--case", default="", help="only cases with this in their name and dtype, such as bf16; default all"
@@ -115,7 +118,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     compared.add_argument("baseline", type=Path, help="JSON of an earlier run, or of pytest benchmarks")
     compared.add_argument("new", type=Path, help="of the same kind")
     compared.add_argument(
-        "--threshold", type=_amount, default=compare.THRESHOLD, help=f"tolerated share; default {compare.THRESHOLD}"
+        "--threshold", type=_share, default=compare.THRESHOLD, help=f"tolerated share; default {compare.THRESHOLD}"
     )
     tune = commands.add_parser("tune", help="times kernel configurations on this GPU and rewrites the tuning table")
     tune.add_argument("op", choices=["attention"])
@@ -135,10 +138,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}, expected a number that is not negative")
-    return value
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number that is not negative")
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**63, "an integer that is not negative")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < 1, "a share such as 0.15, below 1")
+
+
+def _number(text: str, kind: type, fits: Callable[[float], bool], expected: str) -> float:
+    with contextlib.suppress(ValueError):
+        if fits(kind(text)):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text}, expected {expected}")
 
 
 def _budgets(op: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -113,18 +114,25 @@ def read(path: Path) -> dict:
 
 def write(document: dict, path: Path) -> None:
     """The whole file or, where this is cut off, what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
     part.write_text(json.dumps(document, indent=1) + "\n")
     part.replace(path)
 
 
 def refuse_unwritable(path: Path) -> None:
-    """OSError where `write` would fail: before a run of minutes, not behind it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """OSError where `write` would fail: before a run of minutes, not behind it.  Leaves nothing behind."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    _part(path).touch()
-    _part(path).unlink()
+    lacking = [folder for folder in path.parents if not folder.exists()]  # the innermost first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _part(path).touch()
+        _part(path).unlink()
+    finally:
+        for folder in lacking:  # what is refused for another reason must not leave a folder
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _part(path: Path) -> Path:

@@ -273,7 +273,25 @@ def test_command_line_refuses(capsys):
     for text in ("-1", "nan", "inf", "soon"):
         with pytest.raises(SystemExit):
             main(["planner", "--budget-seconds", text])
-        assert "--budget-seconds" in capsys.readouterr().err
+        assert f"--budget-seconds: {text}, expected a number that is not negative" in capsys.readouterr().err
+    for text in ("-1", "1.5", "x"):
+        with pytest.raises(SystemExit):
+            main(["planner", "--seed", text])
+        assert f"--seed: {text}, expected an integer that is not negative" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "a.json", "b.json", "--threshold", "15"])  # percent: nothing would be slower
+    assert "--threshold: 15, expected a share such as 0.15" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    path = tmp_path / "new/folder/x.json"
+    assert main(["planner", "--case", "no such case", "--json", str(path)]) == 2
+    assert "no such case" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    run.refuse_unwritable(path)
+    run.write({"made": "when there is something to write"}, path)
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["folder", "new", "x.json"]
 
 
 def test_a_run_that_is_stopped_keeps_its_cases(tmp_path, monkeypatch, capsys):
@@ -301,7 +319,8 @@ def test_a_file_that_cannot_be_written_is_refused_first(way, tmp_path, monkeypat
     (tmp_path / "file").touch()
     path = tmp_path if way == "folder" else tmp_path / "file/x.json"
     assert main(["packing", "--device", "cpu", "--json", str(path)]) == 2
-    assert str(path if way == "folder" else tmp_path / "file") in capsys.readouterr().err
+    expected = f"{path}: Is a directory" if way == "folder" else f"{tmp_path / 'file'}: a file, expected a folder"
+    assert expected in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
