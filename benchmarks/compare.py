@@ -72,9 +72,10 @@ def run(baseline: Path, new: Path, threshold: float = THRESHOLD) -> int:
     except ValueError as error:
         print(f"compare: {error}")
         return 2
-    for name in old.facts.keys() & now.facts.keys():
-        if old.facts[name] != now.facts[name]:
-            print(f"compare: {name} was {old.facts[name]} and is {now.facts[name]}, which moves ratios too")
+    for name in FACTS if old.facts and now.facts else ():
+        before, after = (facts.get(name, "none") for facts in (old.facts, now.facts))
+        if before != after:
+            print(f"compare: {name} was {before} and is {after}, which moves ratios too")
     changes, alone = compare(old.scores, now.scores, threshold)
     for change in sorted(changes, key=lambda c: c.ratio):
         if change.regressed or change.improved:

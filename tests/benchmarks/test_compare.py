@@ -117,6 +117,9 @@ def test_stages_of_gpu(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "gpu was H100 and is H200" in out
     assert out.count("which moves") == 1
+    cpu = document(rng) | {"environment": FACTS | {"torch": "2"}}
+    verdict(tmp_path, cpu, stages[1])
+    assert "gpu was none and is H200" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("impl", ["mm.cpp", "all"])  # its row, or that of a case which nobody could be timed on
