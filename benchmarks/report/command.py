@@ -31,7 +31,7 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
         print("report: without plots: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     (out / "report.md").write_text(tables.markdown(found, left_out, images))
     (out / "report.html").write_text(page.html(found, left_out, images, out))
-    print(f"report: {len(found)} runs in {out / 'report.md'} and {out / 'report.html'}")
+    print(f"report: {len(found)} run{'s' * (len(found) > 1)} in {out / 'report.md'} and {out / 'report.html'}")
     if docs:
         try:
             regions.replace(root / README[0], README[1], tables.summary(found))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import schema
 from benchmarks.harness import PREFIX
+from benchmarks.run import HOST_OPS
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Case:
 
 
 def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
-    """(documents, newest first; a line for each file that was left out, with the reason)."""
+    """(documents, newest first, one for each device of a file; a line for each file left out, with the reason)."""
     documents, left_out = [], []
     for name, path in _named(paths):
         try:
@@ -96,11 +97,24 @@ def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
         except OSError as error:
             left_out.append(f"{path.name}: {error.strerror}")
             continue
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            left_out.append(f"{path.name}: no JSON")
+            continue
         except ValueError as error:
             left_out.append(f"{path.name}: {error}")
             continue
-        documents.append(Document(name, content["environment"], content["limits"], content["rows"]))
+        documents += _by_device(Document(name, content["environment"], content["limits"], content["rows"]))
     return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
+
+
+def _by_device(document: Document) -> list[Document]:
+    """What `all` measured on the host of a GPU machine is the host's, not the GPU's: the planner, reading data."""
+    host = [row for row in document.rows if row["op"] in HOST_OPS]
+    if not host or not document.on_gpu:
+        return [document]
+    facts = {name: fact for name, fact in document.environment.items() if name != "gpu"} | {"device": "cpu"}
+    rest = [row for row in document.rows if row["op"] not in HOST_OPS]
+    return [*([replace(document, rows=rest)] if rest else []), Document(f"{document.name}-host", facts, {}, host)]
 
 
 def cases(rows: list[dict]) -> list[Case]:

@@ -53,7 +53,8 @@ def facts(document: Document) -> str:
     )
     return (
         f"{document.hardware}. {document.versions}, commit {document.commit}. {document.environment['date']}, "
-        f"seed {document.environment['seed']}, {document.grade}. Limits measured in this run: {limits}."
+        f"seed {document.environment['seed']}, {document.grade}."
+        + (f" Limits measured in this run: {limits}." if limits else "")
     )
 
 

@@ -58,6 +58,7 @@ def files(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "text.json").write_bytes(b"\xff")
     return tmp_path
 
 
@@ -67,6 +68,7 @@ def test_load(files):
     text = "\n".join(left_out)
     for reason in ("other.json: no benchmark", "malformed.json: malformed", "dry.json: a dry run", "red.json: stage"):
         assert reason in text
+    assert "text.json: no JSON" in text
 
 
 def test_two_files_of_one_name(tmp_path):
@@ -81,6 +83,24 @@ def test_two_files_of_one_name(tmp_path):
     assert command.run(paths, tmp_path / "out", docs=False) == 0
     pictures = [tmp_path / f"out/{name}-packing-limit-fwd.png" for name in ("before-packing", "after-packing")]
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_the_host_of_a_gpu_machine_is_no_gpu(tmp_path):
+    """`all` on a GPU times the planner on the host: not "run on a GPU", and not by the GPU's copy rate."""
+    own = [row("packing", "pack mixed 1", "mm.triton", 1.0), row("planner", "mixed n10", "mm.cpp", 1.0)]
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(document(environment=GPU, rows=own)))
+    found, _ = documents.load([path])
+    assert [(each.name, each.on_gpu, each.ops()) for each in found] == [
+        ("all", True, ["packing"]),
+        ("all-host", False, ["planner"]),
+    ]
+    on_gpu, on_cpu = tables.summaries(found)
+    assert "NVIDIA Example" in on_gpu[0]
+    assert [line[0] for line in on_gpu[1]] == ["packing, fwd, 1 case"]
+    assert "A Processor" in on_cpu[0]
+    assert [line[0] for line in on_cpu[1]] == ["planner, fwd, 1 case"]
+    assert "Limits" not in tables.facts(found[1])
 
 
 def test_only_pictures_of_an_earlier_report_go(files):
