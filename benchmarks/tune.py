@@ -213,6 +213,7 @@ def candidate(sweep: Sweep, problem, kernel: str, config: Config | None) -> Call
 
 
 def merge(path: Path, entries: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     tuned.write(merged(path, entries), path)
 
 

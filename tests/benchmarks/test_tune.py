@@ -44,7 +44,7 @@ def test_refuses_before_anything_is_timed(tmp_path, capsys, monkeypatch):
 
 
 def test_merge_keeps_the_others(tmp_path):
-    path = tmp_path / "tuned.json"
+    path = tmp_path / "a folder that is made/tuned.json"
     tune.merge(path, [ENTRY, ENTRY | {"kernel": "dq"}])
     newer = ENTRY | {"config": {"rows": 64, "cols": 64, "warps": 4, "stages": 2}}
     tune.merge(path, [newer])
