@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         _refuse_unknown("--head-dim", options.head_dim, {spec.config.get("head_dim") for spec in specs} - {None})
         specs = [spec for spec in specs if _wanted(spec, options)]
         if not specs:
-            raise InspectError("inspect: no kernel configuration matches these options")
+            promise = "; --check is of 16-bit attention on sm_90 with D 64-128" if options.check else ""
+            raise InspectError(f"inspect: no kernel configuration matches these options{promise}")
         if options.json:
             _refuse_unwritable(options.json)
         print(f"inspect: compiles {len(specs)} configurations", file=sys.stderr, flush=True)
@@ -157,12 +158,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the report there")
     promise = "compile only 16-bit attention with D 64-128 for sm_90; exit 1 if one spills or lacks wgmma"
     parser.add_argument("--check", action="store_true", help=promise)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes; default one a core")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=_jobs, default=cores, help="compiler processes; default one a core")
     return parser.parse_args(argv)
 
 
 def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected widths such as 64,128") from None
+
+
+def _jobs(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 or more")
+    return int(text)
 
 
 def _wanted(spec: KernelSpec, options: argparse.Namespace) -> bool:

@@ -67,7 +67,8 @@ def test_check_bites():
         (["--dtype", "int8"], "expected one of bf16, fp16, fp32"),
         (["--head-dim", "64,63"], "is 63, expected one of 32, 64, 96, 128, 256"),
         (["--head-dim", "64", "--op", "modality_embed"], "expected none"),
-        (["--check", "--dtype", "fp32"], "matches"),
+        (["--check", "--dtype", "fp32"], "matches these options; --check is of 16-bit attention on sm_90"),
+        (["--check", "--arch", "sm_80"], "--check is of 16-bit attention on sm_90"),
         (["--json", f"{__file__}/report.json"], f"--json {__file__}: "),
     ],
 )
@@ -76,6 +77,13 @@ def test_refuses_what_does_not_exist(options, message, capsys, monkeypatch):
     monkeypatch.setattr(inspect, "_report", lambda *_: pytest.fail("compiled first"))
     assert inspect.main(options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--head-dim", "64,x"), ("--jobs", "0"), ("--jobs", "-3")])
+def test_a_number_that_is_none_is_named(option, value, capsys):
+    with pytest.raises(SystemExit):
+        inspect.main([option, value])
+    assert f"argument {option}: '{value}', expected" in capsys.readouterr().err
 
 
 def test_refuses_the_interpreter(monkeypatch, capsys):
