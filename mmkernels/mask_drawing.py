@@ -23,7 +23,7 @@ from mmkernels.masks import ALIGN, SCHEDULES, AttentionMask, MaskPlan
 
 PICTURES = (".png", ".svg", ".pdf")
 MAX_TEXT = 160  # keys in a text drawing, one column each
-MAX_DPI = 1200  # a picture of 400 MB while it is drawn
+DPI, MAX_DPI = 120, 1200  # the most: a picture of 400 MB while it is drawn
 MAX_CELLS = 4096  # queries or keys in a picture: beyond it a pixel would hold several
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # told apart by all eyes
 OTHER_SAMPLE, UNSEEN = "#E4E4E4", "#FFFFFF"
@@ -44,20 +44,28 @@ class Block(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
+        for name, of in (("schedule", "tiles"), ("dpi", "out")):
+            if getattr(options, name) is not None and getattr(options, of) is None:
+                raise ValueError(f"mask drawing: --{name} is {getattr(options, name)}, expected --{of} with it")
         plan = _plan(options)
         names = _names(options.names, plan)
-        blocks = [] if options.tiles is None else tile_blocks(plan, *_tile_shape(options.tiles), options.schedule)
+        schedule = options.schedule or "sample"
+        blocks = [] if options.tiles is None else tile_blocks(plan, *_tile_shape(options.tiles), schedule)
         print(describe(plan, blocks))
         if options.out is None:
             print(text(plan, names))
         else:
             if options.out.suffix.lower() not in PICTURES:  # matplotlib would add one, to another name than we print
                 raise ValueError(f"mask drawing: --out is {options.out}, expected a name in {', '.join(PICTURES)}")
-            if not 1 <= options.dpi <= MAX_DPI:
-                raise ValueError(f"mask drawing: --dpi is {options.dpi}, expected 1 to {MAX_DPI}")
-            figure(plan, blocks, names=names).savefig(options.out, dpi=options.dpi)
+            dpi = DPI if options.dpi is None else options.dpi
+            if not 1 <= dpi <= MAX_DPI:
+                raise ValueError(f"mask drawing: --dpi is {dpi}, expected 1 to {MAX_DPI}")
+            figure(plan, blocks, names=names).savefig(options.out, dpi=dpi)
             print(f"wrote {options.out}")
-    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+    except OSError as error:
+        print(f"mask drawing: --out {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    except (ValueError, NotImplementedError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -271,9 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--align", default="bottom_right", choices=ALIGN, help="cross-attention: where queries stand")
     parser.add_argument("--names", help="of the modalities, such as text,image,audio")
     parser.add_argument("--tiles", help="ROWSxCOLS, such as 64x64: outline the tiles of a forward kernel")
-    parser.add_argument("--schedule", default="sample", choices=SCHEDULES, help="of --tiles; default sample")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="of --tiles; default sample")
     parser.add_argument("--out", type=Path, help=f"picture to write ({', '.join(PICTURES)}); default: draw as text")
-    parser.add_argument("--dpi", type=int, default=120, help="of a .png; default 120")
+    parser.add_argument("--dpi", type=int, help=f"of a .png; default {DPI}")
     return parser
 
 

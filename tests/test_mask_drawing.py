@@ -123,6 +123,9 @@ def test_tiles_are_counted(capsys):
         (["--segments", "0:5000", "--out", "x.png"], "5000 queries, expected at most"),
         (["--segments", "", "--out", "x.png"], "nothing to draw"),
         (["--segments", "0:2", "--out", "x.png", "--dpi", "1000000"], "--dpi is 1000000, expected 1 to 1200"),
+        (["--segments", "0:2", "--schedule", "token"], "--schedule is token, expected --tiles with it"),
+        (["--segments", "0:2", "--dpi", "90"], "--dpi is 90, expected --out with it"),
+        (["--segments", "0:2", "--out", "no/such/folder.png"], "--out no/such/folder.png: No such file"),
         (["--segments", "0:2", "--out", "mask"], "--out is mask, expected a name in .png, .svg, .pdf"),
     ],
 )
