@@ -15,6 +15,11 @@ def pytest_addoption(parser):
     group.addoption("--op", choices=run.OPS, action="append", help="only this operator, repeatable; default all")
 
 
+def pytest_configure(config):
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but torch sees no GPU (a CPU build, or no driver)")
+
+
 def pytest_generate_tests(metafunc):
     """One test per case and direction, named after them."""
     device, shapes, ops = (metafunc.config.getoption(name) for name in ("--device", "--shapes", "--op"))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, compat, data, harness, limits, modality_embed, packing, run, schema, table
+from benchmarks import attention, compat, conftest, data, harness, limits, modality_embed, packing, run, schema, table
 from benchmarks.__main__ import main
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
@@ -281,6 +281,13 @@ def test_command_line_refuses(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "a.json", "b.json", "--threshold", "15"])  # percent: nothing would be slower
     assert "--threshold: 15, expected a share such as 0.15" in capsys.readouterr().err
+
+
+def test_suites_for_a_gpu_are_refused_without_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(pytest.UsageError, match="sees no GPU"):
+        conftest.pytest_configure(SimpleNamespace(getoption={"--device": "cuda"}.get))
+    conftest.pytest_configure(SimpleNamespace(getoption={"--device": "cpu"}.get))
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
