@@ -1,4 +1,4 @@
-"""Compiles ahead, without a GPU, what the stages of `python -m benchmarks gpu` launch on an H100, the tuner excepted.
+"""Compiles ahead, without a GPU, what the stages of `python -m benchmarks gpu` launch on sm_90, but for the tuner.
 
     TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--jobs 2]
 
