@@ -55,13 +55,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("MultiheadAttention: is_causal is a hint about attn_mask, expected attn_mask with it")
-        if query.shape[-1] != self.embed_dim:
-            raise ValueError(f"MultiheadAttention: query has width {query.shape[-1]}, expected {self.embed_dim}")
-        q, k, v = self._project(*_batch_first(query, key, value, batched, self.batch_first))
+        query, key, value = _batch_first(query, key, value, batched, self.batch_first)
+        self._check_shapes(query, key, value)
+        q, k, v = self._project(query, key, value)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         k, v = self._with_extra_keys(k, v)
-        sizes = q.shape[0], self.num_heads, q.shape[1], key.shape[1 if self.batch_first and batched else 0]
+        sizes = q.shape[0], self.num_heads, q.shape[1], key.shape[1]
         extra = k.shape[1] - sizes[3]
         # Extra keys are seen by all, so the hint would be wrong about them.
         is_causal = is_causal and not extra
@@ -79,6 +79,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             out = out.transpose(0, 1)
         return self.out_proj(out), None
+
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Of batch-first inputs.  SDPA broadcasts samples, and torch's reads past the end of values that are fewer than
+        the keys."""
+        samples, keys = query.shape[0], key.shape[1]
+        for name, given, expected in (
+            ("query", query, (samples, query.shape[1], self.embed_dim)),
+            ("key", key, (samples, keys, self.kdim)),
+            ("value", value, (samples, keys, self.vdim)),
+        ):
+            if tuple(given.shape) != expected:
+                raise ValueError(
+                    f"MultiheadAttention: {name} is {tuple(given.shape)} as [batch, tokens, width], expected {expected}"
+                )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, L, H, D], k and v [B, S, H, D]: where inputs are one tensor, views of one projection."""
@@ -213,7 +227,7 @@ def _mask(
 def _joined(padding: Tensor | None, attn: Tensor | None, batch: int, heads: int, extra: int) -> Tensor:
     parts = []
     if padding is not None:
-        parts.append(padding.view(batch, 1, 1, -1))
+        parts.append(padding[:, None, None])
     if attn is not None:
         parts.append(attn.view(1, 1, *attn.shape) if attn.ndim == 2 else attn.view(batch, heads, *attn.shape[1:]))
     if len(parts) == 1 and parts[0].dtype != torch.bool and not extra:
