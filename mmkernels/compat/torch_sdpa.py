@@ -57,8 +57,9 @@ def scaled_dot_product_attention(
     deterministic, impl   of mmkernels.attention
 
     With impl "auto", torch's own kernel runs where there is nothing to skip: no mask, no lengths (or such that hide
-    nothing) or is_causal alone.  Reading attn_mask takes its data: on the CPU, or once per mask and version from a GPU,
-    which waits for it; not inside torch.compile on a GPU or while a graph is captured: give lengths there.
+    nothing) or is_causal alone; on the meta device always.  Reading attn_mask takes its data: on the CPU, or once per
+    mask and version from a GPU, which waits for it; not inside torch.compile on a GPU or while a graph is captured:
+    give lengths there.
 
     Raises ValueError for shapes and dtypes that do not fit, NotImplementedError as said.
     """
@@ -74,10 +75,15 @@ def scaled_dot_product_attention(
     call = _TorchCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     bottom_right = align == "bottom_right"
     plain = attn_mask is None and lengths is None and key_lengths is None and window == (-1, -1)
+    nested = query.is_nested or key.is_nested or value.is_nested
     if plain and impl == "auto" and not (is_causal and bottom_right):
+        if not nested and key.shape[-2:-1] != value.shape[-2:-1]:  # torch's kernel reads past the end of the shorter
+            raise ValueError(_misfit(query, key, value))
         return call.run("nothing to skip")
-    if query.is_nested or key.is_nested or value.is_nested:
+    if nested:
         raise NotImplementedError(f"{NAME}: query, key or value is a nested tensor, taken with no other argument")
+    if query.device.type == "meta":  # the shape alone is wanted, and no mask can be read
+        return call._replace(attn_mask=None, is_causal=False).run("meta tensors")
     q, k, v, mask, lead = _checked(call)
     if not q.shape[1]:  # nothing to attend with; on such tensors torch 2.11 dies of a division by zero
         return _lead(q @ k.mT @ v, lead)
@@ -130,10 +136,7 @@ def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, t
         raise ValueError(f"{NAME}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     ndim = max(q.ndim, k.ndim, v.ndim)
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        raise ValueError(
-            f"{NAME}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected "
-            "[..., Lq, D], [..., Lk, D] and [..., Lk, Dv]"
-        )
+        raise ValueError(_misfit(q, k, v))
     if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise ValueError(f"{NAME}: attn_mask is {mask.dtype}, expected bool or floating point")
     grouped = call.enable_gqa and ndim > 2 and not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]
@@ -153,6 +156,13 @@ def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, t
         mask = _four_dims(mask, lead, samples, (q.shape[0], heads, q.shape[2], k.shape[2]))
     outer = lead if samples else (*lead, heads)
     return q, k, v, mask, outer[len(outer) - (ndim - 2) :]
+
+
+def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return (
+        f"{NAME}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected [..., Lq, D], "
+        "[..., Lk, D] and [..., Lk, Dv]"
+    )
 
 
 def _spread(q: Tensor, k: Tensor, v: Tensor, samples: bool, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:

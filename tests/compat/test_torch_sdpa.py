@@ -277,6 +277,23 @@ def test_what_does_not_fit_is_named(options, message):
         ours(*tensors, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": CAUSAL}])
+def test_fewer_values_than_keys_are_named(options):
+    """torch's kernel reads past their end, and we hand it calls with nothing to skip."""
+    q, k, v = heads("projection")
+    with pytest.raises(ValueError, match=r"value \(.*expected \[..., Lq, D\], \[..., Lk, D\] and"):
+        ours(q, k, v[:, :, :5], **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_mask": KEYS}, {"lengths": LENGTHS}, {"window": (3, 0)}], ids=list)
+def test_the_meta_device_gives_the_shape(options):
+    options = {name: value.to("meta") if name == "attn_mask" else value for name, value in options.items()}
+    q, k, v = (t.to("meta") for t in heads("projection"))
+    out = ours(q, k, v, **options)
+    assert out.is_meta
+    assert out.shape == q.shape
+
+
 def test_what_does_not_fit_is_named_also_after_what_does():
     """3 == 3.0 == True and so on, but a kept plan answers for whole numbers alone."""
     tensors = heads("projection", 2, 1, 4)
