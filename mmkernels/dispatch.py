@@ -170,12 +170,12 @@ def as_list(function: str, name: str, given, expected: str) -> list:
 
 def cpp_missing() -> str | None:
     """Why the C++ operators cannot run, or None."""
-    return None if _CPP_BUILT else "the extension mmkernels._C is not built (run: python -m mmkernels.build)"
+    return None if _CPP_BUILT else f"the extension mmkernels._C is not built ({native.HOW_TO_BUILD})"
 
 
 def cuda_missing() -> str | None:
     """Why the CUDA C++ operators cannot run, or None."""
-    return None if _CUDA_BUILT else "the extension mmkernels._C_cuda is not built (run: python -m mmkernels.build)"
+    return None if _CUDA_BUILT else f"the extension mmkernels._C_cuda is not built ({native.HOW_TO_BUILD})"
 
 
 def triton_version() -> tuple[int, ...] | None:
@@ -249,7 +249,7 @@ def explain() -> str:
     if cpp_missing() is None and native.cpu_functions() is None:
         lines.append(
             "packing: short calls on the CPU take the dispatcher, since mmkernels._C was built without Python's "
-            "headers, or before these functions were in it (run: python -m mmkernels.build)"
+            f"headers, or before these functions were in it ({native.HOW_TO_BUILD})"
         )
     if _NOTES:
         lines += ["", *(f"{text}  ({count} call{'s' if count > 1 else ''})" for text, count in _NOTES.items())]
@@ -260,7 +260,7 @@ def _vectors() -> str:
     terms = load("attention", "cpp").vector_terms
     floats = terms()
     if floats is None:
-        return "of an older version (run: python -m mmkernels.build)"
+        return f"of an older version ({native.HOW_TO_BUILD})"
     name = {16: " (AVX-512)", 8: " (AVX2)"}.get(floats, "")
     bf16 = ", attention in bf16 of 32 bf16 (AVX512_BF16)" if terms(torch.bfloat16) == 2 * floats else ""
     return f"vectors of {floats} floats{name}{bf16}"

@@ -12,6 +12,12 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent
 MODULES = {"_planner": "layouts, attention tiles and packs", "_C": "CPU operators", "_C_cuda": "CUDA operators"}
+IN_CHECKOUT = (PACKAGE.parent / "setup.py").exists()  # an installed package has no sources beside it
+HOW_TO_BUILD = (
+    "run: python -m mmkernels.build"
+    if IN_CHECKOUT
+    else "with a C++20 compiler, in a checkout: pip install --no-build-isolation ."
+)
 
 
 def path_of(name: str) -> Path | None:
@@ -54,5 +60,5 @@ def _load(name: str) -> None:
     # As plain libraries: their operators need nothing of Python, not even its headers at build time.
     path = path_of(name)
     if path is None:
-        raise ImportError(f"the extension mmkernels.{name} is not built (run: python -m mmkernels.build)")
+        raise ImportError(f"the extension mmkernels.{name} is not built ({HOW_TO_BUILD})")
     torch.ops.load_library(str(path))

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedPr
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what an install reads, without anything built."""
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "mmkernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=SKIP)
@@ -56,6 +57,23 @@ def test_no_torch_and_no_pybind11(tree):
     assert "mmkernels._planner is left out: no pybind11 here" in built.stdout
     assert "mmkernels._C is left out: no torch here" in built.stdout
     assert "mmkernels._C_cuda is left out: no torch here" in built.stdout
+
+
+def test_an_sdist_holds_all_sources_also_where_nothing_can_be_built(tree):
+    packed = run(tree, "setup.py", "-q", "sdist", MMKERNELS_SKIP_NATIVE="1")
+    assert packed.returncode == 0, packed.stderr
+    with tarfile.open(next((tree / "dist").iterdir())) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert expected <= names
+
+
+def test_an_installed_package_is_not_told_to_build_in_place(tree):
+    """`python -m mmkernels.build` needs the sources, which an installed package does not have."""
+    command = "-c", "from mmkernels import native; print(native.HOW_TO_BUILD)"
+    assert run(tree, *command, PYTHONPATH=str(tree)).stdout == "run: python -m mmkernels.build\n"
+    (tree / "setup.py").unlink()
+    assert "in a checkout: pip install" in run(tree, *command, PYTHONPATH=str(tree)).stdout
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: nothing can be built")
