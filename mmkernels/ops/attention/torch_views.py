@@ -44,8 +44,8 @@ class Schedule(NamedTuple):
 
 def to_tensors(runs: Runs) -> Schedule:
     parts = [torch.from_numpy(t) for t in (runs.table, runs.index, runs.masks.view("int32"), runs.blind)]
-    header = torch.tensor([len(runs.blind), runs.covered], dtype=torch.int32)
-    empty = torch.zeros(2, dtype=torch.int32)
+    header = torch.tensor([len(runs.blind), runs.covered], dtype=torch.int32, device="cpu")
+    empty = torch.zeros(2, dtype=torch.int32, device="cpu")
     return Schedule(*(t if len(t) > 1 else torch.cat([t, t.new_zeros(2, *t.shape[1:])]) for t in parts), header, empty)
 
 

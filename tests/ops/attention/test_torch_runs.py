@@ -151,3 +151,10 @@ def test_no_tensor_grows_with_the_square_of_a_sample(extras, mask, monkeypatch):
         torch.autograd.grad((out, lse), (q, k, v), (out, lse))
     # A block of scores (twice: dropout pads keys to fours), or the mask of a block of rows.
     assert seen.elements <= max(2 * torch_blockwise.BLOCK, torch_runs.WIDE_ROWS * 3000) < 3000**2 / 10
+
+
+def test_a_default_device_does_not_reach_the_schedule():
+    layout, q = PackedLayout.from_counts([[5], [9]]), torch.randn(14, 2, 16)
+    expected = attention(q, q, q, layout=PackedLayout.from_counts([[5], [9]]), impl="torch")
+    with torch.device("meta"):
+        assert torch.equal(attention(q, q, q, layout=layout, impl="torch"), expected)
