@@ -153,3 +153,10 @@ def test_compiles_with_its_parameters():
 def test_meta_device_and_dtype():
     assert embedding(device="meta").token_weight.is_meta
     assert embedding(dtype=torch.bfloat16).modality_weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("given", [torch.randn(8, 16), [torch.randn(8, 16)]], ids=["bare", "other M"])
+def test_other_modalities_than_the_layouts_are_named(given):
+    """Not the position tables, which the caller never gave."""
+    with pytest.raises(ValueError, match=r"modality_weight is \(2, 16\) for . streams, expected .* M = 1"):
+        ModalityEmbedding(16, 2)(given, PackedLayout.from_counts([[5], [3]]))

@@ -175,6 +175,11 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
     if modality_weight.ndim != 2:
         raise ValueError(f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E]")
+    if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
+        raise ValueError(
+            f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
+            f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
+        )
     named = [(f"stream {m}", stream) for m, stream in enumerate(streams)]
     named += [("token_weight", token_weight), ("norm_weight", norm_weight), ("norm_bias", norm_bias)]
     for name, value in named:
@@ -236,11 +241,6 @@ def _check_tensors(
     norm_bias: Tensor | None,
 ) -> torch.dtype:
     """Checks shapes, dtypes and devices; the result's dtype.  Runs at every call: cheap where all is well."""
-    if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
-        raise ValueError(
-            f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
-            f"[M, E] and M streams with the layout's M = {layout.num_modalities}"
-        )
     width, device, own = modality_weight.shape[1], modality_weight.device, modality_weight.dtype
     if own not in DTYPES:
         raise ValueError(f"modality_embed: modality_weight is {own}, expected one of {DTYPE_NAMES}")
