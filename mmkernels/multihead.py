@@ -186,8 +186,11 @@ def _unfit(module: nn.MultiheadAttention) -> str | None:
         return f"is a {type(module).__name__}, whose forward may be its own"
     if not MIN_HEAD_DIM <= module.head_dim <= MAX_HEAD_DIM:
         return f"has heads of width {module.head_dim}, taken are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    if module.out_proj.weight.dtype not in DTYPES:
-        return f"is {module.out_proj.weight.dtype}, taken are float32, bfloat16 and float16"
+    weight = getattr(module.out_proj, "weight", None)
+    if not isinstance(weight, Tensor):  # wrapped or quantised
+        return f"has an out_proj of its own, a {type(module.out_proj).__name__}"
+    if weight.dtype not in DTYPES:
+        return f"is {weight.dtype}, taken are float32, bfloat16 and float16"
     return None
 
 

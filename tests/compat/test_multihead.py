@@ -405,13 +405,16 @@ def test_swap_reports_what_it_leaves():
             "narrow": nn.MultiheadAttention(8, 4),
             "exact": nn.MultiheadAttention(E, H, dtype=torch.float64),
             "ours": MultiheadAttention(E, H),
+            "wrapped": nn.MultiheadAttention(E, H),
             "plain": nn.MultiheadAttention(E, H),
         }
     )
+    model["wrapped"].out_proj = nn.Sequential(model["wrapped"].out_proj)
     report = replace_attention(model, fallback="torch")
     assert report.swapped == ["plain"]
     assert model["plain"].fallback == "torch"
-    assert list(report.left) == ["own", "narrow", "exact", "ours"]
+    assert list(report.left) == ["own", "narrow", "exact", "ours", "wrapped"]
+    assert report.left["wrapped"] == "has an out_proj of its own, a Sequential"
     assert "heads of width 2" in report.left["narrow"]
     assert "left     own: is a Own" in str(report)
     assert str(replace_attention(nn.Linear(2, 2))) == "no torch.nn.MultiheadAttention found"
