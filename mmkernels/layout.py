@@ -215,6 +215,8 @@ class PackedLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
         """The layout on `device`: one buffer, one copy.  Itself when it is there already."""
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"PackedLayout.to: device is {device}, expected a device: a layout holds integers alone")
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self

@@ -169,6 +169,8 @@ def test_pickle_sends_one_buffer():
 def test_to_the_same_device_is_the_layout_itself_and_meta_keeps_the_host():
     layout = random_layout(4)
     assert layout.to("cpu") is layout
+    with pytest.raises(ValueError, match=r"PackedLayout.to: device is torch.float16, expected a device"):
+        layout.to(torch.float16)
     moved = layout.to("meta")
     assert moved.host is layout
     assert moved.positions.shape == layout.positions.shape

@@ -60,7 +60,10 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int 
         on_device = bounds.to(tokens.device, torch.int32, copy=True)
         # Longer than any sample where it is not known: only the tile choice of device-side bounds looks at it.
         most = int(longest) if isinstance(longest, int) else total
-        return PackedLayout.from_cu_seqlens(on_device, total_tokens=total, max_seqlen=most)
+        try:
+            return PackedLayout.from_cu_seqlens(on_device, total_tokens=total, max_seqlen=most)
+        except ValueError as error:
+            raise ValueError(f"{name}: the bounds of {whose}: {error}") from None
 
     with torch._C._DisableFuncTorch():  # as in plans.plan
         return plans.once(

@@ -279,6 +279,16 @@ def test_what_is_not_planned_before_a_capture_is_refused_by_name(monkeypatch):
             call()
 
 
+@pytest.mark.parametrize(
+    ("last", "longest", "which"), [(49, 30, "runs from 0 to 49"), (50, 10, "a sample has 30 tokens")]
+)
+def test_bounds_that_do_not_fit_say_whose_they_are(last, longest, which):
+    q, cu = torch.randn(50, 2, 16), torch.tensor([0, 20, 50], dtype=torch.int32)
+    keys = torch.tensor([0, 20, last], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"varlen_attn: the bounds of keys: .*{which}"):
+        varlen_attn(q, q, q, cu, keys, 30, longest)
+
+
 def test_bounds_and_used_keys_on_a_device_are_checked_by_what_needs_no_reading():
     q = torch.randn(6, 4, D)
     with pytest.raises(ValueError, match=r"bounds of queries are torch.float32 \(2,\)"):
