@@ -151,12 +151,12 @@ class Run(NamedTuple):
         queries, keys = self.query_tokens()[0, rows], self.key_tokens()[0]  # the mask of one item is that of all
         lo, hi, q_bits, _ = lowered.q_table[:, queries].unsqueeze(2).unbind(0)
         seen = (keys >= lo) & (keys < hi) & ((q_bits & lowered.k_table[2, keys]) != 0)
-        return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return torch.zeros(seen.shape, device="cpu").masked_fill_(~seen, -torch.inf)
 
     def _tokens(self, index: Tensor | None, start: int, step: int, length: int) -> Tensor:
         if index is not None:
             return index.view(self.count, length)
-        return (start + step * torch.arange(self.count)).unsqueeze(1) + torch.arange(length)
+        return (start + step * torch.arange(self.count, device="cpu")).unsqueeze(1) + torch.arange(length, device="cpu")
 
     def _rows(self, values: Tensor) -> Tensor:
         """The form of `queries` as [n L, H, D]."""

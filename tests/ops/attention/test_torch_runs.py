@@ -153,8 +153,17 @@ def test_no_tensor_grows_with_the_square_of_a_sample(extras, mask, monkeypatch):
     assert seen.elements <= max(2 * torch_blockwise.BLOCK, torch_runs.WIDE_ROWS * 3000) < 3000**2 / 10
 
 
-def test_a_default_device_does_not_reach_the_schedule():
-    layout, q = PackedLayout.from_counts([[5], [9]]), torch.randn(14, 2, 16)
-    expected = attention(q, q, q, layout=PackedLayout.from_counts([[5], [9]]), impl="torch")
+@pytest.mark.parametrize("bidirectional", [(), (1,)])
+@pytest.mark.parametrize("extras", ["none", "return_modality_mass", "dropout_p", "pair_bias"])
+def test_a_default_device_reaches_nothing(extras, bidirectional):
+    """With it on a GPU the tensors in between would be there."""
+    layout = PackedLayout.from_counts([[5, 12], [3, 0], [40, 2]])
+    q = torch.randn(layout.total_tokens, 4, 16, requires_grad=True)
+    options = {"none": {}, "return_modality_mass": {extras: True}, "dropout_p": {extras: 0.5}}
+    options["pair_bias"] = {extras: torch.zeros(4, 2, 2, requires_grad=True)}
+    mask = AttentionMask(causal=True, bidirectional=bidirectional)
     with torch.device("meta"):
-        assert torch.equal(attention(q, q, q, layout=layout, impl="torch"), expected)
+        result = attention(q, q, q, layout=layout, mask=mask, impl="torch", **options[extras])
+        out = result[0] if isinstance(result, tuple) else result
+        out.sum().backward()
+    assert out.device.type == q.grad.device.type == "cpu"
