@@ -216,6 +216,7 @@ void write_unpad(const View& padded, const View& bounds, const View& out, Output
 void write_gather_rows(const View& packed, const View& rows, const View& out, Output output) {
   STD_TORCH_CHECK(rows.dim() == 1, "packing: rows must be [R]");
   check_in_and_out(packed, out, rows.size(0), output);
+  if (output == Output::kGiven) check_apart(rows, out);  // they are read while the output is written
   const Rows from = rows_as<Rows>(packed), to = rows_as<Rows>(out);
   const int64_t count = out.size(0), row_bytes = row_bytes_of(packed);
   const Store store = store_for(count * row_bytes, output);

@@ -98,9 +98,11 @@ def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
     if not form:
         return
     written = _written(args[count:])
-    for m, source in enumerate(values if name == "pack" else [values]):
+    sources = {f"stream {m}": stream for m, stream in enumerate(values)} if name == "pack" else {"the input": values}
+    if name == "gather_rows":
+        sources["rows"] = where
+    for what, source in sources.items():
         if any(_overlap(source, target) for target in written):
-            what = f"stream {m}" if name == "pack" else "the input"
             raise ValueError(f"{name}: out shares memory with {what}, expected memory of its own")
     if any(_overlap(a, b) for a, b in itertools.combinations(written, 2)):
         raise ValueError(f"{name}: the outputs share memory, expected memory of their own")

@@ -30,6 +30,9 @@ def test_a_length_may_be_an_array_of_one_number(length):
 def test_shared_memory_is_named_by_every_implementation(impl):
     with pytest.raises(ValueError, match="pack: out shares memory with stream 1"):
         pack([A, WHOLE[3:]], LAYOUT, out=WHOLE, impl=impl)
+    rows = torch.zeros(6, dtype=torch.int64)  # written before they are read, the values of `packed` would be rows
+    with pytest.raises(ValueError, match="gather_rows: out shares memory with rows"):
+        gather_rows(torch.full((1, 2), 1 << 40), rows[:3], out=rows.view(3, 2), impl=impl)
 
 
 @pytest.mark.parametrize(
