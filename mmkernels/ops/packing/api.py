@@ -134,13 +134,19 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     """Mean of each segment's tokens (its special token included): [N, E] from packed [T, E]; 0 for an empty segment.
 
     Sums in fp32 (fp64 for fp64), in an order that depends on the segment alone.  Where only the device knows a layout's
-    bounds, a segment is a sample.  Raises ValueError for packed of another length or a dtype that has no mean.
+    bounds, a segment is a sample.  Raises ValueError for packed of another length, a dtype that has no mean, and such a
+    layout of several modalities, which does not know its segments.
     """
     if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
         means = quick.segment_mean(packed, layout.segment_cu_seqlens, out)
         if means is not None:
             return means
     checks.packed("segment_mean", packed, layout)
+    if layout.segment_cu_seqlens is None:
+        raise ValueError(
+            "segment_mean: the layout comes from device-side bounds of several modalities and does not know its "
+            "segments"
+        )
     checks.summable("segment_mean", packed)
     if out is not None:
         checks.out("segment_mean", out, (layout.num_segments, packed.shape[1]), packed)

@@ -143,4 +143,7 @@ def test_layouts_without_a_segment_table_serve_what_needs_none():
         with pytest.raises(ValueError, match="the layout comes from cu_seqlens and does not know its streams"):
             call()
     torch.testing.assert_close(segment_mean(packed, layout), torch.stack([packed[:2].mean(0), packed[2:].mean(0)]))
+    several = PackedLayout._from_device_bounds(bounds, 5, 3, torch.tensor([0, 1, 1, 0, 0], dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match=r"segment_mean: .* several modalities and does not know its segments"):
+        segment_mean(packed, several)
     assert torch.equal(unpad(pad(packed, layout)[0], layout), packed)
