@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import index
 
@@ -82,14 +83,16 @@ class PackStream:
             items = {index(entry["pack"]): [index(item) for item in entry["items"]] for entry in state["packs"]}
             rooms = [[index(tokens) for tokens in entry["room"]] for entry in state["packs"]]
             room = np.array(rooms, np.int64).reshape(len(items), len(self._budgets))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"PackStream: the state is not what state_dict gives: {error!r}") from error
         for name, value in self._settings().items():
             if settings[name] != value:
                 raise ValueError(f"PackStream: the state has {name} {settings[name]}, this stream {value}")
         packed = [item for pack in items.values() for item in pack]
+        full = math.inf if self._max_items is None else self._max_items
         if (
             len(items) > self._max_open
+            or any(not 1 <= len(pack) < full for pack in items.values())
             or len(set(packed)) < len(packed)
             or any(not 0 <= item < arrived for item in packed)
             or any(not 0 <= pack < next_pack for pack in items)
@@ -97,7 +100,7 @@ class PackStream:
         ):
             raise ValueError(
                 f"PackStream: the state has {len(items)} packs whose items, numbers or rooms no stream would have, "
-                f"expected at most {self._max_open} packs of items below {arrived}, each item once"
+                f"expected at most {self._max_open} unfinished packs of items below {arrived}, each item once"
             )
         self._arrived, self._next_pack, self._items, self._room = arrived, next_pack, items, room
 

@@ -121,12 +121,15 @@ def test_errors():
         {"packs": [{"pack": 0, "items": [0], "room": [3, 4]}]},
         {"packs": [{"pack": 0, "items": [0], "room": [-1]}]},
         {"packs": [{"pack": 0, "items": [0], "room": [9]}]},  # would be filled over the budget
+        {"packs": [{"pack": 0, "items": [0], "room": [2**70]}]},
         {"packs": [{"pack": 0, "items": [0, 0], "room": [3]}]},
+        {"packs": [{"pack": 0, "items": [], "room": [8]}]},
+        {"packs": [{"pack": 0, "items": [0, 1], "room": [3]}], "max_items": 2},  # full: it would never be finished
         {"packs": [{"pack": p, "items": [p], "room": [3]} for p in range(2)], "open_packs": 1},
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(change):
-    stream = PackStream(8, open_packs=change.get("open_packs", 64))
+    stream = PackStream(8, open_packs=change.get("open_packs", 64), max_items=change.get("max_items"))
     stream.push([5, 5][: stream._max_open])
     before = stream.state_dict()
     with pytest.raises(ValueError, match="PackStream: the state "):
