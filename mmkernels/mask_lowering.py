@@ -124,6 +124,12 @@ def refuse_gap() -> None:
     )
 
 
+def refuse_interval(name: str, bound, num_queries: int) -> None:
+    raise ValueError(
+        f"AttentionMask: intervals.{name} is {bound.dtype} {tuple(bound.shape)}, expected whole numbers [{num_queries}]"
+    )
+
+
 def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarray, np.ndarray]:
     """kv_lo and kv_hi [Tq] of the mask without its modality visibility."""
     cu_q, cu_k = layout.cu_seqlens.numpy().astype(np.int64), k_layout.cu_seqlens.numpy().astype(np.int64)
@@ -172,10 +178,7 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[np.
         if array.dtype.kind in "iu":
             array = np.clip(array, 0, k_layout.total_tokens)  # who means "unlimited" may say what int64 cannot add to
         if array.shape != (layout.total_tokens,) or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"AttentionMask: intervals.{name} is {array.dtype} {array.shape}, expected whole numbers "
-                f"[{layout.total_tokens}]"
-            )
+            refuse_interval(name, array, layout.total_tokens)
         falls = np.diff(array.astype(np.int64), prepend=0) < 0
         falls[first[first < len(falls)]] = False  # another sample begins
         if falls.any():

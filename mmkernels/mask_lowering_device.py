@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.layout import PackedLayout
-from mmkernels.mask_lowering import check_bidirectional, prefix_lengths, refuse_gap, visible_bits
+from mmkernels.mask_lowering import check_bidirectional, prefix_lengths, refuse_gap, refuse_interval, visible_bits
 
 
 def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tensor, Tensor]:
@@ -120,11 +120,22 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
     if right >= 0:
         hi = torch.minimum(hi, own + right + 1)
     if mask.intervals is not None:
-        bounds = mask.intervals.lo, mask.intervals.hi
-        given = (torch.as_tensor(b).to(device, torch.int64).clamp(0, k_layout.total_tokens) for b in bounds)
-        lo, hi = torch.maximum(lo, start + next(given)), torch.minimum(hi, start + next(given))
+        given_lo, given_hi = _given(mask.intervals, layout, k_layout)
+        lo, hi = torch.maximum(lo, start + given_lo), torch.minimum(hi, start + given_hi)
     lo, hi = torch.clamp(lo, start, stop), torch.clamp(hi, start, stop)
     return lo, torch.maximum(lo, hi)
+
+
+def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """Both bounds, int64 [Tq].  Their values stay unread, so that falling ones pass."""
+    bounds = []
+    for name, value in (("lo", intervals.lo), ("hi", intervals.hi)):
+        bound = torch.as_tensor(value)
+        whole = not (bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool)
+        if bound.shape != (layout.total_tokens,) or not whole:
+            refuse_interval(name, bound, layout.total_tokens)
+        bounds.append(bound.to(layout.device, torch.int64).clamp(0, k_layout.total_tokens))
+    return bounds[0], bounds[1]
 
 
 def _segments(layout: PackedLayout, modalities, sample: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class KeyIntervals:
     """Query i may see keys lo[i] <= j < hi[i], counted from the first key of its sample; none where lo[i] >= hi[i].
 
     lo, hi  whole numbers [Tq], numpy or tensors, each non-decreasing within a sample.  On a GPU they are lowered there
-            and never read back, nor checked.  Compared by identity: keep one object for one batch
+            and never read back, so that falling ones pass.  Compared by identity: keep one object for one batch
     """
 
     lo: Any

@@ -80,6 +80,13 @@ def test_intervals_that_fall_or_do_not_fit_are_named():
         MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals([0] * 4, [2] * 5)))
 
 
+@pytest.mark.parametrize("bound", [torch.tensor([2]), torch.full((5,), 1.7), torch.ones(5, dtype=torch.bool)])
+def test_intervals_are_never_stretched_or_rounded_on_device_side_bounds(bound):
+    layout, zeros = device_bounds(PackedLayout.from_counts([[2], [3]])), torch.zeros(5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"intervals\.hi is torch\..* expected whole numbers \[5\]"):
+        MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals(zeros, bound)))
+
+
 @pytest.mark.parametrize("rows", ["query", "key"])
 @pytest.mark.parametrize("seed", range(60))
 def test_tiles_visit_exactly_the_blocks_that_matter(seed, rows):
