@@ -42,7 +42,7 @@ def vector_terms(dtype: torch.dtype = torch.float32) -> int | None:
     """
     if not torch._C._dispatch_has_kernel_for_dispatch_key("mm_cpp::attention_terms", "CPU"):
         return None
-    return torch.ops.mm_cpp.attention_terms(torch.empty(0, dtype=dtype))
+    return torch.ops.mm_cpp.attention_terms(torch.empty(0, dtype=dtype, device="cpu"))
 
 
 def tile_rows(head_dim: int, longest: int) -> int:

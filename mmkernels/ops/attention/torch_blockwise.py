@@ -40,7 +40,7 @@ def forward(q, k, v, pair_bias, rng, out, lse, mass, lowered: Lowered) -> None:
 
 def backward(do, dlse, q, k, v, pair_bias, rng, dq, dk, dv, dbias, lowered: Lowered, *, add: bool) -> None:
     """Fills dq of the rows that see something, adds to or writes dk and dv, fills dbias."""
-    dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=torch.float64)
+    dbias_sum = None if dbias is None else dbias.new_zeros(dbias.shape, dtype=torch.float64)
     for part in _parts(q, k, lowered):
         keys, values = part.of_keys(k), part.of_keys(v)
         part_dk, part_dv = torch.zeros_like(keys), torch.zeros_like(values)
@@ -142,7 +142,7 @@ def _blocks(part: _Part, pair_bias: Tensor | None, rng: Tensor | None, lowered: 
         mask = run.mask(lowered, slice(start, stop))
         if run.kind == CAUSAL:
             keys = keys[:, :stop]
-            mask = torch.full((stop - start, stop), -torch.inf, device="cpu").triu_(start + 1)
+            mask = keys.new_full((stop - start, stop), -torch.inf, dtype=torch.float32).triu_(start + 1)
         keep = None
         if lowered.dropout_p:
             keep = _kept(rng, part.heads, queries, keys, lowered.dropout_p)
@@ -168,7 +168,7 @@ def _kept(rng: Tensor, heads: int, queries: Tensor, keys: Tensor, dropout_p: flo
     new[:, 1:] = group[:, 1:] != group[:, :-1]
     slot = new.cumsum(1) - 1
     counters = group.new_zeros(len(group), int(slot[:, -1].max()) + 1).scatter_(1, slot, group)
-    head = torch.arange(heads, device="cpu")[:, None, None]
+    head = torch.arange(heads, device=keys.device)[:, None, None]
     words = philox_4x32(counters[:, None, None], queries[:, None, :, None], head, rng[1], rng[0])
     keep = torch.stack([word >= threshold(dropout_p) for word in words], -1).flatten(3)  # [c, H, r, 4 slots]
     place = (slot * 4 + (keys & 3))[:, None, None]

@@ -60,7 +60,7 @@ def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias
     if blind is not None:
         dq[blind] = 0
     add = not plan.covered  # some keys are in several runs, or in none
-    dk_sum, dv_sum = (torch.zeros(k.shape, device="cpu"), torch.zeros(v.shape, device="cpu")) if add else (dk, dv)
+    dk_sum, dv_sum = (k.new_zeros(k.shape), v.new_zeros(v.shape)) if add else (dk, dv)
     if pair_bias is not None or lowered.dropout_p:
         torch_blockwise.backward(do, dlse, q, k, v, pair_bias, rng, dq, dk_sum, dv_sum, dbias, lowered, add=add)
     else:

@@ -45,7 +45,7 @@ class Schedule(NamedTuple):
 def to_tensors(runs: Runs) -> Schedule:
     parts = [torch.from_numpy(t) for t in (runs.table, runs.index, runs.masks.view("int32"), runs.blind)]
     header = torch.tensor([len(runs.blind), runs.covered], dtype=torch.int32, device="cpu")
-    empty = torch.zeros(2, dtype=torch.int32, device="cpu")
+    empty = header.new_zeros(2)
     return Schedule(*(t if len(t) > 1 else torch.cat([t, t.new_zeros(2, *t.shape[1:])]) for t in parts), header, empty)
 
 
@@ -151,12 +151,13 @@ class Run(NamedTuple):
         queries, keys = self.query_tokens()[0, rows], self.key_tokens()[0]  # the mask of one item is that of all
         lo, hi, q_bits, _ = lowered.q_table[:, queries].unsqueeze(2).unbind(0)
         seen = (keys >= lo) & (keys < hi) & ((q_bits & lowered.k_table[2, keys]) != 0)
-        return torch.zeros(seen.shape, device="cpu").masked_fill_(~seen, -torch.inf)
+        return seen.new_zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
 
     def _tokens(self, index: Tensor | None, start: int, step: int, length: int) -> Tensor:
         if index is not None:
             return index.view(self.count, length)
-        return (start + step * torch.arange(self.count, device="cpu")).unsqueeze(1) + torch.arange(length, device="cpu")
+        items, places = (torch.arange(n, device="cpu") for n in (self.count, length))
+        return (start + step * items).unsqueeze(1) + places
 
     def _rows(self, values: Tensor) -> Tensor:
         """The form of `queries` as [n L, H, D]."""

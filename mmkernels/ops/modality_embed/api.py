@@ -149,7 +149,7 @@ def _quick(
         if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
             return None
     out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    rng = torch.randint(2**63 - 1, (2,)) if dropout_p > 0.0 else None
+    rng = torch.randint(2**63 - 1, (2,), device="cpu") if dropout_p > 0.0 else None
     try:
         return op.modality_embed_fwd(
             streams, modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, layout.modality_ids,

@@ -3,6 +3,8 @@
 This is what lets the CPU path leave the mask out.  And: equal runs together, equal masks once, memory bounded.
 """
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,35 @@ def test_no_mask_grows_with_the_square_of_a_sample():
     runs, lowered = _runs(layout, AttentionMask(causal=True, prefix=(7,)))
     assert max(run.q_len for run in runs) <= torch_runs.WIDE_ROWS
     assert len(Schedule.of(lowered).masks) <= torch_runs.MAX_KEPT
+
+
+# A mask kept and one built in each call, in one process with a model that is loaded in bf16, or on another device.
+@pytest.mark.parametrize("kept", [1 << 24, 0])
+@pytest.mark.parametrize("extras", [{}, {"pair_bias": torch.zeros(1, 1, 1), "dropout_p": 0.1}])
+@pytest.mark.parametrize("setting", [torch.float64, torch.bfloat16, torch.device("meta")], ids=repr)
+def test_torchs_defaults_of_dtype_and_device_change_nothing(setting, extras, kept, monkeypatch):
+    monkeypatch.setattr(torch_runs, "MAX_KEPT", kept)
+    leaves = [torch.randn(300, 1, 8, requires_grad=True) for _ in range(3)]
+
+    def gradients():
+        layout = PackedLayout.from_counts([[300]])  # keys in several runs
+        mask = AttentionMask(causal=True, window=(150, -1))
+        torch.manual_seed(0)
+        out = attention(*leaves, layout=layout, mask=mask, impl="torch", **extras)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = gradients()
+    default, context = torch.get_default_dtype(), contextlib.nullcontext()
+    if isinstance(setting, torch.device):
+        context = setting
+    else:
+        torch.set_default_dtype(setting)
+    try:
+        with context:
+            found = gradients()
+    finally:
+        torch.set_default_dtype(default)
+    assert all(map(torch.equal, found, expected))
 
 
 # Blind queries, keys in several runs, masks beyond what is kept.
