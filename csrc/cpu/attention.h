@@ -46,8 +46,8 @@ struct Forward {
 
 struct Backward {
   Inputs in;
-  const int32_t*
-      samples;  // [num_samples, 4], heaviest first: first query, last (exclusive), first key, last (exclusive)
+  // [num_samples, 4], heaviest first: first query, last (exclusive), first key, last (exclusive)
+  const int32_t* samples;
   int64_t num_samples;
   Heads out, dout, dq, dk, dv;
   const float *lse, *dlse;  // [H, Tq]; dlse may be null

@@ -4,8 +4,8 @@
 // dq += ds k.  All sums stay in fp32, in an order that the shapes alone decide.
 // delta = rowsum(p dp), which is rowsum(do out) but for the rounding of out: taken from the scores where a block has
 // all of a row, by a pass of its own where rounding would show (sums of ds in dbias), and else from out.
-// Where the scores are summed, p is also divided by its own sum, which takes the rounding of lse back out. For
-// attention_kernels.h alone, which is compiled once per instruction set.
+// Where the scores are summed, p is also divided by its own sum, which takes the rounding of lse back out.
+// For attention_kernels.h alone, which is compiled once per instruction set.
 #pragma once
 
 #include "attention_block.h"

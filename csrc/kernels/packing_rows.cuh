@@ -9,9 +9,9 @@
 namespace mm::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kResident =
-    4;                      // blocks per multiprocessor: 64 registers a thread, or ptxas aims lower and spills on sm_80
 constexpr int kUnroll = 4;  // loads in flight per lane
+// Blocks per multiprocessor: 64 registers a thread, or ptxas aims lower and spills on sm_80.
+constexpr int kResident = 4;
 
 // 2**lane_bits lanes share a row; a block does kThreads >> lane_bits rows.
 struct Lanes {
