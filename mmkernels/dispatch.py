@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from mmkernels import native, settings, transforms
@@ -144,28 +143,6 @@ def unwatched(*tensors) -> bool:
 
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-# What an option that is a number may be: in a graph of torch.compile also a symbol.
-WHOLE = (int, np.integer, torch.SymInt)
-NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
-LARGEST = sys.float_info.max  # finite, as a float: compared with, since torch.compile has no isfinite for symbols
-
-
-def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:
-    # The first answers for int and float, in a third of the time.
-    return type(value) in kinds or (isinstance(value, kinds) and not isinstance(value, bool))
-
-
-def is_dropout(value) -> bool:
-    """Whether it is a fraction of elements that may be dropped; False, which `training and p` gives, is 0."""
-    return value is False or (is_number(value) and 0.0 <= value < 1.0)
-
-
-def as_list(function: str, name: str, given, expected: str) -> list:
-    """Whatever can be gone through, once; ValueError for what cannot."""
-    try:
-        return list(given)
-    except TypeError:
-        raise ValueError(f"{function}: {name} is {type(given).__name__}, expected {expected}") from None
 
 
 def cpp_missing() -> str | None:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, layout_tables, planner
-from mmkernels.packs import host_array
+from mmkernels import arguments, dispatch, layout_tables, planner
 
 _BUILT_OUTSIDE = "PackedLayout: a layout is built on the host, outside of a graph"
 
@@ -69,7 +68,7 @@ class PackedLayout:
 
         A count does not include the special token, which is added to segments of at least one row.
         """
-        counts = host_array("from_counts", "counts", counts)
+        counts = arguments.host_array("from_counts", "counts", counts)
         if counts.ndim != 2:
             raise ValueError(f"from_counts: counts has shape {tuple(counts.shape)}, expected [B, M]")
         num_modalities = counts.shape[1]
@@ -94,7 +93,7 @@ class PackedLayout:
         """
         layout_tables.check_modalities("from_segments", num_modalities)
         special = layout_tables.special_ids("from_segments", special_tokens, num_modalities)
-        samples = dispatch.as_list("from_segments", "samples", samples, "per sample a list of (modality, length)")
+        samples = arguments.as_list("from_segments", "samples", samples, "per sample a list of (modality, length)")
         segments, grids, axes = layout_tables.segment_tables(samples, num_modalities, special)
         return cls._build(segments, grids, special, len(samples), num_modalities, axes)
 
@@ -121,7 +120,7 @@ class PackedLayout:
             )
         layout_tables.check_modalities("from_cu_seqlens", num_modalities)
         for name, value in (("total_tokens", total_tokens), ("max_seqlen", max_seqlen)):
-            if not dispatch.is_number(value, dispatch.WHOLE) or value < 0:
+            if not arguments.is_number(value, arguments.WHOLE) or value < 0:
                 raise ValueError(f"from_cu_seqlens: {name} is {value!r}, expected a whole number >= 0")
         if not isinstance(modality_ids, Tensor | None):
             raise ValueError(f"from_cu_seqlens: modality_ids is {type(modality_ids).__name__}, expected a uint8 tensor")

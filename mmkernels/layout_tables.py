@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmkernels import dispatch
+from mmkernels import arguments
 
 MAX_MODALITIES = 32  # visibility is a 32-bit set
 
 
 def check_modalities(function: str, num_modalities: int) -> None:
-    if not dispatch.is_number(num_modalities, dispatch.WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
+    if not arguments.is_number(num_modalities, arguments.WHOLE) or not 1 <= num_modalities <= MAX_MODALITIES:
         raise ValueError(f"{function}: num_modalities is {num_modalities!r}, expected 1 to {MAX_MODALITIES}")
 
 
@@ -27,13 +27,13 @@ def special_ids(function: str, special_tokens: Sequence[int | None] | None, num_
     """int32 [M], -1 for none."""
     if special_tokens is None:
         return np.full(num_modalities, -1, np.int32)
-    tokens = dispatch.as_list(function, "special_tokens", special_tokens, "a token id or None per modality")
+    tokens = arguments.as_list(function, "special_tokens", special_tokens, "a token id or None per modality")
     if len(tokens) != num_modalities:
         raise ValueError(
             f"{function}: special_tokens has {len(tokens)} entries, expected one per modality: {num_modalities}"
         )
     for m, token in enumerate(tokens):
-        if token is not None and not (dispatch.is_number(token, dispatch.WHOLE) and 0 <= token < 2**31):
+        if token is not None and not (arguments.is_number(token, arguments.WHOLE) and 0 <= token < 2**31):
             raise ValueError(
                 f"{function}: special_tokens[{m}] is {token!r}, expected a token id from 0 to 2**31 - 1 or None"
             )

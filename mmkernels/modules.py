@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmkernels import dispatch
+from mmkernels.arguments import as_list, at_least_one
 from mmkernels.dispatch import IMPLS
 from mmkernels.layout import PackedLayout
 from mmkernels.layout_tables import MAX_MODALITIES
 from mmkernels.multihead import MultiheadAttention, replace_attention
 from mmkernels.ops.modality_embed.api import MAX_TABLES, check_options, modality_embed
-from mmkernels.packs import at_least_one
 
 __all__ = ["ModalityEmbedding", "MultiheadAttention", "replace_attention"]
 
@@ -124,7 +123,7 @@ def _table_rows(positions, num_modalities: int) -> list[list[int]]:
     """Per modality the rows of each of its position tables."""
     if positions is None:
         return [[]] * num_modalities
-    positions = dispatch.as_list(NAME, "positions", positions, f"one entry for each of {num_modalities}")
+    positions = as_list(NAME, "positions", positions, f"one entry for each of {num_modalities}")
     if len(positions) != num_modalities:
         raise ValueError(f"{NAME}: positions has {len(positions)} entries, expected one for each of {num_modalities}")
     found = []

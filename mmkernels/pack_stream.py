@@ -9,7 +9,8 @@ from operator import index
 import numpy as np
 
 from mmkernels import packs_numpy
-from mmkernels.packs import OPEN_STREAM, at_least_one, budgets_of, lengths_and_budgets, reject_long
+from mmkernels.arguments import at_least_one
+from mmkernels.packs import OPEN_STREAM, budgets_of, lengths_and_budgets, reject_long
 from mmkernels.planner_backend import _planner
 
 _backend = _planner if _planner is not None else packs_numpy

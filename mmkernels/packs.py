@@ -1,6 +1,6 @@
 """Packs: which items share one, under one budget or several, and work to balance.   n items, K budgets
 
-numpy in, numpy out, no torch.  C++ (csrc/planner) where it is built, else packs_numpy.py; both give equal plans.
+numpy in, numpy out.  C++ (csrc/planner) where it is built, else packs_numpy.py; both give equal plans.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
 
 import numpy as np
 
 from mmkernels import packs_numpy
+from mmkernels.arguments import at_least_one, host_array
 from mmkernels.planner_backend import _planner
 
 _backend = _planner if _planner is not None else packs_numpy
@@ -175,26 +175,6 @@ def _in_rounds(falling: np.ndarray) -> np.ndarray:
     """Every r-th item, then every r-th of the rest ...: rounds of about ROUND items that each see the mix of all."""
     rounds = max(1, round(len(falling) / ROUND))
     return np.concatenate([falling[start::rounds] for start in range(rounds)])
-
-
-def at_least_one(function: str, name: str, value, rest: str = "") -> int:
-    try:
-        if not isinstance(value, bool) and index(value) >= 1:  # never rounds 2.5 to 2
-            return index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{function}: {name} is {value!r}, expected a whole number of at least 1{rest}")
-
-
-def host_array(function: str, name: str, values, kinds: str = "iu") -> np.ndarray:
-    """values as an array whose dtype is of one of numpy's kinds.  Nothing is copied from a device."""
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list; a tensor on a device, or with a gradient
-        raise ValueError(f"{function}: {name} is no array of numbers on the host: {error}") from error
-    if array.size and array.dtype.kind not in kinds:
-        raise ValueError(f"{function}: {name} is {array.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
-    return array
 
 
 def budgets_of(function: str, budget) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Ranks: which of them does which item, so that all have as much to do.   n items, K costs, R ranks
 
-numpy in, numpy out, no torch.  C++ (csrc/planner) where it is built, else packs_numpy.py; both give equal answers.
+numpy in, numpy out.  C++ (csrc/planner) where it is built, else packs_numpy.py; both give equal answers.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmkernels import packs_numpy
-from mmkernels.packs import at_least_one, host_array
+from mmkernels.arguments import at_least_one, host_array
 from mmkernels.planner_backend import _planner
 
 _backend = _planner if _planner is not None else packs_numpy

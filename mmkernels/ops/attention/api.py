@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import arguments, dispatch, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention import op as _op
@@ -77,9 +77,9 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
         raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (dispatch.is_number(scale) and 0 < scale <= dispatch.LARGEST):
+    elif not (arguments.is_number(scale) and 0 < scale <= arguments.LARGEST):
         raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
-    if not dispatch.is_dropout(dropout_p):
+    if not arguments.is_dropout(dropout_p):
         raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
     if pair_bias is not None:
         pair_bias = _checked_bias(pair_bias, q, layout, keys)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import arguments, dispatch, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
@@ -65,9 +65,9 @@ def modality_embed(
         raise ValueError("modality_embed: norm is None, but norm_weight or norm_bias is given")
     if norm == "rmsnorm" and norm_bias is not None:
         raise ValueError("modality_embed: norm is 'rmsnorm', which has no bias, but norm_bias is given")
-    streams = dispatch.as_list("modality_embed", "streams", streams, "one tensor or None per modality")
+    streams = arguments.as_list("modality_embed", "streams", streams, "one tensor or None per modality")
     if position_weights is not None:
-        position_weights = dispatch.as_list(
+        position_weights = arguments.as_list(
             "modality_embed", "position_weights", position_weights, "one table, tuple of tables or None per modality"
         )
         position_weights = [_tables_of(entry, m) for m, entry in enumerate(position_weights)]
@@ -162,9 +162,9 @@ def _quick(
 def check_options(function: str, norm, eps, dropout, dropout_name: str = "dropout_p") -> None:
     if norm not in NORMS:
         raise ValueError(f"{function}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-    if not (dispatch.is_number(eps) and 0 <= eps <= dispatch.LARGEST):
+    if not (arguments.is_number(eps) and 0 <= eps <= arguments.LARGEST):
         raise ValueError(f"{function}: eps is {eps!r}, expected a finite number >= 0")
-    if not dispatch.is_dropout(dropout):
+    if not arguments.is_dropout(dropout):
         raise ValueError(f"{function}: {dropout_name} is {dropout!r}, expected a number, 0 <= {dropout_name} < 1")
 
 
@@ -219,7 +219,7 @@ def _tables_of(entry: PositionTables, m: int) -> tuple[Tensor, ...]:
     if entry is None or isinstance(entry, Tensor):
         return () if entry is None else (entry,)
     name = f"position_weights[{m}]"
-    tables = tuple(dispatch.as_list("modality_embed", name, entry, "a table, a tuple of tables or None"))
+    tables = tuple(arguments.as_list("modality_embed", name, entry, "a table, a tuple of tables or None"))
     if len(tables) > MAX_TABLES:
         raise ValueError(
             f"modality_embed: {name} has {len(tables)} tables, expected at most {MAX_TABLES}, the most axes that a "

@@ -13,12 +13,11 @@ import numpy as np
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from mmkernels import dispatch
+from mmkernels import arguments, dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import checks, op, quick
-from mmkernels.planner import PackPlan, plan_packs
 
-__all__ = ["PackPlan", "gather_rows", "pack", "pad", "plan_packs", "segment_mean", "unpack", "unpad"]
+__all__ = ["gather_rows", "pack", "pad", "segment_mean", "unpack", "unpad"]
 
 _QUICK = ("auto", "cpp")  # what `quick` may serve
 MAX_LENGTH = 2**31 - 1  # positions are int32
@@ -90,7 +89,7 @@ def pad(
     length = layout.max_seqlen if length is None else length
     if isinstance(length, Tensor | np.ndarray) and length.ndim == 0:
         length = length.item()
-    if not dispatch.is_number(length, dispatch.WHOLE) or not layout.max_seqlen <= length <= MAX_LENGTH:
+    if not arguments.is_number(length, arguments.WHOLE) or not layout.max_seqlen <= length <= MAX_LENGTH:
         raise ValueError(
             f"pad: length is {length!r}, expected a whole number from {layout.max_seqlen}, the longest sample's, to "
             f"{MAX_LENGTH}"

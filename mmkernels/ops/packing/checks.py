@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import arguments, dispatch, transforms
 from mmkernels.layout import PackedLayout
 
 SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,7 +45,7 @@ def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
 
 def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor]:
     """Every stream as a tensor, checked against the layout and one another."""
-    given = dispatch.as_list("pack", "streams", given, "a list of tensors")
+    given = arguments.as_list("pack", "streams", given, "a list of tensors")
     for m, stream in enumerate(given):
         if not isinstance(stream, Tensor | None):
             raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
@@ -138,7 +138,7 @@ def out(
 
 
 def outs(function: str, given: Sequence[Tensor], shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:
-    given = dispatch.as_list(function, "out", given, "a list of tensors")
+    given = arguments.as_list(function, "out", given, "a list of tensors")
     if len(given) != len(shapes):
         raise ValueError(f"{function}: out has {len(given)} tensors, expected {len(shapes)}")
     for m, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
@@ -147,7 +147,7 @@ def outs(function: str, given: Sequence[Tensor], shapes: list[tuple[int, ...]], 
 
 
 def padded_out(given: tuple[Tensor, Tensor], shape: tuple[int, int, int], like: Tensor) -> tuple[Tensor, ...]:
-    given = tuple(dispatch.as_list("pad", "out", given, "two tensors: padded and mask"))
+    given = tuple(arguments.as_list("pad", "out", given, "two tensors: padded and mask"))
     if len(given) != 2:
         raise ValueError(f"pad: out has {len(given)} tensors, expected two: padded and mask")
     out("pad", given[0], shape, like, name="out[0]")

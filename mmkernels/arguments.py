@@ -1,0 +1,53 @@
+"""What callers pass, checked alike: numbers, fractions, lists, and arrays on the host."""
+
+from __future__ import annotations
+
+import sys
+from operator import index
+
+import numpy as np
+import torch
+
+# What an option that is a number may be: in a graph of torch.compile also a symbol.
+WHOLE = (int, np.integer, torch.SymInt)
+NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
+LARGEST = sys.float_info.max  # finite, as a float: compared with, since torch.compile has no isfinite for symbols
+
+
+def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:
+    # The first answers for int and float, in a third of the time.
+    return type(value) in kinds or (isinstance(value, kinds) and not isinstance(value, bool))
+
+
+def is_dropout(value) -> bool:
+    """Whether it is a fraction of elements that may be dropped; False, which `training and p` gives, is 0."""
+    return value is False or (is_number(value) and 0.0 <= value < 1.0)
+
+
+def at_least_one(function: str, name: str, value, rest: str = "") -> int:
+    """The whole number; ValueError for what is none, or less than 1."""
+    try:
+        if not isinstance(value, bool) and index(value) >= 1:  # never rounds 2.5 to 2
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{function}: {name} is {value!r}, expected a whole number of at least 1{rest}")
+
+
+def as_list(function: str, name: str, given, expected: str) -> list:
+    """Whatever can be gone through, once; ValueError for what cannot."""
+    try:
+        return list(given)
+    except TypeError:
+        raise ValueError(f"{function}: {name} is {type(given).__name__}, expected {expected}") from None
+
+
+def host_array(function: str, name: str, values, kinds: str = "iu") -> np.ndarray:
+    """values as an array whose dtype is of one of numpy's kinds.  Nothing is copied from a device."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # a ragged list; a tensor on a device, or with a gradient
+        raise ValueError(f"{function}: {name} is no array of numbers on the host: {error}") from error
+    if array.size and array.dtype.kind not in kinds:
+        raise ValueError(f"{function}: {name} is {array.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
+    return array
