@@ -312,12 +312,10 @@ _TENSORS = ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu
 
 
 def _views(buffer: Tensor, num_samples: int, num_segments: int, total: int, axes: int) -> dict[str, Tensor]:
-    """The fields of a layout as views of its one int32 buffer; each section starts at a multiple of four ints."""
+    """The fields of a layout as views of its one int32 buffer."""
     sizes = (num_samples + 1, axes * total, total, total, num_segments + 1, -(-total // 4))
-    views, start = {}, 0
-    for name, size in zip(_TENSORS, sizes, strict=True):
-        views[name] = buffer[start : start + size]
-        start += -(-size // 4) * 4
+    starts = planner.layout_sections(num_samples, num_segments, total, axes)[:-1]
+    views = {name: buffer[start : start + n] for name, start, n in zip(_TENSORS, starts, sizes, strict=True)}
     views["positions"] = views["positions"].view(axes, total)
     views["modality_ids"] = views["modality_ids"].view(torch.uint8)[:total]
     return views
