@@ -1,4 +1,4 @@
-"""Host-side planning: layouts and attention tiles here, packs in packs.py, ranks in ranks.py.  No torch.
+"""Host-side planning: layouts and attention tiles here, packs in packs.py, ranks in ranks.py.
 
 C++ (`mmkernels._planner`, csrc/planner) where it is built, else planner_numpy.py; both give equal arrays.
 B samples, N segments, T tokens, A position axes, M modalities
@@ -9,23 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from mmkernels import planner_numpy
-from mmkernels.pack_stream import PackStream
-from mmkernels.packs import LONG, POLICIES, PackPlan, plan_packs
+from mmkernels.packs import plan_packs
 from mmkernels.planner_backend import BACKEND, _planner
 from mmkernels.ranks import balance_ranks
 
-__all__ = [
-    "BACKEND",
-    "LONG",
-    "POLICIES",
-    "PackPlan",
-    "PackStream",
-    "attention_tiles",
-    "balance_ranks",
-    "build_layout",
-    "layout_sections",
-    "plan_packs",
-]
+__all__ = ["BACKEND", "attention_tiles", "balance_ranks", "build_layout", "layout_sections", "plan_packs"]
 
 _backend = _planner if _planner is not None else planner_numpy
 

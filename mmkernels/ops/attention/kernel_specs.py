@@ -74,7 +74,6 @@ def spec(
         "BLOCK_D": block_d,
         rows: config.rows,
         cols: config.cols,
-        "BLOCK_M": 16,
         "MODALITIES": MODALITIES if biased else 0,
         "HAS_VISIBLE": visible,
         "ALIGNED": False,
