@@ -19,6 +19,13 @@ def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:
     return type(value) in kinds or (isinstance(value, kinds) and not isinstance(value, bool))
 
 
+def is_finite(value) -> bool:
+    """Whether it is a number, and neither infinite nor NaN."""
+    if isinstance(value, np.floating):
+        value = float(value)  # numpy would compare with the bound in the value's own width, where it is infinite
+    return is_number(value) and -LARGEST <= value <= LARGEST
+
+
 def is_dropout(value) -> bool:
     """Whether it is a fraction of elements that may be dropped; False, which `training and p` gives, is 0."""
     return value is False or (is_number(value) and 0.0 <= value < 1.0)

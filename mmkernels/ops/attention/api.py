@@ -77,7 +77,7 @@ def attention(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
         raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (arguments.is_number(scale) and 0 < scale <= arguments.LARGEST):
+    elif not (arguments.is_finite(scale) and scale > 0):
         raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
     if not arguments.is_dropout(dropout_p):
         raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")

@@ -162,7 +162,7 @@ def _quick(
 def check_options(function: str, norm, eps, dropout, dropout_name: str = "dropout_p") -> None:
     if norm not in NORMS:
         raise ValueError(f"{function}: norm is {norm!r}, expected 'layernorm', 'rmsnorm' or None")
-    if not (arguments.is_number(eps) and 0 <= eps <= arguments.LARGEST):
+    if not (arguments.is_finite(eps) and eps >= 0):
         raise ValueError(f"{function}: eps is {eps!r}, expected a finite number >= 0")
     if not arguments.is_dropout(dropout):
         raise ValueError(f"{function}: {dropout_name} is {dropout!r}, expected a number, 0 <= {dropout_name} < 1")

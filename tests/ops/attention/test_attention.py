@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from attention_oracle import CPU_IMPLS, MASKS, NUM_MODALITIES, Case, check, dense_oracle, make_qkv, shared_layout
@@ -175,6 +176,7 @@ def _call(**changes):
         ({"scale": "1"}, "scale is '1', expected a positive finite number"),
         ({"scale": True}, "scale is True, expected a positive finite number"),
         ({"scale": math.inf}, "scale is inf, expected a positive finite number"),
+        ({"scale": np.float32("inf")}, r"scale is np.float32\(inf\), expected a positive finite number"),
         ({"scale": 10**400}, "scale is 10+, expected a positive finite number"),
         ({"dropout_p": True}, "dropout_p is True, expected a number"),
         ({"scale": torch.nn.Parameter(torch.tensor(0.25))}, "scale is a tensor, expected a number; multiply q by it"),

@@ -161,6 +161,7 @@ BAD = [
     ({"position_weights": [5, None]}, ValueError, r"position_weights\[0\] is int, expected a table"),
     ({"position_weights": [[None], None]}, ValueError, r"position_weights\[0\] holds NoneType, expected tensors"),
     ({"eps": True}, ValueError, "eps is True, expected a finite number"),
+    ({"eps": np.float32("inf")}, ValueError, r"eps is np.float32\(inf\), expected a finite number"),
     ({"eps": 10**400}, ValueError, "eps is 10+, expected a finite number"),
 ]
 
