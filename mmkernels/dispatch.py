@@ -28,8 +28,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "packing": {"cpu": ("cpp", "torch", "reference"), "cuda": ("cuda", "torch", "reference")},
 }
 
-# Which implementations exist at all, per operator: file names in ops/<op>/.
-MODULES = {
+# The file of each implementation, in ops/<op>/.
+FILES = {
     "reference": "reference",
     "torch": "torch_impl",
     "cpp": "cpp_impl",
@@ -98,7 +98,7 @@ def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str 
 @functools.cache
 def load(op: str, impl: str) -> ModuleType:
     """The module that computes `op` by the concrete implementation `impl`."""
-    return importlib.import_module(f"mmkernels.ops.{op}.{MODULES[impl]}")
+    return importlib.import_module(f"mmkernels.ops.{op}.{FILES[impl]}")
 
 
 def host_code(why: str) -> Callable[[Callable], Callable]:
