@@ -48,7 +48,8 @@ def locate(
     source = tl.load(source_rows_ptr + t, mask=valid, other=0).to(tl.int64)  # int64: row * E passes 2**31
     tl.device_assert(modality < M, "modality_embed: a modality has no row in modality_weight")
     modality = tl.where(valid & (modality < M), modality, -1)
-    token = tl.where(source < 0, -(source + 1), -1)
+    named = source < 0  # whether the row is one of the token table's
+    token = tl.where(named, -(source + 1), -1)
     row = tl.cast(-1, tl.int64)
     for m in tl.static_range(M):
         here = (modality == m) & (source >= 0)
@@ -58,13 +59,12 @@ def locate(
             here = here & inside
         if STREAMS[m] == -2:
             token = tl.where(here, tl.load(streams[m] + source, mask=here, other=0).to(tl.int64), token)
+            named = named | here
         elif STREAMS[m] >= 0:
             row = tl.where(here, source, row)
-    named = valid & (token != -1)
-    tl.device_assert(
-        ((token >= 0) & (token < V)) | (named == 0), "modality_embed: a token id is outside the token table"
-    )
-    token = tl.where(named & (token >= 0) & (token < V), token, -1)
+    inside = (token >= 0) & (token < V)
+    tl.device_assert(inside | (named == 0), "modality_embed: a token id is outside the token table")
+    token = tl.where(inside, token, -1)
     positions = ()
     for q in tl.static_range(len(TABLES) // M):
         limit = tl.cast(0, tl.int64)

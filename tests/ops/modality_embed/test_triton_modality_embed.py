@@ -3,9 +3,12 @@
 bf16 is owed to a GPU: the interpreter computes it wrongly, and dispatch refuses it.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from embed_cases import MIXED, Case, make, oracle, ragged, run, torch_same
+from triton.runtime import interpreter
 
 from mmkernels.ops.modality_embed import configs, op
 from mmkernels.ops.modality_embed.api import modality_embed
@@ -13,7 +16,7 @@ from mmkernels.testing import assert_error_rule
 
 pytestmark = pytest.mark.interpreter
 
-CHUNK = 8  # of the table sums; 32 by default, which would take as many more tokens to cross
+CHUNK = 8  # of the table sums; configs.CHUNK would take as many more tokens to cross
 
 # Wide rows cost the interpreter nothing, and make errors in fp32 a matter of many values, not of luck.
 CASES = [
@@ -174,6 +177,18 @@ def test_every_index_outside_its_table_reads_the_same_zero(which):
         target[index] = value
         found.append(op.modality_embed_fwd(*given, *options, torch.float32, "triton")[0])
     assert all(torch.equal(one, found[-1]) for one in found)
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**9])  # -1 is what loaders mark padding by
+def test_debug_mode_stops_at_a_token_id_outside_the_table(token_id, monkeypatch):
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    inputs = make(BY_NAME["everything"], torch.float32)
+    given, options = inputs.operator_arguments()
+    op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    given.streams[0][0] = token_id
+    with pytest.raises(interpreter.InterpreterError, match="a token id is outside the token table"):
+        op.modality_embed_fwd(*given, *options, torch.float32, "triton")
 
 
 def test_refusals():
