@@ -5,6 +5,8 @@ decoders are imported in `run`, so that --help answers at once.
 """
 
 import errno
+import os
+import signal
 import sys
 
 import tyro
@@ -27,8 +29,9 @@ def main(args: list[str] | None = None) -> None:
     What a user or the machine did wrong is one line; anything else is a fault of ours and shows its traceback.
     """
     settings.calm_threads()
-    command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
+    command = None
     try:
+        command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
         command.run()
     except (ConfigError, RunError) as error:
         sys.exit(str(error))
@@ -38,6 +41,9 @@ def main(args: list[str] | None = None) -> None:
         if not isinstance(error, UnavailableError):
             raise
         sys.exit(f"{error}{'; --impl auto takes the fastest that can' * hasattr(command, 'impl')}")
+    except BrokenPipeError:  # `mmmodel ... | head` has read enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
         where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
         sys.exit(f"{where}: {error.strerror}" if where else str(error))

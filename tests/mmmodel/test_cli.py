@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -126,6 +130,15 @@ def full():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault():
+    """`mmmodel --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "mmmodel", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("before", [(train, "train_step"), (checkpoint, "save")], ids=["checkpoint", "export"])
