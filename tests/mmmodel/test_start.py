@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmmodel import cli, configs, metrics, start, train
+from mmmodel.configs import ConfigError
 from mmmodel.data import synthetic
 from mmmodel.export import CheckpointError
 from mmmodel.finetuning.config import FinetuneConfig
@@ -65,6 +66,41 @@ def test_objectives_that_do_not_fit_begin_anew_and_the_log_says_so(run, tmp_path
     assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith(f"objectives.{anew}."))
 
 
+def test_longer_inputs_and_fewer_modalities_keep_what_they_share(run, tmp_path, caplog):
+    """As for a last phase on longer captions and larger pictures: rows of positions that are new are drawn."""
+    caplog.set_level(logging.INFO)
+    fields = ("model.modalities=text,image", "model.text.max_tokens=30", "model.image.max_tokens=4")
+    train.pretrain(configs.override(start.configured(run), (*STILL, *fields, "objectives.matching.weight=0")), tmp_path)
+    line = next(record.message for record in caplog.records if record.message.startswith("from "))
+    side = tensors(run)["model.embedding.position_weights.1.0"].shape[0]
+    changes = f"positions of text: 24 -> 30; positions of image: {side} -> 5; positions of image: {side} -> 5"
+    assert f"; left out: audio; {changes}" in line
+    assert "begin anew" not in line
+    before, after = tensors(run), tensors(tmp_path)
+    assert {n for n in before if ".front_ends.audio." in n or "position_weights.2" in n} == {
+        n for n in before if n.startswith("model.") and n not in after
+    }
+    for name, tensor in after.items():
+        rows = slice(min(len(tensor), len(before[name]))) if tensor.ndim else ...
+        assert torch.equal(tensor[rows], before[name][rows]), name
+    drawn = after["model.embedding.position_weights.0.0"][24:]
+    assert drawn.std() > 0
+
+
+def test_modalities_in_another_order_keep_their_own(run, tmp_path):
+    train.pretrain(configs.override(start.configured(run), (*STILL, "model.modalities=audio,text")), tmp_path)
+    before, after = tensors(run), tensors(tmp_path)
+    for name in ("model.embedding.modality_weight", "objectives.contrastive.heads"):
+        assert torch.equal(after[name], before[name][[2, 0]])
+    assert torch.equal(after["model.embedding.position_weights.0.0"], before["model.embedding.position_weights.2.0"])
+
+
+def test_a_modality_that_the_earlier_run_lacks_is_named(run, tmp_path):
+    config = configs.override(start.configured(run), (*STILL, "model.modalities=text,image,video"))
+    with pytest.raises(ConfigError, match=r"the tokenizer lacks \[VID\]"):
+        train.pretrain(config, tmp_path)
+
+
 def test_a_fine_tuned_run_gives_its_encoder(run, tmp_path):
     finetune(run, FinetuneConfig(label="category", epochs=1), tmp_path / "tuned")
     train.pretrain(configs.override(start.configured(tmp_path / "tuned"), STILL), tmp_path / "next")
@@ -76,7 +112,7 @@ def test_another_shape_is_one_line_and_the_folder_stays_free(run, tmp_path):
     arguments = ["--from", str(run), "--out", str(tmp_path / "next")]
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", *arguments, "--set", "model.width=32", "model.text.max_tokens=30"])
-    words = "has another shape: model.width is 32, there 16; model.text.max_tokens is 30, there 24"
+    words = "has another shape: model.width is 32, there 16"
     assert str(stopped.value) == f"pretrain: {run / 'model.safetensors'} {words}"
     with pytest.raises(SystemExit, match=r"has another shape: model\.width is 64, there 16; "):
         cli.main(["pretrain", *arguments, "--preset", "quick"])
