@@ -173,7 +173,7 @@ def test_errors_say_what_was_expected(change, error, message):
         modality_embed(**{**GOOD, **change})
 
 
-@pytest.mark.parametrize("impl", ["auto", "cpp", "torch", "reference"])
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16, torch.int16, torch.int64])
 @pytest.mark.parametrize("shape", [(0, 8), (0, 7), (0,), (3, 0)])
 def test_what_is_empty_has_no_dtype_that_matters(shape, dtype, impl):
