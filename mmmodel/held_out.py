@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from rich.table import Table
+from torch import nn
 
 from mmmodel import distributed
 from mmmodel.batches import Sampler, collate
@@ -38,7 +39,8 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
     """Mean over batches of what the run's objectives report, named objective/figure; nothing is augmented.
 
     Negatives, and what is hidden, are drawn as in training, by fixed seeds.  A batch in which an objective finds
-    nothing does not count for it: its loss there is 0.  `meaning` is left out, as it knows training concepts alone.
+    nothing does not count for it: its loss there is 0.  Nor does one of a single concept for what compares samples.
+    `meaning` is left out, as it knows training concepts alone.
     Under torchrun every process reads its part of each batch, and all get the mean; {} if there are fewer groups of
     samples than processes.
     """
@@ -60,12 +62,18 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
         weights = {
             name: weight
             for name, weight in prepared.weights.items()
-            if name != "meaning" and learner.objectives[name].finds(everyone)
+            if name != "meaning" and _asks(learner.objectives[name], everyone)
         }
         for name, value in learner(batch.to(device), dataclasses.replace(prepared, weights=weights))[1].items():
             if learner.objectives[name.partition("/")[0]].finds(own):
                 found.setdefault(name, []).append(float(value))
     return merged(distributed.everyone({name: float(np.mean(values)) for name, values in found.items()}))
+
+
+def _asks(objective: nn.Module, items: Sequence[Item]) -> bool:
+    """Whether these items may be got wrong: one alone is the nearest of its batch, and has no negatives."""
+    alone = getattr(objective, "compares", False) and len({item.concept for item in items}) < 2
+    return not alone and objective.finds(items)
 
 
 def is_score(name: str) -> bool:

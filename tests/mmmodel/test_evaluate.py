@@ -238,6 +238,16 @@ def test_a_batch_without_words_is_no_loss_of_0():
     assert "masked_text/loss" not in held_out.figures(learned, Corpus(silent, features), silent)
 
 
+def test_a_sample_with_nothing_beside_it_is_no_perfect_alignment():
+    """Alone in its batch it is its own nearest, and has no false pairs."""
+    _, learned = learner()
+    items, features = samples(present=3 * [("text", "image", "audio")])
+    found = held_out.figures(learned, Corpus(items[:1], features), items[:1])
+    assert {name.partition("/")[0] for name in found} == {"masked_text"}
+    found = held_out.figures(learned, Corpus(items, features), items)
+    assert {name.partition("/")[0] for name in found} == {"contrastive", "masked_text", "matching"}
+
+
 def test_nothing_to_score_and_no_figure_is_an_error(shards, tmp_path):
     fields = ("objectives.contrastive.weight=0", "objectives.matching.weight=0", "steps=1", f"data={shards}")
     train.pretrain(configs.override(configs.tiny(), fields), tmp_path / "run")
