@@ -23,7 +23,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmmodel import checkpoint, configs, evaluate, export, held_out, metrics, objectives, plot, pretraining, train
+from mmmodel import (
+    checkpoint,
+    configs,
+    distributed,
+    evaluate,
+    export,
+    held_out,
+    metrics,
+    objectives,
+    plot,
+    pretraining,
+    train,
+)
+from mmmodel.batches import Sampler
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 
@@ -127,6 +140,25 @@ def test_data_without_a_validation_split_says_that_there_is_nothing_to_see(tmp_p
     assert train.pretrain(config, tmp_path / "run")
     assert "evaluate_every does nothing in this run: no sample has the split validation" in caplog.messages
     assert not any(n.startswith("validation/") for n in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1])
+
+
+def test_fewer_validation_samples_than_processes_are_said_once(tiny, tmp_path, caplog, monkeypatch):
+    (tmp_path / "data").mkdir()
+    splits = ["train"] * 7 + ["validation"]
+    made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": split}} for i, split in enumerate(splits)]
+    write_shard(tmp_path / "data" / "a-0.tar", made)
+    config = dataclasses.replace(tiny, data=str(tmp_path / "data"), evaluate_every=1)
+    dataset = pretraining.open_data(config)
+    learned = pretraining.Pretraining(config, pretraining.make_tokenizer(config, dataset))
+    corpus = pretraining.load_corpus(config, dataset, learned.model)
+    assert "validation/masked_text/loss" in train.validate(learned, corpus, 1)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    caplog.clear()
+    caplog.set_level("INFO")
+    train._tell_what_learns_nothing(learned, corpus, Sampler(corpus.split("train"), batch_size=4, seed=0))
+    assert train.validate(learned, corpus, 1) == {}
+    few = "the split validation has 1 distinct items for 2 processes"
+    assert caplog.messages[-1] == f"evaluate_every does nothing in this run: {few}"
 
 
 def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbroken, tmp_path):
