@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmmodel import atomic, checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.export import FILE, written_step
+from mmmodel.export import FILE, CheckpointError, written_step
 from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,12 @@ def finished(out: Path, config: PretrainConfig) -> bool:
     """
     if not (out / FILE).exists():
         return False
-    step = written_step(out / FILE)  # None: an older run, which wrote it at its end alone
+    try:
+        step = written_step(out / FILE)  # None: an older run, which wrote it at its end alone
+    except CheckpointError:
+        if checkpoint.saved(out / "checkpoints"):  # it goes on, and writes the file anew
+            return False
+        raise
     lines = metrics.read(out / "metrics.jsonl")  # fewer: the model is an earlier run's, whose config.json went
     return all(made >= config.steps for made in (step, lines[-1]["step"] if lines else None) if made is not None)
 

@@ -76,6 +76,19 @@ def test_a_model_that_another_run_left_does_not_finish_one_that_was_stopped(tiny
     assert not all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(unbroken).values(), strict=True))
 
 
+def test_a_damaged_model_is_written_anew_from_the_checkpoint(tiny, unbroken, tmp_path):
+    """Without a checkpoint it is an error: the run would begin again."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    (out / "model.safetensors").write_bytes(b"cut")
+    assert train.pretrain(tiny, out)
+    assert_same_run(out, unbroken)
+    shutil.rmtree(out / "checkpoints")
+    (out / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="not a safetensors file, or a damaged one"):
+        train.pretrain(tiny, out)
+
+
 def test_a_folder_of_another_run_is_refused(tiny, unbroken):
     wider = dataclasses.replace(tiny, lr=1.0, model=dataclasses.replace(tiny.model, width=32))
     with pytest.raises(ConfigError, match=r"holds a run with other model.width 16 -> 32, lr 0.002 -> 1.0; choose"):
