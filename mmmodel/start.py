@@ -32,11 +32,15 @@ def configured(path: Path, config: PretrainConfig | None = None) -> PretrainConf
 def read(config: PretrainConfig) -> Run:
     """The earlier run that config.start names, after a trial: nothing is written of a run that cannot start.
 
-    Raises CheckpointError if it does not read or its encoder has another shape, ConfigError for two starts.
+    Raises CheckpointError if it does not read, lacks a modality or its encoder has another shape, ConfigError for two
+    starts.
     """
     if config.language_model:
         raise ConfigError("pretrain: a run starts from an earlier run or from a language model, not from both")
     run = export.open_run(config.start)
+    if lacking := [name for name in config.model.modalities if name not in run.config.model.modalities]:
+        theirs = ", ".join(run.config.model.modalities)
+        raise CheckpointError(f"pretrain: {run.path} does not read {', '.join(lacking)}, expected some of {theirs}")
     load(Pretraining(config, run.tokenizer), run)
     return run
 

@@ -96,9 +96,14 @@ def test_modalities_in_another_order_keep_their_own(run, tmp_path):
 
 
 def test_a_modality_that_the_earlier_run_lacks_is_named(run, tmp_path):
+    """Also one whose special token the tokenizer has, from a run before that one."""
     config = configs.override(start.configured(run), (*STILL, "model.modalities=text,image,video"))
-    with pytest.raises(ConfigError, match=r"the tokenizer lacks \[VID\]"):
-        train.pretrain(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"does not read video, expected some of text, image, audio$"):
+        train.pretrain(config, tmp_path / "video")
+    train.pretrain(configs.override(start.configured(run), (*STILL, "model.modalities=text,audio")), tmp_path / "fewer")
+    again = configs.override(start.configured(tmp_path / "fewer"), (*STILL, "model.modalities=text,image,audio"))
+    with pytest.raises(ConfigError, match=r"does not read image, expected some of text, audio$"):
+        train.pretrain(again, tmp_path / "again")
 
 
 def test_a_fine_tuned_run_gives_its_encoder(run, tmp_path):
