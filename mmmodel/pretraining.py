@@ -134,7 +134,7 @@ def check_vocabulary(config: PretrainConfig) -> None:
     """Raises ConfigError for fewer word pieces than a tokenizer of our own has before it learns one."""
     special = special_names(config.model.modalities)
     size, least = config.model.text.vocab_size, BYTES + len(special)
-    if size < least and not (config.language_model or config.model.text.encoder):
+    if size < least and not (config.language_model or config.model.text.encoder or config.start):
         raise ConfigError(
             f"config: model.text.vocab_size is {size}, expected at least {least}: {BYTES} bytes and {len(special)} "
             "special tokens"

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_language_model import write_model
 
-from mmmodel import cli, configs, metrics, start, train
+from mmmodel import cli, configs, language_model, metrics, start, train
 from mmmodel.configs import ConfigError
 from mmmodel.data import synthetic
 from mmmodel.export import CheckpointError
@@ -111,6 +112,16 @@ def test_a_fine_tuned_run_gives_its_encoder(run, tmp_path):
     train.pretrain(configs.override(start.configured(tmp_path / "tuned"), STILL), tmp_path / "next")
     before, after = tensors(tmp_path / "tuned"), tensors(tmp_path / "next")
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("model."))
+
+
+def test_a_run_that_began_with_a_language_model_may_have_fewer_word_pieces_than_bytes(tiny, tmp_path):
+    """Its tokenizer is there: none of our own, which begins with the bytes, is made."""
+    shaped = language_model.shaped(tiny, write_model(tmp_path, "bert"))
+    assert shaped.model.text.vocab_size < 256
+    train.pretrain(dataclasses.replace(shaped, steps=1), tmp_path / "first")
+    train.pretrain(configs.override(start.configured(tmp_path / "first"), STILL), tmp_path / "next")
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "next")
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_another_shape_is_one_line_and_the_folder_stays_free(run, tmp_path):
