@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -95,8 +95,8 @@ def open_run(path: Path | str, *, impl: str | None = None) -> Run:
     file = path / FILE if path.is_dir() else path
     if file.suffix in PICKLED:
         raise CheckpointError(f"{file}: a pickle can run any code when it is read, so none is; expected safetensors")
-    metadata = _read_metadata(file)
-    config, tokenizer, tensors = _config(file, metadata), _tokenizer(file, metadata), load_file(file)
+    metadata, tensors = _read(file)
+    config, tokenizer = _config(file, metadata), _tokenizer(file, metadata)
     if "crc32" in metadata and metadata["crc32"] != str(checksum(tensors)):
         raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
     if impl:
@@ -109,12 +109,12 @@ def open_run(path: Path | str, *, impl: str | None = None) -> Run:
 
 def read_config(path: Path) -> PretrainConfig:
     """The configuration inside a file.  Raises CheckpointError as `open_run` does."""
-    return _config(path, _read_metadata(path))
+    return _config(path, _read(path, tensors=False)[0])
 
 
 def written_step(path: Path) -> int | None:
     """Of `Run.step`.  Raises CheckpointError as `open_run` does."""
-    return _step(path, _read_metadata(path))
+    return _step(path, _read(path, tensors=False)[0])
 
 
 def load_weights(run: Run, learner: Pretraining) -> None:
@@ -153,13 +153,13 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a safetensors file says of itself, and what it holds; opened once, as a run under way replaces it."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; `mmmodel pretrain` writes {FILE} with its first checkpoint")
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys() if tensors}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
 

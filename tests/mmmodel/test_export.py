@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mmmodel import configs, train
+from mmmodel import export as exporting
 from mmmodel.export import CheckpointError, export, from_pretrained, load_weights, open_run
 
 
@@ -45,6 +46,23 @@ def test_round_trip_is_bit_equal(written):
         assert list(ours) == list(theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert not again.training
+
+
+def test_a_file_that_a_run_replaces_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    """Tensors of one checkpoint with the checksum of another would be called damaged."""
+    (config, first), (_, second) = learner(seed=3), learner(seed=4)
+    path = tmp_path / "model.safetensors"
+    export(path, first, config, step=1)
+    read = exporting._config
+
+    def replaced(file, metadata):
+        export(path, second, config, step=2)
+        return read(file, metadata)
+
+    monkeypatch.setattr(exporting, "_config", replaced)
+    run = open_run(path)
+    assert run.step == 1
+    assert all(torch.equal(run.tensors[name], tensor) for name, tensor in first.state_dict().items())
 
 
 def test_the_loaded_model_computes_the_same_bits(written):
