@@ -9,16 +9,21 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton_tiles import (
     LN2,
+    Dropout,
+    Source,
     as_bits,
     bias_of,
     dropout_keep_tile,
     load_block,
     load_rows,
+    load_span,
     modalities_of,
+    no_sums,
     row_biases,
     row_bounds,
     seen_pairs,
     store_rows,
+    this_tile,
     zero_bits,
 )
 
@@ -31,32 +36,21 @@ def _attend(
     mass,
     pending,
     q,
-    k_ptr,
-    v_ptr,
-    k_desc,
-    v_desc,
-    bias_ptr,
-    rng_ptr,
-    mass_ptr,
+    head,
+    rows,
+    bounds,
+    biases,
+    k_source,
+    v_source,
     k_table_ptr,
     Tk,
-    head,
-    kv_head,
-    stride_kt,
-    stride_vt,
+    dropout,
     scale,
-    drop_threshold,
-    rows,
-    lo,
-    hi,
-    bits,
-    biases,
     col_start,
     col,
     col_end,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MODALITIES: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,35 +59,37 @@ def _attend(
 ):
     """One online-softmax step over keys [col, col + BLOCK_K).  scale and biases are in the units of _exp.
 
+    biases and mass are empty where there is none.
+
     LATE, of whole blocks only: acc takes the values of the block before, whose p and alpha are `pending`, and this
     block's are returned for the next step.  On sm_90 that product then runs on the tensor cores while the softmax is
     computed: Triton 3.6 waits for all products behind the first of a step, and for none after it.
     """
     BLOCK_D: tl.constexpr = q.shape[1]
     NATURAL: tl.constexpr = q.dtype == tl.float32
+    HAS_BIAS: tl.constexpr = len(biases) > 0
+    HAS_MASS: tl.constexpr = len(mass) > 0
     cols = col + tl.arange(0, BLOCK_K)
-    k = load_block(k_ptr, k_desc, stride_kt, col, kv_head, col_end - col, D, BLOCK_K, BLOCK_D, MASKED)
+    k = load_block(k_source, col, col_end - col, D, BLOCK_K, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
     if LATE:
         # The first step has no block before it: zeros, times its own values.
         before = tl.maximum(col - BLOCK_K, col_start)
-        acc = _add_values(
-            acc, pending, v_ptr, v_desc, stride_vt, before, kv_head, BLOCK_K, D, BLOCK_K, BLOCK_D, PRECISION, MASKED
-        )  # fmt: skip
-    if bias_ptr is not None or mass_ptr is not None:
+        acc = _add_values(acc, pending, v_source, before, BLOCK_K, D, BLOCK_K, BLOCK_D, PRECISION, MASKED)
+    if HAS_BIAS or HAS_MASS:
         k_modality = modalities_of(k_table_ptr, cols, cols < col_end, Tk)
-    if bias_ptr is not None:
-        scores = scores * scale + bias_of(biases, k_modality, MODALITIES)
+    if HAS_BIAS:
+        scores = scores * scale + bias_of(biases, k_modality)
     if MASKED:
-        if bias_ptr is None:
+        if not HAS_BIAS:
             scores = scores * scale
-        seen = seen_pairs(cols, col_end, lo, hi, bits, k_table_ptr + 2 * tl.cast(Tk, tl.int64), HAS_VISIBLE)
+        seen = seen_pairs(bounds, cols, col_end, k_table_ptr + 2 * tl.cast(Tk, tl.int64), HAS_VISIBLE)
         scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = _exp(scores - shift[:, None], NATURAL)
-    elif bias_ptr is not None:
+    elif HAS_BIAS:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         shift = new_max
         p = _exp(scores - shift[:, None], NATURAL)
@@ -104,17 +100,15 @@ def _attend(
         p = _exp(scores * scale - shift[:, None], NATURAL)
     alpha = _exp(row_max - shift, NATURAL)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    if mass_ptr is not None:
-        mass = _add_mass(mass, alpha, p, k_modality, MODALITIES)
-    if rng_ptr is not None:  # after the sums: the denominator and the mass are those before dropout
-        p = tl.where(dropout_keep_tile(rng_ptr, drop_threshold, head, rows, col, BLOCK_K, ALIGNED), p, 0.0)
-    step = (as_bits(p.to(v_ptr.dtype.element_ty)), alpha)
+    if HAS_MASS:
+        mass = _add_mass(mass, alpha, p, k_modality)
+    if dropout is not None:  # after the sums: the denominator and the mass are those before dropout
+        p = tl.where(dropout_keep_tile(dropout, head, rows, col, BLOCK_K, ALIGNED), p, 0.0)
+    step = (as_bits(p.to(v_source.ptr.dtype.element_ty)), alpha)
     if LATE:
         pending = step
     else:
-        acc = _add_values(
-            acc, step, v_ptr, v_desc, stride_vt, col, kv_head, col_end - col, D, BLOCK_K, BLOCK_D, PRECISION, MASKED
-        )  # fmt: skip
+        acc = _add_values(acc, step, v_source, col, col_end - col, D, BLOCK_K, BLOCK_D, PRECISION, MASKED)
     return acc, new_max, row_sum, mass, pending
 
 
@@ -122,11 +116,8 @@ def _attend(
 def _add_values(
     acc,
     step,
-    v_ptr,
-    v_desc,
-    stride_vt,
+    v_source,
     col,
-    kv_head,
     count,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,7 +127,7 @@ def _add_values(
 ):
     """acc alpha + p v over keys [col, col + BLOCK_K), count of them there.  step: p, as bits, and alpha."""
     p, alpha = step
-    v = load_block(v_ptr, v_desc, stride_vt, col, kv_head, count, D, BLOCK_K, BLOCK_D, MASKED)
+    v = load_block(v_source, col, count, D, BLOCK_K, BLOCK_D, MASKED)
     return tl.dot(p.to(v.dtype, bitcast=True), v, acc * alpha[:, None], input_precision=PRECISION)
 
 
@@ -151,21 +142,13 @@ def _exp(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _add_mass(mass, alpha, p, k_modality, MODALITIES: tl.constexpr):
+def _add_mass(mass, alpha, p, k_modality):
     """The tuple of each modality's sums [rows], rescaled, and what p [rows, cols] adds to them."""
     total = ()
-    for m in tl.static_range(MODALITIES):
+    for m in tl.static_range(len(mass)):
         added = tl.sum(tl.where((k_modality == m)[None, :], p, 0.0), 1)
         total = total + (mass[m] * alpha + added,)  # noqa: RUF005  Triton compiles no (*total, ...)
     return total
-
-
-@triton.jit
-def _zeros(BLOCK: tl.constexpr, MODALITIES: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(MODALITIES):
-        zeros = zeros + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005  Triton compiles no (*zeros, ...)
-    return zeros
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "drop_threshold"])
@@ -218,13 +201,7 @@ def attention_fwd_kernel(
     keep_scale: 1 / (1 - dropout_p).  MODALITIES: Mk where there is a bias or a mass, else 0.  ALIGNED: see
     dropout_keep_tile.  LATE: of a span of whole blocks, as _attend has it.
     """
-    # Heads vary fastest, so that the heaviest tiles (first in the list) start first on every head.
-    tile = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    row_start = tl.load(tiles_ptr + 4 * tile)
-    row_end = tl.load(tiles_ptr + 4 * tile + 1)
-    first_span = tl.load(tiles_ptr + 4 * tile + 2)
-    last_span = tl.load(tiles_ptr + 4 * tile + 3)
+    _tile, head, row_start, row_end, first_span, last_span = this_tile(tiles_ptr, heads)
 
     # int64 before multiplying: token * stride passes 2**31 at 1M tokens x 3072.
     base = row_start.to(tl.int64)
@@ -232,48 +209,49 @@ def attention_fwd_kernel(
     kv_head = head // group
     count = row_end - row_start
     q = load_rows(q_ptr + base * stride_qt + q_head * stride_qh, stride_qt, count, D, BLOCK_Q, BLOCK_D, True)
-    k_ptr += kv_head.to(tl.int64) * stride_kh
-    v_ptr += kv_head.to(tl.int64) * stride_vh
+    k_source = Source(ptr=k_ptr + kv_head.to(tl.int64) * stride_kh, desc=k_desc, stride=stride_kt, head=kv_head)
+    v_source = Source(ptr=v_ptr + kv_head.to(tl.int64) * stride_vh, desc=v_desc, stride=stride_vt, head=kv_head)
 
     rows = row_start + tl.arange(0, BLOCK_Q)
     in_tile = rows < row_end
-    lo, hi, bits = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
+    bounds = row_bounds(q_table_ptr, rows, in_tile, Tq, HAS_VISIBLE)
     biases = ()
     if bias_ptr is not None:
         q_modality = modalities_of(q_table_ptr, rows, in_tile, Tq)
         biases = row_biases(bias_ptr + q_head * q_modalities * MODALITIES, q_modality, bias_scale, MODALITIES)
+    dropout = None
+    if rng_ptr is not None:
+        dropout = Dropout(rng_ptr=rng_ptr, threshold=drop_threshold, keep_scale=keep_scale)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     mass = ()
     if mass_ptr is not None:
-        mass = _zeros(BLOCK_Q, MODALITIES)
+        mass = no_sums(MODALITIES, BLOCK_Q)
     for span in range(first_span, last_span):
-        col_start = tl.load(spans_ptr + 3 * span)
-        col_end = tl.load(spans_ptr + 3 * span + 1)
-        masked = tl.load(spans_ptr + 3 * span + 2)
-        # A span is all full or all partial: one of the two loops runs, and neither branches inside.
-        full_end = tl.where(masked != 0, col_start, col_end)
+        col_start, full_end, col_end = load_span(spans_ptr, span)
         pending = ()
         if LATE:
             pending = (zero_bits(BLOCK_Q, BLOCK_K, v_ptr.dtype.element_ty), tl.full([BLOCK_Q], 1.0, tl.float32))
         for col in range(col_start, full_end, BLOCK_K):
             acc, row_max, row_sum, mass, pending = _attend(
-                acc, row_max, row_sum, mass, pending, q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr,
-                k_table_ptr, Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
-                col_start, col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, False, LATE,
+                acc, row_max, row_sum, mass, pending,
+                q=q, head=head, rows=rows, bounds=bounds, biases=biases,
+                k_source=k_source, v_source=v_source, k_table_ptr=k_table_ptr, Tk=Tk, dropout=dropout, scale=scale,
+                col_start=col_start, col=col, col_end=col_end, D=D, BLOCK_K=BLOCK_K,
+                HAS_VISIBLE=HAS_VISIBLE, ALIGNED=ALIGNED, PRECISION=PRECISION, MASKED=False, LATE=LATE,
             )  # fmt: skip
         if LATE and full_end > col_start:
-            acc = _add_values(
-                acc, pending, v_ptr, v_desc, stride_vt, full_end - BLOCK_K, kv_head, BLOCK_K,
-                D, BLOCK_K, BLOCK_D, PRECISION, False,
-            )  # fmt: skip
+            before = full_end - BLOCK_K
+            acc = _add_values(acc, pending, v_source, before, BLOCK_K, D, BLOCK_K, BLOCK_D, PRECISION, MASKED=False)
         for col in range(full_end, col_end, BLOCK_K):
             acc, row_max, row_sum, mass, _ = _attend(
-                acc, row_max, row_sum, mass, (), q, k_ptr, v_ptr, k_desc, v_desc, bias_ptr, rng_ptr, mass_ptr,
-                k_table_ptr, Tk, head, kv_head, stride_kt, stride_vt, scale, drop_threshold, rows, lo, hi, bits, biases,
-                col_start, col, col_end, D, BLOCK_K, MODALITIES, HAS_VISIBLE, ALIGNED, PRECISION, True, False,
+                acc, row_max, row_sum, mass, (),
+                q=q, head=head, rows=rows, bounds=bounds, biases=biases,
+                k_source=k_source, v_source=v_source, k_table_ptr=k_table_ptr, Tk=Tk, dropout=dropout, scale=scale,
+                col_start=col_start, col=col, col_end=col_end, D=D, BLOCK_K=BLOCK_K,
+                HAS_VISIBLE=HAS_VISIBLE, ALIGNED=ALIGNED, PRECISION=PRECISION, MASKED=True, LATE=False,
             )  # fmt: skip
 
     # A row that saw nothing: out 0, lse -inf, mass 0.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from mmkernels.ops.attention.triton_backward_steps import key_step
-from mmkernels.ops.attention.triton_tiles import load_rows, row_bounds, store_rows
+from mmkernels.ops.attention.triton_tiles import Source, load_rows, load_span, row_bounds, store_rows, this_tile
 
 
 @triton.jit(do_not_specialize=["Tq"])
@@ -135,12 +135,7 @@ def attention_bwd_fused_kernel(
     dq_sum fp32 [Tq, H, D], zero at the start: with TMA a descriptor of blocks [BLOCK_Q, 1, BLOCK_D], else a pointer.
     No pair bias, whose gradient wants a more exact delta than this pass has, and no dropout, for lack of registers.
     """
-    tile = tl.program_id(0) // kv_heads
-    kv_head = tl.program_id(0) % kv_heads
-    row_start = tl.load(tiles_ptr + 4 * tile)
-    row_end = tl.load(tiles_ptr + 4 * tile + 1)
-    first_span = tl.load(tiles_ptr + 4 * tile + 2)
-    last_span = tl.load(tiles_ptr + 4 * tile + 3)
+    _tile, kv_head, row_start, row_end, first_span, last_span = this_tile(tiles_ptr, kv_heads)
 
     base = row_start.to(tl.int64)
     at_head = kv_head.to(tl.int64)
@@ -150,39 +145,42 @@ def attention_bwd_fused_kernel(
 
     rows = row_start + tl.arange(0, BLOCK_K)
     in_tile = rows < row_end
-    lo, hi, bits = row_bounds(k_table_ptr, rows, in_tile, Tk, HAS_VISIBLE)
+    bounds = row_bounds(k_table_ptr, rows, in_tile, Tk, HAS_VISIBLE)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
         q_head = tl.cast(head, tl.int64)
-        q_at = q_ptr + q_head * stride_qh
-        do_at = do_ptr + q_head * stride_doh
+        q_source = Source(ptr=q_ptr + q_head * stride_qh, desc=q_desc, stride=stride_qt, head=head)
+        do_source = Source(ptr=do_ptr + q_head * stride_doh, desc=do_desc, stride=stride_dot, head=head)
         lse_at = lse_ptr + q_head * Tq
         delta_at = delta_ptr + q_head * Tq
         for span in range(first_span, last_span):
-            col_start = tl.load(spans_ptr + 3 * span)
-            col_end = tl.load(spans_ptr + 3 * span + 1)
-            masked = tl.load(spans_ptr + 3 * span + 2)
-            full_end = tl.where(masked != 0, col_start, col_end)
+            col_start, full_end, col_end = load_span(spans_ptr, span)
             for col in range(col_start, full_end, BLOCK_Q):
                 dk, dv, _, ds = key_step(
-                    dk, dv, (), k, v, lo, hi, bits, (),
-                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
-                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, False, False,
+                    dk, dv, (),
+                    k=k, v=v, first_key=row_start, bounds=bounds, biases=(), head=head,
+                    q_source=q_source, do_source=do_source, lse_ptr=lse_at, delta_ptr=delta_at, q_table_ptr=q_table_ptr,
+                    Tq=Tq, dropout=None, scale=scale, col=col, col_end=col_end, D=D, BLOCK_Q=BLOCK_Q,
+                    HAS_VISIBLE=HAS_VISIBLE, PRECISION=PRECISION, ALIGNED=False, MASKED=False, LATE=False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
-                _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, False)
+                _add_to_dq(
+                    dq_sum, dq, head, col, col_end, stride_t=stride_dqt, stride_h=stride_dqh, D=D, TMA=TMA, MASKED=False
+                )
             for col in range(full_end, col_end, BLOCK_Q):
                 dk, dv, _, ds = key_step(
-                    dk, dv, (), k, v, lo, hi, bits, (),
-                    q_at, do_at, q_desc, do_desc, lse_at, delta_at, q_table_ptr, None,
-                    Tq, head, row_start, col, col_end, stride_qt, stride_dot,
-                    scale, 0, 1.0, D, BLOCK_Q, 0, HAS_VISIBLE, PRECISION, False, True, False,
+                    dk, dv, (),
+                    k=k, v=v, first_key=row_start, bounds=bounds, biases=(), head=head,
+                    q_source=q_source, do_source=do_source, lse_ptr=lse_at, delta_ptr=delta_at, q_table_ptr=q_table_ptr,
+                    Tq=Tq, dropout=None, scale=scale, col=col, col_end=col_end, D=D, BLOCK_Q=BLOCK_Q,
+                    HAS_VISIBLE=HAS_VISIBLE, PRECISION=PRECISION, ALIGNED=False, MASKED=True, LATE=False,
                 )  # fmt: skip
                 dq = _dq_of(ds, k, PRECISION)
-                _add_to_dq(dq_sum, dq, head, col, col_end, stride_dqt, stride_dqh, D, TMA, True)
+                _add_to_dq(
+                    dq_sum, dq, head, col, col_end, stride_t=stride_dqt, stride_h=stride_dqh, D=D, TMA=TMA, MASKED=True
+                )
 
     store_rows(dk_ptr + base * stride_dkt + at_head * stride_dkh, stride_dkt, count, dk * scale, D, BLOCK_K, BLOCK_D)
     store_rows(dv_ptr + base * stride_dvt + at_head * stride_dvh, stride_dvt, count, dv, D, BLOCK_K, BLOCK_D)

@@ -3,11 +3,66 @@
 Helpers of the Triton kernels; each is traced into its caller, so that an absent feature leaves no instruction.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# Always made with keywords: Triton's cache does not see these classes, so that a changed order of positional fields
+# would run what was compiled before.
+class Source(NamedTuple):
+    """One head of a tensor [T, heads, D], from which a loop loads its blocks."""
+
+    ptr: tl.tensor  # of that head
+    desc: tl.tensor_descriptor | None  # of all heads
+    stride: tl.tensor  # from token to token
+    head: tl.tensor
+
+
+class Bounds(NamedTuple):
+    """Which columns each row of a tile meets: those from lo to before hi that share a bit with it.  int32 [rows]."""
+
+    lo: tl.tensor
+    hi: tl.tensor
+    bits: tl.tensor  # lo again where no modality is hidden
+
+
+class Dropout(NamedTuple):
+    """What dropout_keep_tile draws from; None in its place where there is no dropout."""
+
+    rng_ptr: tl.tensor  # int64 [2]: seed and offset
+    threshold: tl.tensor  # philox.threshold(dropout_p) as int32 of the same bits
+    keep_scale: tl.tensor  # 1 / (1 - dropout_p)
+
+
+@triton.jit
+def this_tile(tiles_ptr, heads):
+    """tile, head, row_start, row_end, first_span, last_span of this program, of tiles x heads."""
+    # Heads vary fastest, so that the heaviest tiles (first in the list) start first on every head.
+    tile = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    row_start = tl.load(tiles_ptr + 4 * tile)
+    row_end = tl.load(tiles_ptr + 4 * tile + 1)
+    first_span = tl.load(tiles_ptr + 4 * tile + 2)
+    last_span = tl.load(tiles_ptr + 4 * tile + 3)
+    return tile, head, row_start, row_end, first_span, last_span
+
+
+@triton.jit
+def load_span(spans_ptr, span):
+    """col_start, full_end, col_end: whole blocks that every row sees up to full_end, masked ones from there on.
+
+    A span is all full or all partial: one of the two loops over it runs, and neither branches inside.
+    """
+    col_start = tl.load(spans_ptr + 3 * span)
+    col_end = tl.load(spans_ptr + 3 * span + 1)
+    masked = tl.load(spans_ptr + 3 * span + 2)
+    full_end = tl.where(masked != 0, col_start, col_end)
+    return col_start, full_end, col_end
 
 
 @triton.jit
@@ -39,20 +94,17 @@ def load_rows_tma(desc, token, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def load_block(
-    ptr, desc, stride, token, head, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK, BLOCK_D] of one head from token on: by desc, where there is one, or from ptr, which is the head's.
+def load_block(source, token, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK, BLOCK_D] of a Source from token on: by its descriptor, where there is one.
 
     MASKED: rows at or past count read 0.  Without it they are whole blocks that every row of the tile sees: nothing of
     another sample, so that a descriptor may load them as they are.
     """
-    if desc is not None and not MASKED:
-        block = load_rows_tma(desc, token, head, BLOCK, BLOCK_D)
+    if source.desc is not None and not MASKED:
+        block = load_rows_tma(source.desc, token, source.head, BLOCK, BLOCK_D)
     else:
         base = tl.cast(token, tl.int64)  # in the interpreter token is a Python int
-        block = load_rows(ptr + base * stride, stride, count, D, BLOCK, BLOCK_D, MASKED)
+        block = load_rows(source.ptr + base * source.stride, source.stride, count, D, BLOCK, BLOCK_D, MASKED)
     return block
 
 
@@ -85,13 +137,13 @@ def store_rows(ptr, stride, count, block, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def row_bounds(table_ptr, rows, in_tile, T, HAS_VISIBLE: tl.constexpr):
-    """lo, hi, bits [rows] from a table int32 [4, T] of the plan; a row past the tile sees nothing."""
+    """Bounds from a table int32 [4, T] of the plan; a row past the tile sees nothing."""
     lo = tl.load(table_ptr + rows, mask=in_tile, other=0)
     hi = tl.load(table_ptr + T + rows, mask=in_tile, other=0)
     bits = lo
     if HAS_VISIBLE:
         bits = tl.load(table_ptr + 2 * tl.cast(T, tl.int64) + rows, mask=in_tile, other=0)
-    return lo, hi, bits
+    return Bounds(lo=lo, hi=hi, bits=bits)
 
 
 @triton.jit
@@ -101,13 +153,22 @@ def modalities_of(table_ptr, tokens, inside, T):
 
 
 @triton.jit
-def seen_pairs(cols, col_end, lo, hi, bits, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
-    """bool [rows, cols]: which row of the tile meets which column.  lo, hi, bits belong to the rows."""
-    seen = (cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None])
+def seen_pairs(bounds, cols, col_end, col_bits_ptr, HAS_VISIBLE: tl.constexpr):
+    """bool [rows, cols]: which row of the tile meets which column."""
+    seen = (cols[None, :] >= bounds.lo[:, None]) & (cols[None, :] < bounds.hi[:, None])
     if HAS_VISIBLE:
         col_bits = tl.load(col_bits_ptr + cols, mask=cols < col_end, other=0)
-        seen = seen & ((bits[:, None] & col_bits[None, :]) != 0)
+        seen = seen & ((bounds.bits[:, None] & col_bits[None, :]) != 0)
     return seen
+
+
+@triton.jit
+def no_sums(MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
+    """A tuple: fp32 zeros [BLOCK] per modality."""
+    sums = ()
+    for _ in tl.static_range(MODALITIES):
+        sums = sums + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005  Triton compiles no (*sums, ...)
+    return sums
 
 
 @triton.jit
@@ -121,27 +182,23 @@ def row_biases(bias_ptr, q_modality, scale, MODALITIES: tl.constexpr):
 
 
 @triton.jit
-def bias_of(biases, k_modality, MODALITIES: tl.constexpr):
+def bias_of(biases, k_modality):
     """fp32 [rows, cols] from row_biases: a select per modality, which is cheaper than a gather per pair."""
     bias = biases[0][:, None]
-    for m in tl.static_range(1, MODALITIES):
+    for m in tl.static_range(1, len(biases)):
         bias = tl.where((k_modality == m)[None, :], biases[m][:, None], bias)
     return bias
 
 
 @triton.jit
-def dropout_keep_tile(
-    rng_ptr, threshold, head, queries, first_key, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+def dropout_keep_tile(dropout, head, queries, first_key, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
     """bool [queries, BLOCK_K]: which probabilities of keys first_key, first_key + 1, ... survive dropout.
 
-    rng_ptr    int64 [2]: seed and offset
-    threshold  philox.threshold(dropout_p) as int32 of the same bits
-    ALIGNED    first_key is a multiple of 4: token tiles.  Half the work: four neighbouring keys share one Philox call
+    ALIGNED: first_key is a multiple of 4: token tiles.  Half the work: four neighbouring keys share one Philox call.
     """
-    seed = tl.load(rng_ptr)
-    offset = tl.load(rng_ptr + 1).to(tl.uint32)
-    least = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    seed = tl.load(dropout.rng_ptr)
+    offset = tl.load(dropout.rng_ptr + 1).to(tl.uint32)
+    least = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     group = (tl.cast(first_key, tl.int32) // 4 + tl.arange(0, BLOCK_K // 4))[None, :].to(tl.uint32)
     query = queries[:, None].to(tl.uint32)
     at_head = tl.cast(head, tl.int32).to(tl.uint32)
