@@ -18,6 +18,7 @@ from mmmodel.pretraining import Pretraining
 
 POSITIONS = re.compile(r"model\.embedding\.position_weights\.(\d+)\.(\d+)")  # modality, axis
 BY_MODALITY = ("model.embedding.modality_weight", "objectives.contrastive.heads")  # a row for each
+UNSEEN = ("model.heads", "model.norm", "model.activation")  # no tensor's shape tells them
 MAY_DIFFER = (".modalities", ".max_tokens", ".max_seconds", ".max_frames")
 
 
@@ -54,9 +55,9 @@ def load(learner: Pretraining, run: Run) -> str:
     """
     tensors, changes = fitted(learner, run)
     expected = {f"model.{name}": tensor for name, tensor in learner.model.state_dict().items()}
-    heads = run.config.model.heads, learner.config.model.heads  # no tensor's shape tells them
-    if heads[0] != heads[1] or export.misfits({n: t for n, t in tensors.items() if n.startswith("model.")}, expected):
-        theirs, ours = (configs.leaves(asdict(config.model), "model.") for config in (run.config, learner.config))
+    theirs, ours = (configs.leaves(asdict(config.model), "model.") for config in (run.config, learner.config))
+    other = any(ours[name] != theirs[name] for name in UNSEEN)
+    if other or export.misfits({n: t for n, t in tensors.items() if n.startswith("model.")}, expected):
         names = [name for name in ours if ours[name] != theirs[name] and not name.endswith(MAY_DIFFER)]
         differing = [f"{name} is {ours[name]}, there {theirs[name]}" for name in names]
         if differing:

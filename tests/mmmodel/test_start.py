@@ -134,6 +134,8 @@ def test_another_shape_is_one_line_and_the_folder_stays_free(run, tmp_path):
         cli.main(["pretrain", *arguments, "--preset", "quick"])
     with pytest.raises(SystemExit, match=r"has another shape: model\.heads is 1, there 2$"):  # though all tensors fit
         cli.main(["pretrain", *arguments, "--set", "model.heads=1"])
+    with pytest.raises(SystemExit, match=r"has another shape: model\.activation is gelu, there gelu_tanh$"):
+        cli.main(["pretrain", *arguments, "--set", "model.activation=gelu"])
     with pytest.raises(SystemExit, match="no such file"):
         cli.main(["pretrain", "--from", str(tmp_path), "--out", str(tmp_path / "next")])
     assert [path.name for path in (tmp_path / "next").iterdir()] == [".lock"]
