@@ -9,11 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from mmkernels import planner_numpy
-from mmkernels.packs import plan_packs
+from mmkernels.pack_stream import PackStream
+from mmkernels.packs import PackPlan, plan_packs
 from mmkernels.planner_backend import BACKEND, _planner
 from mmkernels.ranks import balance_ranks
 
-__all__ = ["BACKEND", "attention_tiles", "balance_ranks", "build_layout", "layout_sections", "plan_packs"]
+__all__ = [
+    "BACKEND",
+    "PackPlan",
+    "PackStream",
+    "attention_tiles",
+    "balance_ranks",
+    "build_layout",
+    "layout_sections",
+    "plan_packs",
+]
 
 _backend = _planner if _planner is not None else planner_numpy
 

@@ -16,8 +16,9 @@ from torch.compiler import is_dynamo_compiling
 from mmkernels import arguments, dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import checks, op, quick
+from mmkernels.packs import PackPlan, plan_packs
 
-__all__ = ["gather_rows", "pack", "pad", "segment_mean", "unpack", "unpad"]
+__all__ = ["PackPlan", "gather_rows", "pack", "pad", "plan_packs", "segment_mean", "unpack", "unpad"]
 
 _QUICK = ("auto", "cpp")  # what `quick` may serve
 MAX_LENGTH = 2**31 - 1  # positions are int32
