@@ -46,7 +46,7 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
     """
     learner.eval()
     rank, ranks = distributed.rank(), distributed.size()
-    size = min(BATCH, len({item.group for item in items}))
+    size = min(BATCH, distinct(items))
     if size < ranks:
         return {}
     sampler = Sampler(items, batch_size=size, seed=0)
@@ -68,6 +68,11 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
             if learner.objectives[name.partition("/")[0]].finds(own):
                 found.setdefault(name, []).append(float(value))
     return merged(distributed.everyone({name: float(np.mean(values)) for name, values in found.items()}))
+
+
+def distinct(items: Sequence[Item]) -> int:
+    """How many of them a batch can hold: one of each group."""
+    return len({item.group for item in items})
 
 
 def _asks(objective: nn.Module, items: Sequence[Item]) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -35,7 +35,6 @@ from mmmodel import (
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.export import FILE, export
-from mmmodel.features import Item
 from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
@@ -160,14 +159,9 @@ def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sam
             "it needs samples that hold both",
             pairs,
         )
-    if config.evaluate_every and (found := _distinct(corpus.split("validation"))) < distributed.size():
+    if config.evaluate_every and (found := held_out.distinct(corpus.split("validation"))) < distributed.size():
         few = f"the split validation has {found} distinct items for {distributed.size()} processes"
         _log("evaluate_every does nothing in this run: %s", few if found else "no sample has the split validation")
-
-
-def _distinct(items: Sequence[Item]) -> int:
-    """How many a batch can hold: one of each group."""
-    return len({item.group for item in items})
 
 
 def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float]:
@@ -178,7 +172,7 @@ def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float
     """
     config, items = learner.config, corpus.split("validation")
     due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
-    if not due or _distinct(items) < distributed.size():
+    if not due or held_out.distinct(items) < distributed.size():
         return {}
     with autocast(config.device, config.precision):
         found = held_out.figures(learner, corpus, items, batches=VALIDATION_BATCHES)
