@@ -12,8 +12,30 @@ what runs here     explain(), or `python -m mmkernels`; UnavailableError where n
 drop-ins           mmkernels.compat, and mmkernels.modules for nn.MultiheadAttention
 """
 
+from typing import TYPE_CHECKING
+
 from mmkernels.dispatch import UnavailableError, explain
 from mmkernels.layout import PackedLayout
+
+if TYPE_CHECKING:  # _LAZY for editors and type checkers, which take "X as X" for a public name
+    from mmkernels.masks import AttentionMask as AttentionMask
+    from mmkernels.masks import KeyIntervals as KeyIntervals
+    from mmkernels.masks import MaskPlan as MaskPlan
+    from mmkernels.modules import ModalityEmbedding as ModalityEmbedding
+    from mmkernels.ops.attention.api import attention as attention
+    from mmkernels.ops.attention.api import attention_qkvpacked as attention_qkvpacked
+    from mmkernels.ops.attention.api import prepare_attention as prepare_attention
+    from mmkernels.ops.modality_embed.api import modality_embed as modality_embed
+    from mmkernels.ops.packing.api import gather_rows as gather_rows
+    from mmkernels.ops.packing.api import pack as pack
+    from mmkernels.ops.packing.api import pad as pad
+    from mmkernels.ops.packing.api import segment_mean as segment_mean
+    from mmkernels.ops.packing.api import unpack as unpack
+    from mmkernels.ops.packing.api import unpad as unpad
+    from mmkernels.pack_stream import PackStream as PackStream
+    from mmkernels.packs import PackPlan as PackPlan
+    from mmkernels.packs import plan_packs as plan_packs
+    from mmkernels.ranks import balance_ranks as balance_ranks
 
 __all__ = ["PackedLayout", "UnavailableError", "explain"]
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
@@ -64,9 +65,9 @@ class AttentionMask:
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     window_scope: str = "all"
-    prefix: tuple[int, ...] | None = None
-    bidirectional: tuple[int, ...] = ()
-    visible: tuple[tuple[bool, ...], ...] | None = None
+    prefix: Sequence[int] | np.ndarray | Tensor | None = None
+    bidirectional: Sequence[int] | np.ndarray | Tensor = ()
+    visible: Sequence[Sequence[bool]] | np.ndarray | Tensor | None = None
     align: str = "bottom_right"
     intervals: KeyIntervals | None = None
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from file_map import END, ROOT, START, render, summary, tracked
 
+import mmkernels
+
 MAX_LINES = 600
 IMPLEMENTATIONS = ("reference", "torch_impl", "cpp_impl", "triton_kernels", "cuda_impl")
 MMKERNELS_PUBLIC = re.compile(r"mmkernels(\.(modules|layout|masks|ops\.\w+\.api)(\.\w+)?|\.[A-Za-z_]+)?$")
@@ -67,6 +69,16 @@ def test_arrows_inside_an_operator(path):
         assert "api" not in siblings
     if stem in IMPLEMENTATIONS:
         assert not siblings & ({*IMPLEMENTATIONS, "api", "op"} - {stem})
+
+
+def test_editors_see_the_names_that_are_loaded_lazily():
+    block = next(
+        node
+        for node in ast.parse((ROOT / "mmkernels" / "__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {alias.asname: f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    assert seen == {name: f"{module}.{name}" for name, module in mmkernels._LAZY.items()}
 
 
 def test_only_settings_reads_the_environment():
