@@ -198,10 +198,13 @@ def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None
 
 
 def note(text: str) -> None:
-    """Keep for `explain` that a call ran elsewhere than its caller may think, and why.  Counted, once per text."""
+    """Keep for `explain` that a call ran elsewhere than its caller may think, and why.  Counted, once per text;
+    inside torch.compile once, while the region is traced."""
     _NOTES[text] += 1
 
 
+# What torch.compiler.assume_constant_result does, but without importing Dynamo: run while tracing, not in the graph.
+note._dynamo_marked_constant = True
 _NOTES: Counter[str] = Counter()
 
 

@@ -1,1 +1,1 @@
-"""Drop-in replacements: torch's SDPA and varlen_attn, flash_attn, nn.MultiheadAttention.  Import them by name."""
+"""Drop-in replacements: torch's SDPA and varlen_attn, flash_attn, Hugging Face's and timm's.  Import them by name."""

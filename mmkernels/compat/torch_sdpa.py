@@ -12,9 +12,9 @@ from torch import Tensor
 from mmkernels.compat import mask_reading, padded_op, plans
 from mmkernels.compat.arguments import FALLBACKS, one_of, refuse_tensors
 from mmkernels.compat.arguments import window as checked_window
-from mmkernels.compat.notes import note
 from mmkernels.compat.padded import attend, goes_by_head
 from mmkernels.compat.plans import Refused, Seen, Shape
+from mmkernels.dispatch import note
 from mmkernels.masks import ALIGN
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
