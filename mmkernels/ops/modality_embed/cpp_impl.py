@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import native
-from mmkernels.ops.modality_embed.inputs import Inputs, Options
+from mmkernels.ops.modality_embed.inputs import NORM_CODES, Inputs, Options
 
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
 _INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions, Tensor? rng"
@@ -23,12 +23,10 @@ torch.library.define(
 native.load_cpu_ops()  # implements what is defined above
 _fwd, _bwd = torch.ops.mm_cpp.modality_embed_fwd.default, torch.ops.mm_cpp.modality_embed_bwd.default
 
-_NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # enum Norm
-
 
 def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype | None):
     """As in reference.forward; out_dtype None: what the streams promote to.  Statistics that are not there are None."""
-    out, *statistics = _fwd(*inputs, _NORMS[options.norm], options.eps, options.dropout_p, out_dtype)
+    out, *statistics = _fwd(*inputs, NORM_CODES[options.norm], options.eps, options.dropout_p, out_dtype)
     rstd = statistics.pop() if statistics else None
     return out, statistics[0] if statistics else None, rstd
 
@@ -36,10 +34,8 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype | None):
 def backward(
     grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor | None, rstd: Tensor | None, needs: list[bool]
 ):
-    """As in reference.backward; None where not needed."""
-    M, P = len(inputs.streams), len(inputs.tables)
-    norm = _NORMS[options.norm]
+    """As in reference.backward."""
+    norm = NORM_CODES[options.norm]
     mean, rstd = (mean if norm == 1 else None), (rstd if norm else None)
     found = iter(_bwd(grad_out, *inputs[:6], *inputs[7:], norm, options.dropout_p, mean, rstd, needs))
-    grads = [next(found) if needed else None for needed in needs]
-    return grads[:M], grads[M], grads[M + 1], grads[M + 2 : M + 2 + P], grads[-2], grads[-1]
+    return [next(found) if needed else None for needed in needs]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NORM_CODES = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # in the Triton kernels, and enum Norm of csrc
+
 
 class Inputs(NamedTuple):
     streams: list[Tensor]  # [M]: floats [N_m, E], or token ids [N_m]
@@ -19,6 +21,12 @@ class Inputs(NamedTuple):
     source_rows: Tensor  # int32 [T]
     positions: Tensor  # int32 [A, T], A axes
     rng: Tensor | None  # int64 [2]: seed and offset of dropout; None: no dropout
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient."""
+        own = self.modality_weight, self.token_weight
+        return *self.streams, *own, *self.tables, self.norm_weight, self.norm_bias
 
 
 class Options(NamedTuple):

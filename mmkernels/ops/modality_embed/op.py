@@ -1,8 +1,9 @@
 """Contract of modality_embed: schemas, fakes, autograd.  Imports torch only.
 
 T tokens, E width, M modalities, P position tables (all modalities' in one list), A position axes.
-`impl` is a concrete name by the time it gets here; `needs` is one flag per stream, then modality_weight, token_weight,
-one per position table, norm_weight, norm_bias.  A gradient that is not needed comes back empty: [0].
+`impl` is a concrete name by the time it gets here; `needs` is a flag for each of Inputs.leaves: one per stream, then
+modality_weight, token_weight, one per position table, norm_weight, norm_bias.  A gradient that is not needed comes back
+empty: [0].
 """
 
 from __future__ import annotations
@@ -51,19 +52,11 @@ def _forward_fake(*args):
 @torch.library.register_fake("mm::modality_embed_bwd")
 def _backward_fake(grad_out, *args):
     inputs, _, (_, _, needs, _) = _split(args)
-    M, P = len(inputs.streams), len(inputs.tables)
-
-    def like(tensor, needed):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else grad_out.new_empty(0)
-
-    return (
-        [like(s, n) for s, n in zip(inputs.streams, needs[:M], strict=True)],
-        like(inputs.modality_weight, needs[M]),
-        like(inputs.token_weight, needs[M + 1]),
-        [like(t, n) for t, n in zip(inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
-        like(inputs.norm_weight, needs[-2]),
-        like(inputs.norm_bias, needs[-1]),
-    )
+    grads = [
+        torch.empty_like(leaf, memory_format=torch.contiguous_format) if n else grad_out.new_empty(0)
+        for leaf, n in zip(inputs.leaves, needs, strict=True)
+    ]
+    return _as_results(grads, len(inputs.streams))
 
 
 def _computed(*args):
@@ -73,7 +66,7 @@ def _computed(*args):
 
 
 def _gradients(grad_out, *args):
-    """As the operator's, but None or empty where not needed."""
+    """In the order of `needs`, None where not needed."""
     inputs, options, (mean, rstd, needs, impl) = _split(args)
     return dispatch.load("modality_embed", impl).backward(grad_out, inputs, options, mean, rstd, needs)
 
@@ -88,10 +81,19 @@ def _forward(*args):
 
 
 def _backward(grad_out, *args):
-    def there(grad):
-        return [there(g) for g in grad] if isinstance(grad, list) else grad_out.new_empty(0) if grad is None else grad
+    grads = [grad_out.new_empty(0) if grad is None else grad for grad in _gradients(grad_out, *args)]
+    return _as_results(grads, len(args[0]))
 
-    return tuple(there(grad) for grad in _gradients(grad_out, *args))
+
+def _as_results(grads: list[Tensor], M: int) -> tuple:
+    """As the operator returns them."""
+    return grads[:M], grads[M], grads[M + 1], grads[M + 2 : -2], grads[-2], grads[-1]
+
+
+def _one_by_one(*args) -> tuple[Tensor, ...]:
+    """The operator's gradients, in the order of `needs`."""
+    d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = _bwd_op(*args)
+    return *d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias
 
 
 for _device in ("cpu", "cuda"):
@@ -135,17 +137,10 @@ class _Differentiable(torch.autograd.Function):
             *indices, *options, mean, rstd, needs, impl,
         )  # fmt: skip
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses what follows
-            grads = _bwd_op(*args)
+            grads = _one_by_one(*args)
         else:
-            grads = dispatch.below_autograd(_gradients, _bwd_op, args, grad_out)
-        found = _leaf_gradients(grads)
-        return None, None, *(d if n else None for d, n in zip(found, needs, strict=True))
-
-
-def _leaf_gradients(grads: tuple) -> tuple[Tensor | None, ...]:
-    """The operator's gradients, one by one, in the order of `needs`."""
-    d_streams, d_modality, d_token, d_tables, d_norm_weight, d_norm_bias = grads
-    return *d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias
+            grads = dispatch.below_autograd(_gradients, _one_by_one, args, grad_out)
+        return None, None, *(d if n else None for d, n in zip(grads, needs, strict=True))
 
 
 def _transformed_context(ctx, inputs, output):
@@ -198,10 +193,7 @@ torch.library.register_autograd("mm::modality_embed_bwd", _refuse_second_order)
 _fwd_op, _bwd_op = torch.ops.mm.modality_embed_fwd.default, torch.ops.mm.modality_embed_bwd.default
 _transformed_fwd = transforms.Rule("modality_embed", _fwd_op, _transformed_context, _transformed_backward)
 _transformed_bwd = transforms.Rule(
-    "modality_embed backward",
-    lambda *args: _leaf_gradients(_bwd_op(*args)),
-    lambda ctx, inputs, output: None,
-    _refuse_second_order,
+    "modality_embed backward", _one_by_one, lambda ctx, inputs, output: None, _refuse_second_order
 )
 
 

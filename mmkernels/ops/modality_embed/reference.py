@@ -47,13 +47,12 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[T
 
 def backward(
     grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]
-) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of streams, modality_weight, token_weight, tables, norm_weight, norm_bias; empty where not needed.
+) -> list[Tensor | None]:
+    """The gradient of each of inputs.leaves, None where not needed.
 
-    needs  one flag per stream, then modality_weight, token_weight, one per table, norm_weight, norm_bias
+    needs  a flag for each of them
     """
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
-    M, P = len(inputs.streams), len(inputs.tables)
     grad = dropped(grad_out.to(dtype), inputs.rng, options.dropout_p)
     dx, d_norm_weight, d_norm_bias = grad, None, None
     if options.normed:
@@ -81,20 +80,8 @@ def backward(
     special = (inputs.source_rows < 0).nonzero().squeeze(1)
     if d_token is not None:
         d_token = d_token.index_add(0, -(inputs.source_rows[special].long() + 1), dx[special])
-
-    def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
-        if value is None or not needed:
-            return grad_out.new_empty(0)
-        return value.to(like.dtype)
-
-    return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, needs[:M], strict=True)],
-        finish(d_modality, inputs.modality_weight, needs[M]),
-        finish(d_token, inputs.token_weight, needs[M + 1]),
-        [finish(d, t, n) for d, t, n in zip(d_tables, inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
-        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
-    )
+    grads = (*d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias)
+    return [grad.to(leaf.dtype) if n else None for grad, leaf, n in zip(grads, inputs.leaves, needs, strict=True)]
 
 
 def _summed(inputs: Inputs, dtype: torch.dtype) -> Tensor:

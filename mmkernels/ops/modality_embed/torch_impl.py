@@ -71,18 +71,8 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     if needs[M + 1]:
         parts, ids = zip(*token_rows, strict=True) if token_rows else ((dx,), (dx.new_empty(0, dtype=torch.long),))
         d_token = _sum_by_row(torch.cat(parts), torch.cat(ids), inputs.token_weight)
-
-    def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
-        return value.to(like.dtype) if needed else grad_out.new_empty(0)
-
-    return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, needs[:M], strict=True)],
-        finish(d_modality, inputs.modality_weight, needs[M]),
-        finish(d_token, inputs.token_weight, needs[M + 1]),
-        [finish(d, t, n) for d, t, n in zip(d_tables, inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
-        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
-    )
+    grads = (*d_streams, d_modality, d_token, *d_tables, d_norm_weight, d_norm_bias)
+    return [grad.to(leaf.dtype) if n else None for grad, leaf, n in zip(grads, inputs.leaves, needs, strict=True)]
 
 
 Block = tuple[int, Tensor, Tensor, list[tuple[int, Tensor]]]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from mmkernels.ops.modality_embed import configs
-from mmkernels.ops.modality_embed.inputs import Inputs, Options
+from mmkernels.ops.modality_embed.inputs import NORM_CODES, Inputs, Options
 from mmkernels.ops.modality_embed.triton_backward import (
     modality_embed_bwd_rows_kernel,
     modality_embed_bwd_spans_kernel,
@@ -20,18 +20,6 @@ from mmkernels.ops.modality_embed.triton_backward import (
 )
 from mmkernels.ops.modality_embed.triton_forward import modality_embed_fwd_kernel
 from mmkernels.philox import threshold
-
-_NORMS = {"none": 0, "layernorm": 1, "rmsnorm": 2}
-
-
-class _Launch(NamedTuple):
-    """What every kernel that reads rows is given: arguments by name, and constexprs."""
-
-    sources: dict[str, Any]
-    norm_weight: Tensor | None
-    places: dict[str, Any]
-    scalars: dict[str, Any]
-    constexprs: dict[str, Any]
 
 
 def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
@@ -43,19 +31,14 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     if T == 0 or E == 0:
         return out, mean, rstd
     config = configs.forward(E, out.element_size(), options.normed)
-    launch = _launch(inputs, options, read_streams=True)
     grid = (min(triton.cdiv(T, config.rows), config.walks) * triton.cdiv(E, config.columns),)
     modality_embed_fwd_kernel[grid](
-        **launch.sources,
-        norm_weight_ptr=launch.norm_weight,
+        **_shared(inputs, options, read_streams=True),
         norm_bias_ptr=_contiguous(inputs.norm_bias),
-        **launch.places,
         out_ptr=out,
         mean_ptr=mean if options.centred else None,
         rstd_ptr=rstd if options.normed else None,
-        **launch.scalars,
         eps=options.eps,
-        **launch.constexprs,
         R=config.rows,
         COLUMNS=config.columns,
         num_warps=config.warps,
@@ -93,26 +76,19 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     few = first[-1] + (0 if inputs.token_weight is None else inputs.token_weight.shape[0]) < 2**15
     keys = grad_out.new_empty((slots, T), dtype=torch.int16 if few else torch.int32) if keyed else None
     if T and E:
-        launch = _launch(inputs, options, read_streams=options.normed)
-        statistics = {
-            "mean_ptr": mean if options.centred else None,
-            "rstd_ptr": rstd if options.normed else None,
-        }
+        shared = _shared(inputs, options, read_streams=options.normed)
         written = [d is not None and d.numel() > 0 for d in d_streams]
         modality_embed_bwd_rows_kernel[(walks * triton.cdiv(E, config.columns),)](
+            **shared,
             grad_ptr=grad_out,
-            **launch.sources,
-            norm_weight_ptr=launch.norm_weight,
-            **launch.places,
-            **statistics,
+            mean_ptr=mean if options.centred else None,
+            rstd_ptr=rstd if options.normed else None,
             d_streams=tuple(  # one that is not written has the type of its stream all the same
-                d if w else s for s, d, w in zip(launch.sources["streams"], d_streams, written, strict=True)
+                d if w else s for s, d, w in zip(shared["streams"], d_streams, written, strict=True)
             ),
             dx_ptr=dx,
             partial_ptr=partial,
             keys_ptr=keys,
-            **launch.scalars,
-            **launch.constexprs,
             WANTED=tuple(int(w) for w in written),
             NORM_SUMS=int(need_norm),
             MODALITY_SUMS=int(need_modality),
@@ -127,18 +103,8 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
             _sum_tables(grad_out if dx is None else dx, keys, d_summed, first)
 
     d_norm_weight, d_norm_bias, d_modality = _sum_walks(partial, inputs.modality_weight, M, need_norm, need_modality)
-
-    def finish(value: Tensor | None, like: Tensor | None, needed: bool) -> Tensor:
-        return value.to(like.dtype) if needed else grad_out.new_empty(0)
-
-    return (
-        [finish(d, s, n) for d, s, n in zip(d_streams, inputs.streams, need_streams, strict=True)],
-        finish(d_modality, inputs.modality_weight, need_modality),
-        finish(d_summed[-1] if needs[M + 1] else None, inputs.token_weight, needs[M + 1]),
-        [finish(d, t, n) for d, t, n in zip(d_summed[:P], inputs.tables, needs[M + 2 : M + 2 + P], strict=True)],
-        finish(d_norm_weight, inputs.norm_weight, needs[-2]),
-        finish(d_norm_bias, inputs.norm_bias, needs[-1]),
-    )
+    grads = (*d_streams, d_modality, d_summed[-1] if needs[M + 1] else None, *d_summed[:P], d_norm_weight, d_norm_bias)
+    return [grad.to(leaf.dtype) if n else None for grad, leaf, n in zip(grads, inputs.leaves, needs, strict=True)]
 
 
 def _sum_walks(partial: Tensor | None, like: Tensor, M: int, need_norm: bool, need_modality: bool):
@@ -174,7 +140,8 @@ def _sum_tables(dx: Tensor, keys: Tensor, d_tables: list[Tensor | None], first: 
     modality_embed_bwd_spans_kernel[grid](R=configs.SPANS, **rest)
 
 
-def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
+def _shared(inputs: Inputs, options: Options, *, read_streams: bool) -> dict[str, Any]:
+    """What both kernels that read rows are given, by name."""
     streams = [s.contiguous() if read_streams or not s.is_floating_point() else s for s in inputs.streams]
     kinds, dtypes = [], {}
     for m, stream in enumerate(streams):
@@ -188,39 +155,30 @@ def _launch(inputs: Inputs, options: Options, *, read_streams: bool) -> _Launch:
     token_weight = _contiguous(inputs.token_weight)
     has_tokens = token_weight is not None and token_weight.numel() > 0
     tables = [t.contiguous() for t in inputs.tables] or [weight]
-    dropout = inputs.rng is not None
-    return _Launch(
-        {
-            "streams": tuple(weight if kind == -1 else s for s, kind in zip(streams, kinds, strict=True)),
-            "sizes": tuple(2 * s.shape[0] + 3 for s in streams),
-            "modality_weight_ptr": weight,
-            "token_weight_ptr": token_weight if has_tokens else None,
-            "tables": tuple(tables),
-        },
-        _contiguous(inputs.norm_weight),
-        {
-            "modality_ids_ptr": inputs.modality_ids.contiguous(),
-            "source_rows_ptr": inputs.source_rows.contiguous(),
-            "positions_ptr": inputs.positions.contiguous(),
-            "rng_ptr": inputs.rng,
-        },
-        {
-            "T": inputs.modality_ids.shape[0],
-            "threshold": threshold(options.dropout_p) if dropout else 0,
-            "keep_scale": 1.0 / (1.0 - options.dropout_p),
-        },
-        {
-            "E": weight.shape[1],
-            "M": len(streams),
-            "A": inputs.positions.shape[0],
-            "V": 0 if token_weight is None else token_weight.shape[0],
-            "STREAMS": tuple(kinds),
-            "TOKENS": dtypes.get(token_weight.dtype, -1) if has_tokens else -1,
-            "TABLES": _slots(inputs.table_counts),
-            "ROWS_OF": tuple(t.shape[0] for t in inputs.tables),
-            "NORM": _NORMS[options.norm],
-        },
-    )
+    return {
+        "streams": tuple(weight if kind == -1 else s for s, kind in zip(streams, kinds, strict=True)),
+        "sizes": tuple(2 * s.shape[0] + 3 for s in streams),
+        "modality_weight_ptr": weight,
+        "token_weight_ptr": token_weight if has_tokens else None,
+        "tables": tuple(tables),
+        "norm_weight_ptr": _contiguous(inputs.norm_weight),
+        "modality_ids_ptr": inputs.modality_ids.contiguous(),
+        "source_rows_ptr": inputs.source_rows.contiguous(),
+        "positions_ptr": inputs.positions.contiguous(),
+        "rng_ptr": inputs.rng,
+        "T": inputs.modality_ids.shape[0],
+        "threshold": threshold(options.dropout_p) if inputs.rng is not None else 0,
+        "keep_scale": 1.0 / (1.0 - options.dropout_p),
+        "E": weight.shape[1],
+        "M": len(streams),
+        "A": inputs.positions.shape[0],
+        "V": 0 if token_weight is None else token_weight.shape[0],
+        "STREAMS": tuple(kinds),
+        "TOKENS": dtypes.get(token_weight.dtype, -1) if has_tokens else -1,
+        "TABLES": _slots(inputs.table_counts),
+        "ROWS_OF": tuple(t.shape[0] for t in inputs.tables),
+        "NORM": NORM_CODES[options.norm],
+    }
 
 
 def _slots(table_counts: list[int]) -> tuple[int, ...]:
