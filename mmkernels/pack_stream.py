@@ -8,12 +8,9 @@ from operator import index
 
 import numpy as np
 
-from mmkernels import packs_numpy
 from mmkernels.arguments import at_least_one
 from mmkernels.packs import OPEN_STREAM, budgets_of, lengths_and_budgets, reject_long
-from mmkernels.planner_backend import _planner
-
-_backend = _planner if _planner is not None else packs_numpy
+from mmkernels.planner_backend import packs as _backend
 
 
 class PackStream:
@@ -44,7 +41,7 @@ class PackStream:
             np.array(values, np.int64) for values in (list(self._items), [len(i) for i in self._items.values()])
         )
         endless = np.iinfo(np.int64).max
-        pack_of, closed, ids, _, self._room, self._next_pack = _backend.scan_fit(
+        pack_of, closed, *_, self._room, self._next_pack = _backend.scan_fit(
             np.ascontiguousarray(lengths, np.int64),
             self._budgets,
             1.0 / self._budgets,

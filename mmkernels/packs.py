@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmkernels import packs_numpy
 from mmkernels.arguments import at_least_one, host_array
-from mmkernels.planner_backend import _planner
-
-_backend = _planner if _planner is not None else packs_numpy
+from mmkernels.planner_backend import packs as _backend
 
 POLICIES = ("best_fit", "first_fit", "stream")
 LONG = ("error", "split", "drop")

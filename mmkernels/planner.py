@@ -11,7 +11,8 @@ import numpy as np
 from mmkernels import planner_numpy
 from mmkernels.pack_stream import PackStream
 from mmkernels.packs import PackPlan, plan_packs
-from mmkernels.planner_backend import BACKEND, _planner
+from mmkernels.planner_backend import BACKEND
+from mmkernels.planner_backend import layouts as _backend
 from mmkernels.ranks import balance_ranks
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "layout_sections",
     "plan_packs",
 ]
-
-_backend = _planner if _planner is not None else planner_numpy
 
 layout_sections = planner_numpy.layout_sections
 

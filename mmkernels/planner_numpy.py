@@ -52,8 +52,8 @@ def build_layout(segments, grids, special_ids, num_samples: int, axes: int) -> n
         on = (token >= 0) & used[2 - axis][segment_ids]
         positions[axes - 1 - axis] = np.where(on, coordinates[2 - axis] + has_special[segment_ids], 0)
 
-    buffer = np.zeros(layout_sections(num_samples, len(segments), total, axes)[-1], np.int32)
-    starts = layout_sections(num_samples, len(segments), total, axes)
+    *starts, size = layout_sections(num_samples, len(segments), total, axes)
+    buffer = np.zeros(size, np.int32)
     cu_seqlens = np.searchsorted(sample, np.arange(num_samples + 1))  # segments before each sample
     arrays = (
         segment_cu_seqlens[cu_seqlens],
@@ -62,9 +62,9 @@ def build_layout(segments, grids, special_ids, num_samples: int, axes: int) -> n
         np.where(token < 0, -(special[segment_ids] + 1), first_row[segment_ids] + token),
         segment_cu_seqlens,
     )
-    for start, array in zip(starts, arrays, strict=False):
+    for start, array in zip(starts[:-1], arrays, strict=True):
         buffer[start : start + len(array)] = array
-    buffer[starts[5] :].view(np.uint8)[:total] = modality[segment_ids]
+    buffer[starts[-1] :].view(np.uint8)[:total] = modality[segment_ids]
     return buffer
 
 
@@ -151,8 +151,7 @@ def _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block
     decreases = inside & ((np.diff(lo, prepend=lo[:1]) < 0) | (np.diff(hi, prepend=hi[:1]) < 0))
     if decreases.any():
         raise ValueError(f"attention_tiles: lo or hi decreases at row {np.argmax(decreases)}")
-    key_bits = row_bits if rows_are_keys else col_bits
-    bits = key_bits.view(np.uint32)
+    bits = (row_bits if rows_are_keys else col_bits).view(np.uint32)
     wrong = (bits == 0) | ((bits & (bits - np.uint32(1))) != 0)
     if wrong.any():
         name = "row_bits" if rows_are_keys else "col_bits"

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmkernels import packs_numpy
 from mmkernels.arguments import at_least_one, host_array
-from mmkernels.planner_backend import _planner
-
-_backend = _planner if _planner is not None else packs_numpy
+from mmkernels.planner_backend import packs as _backend
 
 
 def balance_ranks(costs, world_size: int, *, equal_count: bool = False) -> np.ndarray:

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from mmkernels import planner, planner_numpy, testing
+from mmkernels import planner, planner_backend, planner_numpy, testing
 
 BACKENDS = [pytest.param(planner_numpy, id="numpy")]
 if planner.BACKEND == "cpp":
-    BACKENDS.append(pytest.param(planner._planner, id="cpp"))
+    BACKENDS.append(pytest.param(planner_backend.layouts, id="cpp"))
 
 
 @pytest.fixture(params=BACKENDS)
