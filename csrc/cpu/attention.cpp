@@ -36,9 +36,9 @@ struct Release {
 constexpr int64_t kTasksLeft = 4;         // per thread
 constexpr double kPairsPerThread = 4096;  // of width 64: some 10 us, below which another thread costs more than it does
 
-// Tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of its own.   pairs: of all tasks
-// body(task, following, scratch): while plenty of tasks are left a thread takes its next one before it begins, so that
-// it can fetch that one's rows meanwhile; towards the end it would only keep them from threads that have none.
+// body(task, following, scratch) for tasks 0, 1, ... of `count`, each by whichever thread is free next, with scratch of
+// its own.  While plenty of tasks are left a thread takes its next one before it begins, so that it can fetch that
+// one's rows meanwhile; towards the end it would only keep them from threads that have none.   pairs: of all tasks
 template <typename Body>
 void share_out(int64_t count, double pairs, int64_t D, int64_t scratch_floats, const Parallel& parallel,
                const Body& body) {

@@ -174,7 +174,7 @@ MM_INLINE void for_each_modality(const Inputs& in, const Keys& keys, const Seen:
   }
 }
 
-// Four chains of additions, whose order is fixed.
+// A chain of additions per lane, then the lanes, then what is left: always in this order.
 MM_INLINE float sum_of(const float* x, int64_t begin, int64_t end) {
   V sums{};
   int64_t j = begin;

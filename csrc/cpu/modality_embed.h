@@ -42,9 +42,9 @@ struct Inputs {
   Dropout dropout;
 };
 
-// All are written, none is read; null where not wanted.
+// What follows rstd is written and not read; null where not wanted.
 struct Grads {
-  Rows out;                     // gradient of the result: an input
+  Rows out;                     // gradient of the result
   const float* mean = nullptr;  // [T], of forward; null for kRms
   const float* rstd = nullptr;
   std::vector<Rows> streams;

@@ -1,4 +1,5 @@
-// Eight fp32 lanes, and how fp32, bf16 and fp16 rows get in and out of them.   No intrinsics: compiler vectors.
+// Eight fp32 lanes, and how fp32, bf16 and fp16 rows get in and out of them.   Compiler vectors, with SSE2 intrinsics
+// where these have no word for it.
 #pragma once
 
 #include <algorithm>

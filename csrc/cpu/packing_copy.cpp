@@ -75,6 +75,7 @@ const Kernels& kernels() {
 int64_t head_of(const char* to) { return -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (kLine - 1); }
 #endif
 
+// Size of the last-level cache that a core sees.
 int64_t read_cache_bytes() {
 #if defined(__linux__)
   // What a core shares in; sysconf adds up the caches of the whole host on some virtual machines.
@@ -93,12 +94,10 @@ int64_t read_cache_bytes() {
 
 }  // namespace
 
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = read_cache_bytes();
-  return bytes;
+Store store_for(int64_t bytes) {
+  static const int64_t cache = read_cache_bytes();
+  return bytes > cache / 2 ? Store::kStreaming : Store::kCached;
 }
-
-Store store_for(int64_t bytes) { return bytes > last_level_cache_bytes() / 2 ? Store::kStreaming : Store::kCached; }
 
 void copy_bytes(char* to, const char* from, int64_t bytes, Store store) {
 #if MM_VECTORS

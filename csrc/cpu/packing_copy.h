@@ -12,9 +12,6 @@ enum class Store { kCached, kStreaming };
 // How a call that writes `bytes` in all should store: past the cache above half of the last-level cache.
 Store store_for(int64_t bytes);
 
-// Size of the last-level cache that a core sees, read from the machine once.
-int64_t last_level_cache_bytes();
-
 void copy_bytes(char* to, const char* from, int64_t bytes, Store store);
 void zero_bytes(char* to, int64_t bytes, Store store);
 
