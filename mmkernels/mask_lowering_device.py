@@ -56,7 +56,7 @@ def token_tiles(
     full_to = torch.where(empty, begin, full_to)
     masked = torch.zeros_like(first)
     if has_visible:
-        masked = _bits_hide(row_bits, col_bits, first, last, full_from, full_to, block_rows, rows).long()
+        masked = _bits_hide(row_bits, col_bits, first, full_from, full_to, block_rows, rows).long()
     one = torch.ones_like(first)
     spans = torch.stack(
         [
@@ -71,7 +71,7 @@ def token_tiles(
     return tiles.to(torch.int32), spans.reshape(-1, 3).to(torch.int32)
 
 
-def _bits_hide(row_bits, col_bits, first, last, col_from, col_to, block_rows: int, rows: str) -> Tensor:
+def _bits_hide(row_bits, col_bits, first, col_from, col_to, block_rows: int, rows: str) -> Tensor:
     """bool [n]: some query of the tile does not see the modality of some key in columns [col_from, col_to)."""
     shifts = torch.arange(32, device=row_bits.device).unsqueeze(1)
 

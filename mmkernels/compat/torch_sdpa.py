@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
         return _lead(q @ k.mT @ v, lead)
     seen = Seen(is_causal, window, bottom_right, lengths, key_lengths, mask)
     compiling = torch.compiler.is_compiling()
-    refused = _refused(q, k, v, mask, dropout_p, scale, compiling, fallback)
+    refused = _refused(q, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}
     if refused is None and compiling:
         return _lead(padded_op.attend(q, k, v, seen, **options), lead)
@@ -207,7 +207,7 @@ def _four_dims(mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, .
     return mask.expand(*lead, *mask.shape[-3:]).reshape(full[0], *mask.shape[-3:])
 
 
-def _refused(q: Tensor, k: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: bool, fallback) -> str | None:
+def _refused(q: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: bool, fallback) -> str | None:
     """What no plan is needed to refuse."""
     if q.dtype not in DTYPES:
         return f"query is {q.dtype}, taken are float32, bfloat16 and float16"

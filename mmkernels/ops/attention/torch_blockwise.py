@@ -23,7 +23,7 @@ BLOCK = 1 << 18  # 1 MiB of scores
 
 def forward(q, k, v, pair_bias, rng, out, lse, mass, lowered: Lowered) -> None:
     """Fills the rows of out, lse and mass that see something."""
-    for part in _parts(q, k, lowered):
+    for part in _parts(q, lowered):
         keys, values = part.of_keys(k), part.of_keys(v)
         for block in _blocks(part, pair_bias, rng, lowered):
             tokens = block.queries.flatten()
@@ -41,7 +41,7 @@ def forward(q, k, v, pair_bias, rng, out, lse, mass, lowered: Lowered) -> None:
 def backward(do, dlse, q, k, v, pair_bias, rng, dq, dk, dv, dbias, lowered: Lowered, *, add: bool) -> None:
     """Fills dq of the rows that see something, adds to or writes dk and dv, fills dbias."""
     dbias_sum = None if dbias is None else dbias.new_zeros(dbias.shape, dtype=torch.float64)
-    for part in _parts(q, k, lowered):
+    for part in _parts(q, lowered):
         keys, values = part.of_keys(k), part.of_keys(v)
         part_dk, part_dv = torch.zeros_like(keys), torch.zeros_like(values)
         for block in _blocks(part, pair_bias, rng, lowered):
@@ -124,7 +124,7 @@ class _Block(NamedTuple):
         return torch.einsum("crm,chrn->hmn", of_query.double(), by_key.double())
 
 
-def _parts(q: Tensor, k: Tensor, lowered: Lowered) -> Iterator[_Part]:
+def _parts(q: Tensor, lowered: Lowered) -> Iterator[_Part]:
     heads = q.shape[1]
     for run in runs_of(lowered, heads, heads):  # grouped heads need no views here, so items may share a block
         together = max(1, BLOCK // (heads * run.q_len * run.k_len))
