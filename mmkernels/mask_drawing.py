@@ -20,6 +20,7 @@ import numpy as np
 
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import ALIGN, SCHEDULES, AttentionMask, MaskPlan
+from mmkernels.ops.attention import reference
 
 PICTURES = (".png", ".svg", ".pdf")
 MAX_TEXT = 160  # keys in a text drawing, one column each
@@ -76,10 +77,7 @@ def seen_pairs(plan: MaskPlan) -> np.ndarray:
     for name, side in (("queries", plan.layout), ("keys", plan.k_layout)):
         if side.total_tokens > MAX_CELLS:
             raise ValueError(f"mask drawing: {side.total_tokens} {name}, expected at most {MAX_CELLS}")
-    lo, hi, q_bits, _ = plan.q_table.cpu().numpy()
-    keys = np.arange(plan.k_layout.total_tokens)
-    inside = (keys >= lo[:, None]) & (keys < hi[:, None])
-    return inside & ((q_bits[:, None] & plan.k_table[2].cpu().numpy()) != 0)
+    return reference.seen_pairs(plan.q_table.cpu(), plan.k_table.cpu()).numpy()
 
 
 def tile_blocks(plan: MaskPlan, rows: int, cols: int, schedule: str = "sample") -> list[Block]:

@@ -7,6 +7,7 @@ of keys around the query itself, or nothing, so unions and intersections are int
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -152,7 +153,7 @@ def intervals(function: Callable, queries: Tensor, in_packs: bool = False) -> tu
         in_packs = in_packs or (name == "and_masks" and any(_known(part)[0] == _OWN_SEQUENCE for part in parts))
         los, his, names = zip(*(intervals(part, queries, in_packs) for part in parts), strict=True)
         most, least = (torch.minimum, torch.maximum) if name == "or_masks" else (torch.maximum, torch.minimum)
-        return _fold(most, los), _fold(least, his), set().union(*names)
+        return functools.reduce(most, los), functools.reduce(least, his), set().union(*names)
     if name == "remap_positions_for_packed_sequence":
         if not in_packs:
             raise UnknownMask("positions in a sequence, of keys of all sequences")
@@ -171,13 +172,6 @@ def _known(function: Callable) -> tuple[str, dict]:
         raise UnknownMask(f"{getattr(function, '__module__', '?')}.{name}")
     names = function.__code__.co_freevars
     return name, dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-
-
-def _fold(function: Callable, tensors) -> Tensor:
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = function(total, t)
-    return total
 
 
 def _by_position(function: Callable, position_ids: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, set[str]]:

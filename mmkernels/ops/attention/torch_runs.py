@@ -217,8 +217,8 @@ def _progressions(q_starts: list[int], k_starts: list[int]) -> Iterator[tuple[in
                 and k_starts[j] - k_starts[j - 1] == k_step >= 0
             ):
                 j += 1
-        yield q_starts[i], q_step, k_starts[i], k_step, max(j, i + 1) - i
-        i = max(j, i + 1)
+        yield q_starts[i], q_step, k_starts[i], k_step, j - i
+        i = j
 
 
 def _kept_masks(masks: dict[tuple, tuple]) -> tuple[np.ndarray, dict[tuple, int]]:

@@ -67,19 +67,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
         raise ValueError(f'{path}: expected {{"format": {FORMAT}, "entries": [...]}}')
-    for number, entry in enumerate(content["entries"]):
-        wrong = _problem(entry)
-        if wrong:
-            raise ValueError(f"{path}: entry {number}: {wrong}")
+    _check(str(path), content["entries"])
     return content["entries"]
 
 
 def write(entries: list[dict[str, Any]], path: Path) -> None:
     """Writes entries that `read` takes; raises ValueError for others.  One entry a line, so that diffs read well."""
-    for number, entry in enumerate(entries):
-        wrong = _problem(entry)
-        if wrong:
-            raise ValueError(f"tuned.write: entry {number}: {wrong}")
+    _check("tuned.write", entries)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     path.write_text(f'{{"format": {FORMAT}, "entries": [\n{lines}\n]}}\n' if lines else _EMPTY)
     _index.cache_clear()
@@ -104,6 +98,13 @@ def _index(path: Path) -> dict[tuple, dict[str, dict]]:
         *key, kernel = (entry[name] for name in KEYS)
         index.setdefault(tuple(key), {})[kernel] = entry["config"]
     return index
+
+
+def _check(who: str, entries: list[dict[str, Any]]) -> None:
+    for number, entry in enumerate(entries):
+        wrong = _problem(entry)
+        if wrong:
+            raise ValueError(f"{who}: entry {number}: {wrong}")
 
 
 def _problem(entry) -> str | None:
