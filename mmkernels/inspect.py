@@ -65,7 +65,7 @@ def kernel_specs(arch: str, ops: Iterable[str] | None = None) -> list[KernelSpec
 
 def inspect_spec(spec: KernelSpec, arch: str) -> dict:
     """One row of the report: compiles spec for arch.  Adds "dots", whether the source has a tensor product at all."""
-    binary, log = _compile(spec, arch)
+    binary, log = compile_spec(spec, arch)
     opcodes = Counter(_OPCODE.findall(_disassemble(binary.asm["cubin"])))
     registers = _REGISTERS.search(log)
     if registers is None or not opcodes:
@@ -210,8 +210,8 @@ def _refuse_where_impossible() -> None:
         raise InspectError(f"inspect: needs Triton >= 3.6 (pip install triton): {error}") from error
 
 
-def _compile(spec: KernelSpec, arch: str):
-    """(compiled kernel, assembler's log)."""
+def compile_spec(spec: KernelSpec, arch: str):
+    """(compiled kernel, assembler's log); its `asm` has every stage from "ttir" to "cubin"."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget

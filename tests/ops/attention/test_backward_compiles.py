@@ -3,30 +3,19 @@
 import pytest
 import torch
 
+from mmkernels import inspect
 from mmkernels.ops.attention import configs
-
-CONFIG = configs.Config(128, 64, 8, 2)
-
-
-def compiled(config, **extras):
-    pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from mmkernels.ops.attention.kernel_specs import spec
-
-    s = spec("fused", "bf16", 64, config, visible=True, **extras)
-    attrs = {(s.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in s.divisible_by_16}
-    source = ASTSource(s.fn, s.signature, s.constexprs, attrs)
-    options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
 @pytest.mark.parametrize(
     ("tma", "has", "has_not"), [(True, "cp.reduce.async.bulk", "red.global"), (False, "atom", "cp.reduce")]
 )
 def test_bodies(tma, has, has_not):
-    ptx = compiled(configs.Config(*CONFIG.flat()[:4], tma=tma))
+    pytest.importorskip("triton")
+    from mmkernels.ops.attention.kernel_specs import spec
+
+    kernel, _ = inspect.compile_spec(spec("fused", "bf16", 64, configs.Config(128, 64, 8, 2, tma=tma), True), "sm_90")
+    ptx = kernel.asm["ptx"]
     adds = [
         line
         for line in ptx.splitlines()

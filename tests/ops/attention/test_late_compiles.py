@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from mmkernels import dispatch
+from mmkernels import dispatch, inspect
 from mmkernels.ops.attention.configs import Config
 
 ORDERS = {
@@ -24,17 +24,10 @@ def test_order_of_the_loop(kernel, late):
     pytest.importorskip("triton")
     if dispatch.triton_version() != (3, 6):
         pytest.skip("the order is that of Triton 3.6")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from mmkernels.ops.attention.kernel_specs import spec
 
-    s = spec(kernel, "bf16", 64, Config(64, 32, 4, 3, late=late), visible=False)
-    attrs = {(s.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in s.divisible_by_16}
-    source = ASTSource(s.fn, s.signature, s.constexprs, attrs)
-    options = {"num_warps": s.num_warps, "num_stages": s.num_stages}
-    ir = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
-    first_inner_loop = re.search(r"scf\.for(?:(?!scf\.for).)*?scf\.yield", ir, re.DOTALL).group()
+    compiled, _ = inspect.compile_spec(spec(kernel, "bf16", 64, Config(64, 32, 4, 3, late=late), False), "sm_90")
+    first_inner_loop = re.search(r"scf\.for(?:(?!scf\.for).)*?scf\.yield", compiled.asm["ttgir"], re.DOTALL).group()
     names = {"warp_group_dot ": "dot", "warp_group_dot_wait ": "wait", "math.exp2 ": "exp2"}
     found = [names[match] for match in re.findall("|".join(names), first_inner_loop)]
     assert " ".join(found) == ORDERS[kernel, late]
