@@ -102,9 +102,9 @@ def load(op: str, impl: str) -> ModuleType:
 
 
 def host_code(why: str) -> Callable[[Callable], Callable]:
-    """A function that torch.compile leaves as it is: a graph breaks there, or where it may not the error says why.
+    """Decorates a function that torch.compile must not trace: the graph breaks there, or the error says why it may not.
 
-    torch.compiler.disable does that, but imports the compiler, a second that who does not compile need not wait.
+    torch.compiler.disable does that, but imports the compiler, which takes a second also where nobody compiles.
     What such a function makes is kept, so no mode that traces (torch.export, FakeTensorMode) sees it made.
     """
 

@@ -75,7 +75,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor | None) -> tup
 
 
 class _Attention(torch.autograd.Function):
-    """What `attention_fwd` differentiates by: of torch.library's own wrapping it costs a quarter.
+    """What `attention_fwd` differentiates by: it costs a quarter of torch.library's own wrapping.
 
     The plan's tensors come as one tuple: autograd would look at each of them, in forward and in backward.
     """

@@ -173,5 +173,5 @@ def _traits(*tensors: Tensor) -> tuple:
 
 
 def _lse_like(q: Tensor) -> Tensor:
-    """One number that looks like [H, Tq]: who has just made `out` by empty_like makes lse by it in no time."""
+    """One number that looks like [H, Tq]: empty_like of it makes lse, by the code that has just made `out`."""
     return torch.empty((), dtype=torch.float32, device=q.device).expand(q.shape[1], q.shape[0])

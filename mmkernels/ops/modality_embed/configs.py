@@ -71,7 +71,7 @@ def _plain(rows: int, warps: int, walks: int = 0) -> Config:
 
 
 def tiles_per_walk(tokens: int, config: Config) -> int:
-    """Of the backward: a walk leaves partial sums, so not too few."""
+    """Of the backward: not too few, since each walk leaves partial sums."""
     return max(-(-LEAST_ROWS // config.rows), -(-tokens // (config.walks * config.rows)))
 
 
