@@ -119,8 +119,8 @@ def prefix_lengths(prefix: Sequence[int], num_samples: int) -> np.ndarray:
 
 def refuse_gap() -> None:
     raise NotImplementedError(
-        "AttentionMask: prefix with a left window of scope 'causal' leaves a gap between prefix and window, "
-        "which one interval per query cannot hold; use window_scope='all', or dense attention with this mask"
+        "AttentionMask: some query's window of scope 'causal' begins beyond its sample's prefix, and one interval per "
+        "query cannot leave out the gap between; use window_scope='all', or dense attention with this mask"
     )
 
 
@@ -155,9 +155,11 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.n
         hi = np.maximum(np.maximum(own + 1, segment_hi), prefix_hi)
         if mask.window_scope == "causal":
             if left >= 0:
-                if (np.minimum(prefix_hi, stop) > start).any():
+                window_lo = np.minimum(own - left, segment_lo)
+                has_prefix = prefix_hi > start
+                if (has_prefix & (window_lo > prefix_hi)).any():
                     refuse_gap()
-                lo = np.maximum(lo, np.minimum(own - left, segment_lo))
+                lo = np.where(has_prefix, start, np.maximum(lo, window_lo))
             left = right = -1
     if left >= 0:
         lo = np.maximum(lo, own - left)

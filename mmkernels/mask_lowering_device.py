@@ -111,9 +111,11 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
         hi = torch.maximum(torch.maximum(own + 1, segment_hi), prefix_hi)
         if mask.window_scope == "causal":
             if left >= 0:
-                if mask.prefix is not None and max(mask.prefix, default=0) > 0:
+                shortest = min((n for n in mask.prefix or () if n > 0), default=layout.max_seqlen)
+                if layout.max_seqlen - 1 - left > shortest:  # for all that the host knows of the bounds
                     refuse_gap()
                 lo = torch.maximum(lo, torch.minimum(own - left, segment_lo))
+                lo = torch.where(prefix_hi > start, start, lo)
             left = right = -1
     if left >= 0:
         lo = torch.maximum(lo, own - left)

@@ -205,9 +205,9 @@ def test_joined_spans_of_a_short_sample():
         (lambda: AttentionMask(causal=True, prefix=(2, -1)), ValueError, "expected 2 lengths >= 0"),
         (lambda: AttentionMask(causal=True, bidirectional=(7,)), ValueError, "names modality 7"),
         (
-            lambda: AttentionMask(causal=True, prefix=(4, 4), window=(1, 0), window_scope="causal"),
+            lambda: AttentionMask(causal=True, prefix=(1, 4), window=(1, 0), window_scope="causal"),
             NotImplementedError,
-            "leaves a gap",
+            "begins beyond its sample's prefix",
         ),
     ],
 )
@@ -348,12 +348,24 @@ def test_lowering_on_the_device_equals_the_host(seed):
     assert torch.equal(host.k_table, device.k_table), mask
 
 
-def test_a_prefix_of_no_tokens_leaves_no_gap():
-    layout = PackedLayout.from_counts([[4], [2]])
-    mask = AttentionMask(causal=True, prefix=(0, 0), window=(1, 0), window_scope="causal")
-    expected = reference_mask(layout, dataclasses.replace(mask, prefix=None))
-    for own in (layout, device_bounds(layout)):
-        assert torch.equal(seen_by_plan(MaskPlan.lower(own, mask)), expected)
+@pytest.mark.parametrize("seed", range(100))
+def test_a_prefix_and_a_window_are_refused_where_they_leave_a_gap_alone(seed):
+    layout = merged(random_layout(seed, max_length=9))
+    rng = np.random.default_rng(seed)
+    prefix = tuple(int(n) for n in rng.integers(0, 16, layout.num_samples) * rng.integers(0, 2, layout.num_samples))
+    bidirectional = (1,) if rng.integers(2) else ()
+    mask = AttentionMask(True, (int(rng.choice([0, 2, 5, 9, 30])), -1), "causal", prefix, bidirectional)
+    expected = reference_mask(layout, mask)
+    if (expected.int().diff(dim=1) == 1).sum() > (~expected[:, 0]).sum():  # some row begins to see twice
+        with pytest.raises(NotImplementedError, match="begins beyond its sample's prefix"):
+            MaskPlan.lower(layout, mask)
+        return
+    assert torch.equal(seen_by_plan(MaskPlan.lower(layout, mask)), expected)
+    if layout.max_seqlen - 1 - mask.window[0] <= min((n for n in prefix if n), default=layout.max_seqlen):
+        assert torch.equal(seen_by_plan(MaskPlan.lower(device_bounds(layout), mask)), expected)
+    else:
+        with pytest.raises(NotImplementedError, match="begins beyond its sample's prefix"):
+            MaskPlan.lower(device_bounds(layout), mask)
 
 
 @pytest.mark.parametrize("rows", ["query", "key"])
