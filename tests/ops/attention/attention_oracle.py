@@ -246,14 +246,13 @@ def check(layout, mask, *, impl, mass=False, lse_gradient=False, pool=None, **op
 class Pool:
     """Results of many cases, held to the error rule together: a small case may be unlucky where torch is lucky.
 
-    The largest of many rounding errors, over shapes whose errors differ, is luck still, so it may be 4 times torch's;
-    their rms is not luck.  A mistake in one case is far beyond both.
+    max_ratio  of our largest error to torch's.  More than the rule's 2 where torch has no kernel of its own (dropout):
+               the chain in its place rounds otherwise, and the largest of many errors is luck.  A mistake in one case
+               is far beyond it
     """
 
-    MAX_RATIO = 4.0
-
-    def __init__(self):
-        self.results = {}
+    def __init__(self, max_ratio=2.0):
+        self.results, self.max_ratio = {}, max_ratio
 
     def add(self, name, *parts):
         self.results.setdefault(name, []).append([part.flatten() for part in parts])
@@ -261,7 +260,7 @@ class Pool:
     def check(self):
         for name, cases in self.results.items():
             parts = (torch.cat(parts) for parts in zip(*cases, strict=True))
-            assert_error_rule(name, *parts, max_ratio=self.MAX_RATIO)
+            assert_error_rule(name, *parts, max_ratio=self.max_ratio)
 
 
 def compare(case, leaves, out, lse, mass, lse_gradient=False, pool=None):

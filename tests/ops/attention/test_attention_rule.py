@@ -24,10 +24,14 @@ FEATURES = {
 SHAPES = [(2, 2, 16), (4, 2, 8), (3, 1, 40), (1, 1, 64), (4, 4, 33), (2, 1, 80), (1, 1, 256)]
 
 
+def _pool(features):
+    return Pool(4.0 if "dropout_p" in FEATURES[features] else 2.0)
+
+
 def _sweep(features, dtype, impl, count, max_length):
     """`count` layouts of each mask kind, of seeds that no other (features, dtype) has."""
     seed = (list(FEATURES).index(features) * len(DTYPES) + DTYPES.index(dtype)) * 1000
-    pool = Pool()
+    pool = _pool(features)
     for masks in (MASKS, CROSS_MASKS):
         for make in masks.values():
             for _ in range(count):
@@ -83,7 +87,7 @@ def test_edges(impl, features):
     for lengths in CROSS_EDGES:
         sides = (PackedLayout.from_segments([[(0, n)] for n in side], num_modalities=2) for side in lengths)
         layouts.append(tuple(sides))
-    pool = Pool()
+    pool = _pool(features)
     for layout, k_layout in layouts:
         last = AttentionMask.isolated(2) if k_layout is None else AttentionMask(causal=True, align="top_left")
         for mask in (None, AttentionMask(causal=True), last):
@@ -101,7 +105,7 @@ def test_torch_blocks(kind, features, monkeypatch):
         monkeypatch.setattr(torch_runs, name, value)
     for seed in range(3):
         layout = shared_layout(seed, 16)
-        options = {"heads": 4, "kv_heads": (2, 4, 1)[seed], "seed": seed, "pool": Pool()}
+        options = {"heads": 4, "kv_heads": (2, 4, 1)[seed], "seed": seed, "pool": _pool(features)}
         layout.cache.clear()  # of runs that were found under other values
         check(layout, MASKS[kind](layout, seed), impl="torch", **options, **FEATURES[features])
         layout.cache.clear()
