@@ -98,7 +98,7 @@ pictures: setup
 
 # The report of the results in benchmarks/results, and the generated parts of README and docs/evidence.md.
 report: setup
-	$(PY) -m benchmarks report $(wildcard benchmarks/results/*.json benchmarks/results/gpu/*.json) --out docs/report --docs
+	$(PY) -m benchmarks report $(wildcard benchmarks/results/*.json benchmarks/results/gpu*/*.json) --out docs/report --docs
 
 clean:
 	rm -rf build *.egg-info mmkernels/*.so $(NATIVE)

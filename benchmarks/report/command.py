@@ -21,6 +21,9 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
     if not found:
         print("report: none of the files is a benchmark document", file=sys.stderr)
         return 2
+    if docs and (lost := _lost(paths, root)):
+        print(f"report: {lost}", file=sys.stderr)
+        return 2
     out.mkdir(parents=True, exist_ok=True)
     for name in _drawn_before(out / "report.md"):  # the runs of an earlier report may have had other names
         (out / name).unlink(missing_ok=True)
@@ -41,6 +44,19 @@ def run(paths: list[Path], out: Path, *, docs: bool, root: Path = ROOT) -> int:
             return 2
         print(f"report: rewrote the generated parts of {README[0]} and {EVIDENCE[0]}")
     return 0
+
+
+def _lost(paths: list[Path], root: Path) -> str:
+    """What the pages would lose without a word: a GPU whose folder was not named."""
+    try:
+        before = evidence.gpus_in(regions.read(root / EVIDENCE[0], EVIDENCE[1]))
+    except ValueError as error:
+        return str(error).removeprefix("report: ")
+    gone = before - evidence.gpus_in(evidence.render(paths))
+    if not gone:
+        return ""
+    name = ", ".join(sorted(gone))
+    return f"{EVIDENCE[0]} has results of {name}, the files have none: name its folder too, or take its rows out first"
 
 
 def _drawn_before(page: Path) -> list[str]:

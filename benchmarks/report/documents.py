@@ -15,7 +15,7 @@ from benchmarks.run import HOST_OPS
 
 @dataclass(frozen=True)
 class Document:
-    """One run.  name: of its file, without the suffix, and with folders where another file is called the same."""
+    """One run.  name: of its file, without the suffix; with folders if it is a stage, or another is called the same."""
 
     name: str
     environment: dict
@@ -90,19 +90,20 @@ class Case:
 
 def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
     """(documents, newest first, one for each device of a file; a line for each file left out, with the reason)."""
-    documents, left_out = [], []
-    for name, path in _named(paths):
+    found, left_out = [], []
+    for path in {path.resolve(): path for path in paths}.values():  # each once
         try:
-            content = document_in(json.loads(path.read_text()))
+            content = json.loads(path.read_text())
+            found.append((path, "stage" in content, document_in(content)))
         except OSError as error:
             left_out.append(f"{path.name}: {error.strerror}")
-            continue
         except (json.JSONDecodeError, UnicodeDecodeError):
             left_out.append(f"{path.name}: no JSON")
-            continue
         except ValueError as error:
             left_out.append(f"{path.name}: {error}")
-            continue
+    names = _names([(path, of_stage) for path, of_stage, _ in found])
+    documents = []
+    for name, (_, _, content) in zip(names, found, strict=True):
         documents += _by_device(Document(name, content["environment"], content["limits"], content["rows"]))
     return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
 
@@ -135,15 +136,18 @@ def cases(rows: list[dict]) -> list[Case]:
     return sorted(found, key=lambda c: (order[c.op, c.case, c.dtype], schema.DIRECTIONS.index(c.direction)))
 
 
-def _named(paths: Iterable[Path]) -> list[tuple[str, Path]]:
-    """Each file once, under a name that no other has: plots and headings are called by it."""
-    paths = {path.resolve(): path for path in paths}
-    parts = [path.with_suffix("").parts for path in paths]
-    depths = [1] * len(parts)
+def _names(files: list[tuple[Path, bool]]) -> list[str]:
+    """For each (path, whether a stage of `gpu` wrote it) a name that no other has: plots and headings are called by it.
+
+    A stage's is always named by its folder too: each GPU has one, and another's must not rename these plots.
+    """
+    parts = [path.resolve().with_suffix("").parts for path, _ in files]
+    depths = [2 if of_stage else 1 for _, of_stage in files]
+    names = []
     for _ in range(max(map(len, parts), default=0)):
         names = ["-".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
         depths = [depth + (names.count(name) > 1) for name, depth in zip(names, depths, strict=True)]
-    return list(zip(names if parts else [], paths.values(), strict=True))
+    return names
 
 
 def document_in(content: Any) -> dict:

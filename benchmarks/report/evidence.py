@@ -31,9 +31,8 @@ def render(paths: Iterable[Path]) -> str:
     lines = ["| stage | result | hardware | commit | date |", "|---|---|---|---|---|"]
     for record in records:
         facts = record["environment"]
-        gpu = facts.get("gpu", {}).get("name", "no GPU")
         of = facts["commit"] if facts["commit"] != "unknown" else f"sources {facts.get('sources', 'unknown')}"
-        cells = (record["stage"], outcome(record), gpu, of, facts["date"][:10])
+        cells = (record["stage"], outcome(record), _gpu(record), of, facts["date"][:10])
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     lines += ["", *_failures(records)]
     timed, _ = documents.load([path for path in paths if path.stem in STAGES])
@@ -44,7 +43,7 @@ def render(paths: Iterable[Path]) -> str:
 
 
 def stage_records(paths: Iterable[Path]) -> list[dict]:
-    """In the order of the stages.  Only of runs on a GPU."""
+    """By GPU, then in the order of the stages.  Only of runs on a GPU."""
     found = []
     for path in paths:
         try:
@@ -55,7 +54,17 @@ def stage_records(paths: Iterable[Path]) -> list[dict]:
             continue
         if "gpu" in record.get("environment", {}) and not record.get("dry_run"):
             found.append(record)
-    return sorted(found, key=lambda record: STAGES.index(record["stage"]))
+    return sorted(found, key=lambda record: (_gpu(record), STAGES.index(record["stage"])))
+
+
+def _gpu(record: dict) -> str:
+    return record["environment"]["gpu"]["name"]
+
+
+def gpus_in(text: str) -> set[str]:
+    """Whose results a text has that `render` wrote."""
+    rows = ([cell.strip() for cell in line.split("|")] for line in text.splitlines())
+    return {row[3] for row in rows if len(row) > 3 and row[1] in STAGES}
 
 
 def outcome(record: dict) -> str:

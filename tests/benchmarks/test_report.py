@@ -85,6 +85,42 @@ def test_two_files_of_one_name(tmp_path):
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+def _stage(folder, gpu, stage="attention", ok=True):
+    """The stage file of a run on that GPU."""
+    folder.mkdir(exist_ok=True)
+    facts = GPU | {"gpu": GPU["gpu"] | {"name": gpu}}
+    record = {"stage": stage, "ok": ok, "dry_run": False, "environment": facts, "result": document(environment=facts)}
+    (folder / f"{stage}.json").write_text(json.dumps(record))
+    return folder / f"{stage}.json"
+
+
+def test_a_second_gpu_renames_no_plot_of_the_first(tmp_path):
+    """Pages link them by name."""
+    first, second = _stage(tmp_path / "gpu", "NVIDIA A"), _stage(tmp_path / "gpu-b", "NVIDIA B")
+    names = [[each.name for each in documents.load(paths)[0]] for paths in ([first], [first, second], [second, first])]
+    assert names == [["gpu-attention"], ["gpu-attention", "gpu-b-attention"], ["gpu-b-attention", "gpu-attention"]]
+
+
+def test_pages_lose_no_gpu_whose_folder_is_not_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "can_draw", lambda: False)
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / command.README[0], tmp_path / command.EVIDENCE[0]]
+    for page, mark in zip(pages, (command.README[1], command.EVIDENCE[1]), strict=True):
+        page.write_text(_marks(mark))
+    first, second = _stage(tmp_path / "gpu", "NVIDIA A"), _stage(tmp_path / "gpu-b", "NVIDIA B")
+    out = tmp_path / "out"
+    assert command.run([first], out, docs=True, root=tmp_path) == 0
+    before = [page.read_text() for page in pages]
+    assert command.run([second], out, docs=True, root=tmp_path) == 2
+    assert "docs/evidence.md has results of NVIDIA A, the files have none" in capsys.readouterr().err
+    assert [page.read_text() for page in pages] == before
+    assert command.run([second, first], out, docs=True, root=tmp_path) == 0
+    for page in pages:
+        assert page.read_text().index("NVIDIA A") < page.read_text().index("NVIDIA B")
+    rows = [line.split(" | ")[2] for line in pages[1].read_text().splitlines() if line.startswith("| attention | ")]
+    assert rows == ["NVIDIA A", "NVIDIA B"]
+
+
 def test_the_host_of_a_gpu_machine_is_no_gpu(tmp_path):
     """`all` on a GPU times the planner on the host: not "run on a GPU", and not by the GPU's copy rate."""
     own = [row("packing", "pack mixed 1", "mm.triton", 1.0), row("planner", "mixed n10", "mm.cpp", 1.0)]
@@ -238,8 +274,11 @@ def test_regions_refuse_a_page_without_marks(files, capsys):
     page.write_text(_marks("x") + _marks("x"))
     with pytest.raises(ValueError, match="must hold, once"):
         regions.replace(page, "x", "text")
-    assert command.run([files / "run.json"], files / "out", docs=True, root=files) == 2
-    assert "README.md must hold, once" in capsys.readouterr().err
+    (files / "docs").mkdir()
+    for evidence_page, message in (("", "evidence.md must hold"), (_marks(command.EVIDENCE[1]), "README.md must hold")):
+        (files / "docs/evidence.md").write_text(evidence_page)
+        assert command.run([files / "run.json"], files / "out", docs=True, root=files) == 2
+        assert f"{message}, once" in capsys.readouterr().err
 
 
 def test_nothing_to_report(tmp_path, capsys):
