@@ -188,17 +188,18 @@ def build(function, workload, samples, width, dtype, device, seed) -> PackingPro
 
 
 def _draw(function: str, layout: PackedLayout, width: int, dtype: torch.dtype, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(layout.device).manual_seed(seed)  # a host draws the batch of a GPU for seconds
 
     def draw(*shape: int) -> Tensor:
-        values = torch.empty(*shape, width).uniform_(-1, 1, generator=generator)
-        return values.to(layout.device, dtype)
+        values = torch.empty(*shape, width, device=layout.device).uniform_(-1, 1, generator=generator)
+        return values.to(dtype)
 
     total, spaces = layout.total_tokens, (layout.num_samples, layout.max_seqlen)
     streams = [draw(rows).requires_grad_() for rows in layout.stream_lengths]
     packed = pack([x.detach() for x in streams], layout, impl="reference").requires_grad_()
     padded = draw(*spaces).requires_grad_() if function == "unpad" else None
-    rows = torch.randperm(total, generator=generator)[: max(total * 15 // 100, 1)].sort().values.to(layout.device)
+    shuffled = torch.randperm(total, generator=generator, device=layout.device)
+    rows = shuffled[: max(total * 15 // 100, 1)].sort().values
     outputs = {
         "pack": (total,),
         "pad": spaces,

@@ -181,6 +181,31 @@ def test_a_stage_ends_with_who_started_it(tmp_path, monkeypatch):
     assert not started[0].is_alive()
 
 
+def test_a_stage_ends_with_who_started_it_and_was_killed(tmp_path):
+    """As where a machine's time is up: what went on, on the GPU, would disturb a second run."""
+    beat = tmp_path / "beat"
+    arguments = (_beats, (beat,), tmp_path / "attention.json", 600.0)
+    starter = multiprocessing.get_context("spawn").Process(target=processes.run, args=arguments)
+    starter.start()
+    _wait_for(beat.exists)
+    starter.kill()
+    starter.join()
+    _wait_for(lambda: time.time() - beat.stat().st_mtime > 2.0)
+
+
+def _beats(path):
+    while True:
+        path.touch()
+        time.sleep(0.1)
+
+
+def _wait_for(condition):
+    until = time.time() + 60.0
+    while not condition():
+        assert time.time() < until
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"stage": "attention", "ok": true}'])
 def test_files_that_are_no_records_count_as_none(tmp_path, text):
     """What a run that was killed left, or the JSON of another command."""
@@ -223,6 +248,26 @@ def test_rows_are_on_disk_after_each_case(tmp_path, monkeypatch):
     (document,), left_out = documents.load([path])
     assert document.timed("packing")
     assert left_out == []
+
+
+def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch):
+    """It begins the stage anew, and may be cut off earlier."""
+    monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
+    path, measured, most = tmp_path / "packing.json", run._measured, [3]
+
+    def goes_away(problem, *rest):
+        most[0] -= 1
+        if most[0] < 0:
+            raise KeyboardInterrupt
+        return measured(problem, *rest)
+
+    monkeypatch.setattr(run, "_measured", goes_away)
+    rows = []
+    for most[0] in (3, 1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_all(tmp_path, ["packing"], 600, dry_run=True)
+        rows.append(stages._timed_rows(json.loads(path.read_text())["result"]))
+    assert rows[0] == rows[1] < rows[2]
 
 
 def test_no_stage_is_begun_without_time(tmp_path, capsys):
