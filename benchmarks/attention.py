@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import attention_pairs, workloads
-from benchmarks.attention_cases import MASKS, MODALITY_MASKS, Case, cases
+from benchmarks.attention_cases import CUDA_MORE, MASKS, MODALITY_MASKS, Case, cases
 from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import auto_mark, our_impls
@@ -164,8 +164,30 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]
         short = shapes == "quick" and device.type == "cuda"
         # The GPU's own time of both is that of one and of the other: of a uniform batch it is not worth the third run.
         directions = DIRECTIONS[:2] if short and case.workload == "uniform" else DIRECTIONS
-        build = functools.partial(from_case, case, device, seed, _peers(shapes, case, device.type), directions)
-        yield Deferred("attention", _name(case, _layout(case, seed)), case.dtype, directions, build)
+        yield deferred(case, device, seed, directions, shapes=shapes)
+
+
+def more_problems(device: torch.device, seed: int) -> list[Deferred]:
+    """What quick cases on a GPU leave out: other widths and fp32, and that third run."""
+    both = [
+        deferred(case, device, seed, DIRECTIONS[2:]) for case in cases("quick", "cuda") if case.workload == "uniform"
+    ]
+    return [*(deferred(case, device, seed) for case in CUDA_MORE), *both]
+
+
+def deferred(
+    case: Case,
+    device: torch.device,
+    seed: int,
+    directions: tuple[str, ...] = DIRECTIONS,
+    kind: type[AttentionProblem] = AttentionProblem,
+    *,
+    shapes: str = "quick",
+) -> Deferred:
+    """A problem that is drawn when its turn comes.  kind: AttentionProblem, or one of its kind."""
+    peers = _peers(shapes, case, device.type)
+    build = functools.partial(from_case, case, device, seed, peers, directions, kind)
+    return Deferred(kind.op, _name(case, _layout(case, seed)), case.dtype, directions, build)
 
 
 def _peers(shapes: str, case: Case, device_type: str) -> tuple[Peer, ...]:
@@ -194,6 +216,7 @@ def from_case(
     seed: int,
     peers: tuple[Peer, ...] | None = None,
     directions: tuple[str, ...] = DIRECTIONS,
+    kind: type[AttentionProblem] = AttentionProblem,
 ) -> AttentionProblem:
     """Random q, k and v for a case, in memory of their own.  peers None: those of a quick case."""
     peers = _peers("quick", case, device.type) if peers is None else peers
@@ -208,7 +231,7 @@ def from_case(
     for leaf in (q, k, v):
         leaf.requires_grad_()
     mask, name = MASKS[case.mask](layout), _name(case, layout)
-    return AttentionProblem(name, case.dtype, layout, mask, q, k, v, grad_output, peers, directions)
+    return kind(name, case.dtype, layout, mask, q, k, v, grad_output, peers, directions)
 
 
 def _layout(case: Case, seed: int) -> PackedLayout:

@@ -144,7 +144,7 @@ def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
             call = candidate(sweep, problem, kernel, option)
             if isinstance(call, str):
                 sweep.tried.append(_tried(problem, kernel, option) | {"skipped": call})
-                print(f"  {kernel} {_shown(option)}: skipped: {call}")
+                print(f"  {kernel} {shown(option)}: skipped: {call}")
             else:
                 calls[option] = call
         medians = _medians(calls, sweep)
@@ -157,7 +157,7 @@ def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
     if best is None or default_ms < MIN_GAIN * best_ms:
         print(f"  {kernel}: the default stays, {default_ms:.4g} ms")
         return
-    print(f"  {kernel}: {_shown(best)} {best_ms:.4g} ms, default {default_ms:.4g} ms")
+    print(f"  {kernel}: {shown(best)} {best_ms:.4g} ms, default {default_ms:.4g} ms")
     keys = {
         "arch": sweep.arch,
         "dtype": case.dtype,
@@ -272,7 +272,7 @@ def _numbers(config: Config) -> dict:
     return numbers | {name: set_to for name in ("tma", "late", "registers") if (set_to := getattr(config, name))}
 
 
-def _shown(config: Config) -> str:
+def shown(config: Config) -> str:
     shown = f"{config.rows}x{config.cols} warps {config.warps} stages {config.stages}" + (" tma" if config.tma else "")
     return shown + "".join(f" {name} {n}" for name in ("late", "registers") if (n := getattr(config, name)))
 

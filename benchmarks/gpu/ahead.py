@@ -20,9 +20,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention, attention_host, modality_embed, train_step, train_step_cases
+from benchmarks import attention, attention_host, attention_tiles, modality_embed, train_step, train_step_cases, tune
 from benchmarks.gpu import absent, attention_checks, correctness, launchers, parallel, small_cases
 from benchmarks.harness import PREFIX
+from mmkernels.ops.attention.configs import Config
 from mmkernels.ops.modality_embed.api import modality_embed as embed
 from mmmodel import configs
 
@@ -50,8 +51,11 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         for form in FORMS:
             build = functools.partial(modality_embed.build, form, workload, samples, width, dtype, CPU, 0)
             yield f"modality_embed {workload} {form}: both", lambda b=build: _embed(b())
-    for case in attention.cases("quick", "cuda"):
+    for case in (*attention.cases("quick", "cuda"), *attention.CUDA_MORE):
         yield f"{case}: both", lambda c=case: _attend(attention.from_case(c, CPU, 0))
+    for case in attention_tiles.CASES:
+        for tile in attention_tiles.TILES[case.width]:
+            yield f"{case} {tune.shown(tile)}: forward", lambda c=case, t=tile: _forward(c, t)
     host = dataclasses.replace(attention_host.CASE, dtype="bf16")
     yield f"host {host}: both", lambda: _attend(attention.from_case(host, CPU, 0))
     yield "train_step: both", _step
@@ -76,6 +80,11 @@ def _attend(problem) -> None:
         with torch.set_grad_enabled(grad):
             out = attention.attention(*leaves, layout=problem.layout, mask=problem.mask, impl="triton")
     torch.autograd.grad(out, leaves, problem.grad_output)
+
+
+def _forward(case: attention.Case, tile: Config) -> None:
+    with torch.no_grad():
+        attention_tiles.forward(attention.from_case(case, CPU, 0), tile, "triton")()
 
 
 def _step() -> None:

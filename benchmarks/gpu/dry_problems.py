@@ -10,7 +10,8 @@ CPU = torch.device("cpu")
 
 
 def of(op: str) -> list:
-    return {"attention": _attention, "modality_embed": _embed, "packing": _packing, "train_step": _train_step}[op]()
+    drawn = {"attention": _attention, "attention_more": _more, "modality_embed": _embed, "packing": _packing}
+    return (drawn | {"train_step": _train_step})[op]()
 
 
 def _attention() -> list:
@@ -20,6 +21,15 @@ def _attention() -> list:
     cases = [op.Case("stamps", 3, mask, 2, 2, 32) for mask in ("isolated", "prefix", "bidirectional", "visible")]
     cases += [op.Case("uniform", 2, mask, 2, 2, 32, length=16) for mask in ("full", "causal")]
     return [op.from_case(case, CPU, 0) for case in cases]
+
+
+def _more() -> list:
+    """Short samples in several tiles, and forward and backward in one."""
+    from benchmarks import attention as op
+    from benchmarks import attention_tiles
+
+    case = op.Case("uniform", 2, "full", 2, 2, 64, length=16)
+    return [*attention_tiles.problems(CPU, 0, [case]), op.deferred(case, CPU, 0, op.DIRECTIONS[2:])]
 
 
 def _embed() -> list:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, harness, limits, run
+from benchmarks import attention_tiles, environment, harness, limits, run
 from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
 from benchmarks.harness import BROKEN, PREFIX
 from mmkernels import dispatch, native
@@ -75,6 +75,18 @@ def attention(context: Context) -> tuple[bool, dict]:
     return _timed(context, "attention")
 
 
+def attention_more(context: Context) -> tuple[bool, dict]:
+    """What the stage attention leaves out: short samples in several tiles, other widths, fp32, both directions in one
+    of batches of one length.  And where the time of a call on short samples goes."""
+    if context.dry_run:
+        problems = dry_problems.of("attention_more")
+    else:
+        rest = run.load("attention").more_problems(context.device, SEED)
+        problems = [*attention_tiles.problems(context.device, SEED), *rest]
+    ok, document = _timed(context, "attention_more", op="attention", problems=problems)
+    return ok, document | {"profile": [_profiled(problems[0], context.device)]}
+
+
 def modality_embed(context: Context) -> tuple[bool, dict]:
     return _timed(context, "modality_embed")
 
@@ -127,8 +139,10 @@ def _profiled(problem, device: torch.device) -> dict:
 
 
 def _profile(problem, device: torch.device) -> dict:
-    call = next(i.forward for i in problem.implementations() if i.name.startswith(PREFIX))
-    return profile.of(call, device) | {"steps": len(call.batches)}
+    ours = next(i for i in problem.implementations() if i.name.startswith(PREFIX))
+    if problem.op == "train_step":
+        return profile.of(ours.forward, device) | {"steps": len(ours.forward.batches)}
+    return profile.of(lambda: torch.autograd.grad(ours.forward(), ours.leaves, ours.grad_output), device)
 
 
 def attention_host(context: Context) -> tuple[bool, dict]:
@@ -148,6 +162,7 @@ STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
     "packing": packing,
     "train_step": train_step,
     "attention_host": attention_host,
+    "attention_more": attention_more,
     "train_compiled": train_compiled,
     "tune": tune,
 }
@@ -161,6 +176,7 @@ SHARE = {
     "packing": 40,
     "train_step": 110,
     "attention_host": 5,
+    "attention_more": 60,
     "train_compiled": 70,
     "tune": 20,
 }

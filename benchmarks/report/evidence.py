@@ -18,6 +18,7 @@ STAGES = (
     "packing",
     "train_step",
     "attention_host",
+    "attention_more",
     "train_compiled",
     "tune",
 )

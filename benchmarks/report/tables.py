@@ -9,6 +9,7 @@ from benchmarks.table import SHORT, number, ratio
 
 TITLES = {
     "attention": "attention",
+    "attention_tiles": "attention_tiles: forward of short samples, tile by tile",
     "compat": "compat: the drop-in replacements",
     "modality_embed": "modality_embed",
     "packing": "packing: pack, unpack, pad, unpad, gather_rows, segment_mean",

@@ -50,12 +50,19 @@ def test_cases():
     assert {"stamps", "repeats", "uniform", "longtail"} == {case.workload for case in cases("quick", "cpu")}
     assert {64, 128} == {case.width for case in cases("quick", "cpu")}
     assert any(case.kv_heads < case.heads for case in cases("quick", "cpu"))
-    lengths = {(case.width, case.mask): set() for case in cases("full", "cuda") if case.length}
-    for case in cases("full", "cuda"):
+    lengths = {(case.width, case.mask): set() for case in cases("quick", "cuda") if case.length}
+    for case in cases("quick", "cuda"):
         if case.length:
             lengths[case.width, case.mask].add(case.length)
             assert case.samples * case.length == 16384
     assert all({128, 1024, 16384} <= found for found in lengths.values())
+    rest = set(cases("full", "cuda")) - set(cases("quick", "cuda"))
+    assert {(case.dtype, case.width) for case in rest} == {("fp32", 64), ("fp32", 128), ("bf16", 32), ("bf16", 256)}
+    # the stage attention_more has those, and both directions in one of what the stage attention has one by one
+    later = attention.more_problems(torch.device("cuda"), 0)
+    assert {each.case for each in later if "fwd" not in each.directions} == {
+        each.case for each in attention.problems("quick", torch.device("cuda"), 0) if "fwd+bwd" not in each.directions
+    }
     assert len(lengths) == 4
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, attention_tiles
 
 pytest.importorskip("triton")
 
@@ -37,6 +37,38 @@ def test_what_the_stages_launch_is_among_the_calls():
     assert {"train_step: both", "small attention bf16 D64 everything, sample tiles: error rule"} < names
     assert any(name.startswith("modality_embed stamps full") for name in names)
     assert any(name.startswith("host ") for name in names)
+    tiles = sum(len(attention_tiles.TILES[case.width]) for case in attention_tiles.CASES)
+    assert sum(name.endswith(": forward") for name in names) == tiles
+    assert {f"{case}: both" for case in attention.CUDA_MORE} < names
+
+
+def test_each_tile_is_the_one_that_is_launched():
+    """A layout keeps its schedule, and quick calls keep theirs: the tiles of one problem must not meet."""
+    script = """if True:
+        import torch
+        from benchmarks import attention, attention_tiles
+        from benchmarks.attention_cases import Case
+        from benchmarks.gpu import absent
+        from mmkernels.ops.attention import triton_kernels
+        seen = []
+        absent.install()
+        made = triton_kernels._forward
+        def watched(*args):
+            launch = made(*args)
+            seen.append((launch.constants["BLOCK_Q"], launch.constants["BLOCK_K"], launch.constants["LATE"]))
+            return launch
+        triton_kernels._forward = watched
+        problem = attention.from_case(Case("uniform", 2, "full", 1, 1, 64, "bf16", 128), torch.device("cpu"), 0)
+        tiles = attention_tiles.TILES[64][:1] + attention_tiles.TILES[64][-1:]
+        calls = [attention_tiles.forward(problem, tile, "triton") for tile in tiles]
+        with torch.no_grad():
+            for call in (*calls, *calls):
+                call()
+        print(seen)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[(128, 64, False), (64, 32, False)"), done.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention_host, environment, limits, run, schema
+from benchmarks import attention_host, attention_tiles, environment, limits, run, schema
 from benchmarks.gpu import attention_calls, attention_checks, correctness, parallel, processes, stages, subprocesses
 from benchmarks.report import documents, evidence
 
@@ -37,7 +37,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
         assert record["stage"] == name
         assert record["dry_run"]
         assert set(schema.ENVIRONMENT) <= set(record["environment"])
-    for name in ("attention", "modality_embed", "packing", "train_step", "train_compiled"):
+    for name in ("attention", "attention_more", "modality_embed", "packing", "train_step", "train_compiled"):
         assert schema.errors(records[name]["result"]) == []
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
@@ -47,6 +47,11 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     assert {check["name"].split()[0].rstrip(":") for check in checks} == set(correctness.OPS)
     timed = {row["case"] for row in records["attention"]["result"]["rows"] if "checked" in row}
     assert len(timed) == 6
+    more = [row for row in records["attention_more"]["result"]["rows"] if "checked" in row]
+    assert {row["direction"] for row in more} == {"fwd", "fwd+bwd"}
+    tiles = {row["impl"] for row in more if row["op"] == "attention_tiles" and row["impl"].startswith("mm.auto ")}
+    assert len(tiles) == len(attention_tiles.TILES[64])
+    assert records["attention_more"]["result"]["profile"][0]["top"]
     # each kernel once under the sanitizer, and the walk of the tuner in the interpreter
     small = records["sanitizer"]["result"]["tail"]
     for name in ("attention bf16 D64 everything,", "attention bf16 D64 everything cross,", "modality_embed", "packing"):
@@ -56,6 +61,7 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     assert profiled["steps"] == 1
     assert profiled["top"][0]["ms"] >= profiled["top"][-1]["ms"] > 0
     assert any(row["name"].endswith(" train_step") for row in profiled["host"]["python"])
+    assert set(evidence.STAGES) == set(stages.STAGES) == set(stages.SHARE)
     # dry runs are no evidence; a second run has nothing left to do
     assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
     capsys.readouterr()
