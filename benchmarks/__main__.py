@@ -5,7 +5,7 @@ python -m benchmarks all|attention|compat|modality_embed|packing|planner|data|tr
 python -m benchmarks report FILE ... --out DIR [--docs]
 python -m benchmarks compare BASELINE NEW
 python -m benchmarks attention --host
-python -m benchmarks tune attention [--out PATH] [--dry-run]
+python -m benchmarks tune attention [--out PATH] [--json PATH] [--case NAME] [--kernel NAME] [--dry-run]
 python -m benchmarks gpu --out DIR [--stage NAME ...] [--budget-seconds N] [--dry-run]
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import compare, run
+from mmkernels.ops.attention.configs import KERNELS
 
 INTERRUPTED = 130  # what a shell expects of a program that was stopped
 WHAT = {  # how --help names an operator whose name does not tell
@@ -54,7 +55,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "tune":
         from benchmarks import tune
 
-        return tune.run(options.out, options.budget_seconds, options.head_dim, dry_run=options.dry_run)
+        choice = {"named": options.case, "kernels": options.kernel, "json": options.json, "dry_run": options.dry_run}
+        return tune.run(options.out, options.budget_seconds, options.head_dim, **choice)
     if options.command == "report":
         from benchmarks.report import command
 
@@ -125,6 +127,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     tune.add_argument("--out", type=Path, help="file to write; default: the table that the package reads")
     tune.add_argument("--budget-seconds", type=_amount, default=540, help="the rest keeps what it has; default 540")
     tune.add_argument("--head-dim", type=int, action="append", help="only this head width, repeatable; default all")
+    tune.add_argument("--case", default="", help='only cases with this in their name: "stamps 256 full"; default all')
+    tune.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel, repeatable; default all")
+    tune.add_argument("--json", type=Path, help="write what every candidate took there; default: nowhere")
     tune.add_argument("--dry-run", action="store_true", help="tiny, in Triton's interpreter: shows that it runs")
     gpu = commands.add_parser("gpu", help="everything a GPU is needed for, in stages, JSON after each")
     gpu.add_argument("--out", type=Path, required=True, help="folder for the JSON files")

@@ -187,7 +187,7 @@ def deferred(
     """A problem that is drawn when its turn comes.  kind: AttentionProblem, or one of its kind."""
     peers = _peers(shapes, case, device.type)
     build = functools.partial(from_case, case, device, seed, peers, directions, kind)
-    return Deferred(kind.op, _name(case, _layout(case, seed)), case.dtype, directions, build)
+    return Deferred(kind.op, name_of(case, seed), case.dtype, directions, build)
 
 
 def _peers(shapes: str, case: Case, device_type: str) -> tuple[Peer, ...]:
@@ -237,6 +237,11 @@ def from_case(
 def _layout(case: Case, seed: int) -> PackedLayout:
     options = {} if case.length is None else {"length": case.length}
     return workloads.BY_NAME[case.workload](case.samples, seed, **options)
+
+
+def name_of(case: Case, seed: int) -> str:
+    """What the case's problem is called."""
+    return _name(case, _layout(case, seed))
 
 
 def _name(case: Case, layout: PackedLayout) -> str:

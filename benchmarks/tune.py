@@ -1,11 +1,13 @@
 """Tunes the Triton attention kernels on the present GPU and rewrites mmkernels/ops/attention/tuned.json.
 
-    python -m benchmarks tune attention [--out PATH] [--budget-seconds N] [--head-dim 64 --head-dim 128]
+    python -m benchmarks tune attention [--out PATH] [--json PATH] [--budget-seconds N] [--head-dim 64 --head-dim 128]
+                                        [--case "stamps 256 full"] [--kernel fwd]
     TRITON_INTERPRET=1 python -m benchmarks tune attention --dry-run --out PATH    the same walk, in the interpreter
 
 For each head width, dtype, mask class and length profile, each kernel's tile, warps, stages, loads and late products
 are varied one after another from its default.  A candidate that fails, spills or is wrong is left out; one that is
-faster by MIN_GAIN is written with where and when it was measured.  Other entries of the file stay.
+faster by MIN_GAIN is written with where and when it was measured.  Other entries of the file stay.  The table goes by
+architecture: where an entry takes the place of another, it says which GPU had found that one, and when.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from mmkernels.ops.attention.configs import Config
 SEED = 0
 MIN_GAIN = 1.02  # a smaller one is within the spread of a busy clock
 SECONDS_PER_AXIS = 1.0
+KERNELS = ("fwd", "fused", "dq", "dkdv")  # in this order
 DIRECTION = {"fwd": "fwd", "fused": "bwd", "dkdv": "bwd", "dq": "bwd"}
 
 # What is varied, in this order, each from the best of those before.  A limit of registers is right for one tile: it is
@@ -69,28 +72,50 @@ class Sweep:
     axes: tuple[tuple[dict, ...], ...]
     seconds: float
     provenance: dict
+    before: dict[tuple, dict] = field(default_factory=dict)
     entries: list[dict] = field(default_factory=list)
     tried: list[dict] = field(default_factory=list)
     spilled: dict[tuple, int] = field(default_factory=dict)
     deadline: float = math.inf  # of time.perf_counter; a kernel whose candidates were not all tried keeps what it has
 
 
-def run(out: Path | None, seconds: float, widths: list[int] | None = None, *, dry_run: bool = False) -> int:
-    """Returns an exit code: 2 where there is nothing to tune on.  out None: the table that the package reads."""
-    cases = DRY_CASES if dry_run else CASES
-    reason = _refusal(dry_run, out, set(widths or ()) - {case.width for case in cases})
+def run(
+    out: Path | None,
+    seconds: float,
+    widths: list[int] | None = None,
+    *,
+    named: str = "",
+    kernels: list[str] | None = None,
+    json: Path | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Returns an exit code: 2 where there is nothing to tune on.
+
+    out: None is the table that the package reads.  named: of the cases those with it in their name.  json: file for
+    what every candidate took.
+    """
+    every = DRY_CASES if dry_run else CASES
+    cases = [case for case in every if named in attention.name_of(case, SEED)]
+    reason = _refusal(dry_run, out, set(widths or ()) - {case.width for case in every})
+    if not cases:
+        names = "; ".join(attention.name_of(case, SEED) for case in every)
+        reason = f"no case has {named!r} in its name; they are: {names}"
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 2
     out = out or tuned.tuned_path()
-    files.refuse_unwritable(out)
+    for path in filter(None, (out, json)):
+        files.refuse_unwritable(path)
     try:
-        merged(out, [])  # before the first kernel's minutes: what is there must be a table
+        # Before the first kernel's minutes: what is there must be a table.
+        before = [*merged(tuned.tuned_path(), []), *merged(out, [])]
     except ValueError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
     sweep = sweep_of(torch.device("cpu" if dry_run else "cuda"), dry_run)
-    walk(sweep, [case for case in cases if not widths or case.width in widths], out, seconds)
+    sweep.before = {_key(entry): entry["provenance"] for entry in before}
+    cases = [case for case in cases if not widths or case.width in widths]
+    walk(sweep, cases, out, seconds, json, tuple(kernels or KERNELS))
     return 0
 
 
@@ -108,8 +133,10 @@ def sweep_of(device: torch.device, dry_run: bool) -> Sweep:
     return Sweep(device, arch, DRY_AXES if dry_run else AXES, 0.01 if dry_run else SECONDS_PER_AXIS, provenance)
 
 
-def walk(sweep: Sweep, cases: list[Case], out: Path, seconds: float) -> None:
-    """Tunes case after case until the time is spent, and writes the file after each kernel."""
+def walk(
+    sweep: Sweep, cases: list[Case], out: Path, seconds: float, json: Path | None, kernels: tuple[str, ...]
+) -> None:
+    """Tunes case after case until the time is spent, and writes the files after each kernel."""
     sweep.deadline = time.perf_counter() + seconds
     for index, case in enumerate(cases):
         if time.perf_counter() > sweep.deadline:
@@ -117,9 +144,11 @@ def walk(sweep: Sweep, cases: list[Case], out: Path, seconds: float) -> None:
             return
         problem = attention.from_case(case, sweep.device, SEED)
         print(f"tune: {problem.case} {problem.dtype}", flush=True)
-        for kernel in ("fwd", "fused", "dq", "dkdv"):
+        for kernel in kernels:
             tune_kernel(sweep, problem, case, kernel)
             merge(out, sweep.entries)
+            if json:
+                files.write({"provenance": sweep.provenance, "tried": sweep.tried}, json)
 
 
 def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
@@ -167,8 +196,12 @@ def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:
         "lengths": lengths,
         "kernel": kernel,
     }
-    figures = {"workload": problem.case, "ms": round(best_ms, 5), "default_ms": round(default_ms, 5)}
-    sweep.entries.append(keys | {"config": _numbers(best), "provenance": sweep.provenance | figures})
+    provenance = sweep.provenance | {"workload": problem.case}
+    provenance |= {"ms": round(best_ms, 5), "default_ms": round(default_ms, 5)}
+    if earlier := sweep.before.get(_key(keys)):
+        provenance["in_place_of"] = f"{earlier['device']}, {earlier.get('date', 'no date')}"
+        print(f"  {kernel}: in place of what was found on {provenance['in_place_of']}")
+    sweep.entries.append(keys | {"config": _numbers(best), "provenance": provenance})
 
 
 def _is_for(kernel: str, width: int, config: Config) -> bool:
@@ -219,10 +252,13 @@ def merge(path: Path, entries: list[dict]) -> None:
 
 def merged(path: Path, entries: list[dict]) -> list[dict]:
     """The file's entries, with these in place of those of equal keys.  Raises ValueError where it is no table."""
-    key = lambda entry: tuple(entry[name] for name in tuned.KEYS)  # noqa: E731
-    ours = {key(entry): entry for entry in entries}
-    kept = [entry for entry in (tuned.read(path) if path.exists() else []) if key(entry) not in ours]
+    ours = {_key(entry): entry for entry in entries}
+    kept = [entry for entry in (tuned.read(path) if path.exists() else []) if _key(entry) not in ours]
     return [*kept, *ours.values()]
+
+
+def _key(entry: dict) -> tuple:
+    return tuple(entry[name] for name in tuned.KEYS)
 
 
 def no_grad(call: Callable):

@@ -33,9 +33,12 @@ def sanitized(device: torch.device, seconds: float, *, dry_run: bool) -> tuple[b
 
 
 def tuned(path: Path, seconds: float, *, dry_run: bool) -> tuple[bool, dict]:
-    """{"entries", "rc", "tail"}: what was found to be faster than the defaults.  A dry run is in the interpreter."""
+    """{"entries", "rc", "tail"}: what was found to be faster than the defaults.  A dry run is in the interpreter.
+
+    What every candidate took is in tune-tried.json beside path.
+    """
     command = [sys.executable, "-m", "benchmarks", "tune", "attention", "--out", str(path.resolve())]
-    command += ["--budget-seconds", str(round(seconds))]
+    command += ["--budget-seconds", str(round(seconds)), "--json", str(path.resolve().with_name("tune-tried.json"))]
     if dry_run:
         command = ["env", "TRITON_INTERPRET=1", *command, "--dry-run"]
     ok, result = _ran(command, seconds + LAST_CANDIDATE, tool="the interpreter" if dry_run else "the GPU")

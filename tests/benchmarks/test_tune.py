@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -43,6 +45,33 @@ def test_refuses_before_anything_is_timed(tmp_path, capsys, monkeypatch):
     assert "Is a directory" in capsys.readouterr().err
 
 
+def test_only_what_is_named_is_walked(tmp_path, capsys, monkeypatch):
+    walked = []
+    monkeypatch.setattr(tune, "_refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "sweep_of", lambda *_: tune.Sweep(CPU, "sm_90", (), 0.0, {"device": "x"}))
+    monkeypatch.setattr(tune, "tune_kernel", lambda sweep, problem, case, kernel: walked.append((case, kernel)))
+    small = attention.from_case(tune.DRY_CASES[0], CPU, 0)
+    monkeypatch.setattr(attention, "from_case", lambda *_: small)
+    command = ["tune", "attention", "--out", str(tmp_path / "t.json"), "--json", str(tmp_path / "tried.json")]
+    assert main([*command, "--case", "stamps 256 full", "--head-dim", "64", "--kernel", "fwd"]) == 0
+    assert [(case.workload, case.mask, case.width, kernel) for case, kernel in walked] == [
+        ("stamps", "full", 64, "fwd")
+    ]
+    assert json.loads((tmp_path / "tried.json").read_text()) == {"provenance": {"device": "x"}, "tried": []}
+    assert main([*command, "--case", "nonsense"]) == 2
+    assert "no case has 'nonsense' in its name; they are: stamps 256 full" in capsys.readouterr().err
+
+
+def test_an_entry_of_another_gpu_is_not_replaced_without_a_word(timed, capsys):
+    start = configs.select("sm_90", "fp32", 16, mask="causal", lengths="short").fwd[0]
+    ms = {None: 2.0, (start.rows, start.warps): 2.0, (64, 8): 2.0, (128, 8): 1.5, (128, 4): 1.0}
+    (entry,) = timed(ms).entries
+    assert "in_place_of" not in entry["provenance"]
+    (newer,) = timed(ms, before={tune._key(entry): {"device": "an H100", "date": "2026-11-27"}}).entries
+    assert newer["provenance"]["in_place_of"] == "an H100, 2026-11-27"
+    assert "in place of what was found on an H100" in capsys.readouterr().out
+
+
 def test_merge_keeps_the_others(tmp_path):
     path = tmp_path / "a folder that is made/tuned.json"
     tune.merge(path, [ENTRY, ENTRY | {"kernel": "dq"}])
@@ -70,10 +99,11 @@ def test_every_case_has_a_place_in_the_table():
 def timed(monkeypatch):
     """tune_kernel with made-up candidates and times: ms by configuration, None for the default."""
 
-    def run(ms, reasons=None):
+    def run(ms, reasons=None, before=()):
         sweep = tune.Sweep(
             CPU, "sm_90", ((({"rows": 64}), ({"rows": 128})), ({"warps": 4}, {"warps": 8})), 0.0, {"x": 1}
         )
+        sweep.before = dict(before)
         problem = attention.from_case(tune.DRY_CASES[0], CPU, 0)
 
         def candidate(sweep, problem, kernel, config):

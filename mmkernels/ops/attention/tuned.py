@@ -10,8 +10,9 @@ The file, which `python -m benchmarks tune attention` writes and `read` checks:
                       "ms": 0.41, "default_ms": 0.47}}]}
 
 head_dim is the widest head of a bucket (32, 64, 128, 256); mask and lengths are classes of `classify`; kernel is
-fwd, dkdv, dq or fused; provenance is free but must be there.  An entry is used where all its keys match, bf16's also
-for fp16 where that has none of its own; the last of equal entries wins.
+fwd, dkdv, dq or fused; provenance is free but names the device that timed it.  An entry is used where all its keys
+match, on every GPU of its architecture, bf16's also for fp16 where that has none of its own; the last of equal entries
+wins.
 """
 
 from __future__ import annotations
@@ -119,6 +120,6 @@ def _problem(entry) -> str | None:
     extra = [name for name in numbers if name not in (*_NUMBERS, *_OPTIONAL)]
     if extra or any(not isinstance(numbers.get(name), int) or numbers[name] < 1 for name in _NUMBERS):
         return f"config is {numbers}, expected whole {', '.join(_NUMBERS)} and perhaps {', '.join(_OPTIONAL)}"
-    if not entry["provenance"]:
-        return "provenance is empty: a number must say where it was measured"
+    if not isinstance(entry["provenance"], dict) or not entry["provenance"].get("device"):
+        return "provenance names no device: a number must say where it was measured"
     return None

@@ -171,7 +171,7 @@ def test_what_is_written_can_be_read(tuned_file):
         ({"kernel": "forward"}, "kernel is 'forward'"),
         ({"config": {"rows": 128, "cols": 64, "warps": 8}}, "expected whole rows, cols, warps, stages"),
         ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "waves": 1}}, "expected whole rows"),
-        ({"provenance": {}}, "provenance is empty"),
+        ({"provenance": {"date": "today"}}, "provenance names no device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
