@@ -43,6 +43,9 @@ POOLS = (8, 50)  # batches that are sorted by length together
 # (tests/benchmarks/test_train_step.py), and the mildest of the wrong ones there misses them ten times over.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 GRADIENT_TOLERANCE = {"fp32": 3e-5, "bf16": 1e-1}
+HELD_GB = (
+    25.0  # of a GPU's memory, beside a padded layout's activations: all implementations' models, and the allocator
+)
 SMALL = 4  # samples in the batch whose gradients are checked, a long one among them
 
 
@@ -114,7 +117,7 @@ class StepProblem:
             return
         yield from self._packed_peers(*plain)
         for name, batches in {"vilt_padded": plain, **sorted_pools}.items():
-            if reason := self.sizes.left_out.get(name):
+            if reason := self.sizes.left_out.get(name) or self._too_large(batches[0]):
                 yield Missing(name, reason)
             else:
                 yield self._implementation(name, PaddedModel, *batches, padded=True)
@@ -230,10 +233,26 @@ class StepProblem:
         masked = prepared.masked and prepared.masked.to(device)  # a run does it in the step; the same for all
         return batch.to(device), dataclasses.replace(prepared, masked=masked)
 
+    def _too_large(self, batches: list[np.ndarray]) -> str | None:
+        """Why a padded layout of the largest of the batches cannot fit; None where it may, or nobody knows."""
+        has = memory_gb(self.device)
+        needs = self.sizes.slot_mb * max(self._slots_of(b) for b in batches) / 1e3 + HELD_GB
+        if not self.sizes.slot_mb or has is None or needs <= has:
+            return None
+        return f"needs about {needs:.0f} GB, the GPU has {has:.0f}"
+
+    def _slots_of(self, batch: np.ndarray) -> int:
+        return len(batch) * self.samples.parts[batch].max(axis=0).sum()
+
     def _slots(self, batches: list[np.ndarray]) -> float:
         """Token slots of the padded encoder per real token, over the batches read in full."""
-        slots = sum(len(b) * self.samples.parts[b].max(axis=0).sum() for b in batches)
+        slots = sum(self._slots_of(b) for b in batches)
         return float(slots / sum(self.samples.lengths[b].sum() for b in batches))
+
+
+def memory_gb(device: torch.device) -> float | None:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
 
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:

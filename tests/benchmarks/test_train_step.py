@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import limits, run, schema, train_step
+from benchmarks import limits, run, schema, train_step, train_step_cases
 from benchmarks.harness import PREFIX, Missing
 from benchmarks.peers import train_packed, train_padded
 from benchmarks.train_step_data import Samples, bucketed, spread
@@ -94,6 +94,21 @@ def test_who_is_left_out_is_never_built(monkeypatch):
     found = list(problem(every_peer=False, left_out=left_out).implementations())
     assert {row.name: row.reason for row in found if isinstance(row, Missing)}.items() >= left_out.items()
     assert built == [f"{PREFIX}packed", "bucketed_8"]
+
+
+@pytest.mark.parametrize(
+    ("gb", "left_out"),
+    [(85.0, {"B64 vilt_padded", "B256 vilt_padded", "B256 bucketed_8", "B256 bucketed_50"}),  # an H100's, as it was
+     (150.0, {"B256 vilt_padded", "B256 bucketed_8", "B256 bucketed_50"})],
+)  # fmt: skip
+def test_padded_layouts_are_tried_where_they_fit(monkeypatch, gb, left_out):
+    monkeypatch.setattr(train_step, "memory_gb", lambda device: gb)
+    monkeypatch.setattr(train_step.StepProblem, "_implementation", lambda *_, **__: None)
+    found = set()
+    for case in (train_step_cases.B64, train_step_cases.B256, train_step_cases.B48):
+        rows = [i for i in train_step.build(case, CPU, 0).implementations() if isinstance(i, Missing)]
+        found |= {f"B{case.batch_size} {row.name}" for row in rows if row.reason.startswith("needs about")}
+    assert found == left_out
 
 
 def test_the_loss_that_others_are_held_to_keeps_few_activations(longtail):
