@@ -18,7 +18,7 @@ def our_impls(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tup
     for impl in dispatch.TABLE[op].get(device.type, ()):
         if impl == "reference":
             continue
-        reason = dispatch.missing(op, impl, device_type=device.type, dtype=dtype)
+        reason = dispatch.missing(op, impl, device=device, dtype=dtype)
         yield PREFIX + impl, Missing(PREFIX + impl, reason) if reason else impl
 
 

@@ -294,13 +294,13 @@ def _refusal(dry_run: bool, out: Path | None, unknown: set[int]) -> str | None:
             return "--dry-run walks the sweep in Triton's interpreter: set TRITON_INTERPRET=1"
         if out is None:
             return "--dry-run needs --out: what it times must not become the table"
-        return dispatch.missing("attention", "triton", device_type="cpu", dtype=torch.float32)
+        return dispatch.missing("attention", "triton", device=torch.device("cpu"), dtype=torch.float32)
     if not torch.cuda.is_available():
         return (
             "torch sees no GPU; without one the table is the built-in one of mmkernels/ops/attention/configs.py, "
             "chosen from the inspector's report (python -m mmkernels.inspect --op attention); --dry-run walks the sweep"
         )
-    return dispatch.missing("attention", "triton", device_type="cuda", dtype=torch.bfloat16)
+    return dispatch.missing("attention", "triton", device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
 def _numbers(config: Config) -> dict:

@@ -58,13 +58,13 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
     if impl != "auto":
-        reason = missing(op, impl, device_type=device.type, dtype=dtype)
+        reason = missing(op, impl, device=device, dtype=dtype)
         if reason is not None:
             raise UnavailableError(f"{op}: impl={impl!r} cannot run on {device.type} {_name(dtype)}: {reason}")
         return impl
     reasons = []
     for candidate in TABLE[op].get(device.type, ()):
-        reason = missing(op, candidate, device_type=device.type, dtype=dtype)
+        reason = missing(op, candidate, device=device, dtype=dtype)
         if reason is None:
             return candidate
         reasons.append(f"{candidate}: {reason}")
@@ -72,25 +72,25 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
     raise UnavailableError(f"{op}: nothing can run on {device.type} {_name(dtype)} ({why})")
 
 
-def missing(op: str, impl: str, *, device_type: str, dtype: torch.dtype) -> str | None:
+def missing(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> str | None:
     """What stops `impl` from running `op` there, or None when it can run."""
     if impl == "reference":
         return None
     if dtype == torch.float64 and op != "packing":  # packing moves any dtype and sums fp64 as fp64
         return "float64 is for the reference alone"
     if impl == "torch":
-        if op in CPU_ONLY_TORCH and device_type != "cpu":
+        if op in CPU_ONLY_TORCH and device.type != "cpu":
             return "this path is for CPU tensors"
         return None
     if impl == "cpp":
-        if device_type != "cpu":
+        if device.type != "cpu":
             return "the C++ path is for CPU tensors"
         return cpp_missing()
     if impl == "triton":
-        return _triton_missing(op, device_type, dtype)
+        return _triton_missing(op, device, dtype)
     if op != "packing":
         return f"{op} has no CUDA C++ kernels"
-    if device_type != "cuda":
+    if device.type != "cuda":
         return "the CUDA kernels are for GPU tensors"
     return cuda_missing()
 
@@ -173,7 +173,7 @@ _CUDA_BUILT = native.path_of("_C_cuda") is not None
 _TRITON_VERSION = _find_triton()
 
 
-def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _triton_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernels"
     found = triton_version()
@@ -183,18 +183,26 @@ def _triton_missing(op: str, device_type: str, dtype: torch.dtype) -> str | None
         return f"Triton is {'.'.join(map(str, found))}, needs {'.'.join(map(str, MIN_TRITON))} or later"
     if dtype not in TRITON_DTYPES:
         return f"the kernels take fp32, bf16 and fp16, not {_name(dtype)}"
-    if device_type == "cpu":
+    if device.type == "cpu":
         if not settings.current().triton_interpret:
             return "CPU tensors need TRITON_INTERPRET=1"
         if dtype == torch.bfloat16:
             return "Triton's interpreter gives wrong bf16 products; use fp32 or fp16 there"
         return None
-    if device_type != "cuda":
+    if device.type != "cuda":
         return "the kernels run on CUDA devices"
-    capability = torch.cuda.get_device_capability()
+    capability = _capability(device)
     if capability < MIN_CAPABILITY:
         return f"the GPU is sm_{capability[0]}{capability[1]}, needs sm_80 or later"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the tensors' own GPU, which need not be the current one."""
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing the compiler
 
 
 def note(text: str) -> None:
@@ -223,7 +231,7 @@ def explain() -> str:
     for op, per_device in TABLE.items():
         for device_type in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                lines.append(_row(op, per_device[device_type], device_type, dtype))
+                lines.append(_row(op, per_device[device_type], torch.device(device_type), dtype))
     if cpp_missing() is None:
         lines.insert(3, f"C++ on the CPU: {_vectors()}")
     if cpp_missing() is None and native.cpu_functions() is None:
@@ -246,12 +254,12 @@ def _vectors() -> str:
     return f"vectors of {floats} floats{name}{bf16}"
 
 
-def _row(op: str, order: tuple[str, ...], device_type: str, dtype: torch.dtype) -> str:
-    reasons = {impl: missing(op, impl, device_type=device_type, dtype=dtype) for impl in order}
+def _row(op: str, order: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str:
+    reasons = {impl: missing(op, impl, device=device, dtype=dtype) for impl in order}
     chosen = next((impl for impl in order if reasons[impl] is None), "nothing")
     faster = order[: order.index(chosen)] if chosen in order else order
     why = "; ".join(f"not {impl}: {reasons[impl]}" for impl in faster)
-    return f"{op:<15} {device_type:<5} {_name(dtype):<9} -> {chosen:<10} {why}".rstrip()
+    return f"{op:<15} {device.type:<5} {_name(dtype):<9} -> {chosen:<10} {why}".rstrip()
 
 
 def _gpu() -> str:

@@ -36,6 +36,24 @@ def test_a_request_that_cannot_be_met_says_why(op, impl, dtype, error, message):
         dispatch.resolve(op, impl, device=CPU, dtype=dtype)
 
 
+def test_the_gpu_that_is_asked_is_the_tensors_own(monkeypatch):
+    """An old GPU beside a new one; torch.compile takes the answer for a constant."""
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][torch.device(device).index]
+    )
+    new, old = torch.device("cuda:0"), torch.device("cuda:1")
+    assert dispatch.resolve("attention", "triton", device=new, dtype=torch.bfloat16) == "triton"
+    with pytest.raises(RuntimeError, match="the GPU is sm_75, needs sm_80"):
+        dispatch.resolve("attention", "triton", device=old, dtype=torch.bfloat16)
+
+    def traced(x):
+        return x + len(dispatch.resolve("modality_embed", "auto", device=old, dtype=torch.bfloat16))
+
+    compiled = torch.compile(traced, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == len("torch")
+
+
 def test_missing_extension_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "cpp_missing", lambda: "the extension mmkernels._C is not built")
     with pytest.raises(RuntimeError, match=r"mmkernels\._C is not built"):

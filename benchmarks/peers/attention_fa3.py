@@ -13,7 +13,7 @@ MODULE = "fa3_fwd_interface"
 
 def missing(problem) -> str | None:
     reason = packed.missing(problem, MODULE, (torch.bfloat16,))
-    if reason is None and torch.cuda.get_device_capability() != (9, 0):
+    if reason is None and torch.cuda.get_device_capability(problem.q.device) != (9, 0):
         return "runs on sm_90 only"
     return reason
 

@@ -95,7 +95,7 @@ def test_deferred_problems_are_what_they_say():
 @pytest.mark.parametrize("impl", ["cpp", "torch", "triton"])
 def test_pairs_computed(impl, mask):
     """Never less than what is visible, and no more than the tiles or the squares of the samples."""
-    if impl == "cpp" and dispatch.missing("attention", "cpp", device_type="cpu", dtype=torch.float32):
+    if impl == "cpp" and dispatch.missing("attention", "cpp", device=torch.device("cpu"), dtype=torch.float32):
         pytest.skip("the C++ extension is not built")
     plan = tiny(mask).plan
     lengths = plan.layout.cu_seqlens.diff().tolist()

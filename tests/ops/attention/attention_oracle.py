@@ -23,7 +23,8 @@ NUM_MODALITIES = 3
 CPU_IMPLS = [
     impl
     for impl in dispatch.TABLE["attention"]["cpu"]
-    if impl != "reference" and dispatch.missing("attention", impl, device_type="cpu", dtype=torch.float32) is None
+    if impl != "reference"
+    and dispatch.missing("attention", impl, device=torch.device("cpu"), dtype=torch.float32) is None
 ]
 
 
