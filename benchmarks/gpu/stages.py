@@ -171,7 +171,7 @@ SHARE = {
     "probe": 10,
     "correctness": 240,
     "sanitizer": 40,
-    "attention": 140,
+    "attention": 170,
     "modality_embed": 30,
     "packing": 40,
     "train_step": 110,

@@ -56,6 +56,9 @@ def test_cases():
             lengths[case.width, case.mask].add(case.length)
             assert case.samples * case.length == 16384
     assert all({128, 1024, 16384} <= found for found in lengths.values())
+    # whom FlexAttention is compiled for comes last: minutes, of which nothing else should want for time
+    slow = [attention_flex.FLEX in attention._peers("quick", case, "cuda") for case in cases("quick", "cuda")]
+    assert slow == [False] * (len(slow) - 3) + [True] * 3
     rest = set(cases("full", "cuda")) - set(cases("quick", "cuda"))
     assert {(case.dtype, case.width) for case in rest} == {("fp32", 64), ("fp32", 128), ("bf16", 32), ("bf16", 256)}
     # the stage attention_more has those, and both directions in one of what the stage attention has one by one
