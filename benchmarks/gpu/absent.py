@@ -1,4 +1,4 @@
-"""A driver that tells Triton of an sm_90 GPU that is not there: real calls compile their kernels, and launch nothing.
+"""A driver that tells Triton of a GPU that is not there: real calls compile their kernels, and launch nothing.
 
 For a process of its own: nothing else should meet results that nobody computed.
 """
@@ -12,9 +12,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from mmkernels import dispatch
+from mmkernels.inspect import ARCHS
 from mmkernels.ops.attention import triton_kernels
 
-CAPABILITY, SHARED = 90, 232448  # bytes of shared memory that a block may have
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes of shared memory that a block may have
 
 
 class Driver:
@@ -25,14 +26,14 @@ class Driver:
 
     utils = property(lambda self: self)
 
-    def __init__(self, launched: Callable[..., None], compiled: Callable[[Any, Any], None]) -> None:
-        self._launched, self._compiled = launched, compiled
+    def __init__(self, launched: Callable[..., None], compiled: Callable[[Any, Any], None], arch: str) -> None:
+        self._launched, self._compiled, self._arch = launched, compiled, arch
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
         return name, hash(kernel), 0, 0, 1024  # module, function, registers, spills, threads
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED}
+        return {"max_shared_mem": SHARED[self._arch]}
 
     def get_current_device(self) -> int:
         return 0
@@ -41,7 +42,7 @@ class Driver:
         return 7
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", ARCHS[self._arch], 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         self._compiled(source, metadata)
@@ -49,9 +50,11 @@ class Driver:
 
 
 def install(
-    launched: Callable[..., None] = lambda *args: None, compiled: Callable[[Any, Any], None] = lambda *args: None
+    launched: Callable[..., None] = lambda *args: None,
+    compiled: Callable[[Any, Any], None] = lambda *args: None,
+    arch: str = "sm_90",
 ) -> None:
-    """From here on, in this process, impl="triton" takes CPU tensors for an H100's."""
-    driver.set_active(Driver(launched, compiled))
+    """From here on, in this process, impl="triton" takes CPU tensors for those of such a GPU."""
+    driver.set_active(Driver(launched, compiled, arch))
     dispatch._triton_missing = lambda *inputs: None
-    triton_kernels._arch = lambda device: f"sm_{CAPABILITY}"
+    triton_kernels._arch = lambda device: arch

@@ -1,6 +1,6 @@
-"""Compiles ahead, without a GPU, what the stages of `python -m benchmarks gpu` launch on sm_90, but for the tuner.
+"""Compiles ahead, without a GPU, what the stages of `python -m benchmarks gpu` launch, but for the tuner.
 
-    TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--jobs 2]
+    TRITON_CACHE_DIR=DIR TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.ahead [--arch sm_90] [--jobs 2]
 
 Where GPU time is short: compiling takes minutes of several cores, and none of the GPU's.  The folder serves a machine
 with the same build of Triton, under the same path: both are part of what is looked up.  What peers compile is made
@@ -104,9 +104,9 @@ def _step() -> None:
             step.gradients(*pair)
 
 
-def compile_some(wanted: list[str]) -> list[dict]:
+def compile_some(arch: str, wanted: list[str]) -> list[dict]:
     """Of each name whether its kernels were compiled, as parallel.run wants it."""
-    absent.install(compiled=launchers.build)
+    absent.install(compiled=launchers.build, arch=arch)
     launchers.build_utils()
     torch.set_num_threads(1)
     solve, left, records = attention_checks.solve, set(wanted), []
@@ -133,10 +133,11 @@ def compile_some(wanted: list[str]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.ahead", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=absent.SHARED, default="sm_90", help="an H100's or H200's by default: sm_90")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2")
     parser.add_argument("--only", default="", help="calls with this in their name; default all")
     options = parser.parse_args(argv)
-    absent.install()  # the checks are those of its kind
+    absent.install(arch=options.arch)  # the checks are those of its kind
     names = [name for name, _ in calls() if options.only in name]
     if not names or options.jobs < 1:
         what = f"--jobs is {options.jobs}, expected 1 or more" if names else f"no call has {options.only!r} in its name"
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     groups = correctness._groups(names)
     shares = [list(itertools.chain(*groups[i :: options.jobs])) for i in range(options.jobs)]
-    records = parallel.run(compile_some, shares, options.jobs)
+    records = parallel.run(functools.partial(compile_some, options.arch), shares, options.jobs)
     failed = [record["name"] for record in records if not record["ok"]]
     print(f"{len(records) - len(failed)} calls compiled, {len(failed)} failed")
     return 1 if failed else 0

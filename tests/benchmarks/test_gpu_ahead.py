@@ -1,5 +1,6 @@
 """Kernels compiled ahead, without a GPU: into the folder that Triton looks them up in."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,16 @@ def test_the_kernels_of_a_call_are_compiled(tmp_path):
         assert {path.name.split(".")[0] for path in launchers} == {"__triton_launcher", "cuda_utils"}
     # what they take from the driver is looked up in it, or they could not be loaded where there is one
     assert all(b"libcuda.so.1" in path.read_bytes() for path in launchers)
+
+
+def test_another_architecture(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu.ahead", "--jobs", "1", "--arch", "sm_80"]
+    command += ["--only", "attention fp16 D64 blind, sample tiles: error rule"]
+    environ = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (found,) = tmp_path.glob("*/attention_fwd_kernel.json")
+    assert json.loads(found.read_text())["target"]["arch"] == 80
 
 
 def test_what_the_stages_launch_is_among_the_calls():
