@@ -19,6 +19,8 @@ class Backend:
     def missing(self, problem) -> str | None:
         if problem.q.device.type != "cuda":
             return "runs on CUDA devices only"
+        if self.backend != SDPBackend.EFFICIENT_ATTENTION and problem.q.dtype not in packed.HALF:
+            return "takes bfloat16, float16"
         if packed.plain_mask(problem) is None:
             return "knows no such mask"
         lengths = {stop - start for start, stop in dense_masks.bounds(problem.plan)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from benchmarks import attention, attention_pairs, table
 from benchmarks.attention_cases import MASKS, Case, cases
 from benchmarks.harness import Implementation, built, close
-from benchmarks.peers import attention_flex, packed
+from benchmarks.peers import attention_flex, attention_sdpa_backends, packed
 from mmkernels import dispatch
 from mmkernels.masks import MaskPlan
 from mmkernels.ops.attention.api import attention as attend
@@ -166,3 +168,15 @@ def test_peers_say_why_not():
     assert attention.PEERS[0].missing(tiny("causal")) is None
     assert packed.installed("torch.nn.attention.varlen")
     assert not packed.installed("no_such_package.ops")
+
+
+def test_who_takes_no_fp32_is_missing_and_has_not_failed():
+    for peer, reason in (
+        (attention_sdpa_backends.FLASH, "takes bfloat16, float16"),
+        (attention_sdpa_backends.CUDNN, "takes bfloat16, float16"),
+        (attention_sdpa_backends.EFFICIENT, None),
+    ):
+        problem = attention.from_case(Case("uniform", 2, "full", 1, 1, 16, "fp32", 8), torch.device("cpu"), 0)
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=problem.q.dtype, shape=problem.q.shape)
+        seen = SimpleNamespace(q=on_gpu, k=on_gpu, plan=problem.plan, mask=problem.mask)
+        assert peer.missing(seen) == reason
