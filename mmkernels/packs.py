@@ -98,10 +98,11 @@ def plan_packs(
         raise ValueError(f"plan_packs: long is {long!r}, expected one of {', '.join(LONG)}")
     max_items = None if max_items is None else at_least_one("plan_packs", "max_items", max_items, " or None")
     lengths, budgets = lengths_and_budgets("plan_packs", lengths, budget)
-    if long == "split" and (len(budgets) > 1 or costs is not None):
+    splits = len(budgets) == 1 and costs is None
+    if long == "split" and not splits:
         came = "costs" if costs is not None else f"{len(budgets)} budgets"
         raise ValueError(f"plan_packs: long='split' needs one budget and no costs, got {came}")
-    items, lengths, pieces, dropped = _fit_long(lengths, budgets, long)
+    items, lengths, pieces, dropped = _fit_long(lengths, budgets, long, splits)
     totals = lengths.sum(0, dtype=np.int64)
     bounds = _lower_bounds(lengths, totals, budgets, max_items)
 
@@ -216,7 +217,7 @@ def reject_long(function: str, lengths: np.ndarray, budgets: np.ndarray, first: 
     )
 
 
-def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str):
+def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str, splits: bool):
     """(item of each entry, or None for the identity; lengths that fit; pieces or None; dropped items)."""
     nothing = np.zeros(0, np.int64)
     if long == "split":
@@ -229,7 +230,8 @@ def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str):
     if not len(lengths) or (lengths.max(0) <= budgets).all():
         return None, lengths, None, nothing
     if long == "error":
-        reject_long("plan_packs", lengths, budgets, 0, "long='split' or long='drop' accept it")
+        advice = "long='split' or long='drop' accept it" if splits else "long='drop' accepts it"
+        reject_long("plan_packs", lengths, budgets, 0, advice)
     too_long = (lengths > budgets).any(1)
     kept = np.flatnonzero(~too_long)
     return kept, lengths[kept], None, np.flatnonzero(too_long)

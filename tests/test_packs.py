@@ -165,8 +165,12 @@ def test_nothing_to_pack():
 def test_a_long_item_is_named():
     with pytest.raises(ValueError, match="item 2 has length 9, over the budget of 8; long='split' or long='drop'"):
         plan_packs([3, 8, 9, 10], 8)
-    with pytest.raises(ValueError, match=r"item 1 has length\[1\] 5, over the budget\[1\] of 4"):
+    with pytest.raises(
+        ValueError, match=r"item 1 has length\[1\] 5, over the budget\[1\] of 4; long='drop' accepts it"
+    ):
         plan_packs([[3, 4], [1, 5]], [8, 4])
+    with pytest.raises(ValueError, match="item 0 has length 9, over the budget of 8; long='drop' accepts it"):
+        plan_packs([9], 8, costs=[1])
 
 
 def test_a_long_item_is_dropped_by_choice():
