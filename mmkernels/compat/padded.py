@@ -41,7 +41,7 @@ def attend(
     plan: PaddedPlan,
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     deterministic: bool | None = None,
     return_lse: bool = False,
     impl: str = "auto",

@@ -32,7 +32,7 @@ def varlen_attn(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
     mask: AttentionMask | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     deterministic: bool | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:

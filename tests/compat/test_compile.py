@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from mmkernels import AttentionMask, PackedLayout, prepare_attention
 from mmkernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
 from mmkernels.modules import MultiheadAttention
@@ -62,6 +64,33 @@ def test_sizes_that_change_are_one_graph_too():
 def _with_gradient(function, x, *rest):
     out = function(x, *rest)
     return out, *torch.autograd.grad(out.square().sum(), [x])
+
+
+@pytest.mark.parametrize("which", ["sdpa", "our sdpa", "flash_attn", "flash_attn_varlen"])
+def test_two_checkpointed_blocks_are_one_graph(which):
+    """A default that is a float is a symbol in the first block, of which the second knows nothing."""
+    layout = PackedLayout.from_counts([[L]] * B)
+    prepare_attention(layout, mask=AttentionMask(), dtype=torch.float32, head_dim=D)
+
+    def block(x):
+        q, k, v = x.unbind(2)
+        if which == "flash_attn":
+            out = flash_attn_func(q, k, v)
+        elif which == "flash_attn_varlen":
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            out = flash_attn_varlen_func(q, k, v, layout, layout, L, L).unflatten(0, (B, L))
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = ours(q, k, v, impl="torch" if which == "our sdpa" else "auto").transpose(1, 2)
+        return out[:, :, None] + x
+
+    def model(x):
+        return checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False)
+
+    x = qkv()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for eager, found in zip(*(_with_gradient(f, x) for f in (model, compiled)), strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_masks_on_the_cpu():

@@ -19,6 +19,8 @@ from mmkernels.ops.attention.inputs import Request
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+# Defaults of dropout_p are 0, here and in the drop-ins, not 0.0: torch.compile(dynamic=True) makes a symbol of every
+# float, and cannot hand one to a second checkpointed region.
 
 
 def attention(
@@ -31,7 +33,7 @@ def attention(
     mask: AttentionMask | None = None,
     scale: float | None = None,
     pair_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     deterministic: bool | None = None,
     return_lse: bool = False,
     return_modality_mass: bool = False,

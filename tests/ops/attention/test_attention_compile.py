@@ -5,8 +5,9 @@ import pytest
 import torch
 from attention_oracle import CPU_IMPLS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from mmkernels import AttentionMask, PackedLayout, attention, pack, prepare_attention
+from mmkernels import AttentionMask, PackedLayout, attention, attention_qkvpacked, pack, prepare_attention
 
 ISOLATED = AttentionMask.isolated(3)
 CAUSAL = AttentionMask(causal=True)
@@ -169,6 +170,24 @@ def test_a_scale_may_be_a_symbol(how):
     for scale in (0.3, 0.4, 0.5):
         expected = Block()(qkv, layout, scale)
         assert torch.equal(compiled(qkv, layout, scale), expected)
+
+
+def test_two_checkpointed_blocks_are_one_graph():
+    """Dynamo makes a symbol of a default that is a float, and cannot hand it to the second block."""
+    layout = _layout(3)
+    prepare_attention(layout, mask=CAUSAL, dtype=torch.float32, head_dim=16)
+
+    def block(x):
+        return attention_qkvpacked(x, layout=layout, mask=CAUSAL)[:, None] + x
+
+    def model(x):
+        return checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(layout.total_tokens, 3, 2, 16, requires_grad=True)
+    for eager, ours in zip(*(torch.autograd.grad(f(x).square().sum(), [x]) for f in (model, compiled)), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
 
 
 def test_what_one_graph_cannot_hold_is_named():
