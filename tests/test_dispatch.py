@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_explain_says_how_wide_the_cpus_vectors_are(monkeypatch, floats, bf16, l
     assert cpp.vector_terms(torch.float16) == cpp.vector_terms()
     monkeypatch.setattr(cpp, "vector_terms", lambda dtype=torch.float32: bf16 if dtype == torch.bfloat16 else floats)
     assert f"C++ on the CPU: {line}\n" in dispatch.explain()
+
+
+def test_bf16_is_multiplied_as_it_is_where_the_cpu_can():
+    """By the flags that the kernel of the system reports, not by what the extension asks the CPU itself."""
+    cpp = pytest.importorskip("mmkernels.ops.attention.cpp_impl", reason="mmkernels._C is not built")
+    told = Path("/proc/cpuinfo")
+    flags = set(told.read_text().split()) if told.exists() else set()
+    if "avx2" not in flags:
+        pytest.skip("no CPU of x86-64 with AVX2, or a system that does not tell")
+    wide = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags
+    assert cpp.vector_terms() == (16 if wide else 8)
+    assert cpp.vector_terms(torch.bfloat16) == (32 if wide and "avx512_bf16" in flags else cpp.vector_terms())
 
 
 def test_an_extension_without_python_functions_is_named(monkeypatch):
