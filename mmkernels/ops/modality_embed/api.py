@@ -128,6 +128,7 @@ def _quick(
         or len(given) != layout.num_modalities
         or modality_weight.dtype is torch.float64
         or modality_weight.ndim != 2
+        or not modality_weight.shape[1]
     ):
         return None
     streams, tables, table_counts = [], [], [0] * len(given)
@@ -173,8 +174,10 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         raise ValueError(f"modality_embed: layout is {type(layout).__name__}, expected PackedLayout")
     if not isinstance(modality_weight, Tensor):
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
-    if modality_weight.ndim != 2:
-        raise ValueError(f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E]")
+    if modality_weight.ndim != 2 or not modality_weight.shape[1]:
+        raise ValueError(
+            f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E] with E at least 1"
+        )
     if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "

@@ -156,6 +156,7 @@ BAD = [
     ({"streams": [[0, 1, 2], None]}, ValueError, "stream 0 is list, expected a tensor or None"),
     ({"streams": None}, ValueError, "streams is NoneType, expected one tensor or None per modality"),
     ({"modality_weight": torch.tensor(1.0)}, ValueError, r"modality_weight is \(\), expected \[M, E\]"),
+    ({"modality_weight": torch.zeros(2, 0)}, ValueError, r"modality_weight is \(2, 0\), expected .* E at least 1"),
     ({"position_weights": 5}, ValueError, "position_weights is int, expected one table"),
     ({"position_weights": torch.zeros(3, 8)}, ValueError, "position_weights has 3 entries, expected one per stream"),
     ({"position_weights": [5, None]}, ValueError, r"position_weights\[0\] is int, expected a table"),
@@ -213,6 +214,14 @@ def test_a_device_without_kernels_is_named():
     layout, rows = PackedLayout.from_counts([[3]]).to("meta"), torch.zeros(3, 8, device="meta")
     with pytest.raises(RuntimeError, match="modality_embed: nothing can run on meta float32"):
         modality_embed([rows], layout, modality_weight=rows[:1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_width_0_is_refused_by_every_implementation(impl):
+    with pytest.raises(ValueError, match=r"modality_weight is \(1, 0\), expected \[M, E\] with E at least 1"):
+        modality_embed(
+            [torch.zeros(3, 0)], PackedLayout.from_counts([[3]]), modality_weight=torch.zeros(1, 0), impl=impl
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
