@@ -145,6 +145,17 @@ def unwatched(*tensors) -> bool:
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
+def refuse_strict_fakes(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a fake tensor whose mode takes no real ones beside it, as layouts and plans hold."""
+    if type(tensor) in PLAIN_TENSORS or torch.compiler.is_compiling():
+        return
+    if not getattr(getattr(tensor, "fake_mode", None), "allow_non_fake_inputs", True):
+        raise ValueError(
+            f"{who}: {name} is a fake tensor and the layout holds real ones, expected "
+            "FakeTensorMode(allow_non_fake_inputs=True)"
+        )
+
+
 def cpp_missing() -> str | None:
     """Why the C++ operators cannot run, or None."""
     return None if _CPP_BUILT else f"the extension mmkernels._C is not built ({native.HOW_TO_BUILD})"

@@ -70,80 +70,48 @@ def attention(
     plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    asked = scale, deterministic, impl
-    keys = layout if k_layout is None else k_layout
-    _check_tensors(q, k, v)
-    _check_types("attention", layout, keys, mask)
-    _check(q, k, v, layout, keys)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[2])
-    elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
-        raise ValueError("attention: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (arguments.is_finite(scale) and scale > 0):
-        raise ValueError(f"attention: scale is {scale!r}, expected a positive finite number")
-    if not arguments.is_dropout(dropout_p):
-        raise ValueError(f"attention: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
-    if pair_bias is not None:
-        pair_bias = _checked_bias(pair_bias, q, layout, keys)
-    plan = MaskPlan.lower(layout, mask, k_layout)
-    q = q if q.stride(2) == 1 else q.contiguous()
-    k = k if k.stride(2) == 1 else k.contiguous()
-    v = v if v.stride(2) == 1 else v.contiguous()
-    learns = (
-        q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
-    )
-    # Under torch.func.vmap a tensor does not say that what is behind it requires a gradient.
-    learns = (learns or transforms.active()) and torch.is_grad_enabled()
-    impl, schedule = prepared(
-        plan,
-        impl,
-        Request(
-            dtype=q.dtype,
-            head_dim=q.shape[2],
-            needs_backward=learns,
-            deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-            extras=pair_bias is not None or dropout_p > 0.0 or return_modality_mass,
-        ),
-    )
-    rest = (
-        plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible, float(dropout_p),
-        keys.num_modalities if return_modality_mass else 0, impl,
+    return _by_the_long_way(
+        "attention", q, k, v, layout, k_layout, mask, scale, pair_bias, dropout_p, deterministic, return_lse,
+        return_modality_mass, impl,
     )  # fmt: skip
-    if plain and not torch.compiler.is_compiling():
-        quick.remember(q, k, v, layout, mask, *asked, learns, rest)
-    rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0.0 else None
-    run = torch.ops.mm.attention_fwd if torch.compiler.is_compiling() else _op.attention_fwd
-    out, lse, mass = run(q, k, v, pair_bias, rng, *rest)
-    if not (return_lse or return_modality_mass):
-        return out
-    return out, *((lse,) if return_lse else ()), *((mass,) if return_modality_mass else ())
 
 
 def attention_qkvpacked(
     qkv: Tensor,
     *,
     layout: PackedLayout,
+    k_layout: PackedLayout | None = None,
     mask: AttentionMask | None = None,
     scale: float | None = None,
+    pair_bias: Tensor | None = None,
+    dropout_p: float = 0,
     deterministic: bool | None = None,
+    return_lse: bool = False,
+    return_modality_mass: bool = False,
     impl: str = "auto",
-    **others,
 ) -> Tensor | tuple[Tensor, ...]:
     """attention(*qkv.unbind(1), ...) of one projection qkv [T, 3, H, D], contiguous inside a head.
 
     Backward writes the gradient of qkv as one tensor.  With q, k and v apart autograd joins three by a copy of all of
-    them, which is about as much traffic as the gradients themselves.  others: options of `attention` beyond these,
-    with which the gradient is joined after all.  Raises what `attention` does.
+    them, which is about as much traffic as the gradients themselves.  With k_layout, pair_bias, dropout_p, return_lse
+    or return_modality_mass the gradient is joined after all.  Raises what `attention` does.
     """
+    name = "attention_qkvpacked"
     if not isinstance(qkv, Tensor) or qkv.ndim != 4 or qkv.shape[1] != 3:
         came = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
-        raise ValueError(f"attention_qkvpacked: qkv is {came}, expected a tensor [T, 3, heads, head width]")
-    _check_options("attention", deterministic, impl)
+        raise ValueError(f"{name}: qkv is {came}, expected a tensor [T, 3, heads, head width]")
+    _check_options(name, deterministic, impl)
     (qkv,) = _in_autocasts_dtype(qkv)
-    if not others and (out := quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)) is not None:
+    plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
+    if plain and (out := quick.attend_packed(qkv, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    options = {"layout": layout, "mask": mask, "scale": scale, "deterministic": deterministic, "impl": impl}
-    return attention(*qkv.unbind(1), **options, **others)
+    q, k, v = qkv.unbind(1)
+    if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
+        return out
+    return _by_the_long_way(
+        name, q, k, v, layout, k_layout, mask, scale, pair_bias, dropout_p, deterministic, return_lse,
+        return_modality_mass, impl,
+    )  # fmt: skip
 
 
 def prepare_attention(
@@ -180,6 +148,73 @@ def prepare_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     request = Request(dtype, head_dim, needs_backward, deterministic, extras)
     prepared(MaskPlan.lower(layout, mask, k_layout), impl, request)
+
+
+def _by_the_long_way(
+    who: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    k_layout: PackedLayout | None,
+    mask: AttentionMask | None,
+    scale: float | None,
+    pair_bias: Tensor | None,
+    dropout_p: float,
+    deterministic: bool | None,
+    return_lse: bool,
+    return_modality_mass: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """attention with all its checks, for a call that `quick` has not met.   who: the function of errors"""
+    plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
+    asked = scale, deterministic, impl
+    keys = layout if k_layout is None else k_layout
+    _check_tensors(who, q, k, v)
+    _check_types(who, layout, keys, mask)
+    _check(who, q, k, v, layout, keys)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[2])
+    elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
+        raise ValueError(f"{who}: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
+    elif not (arguments.is_finite(scale) and scale > 0):
+        raise ValueError(f"{who}: scale is {scale!r}, expected a positive finite number")
+    if not arguments.is_dropout(dropout_p):
+        raise ValueError(f"{who}: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
+    if pair_bias is not None:
+        pair_bias = _checked_bias(who, pair_bias, q, layout, keys)
+    plan = MaskPlan.lower(layout, mask, k_layout)
+    q = q if q.stride(2) == 1 else q.contiguous()
+    k = k if k.stride(2) == 1 else k.contiguous()
+    v = v if v.stride(2) == 1 else v.contiguous()
+    learns = (
+        q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
+    )
+    # Under torch.func.vmap a tensor does not say that what is behind it requires a gradient.
+    learns = (learns or transforms.active()) and torch.is_grad_enabled()
+    impl, schedule = prepared(
+        plan,
+        impl,
+        Request(
+            dtype=q.dtype,
+            head_dim=q.shape[2],
+            needs_backward=learns,
+            deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
+            extras=pair_bias is not None or dropout_p > 0.0 or return_modality_mass,
+        ),
+    )
+    rest = (
+        plan.q_table, plan.k_table, *schedule, float(scale), plan.has_visible, float(dropout_p),
+        keys.num_modalities if return_modality_mass else 0, impl,
+    )  # fmt: skip
+    if plain and not torch.compiler.is_compiling():
+        quick.remember(q, k, v, layout, mask, *asked, learns, rest)
+    rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p > 0.0 else None
+    run = torch.ops.mm.attention_fwd if torch.compiler.is_compiling() else _op.attention_fwd
+    out, lse, mass = run(q, k, v, pair_bias, rng, *rest)
+    if not (return_lse or return_modality_mass):
+        return out
+    return out, *((lse,) if return_lse else ()), *((mass,) if return_modality_mass else ())
 
 
 def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
@@ -223,15 +258,15 @@ def _leave_lengths_open(schedule: tuple) -> None:
                 dynamo.decorators.mark_unbacked(t, 0)
 
 
-def _checked_bias(pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: PackedLayout) -> Tensor:
+def _checked_bias(who: str, pair_bias: Tensor, q: Tensor, layout: PackedLayout, keys: PackedLayout) -> Tensor:
     """pair_bias as the kernels read it: contiguous, in the dtype of the softmax."""
     expected = (q.shape[1], layout.num_modalities, keys.num_modalities)
     if not isinstance(pair_bias, Tensor) or tuple(pair_bias.shape) != expected or not pair_bias.is_floating_point():
         is_tensor = isinstance(pair_bias, Tensor)
         found = f"{pair_bias.dtype} {tuple(pair_bias.shape)}" if is_tensor else type(pair_bias).__name__
-        raise ValueError(f"attention: pair_bias is {found}, expected floating point {expected}, [H, Mq, Mk]")
+        raise ValueError(f"{who}: pair_bias is {found}, expected floating point {expected}, [H, Mq, Mk]")
     if pair_bias.device != q.device:
-        raise ValueError(f"attention: pair_bias is on {pair_bias.device}, expected q's {q.device}")
+        raise ValueError(f"{who}: pair_bias is on {pair_bias.device}, expected q's {q.device}")
     return pair_bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
 
 
@@ -243,10 +278,14 @@ def _check_options(who: str, deterministic, impl) -> None:
         raise ValueError(f"{who}: impl is {impl!r}, expected one of {', '.join(dispatch.IMPLS)}")
 
 
-def _check_tensors(q, k, v) -> None:
+def _check_tensors(who: str, q, k, v) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
-            raise ValueError(f"attention: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
+            raise ValueError(f"{who}: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
+        if t.is_nested or t.layout is not torch.strided:
+            kind = "nested" if t.is_nested else t.layout
+            raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor [T, heads, D]")
+    dispatch.refuse_strict_fakes(who, "q", q)
 
 
 def _check_types(who: str, layout, keys, mask) -> None:
@@ -263,27 +302,31 @@ def _check_types(who: str, layout, keys, mask) -> None:
         )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys: PackedLayout) -> None:
+def _check(who: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys: PackedLayout) -> None:
     # Runs on every call of every layer: each attribute of a tensor costs 0.1 to 0.3 us, so none is asked for twice.
     dtype = q.dtype
     for name, t, side in (("q", q, layout), ("k", k, keys), ("v", v, keys)):
         if t.ndim != 3:
-            raise ValueError(f"attention: {name} has shape {tuple(t.shape)}, expected [T, heads, D]")
+            raise ValueError(f"{who}: {name} has shape {tuple(t.shape)}, expected [T, heads, D]")
         if t.size(0) != side.total_tokens:
-            raise ValueError(f"attention: {name} has {t.size(0)} tokens, expected the layout's {side.total_tokens}")
+            raise ValueError(
+                "{}: {} has {} tokens, expected the layout's {}".format(  # noqa: UP032  Dynamo puts no symbol into "{}"
+                    who, name, t.size(0), side.total_tokens
+                )
+            )
         if t.dtype is not dtype:
-            raise ValueError(f"attention: {name} is {t.dtype}, expected q's {dtype}")
+            raise ValueError(f"{who}: {name} is {t.dtype}, expected q's {dtype}")
         if t.device != side.device:
-            raise ValueError(f"attention: {name} is on {t.device}, expected the layout's {side.device}")
+            raise ValueError(f"{who}: {name} is on {t.device}, expected the layout's {side.device}")
     if dtype not in DTYPES:
-        raise ValueError(f"attention: q is {dtype}, expected {DTYPE_NAMES}")
+        raise ValueError(f"{who}: q is {dtype}, expected {DTYPE_NAMES}")
     _, heads, width = q.shape
     _, kv_heads, k_width = k.shape
     if k_width != width or k.shape != v.shape:
         raise ValueError(
-            f"attention: k is {tuple(k.shape)} and v {tuple(v.shape)}, expected both [T, G, {width}] as q has D {width}"
+            f"{who}: k is {tuple(k.shape)} and v {tuple(v.shape)}, expected both [T, G, {width}] as q has D {width}"
         )
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(f"attention: k has {kv_heads} heads, expected a divisor of q's {heads}")
+        raise ValueError(f"{who}: k has {kv_heads} heads, expected a divisor of q's {heads}")
     if not MIN_HEAD_DIM <= width <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head width is {width}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+        raise ValueError(f"{who}: head width is {width}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")

@@ -178,6 +178,7 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E] with E at least 1"
         )
+    dispatch.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
     if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "

@@ -45,7 +45,7 @@ def pack(
     if out is not None:
         checks.out("pack", out, (layout.total_tokens, like.shape[1]), like, streams)
     where = (segments, layout.modality_ids, layout.source_rows)
-    return op.pack(streams, *where, layout.total_tokens, _resolve(impl, like), out=out)
+    return op.pack(streams, *where, layout.total_tokens, _resolve("pack", impl, like), out=out)
 
 
 def unpack(
@@ -62,7 +62,7 @@ def unpack(
     if out is not None:
         out = checks.outs("unpack", out, [(rows, packed.shape[1]) for rows in lengths], packed)
     where = (segments, layout.modality_ids, layout.source_rows)
-    return op.unpack(packed, *where, lengths, _resolve(impl, packed), out=out)
+    return op.unpack(packed, *where, lengths, _resolve("unpack", impl, packed), out=out)
 
 
 def pad(
@@ -97,7 +97,7 @@ def pad(
         )
     if out is not None:
         out = checks.padded_out(out, (layout.num_samples, length, packed.shape[1]), packed)
-    return op.pad(packed, layout.cu_seqlens, length, _resolve(impl, packed), out=out)
+    return op.pad(packed, layout.cu_seqlens, length, _resolve("pad", impl, packed), out=out)
 
 
 def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -113,7 +113,7 @@ def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, im
     checks.padded(padded, layout)
     if out is not None:
         checks.out("unpad", out, (layout.total_tokens, padded.shape[2]), padded)
-    return op.unpad(padded, layout.cu_seqlens, layout.total_tokens, _resolve(impl, padded), out=out)
+    return op.unpad(padded, layout.cu_seqlens, layout.total_tokens, _resolve("unpad", impl, padded), out=out)
 
 
 def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -127,7 +127,7 @@ def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl
     checks.rows(packed, rows)
     if out is not None:
         checks.out("gather_rows", out, (rows.shape[0], packed.shape[1]), packed)
-    return op.gather_rows(packed, rows, _resolve(impl, packed), out=out)
+    return op.gather_rows(packed, rows, _resolve("gather_rows", impl, packed), out=out)
 
 
 def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -150,12 +150,14 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     checks.summable("segment_mean", packed)
     if out is not None:
         checks.out("segment_mean", out, (layout.num_segments, packed.shape[1]), packed)
-    return op.segment_mean(packed, layout.segment_cu_seqlens, _resolve(impl, packed), out=out)
+    return op.segment_mean(packed, layout.segment_cu_seqlens, _resolve("segment_mean", impl, packed), out=out)
 
 
-def _resolve(impl: str, tensor: Tensor) -> str:
+def _resolve(function: str, impl: str, tensor: Tensor) -> str:
+    if impl not in dispatch.IMPLS:
+        raise ValueError(f"{function}: impl is {impl!r}, expected one of {', '.join(dispatch.IMPLS)}")
     # The compiler would guard on what is not kept yet, and compile the next call anew.
-    if is_dynamo_compiling() or not isinstance(impl, str):
+    if is_dynamo_compiling():
         return dispatch.resolve("packing", impl, device=tensor.device, dtype=tensor.dtype)
     key = (impl, tensor.device.type, tensor.dtype)
     chosen = _RESOLVED.get(key)  # on a short batch looking it up anew would cost as much as the copy

@@ -59,10 +59,11 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
     width, dtype, device = present.shape[1], present.dtype, present.device
     if device != layout.device:
         raise ValueError(f"pack: the streams are on {device}, the layout on {layout.device}")
+    dispatch.refuse_strict_fakes("pack", "a stream", present)
     found = [present.new_empty((0, width)) if s is None else s for s in given]
     for m, (stream, rows) in enumerate(zip(found, layout.stream_lengths, strict=True)):
         if stream.shape != (rows, width):
-            raise ValueError(f"pack: stream {m} has shape {list(stream.shape)}, expected [{rows}, {width}]")
+            raise ValueError(f"pack: stream {m} has shape {list(stream.shape)}, expected {[rows, width]}")
         if stream.dtype != dtype or stream.device != device:
             raise ValueError(
                 f"pack: stream {m} is {stream.dtype} on {stream.device}, expected {dtype} on {device} as the others"
@@ -74,9 +75,15 @@ def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
     _is_layout(function, layout)
     _is_tensor(function, "packed", tensor)
     if tensor.ndim != 2 or tensor.shape[0] != layout.total_tokens:
-        raise ValueError(f"{function}: packed has shape {list(tensor.shape)}, expected [{layout.total_tokens}, E]")
+        # format, here and below: Dynamo puts the symbols of a dynamic graph into no f-string
+        raise ValueError(
+            "{}: packed has shape {}, expected [{}, E]".format(  # noqa: UP032
+                function, list(tensor.shape), layout.total_tokens
+            )
+        )
     if tensor.device != layout.device:
         raise ValueError(f"{function}: packed is on {tensor.device}, the layout on {layout.device}")
+    dispatch.refuse_strict_fakes(function, "packed", tensor)
 
 
 def padded(tensor: Tensor, layout: PackedLayout) -> None:
@@ -85,10 +92,13 @@ def padded(tensor: Tensor, layout: PackedLayout) -> None:
     samples, longest = layout.num_samples, layout.max_seqlen
     if tensor.ndim != 3 or tensor.shape[0] != samples or tensor.shape[1] < longest:
         raise ValueError(
-            f"unpad: padded has shape {list(tensor.shape)}, expected [{samples}, L, E] with L at least {longest}"
+            "unpad: padded has shape {}, expected [{}, L, E] with L at least {}".format(  # noqa: UP032
+                list(tensor.shape), samples, longest
+            )
         )
     if tensor.device != layout.device:
         raise ValueError(f"unpad: padded is on {tensor.device}, the layout on {layout.device}")
+    dispatch.refuse_strict_fakes("unpad", "padded", tensor)
 
 
 def rows(tensor: Tensor, index: Tensor) -> None:

@@ -201,6 +201,8 @@ def _call(**changes):
         ({"impl": ["cpp"]}, r"impl is \['cpp'\], expected one of"),
         ({"q": torch.randn(8, 4, 16).to("meta")}, "q is on meta, expected the layout's cpu"),
         ({name: torch.ones(8, 4, 16, dtype=torch.int32) for name in "qkv"}, "q is torch.int32, expected float32"),
+        ({"v": torch.zeros(8, 4, 16).to_sparse()}, "v is torch.sparse_coo, expected a strided tensor"),
+        ({"q": torch.nested.nested_tensor([torch.zeros(8, 16)], layout=torch.jagged)}, "q is nested, expected"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -208,6 +210,30 @@ def test_bad_arguments(changes, message):
     _call(layout=layout)  # after which a call of the same kind goes a shorter way
     with pytest.raises(ValueError, match=message):
         _call(**{"layout": layout, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": torch.zeros(8, 2, 4, 16)}, r"qkv is \(8, 2, 4, 16\), expected a tensor \[T, 3,"),
+        ({"qkv": torch.zeros(7, 3, 4, 16)}, "q has 7 tokens, expected the layout's 8"),
+        ({"qkv": torch.zeros(8, 3, 4, 4)}, "head width is 4"),
+        ({"layout": None}, "layout is NoneType"),
+        ({"mask": "causal"}, "mask is str"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": torch.tensor(0.5)}, "scale is a tensor"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+        ({"pair_bias": 0.5}, "pair_bias is float"),
+        ({"deterministic": 1}, "deterministic is 1"),
+        ({"impl": "fast"}, "impl is 'fast'"),
+    ],
+)
+def test_bad_arguments_of_attention_qkvpacked_name_it(changes, message):
+    good = {"qkv": torch.zeros(8, 3, 4, 16), "layout": PackedLayout.from_counts([[5], [3]])}
+    with pytest.raises(ValueError, match=f"^attention_qkvpacked: {message}"):
+        attention_qkvpacked(**{**good, **changes})
+    with pytest.raises(TypeError, match=r"attention_qkvpacked.* 'window'"):
+        attention_qkvpacked(**good, window=3)
 
 
 def test_bad_arguments_of_prepare_attention():

@@ -7,7 +7,7 @@ from attention_oracle import CPU_IMPLS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import AttentionMask, PackedLayout, attention, attention_qkvpacked, pack, prepare_attention
+from mmkernels import AttentionMask, PackedLayout, attention, attention_qkvpacked, pack, pad, prepare_attention, unpad
 
 ISOLATED = AttentionMask.isolated(3)
 CAUSAL = AttentionMask(causal=True)
@@ -202,6 +202,19 @@ def test_what_one_graph_cannot_hold_is_named():
     built = torch.compile(lambda s: pack(s, PackedLayout.from_counts([[2]])), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="a layout is built on the host, outside of a graph"):
         built(streams)
+
+
+def test_an_error_of_a_dynamic_graph_keeps_its_text():
+    """Dynamo puts no symbol into an f-string: it stopped there, and the message was lost."""
+    layout = PackedLayout.from_counts([[4], [2]])
+    for name, call in {
+        "attention: q has": lambda q, layout: attention(q, q, q, layout=layout),
+        "pad: packed has": lambda q, layout: pad(q[:, 0], layout),
+        "unpad: padded has": lambda q, layout: unpad(q[None, :, 0], layout),
+    }.items():
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=f"raised exception ValueError.*{name}"):
+            torch.compile(call, fullgraph=True, dynamic=True, backend="eager")(torch.randn(5, 2, 16), layout)
 
 
 def test_another_k_layout_is_not_taken_for_the_prepared_one():

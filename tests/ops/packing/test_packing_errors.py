@@ -21,6 +21,13 @@ def test_a_row_out_of_range_is_named_by_every_implementation(impl, rows):
         gather_rows(A, torch.tensor(rows), impl=impl)
 
 
+@pytest.mark.parametrize("impl", ["fast", ["cpp"]])
+def test_an_unknown_implementation_is_named_with_the_function(impl):
+    for function, arguments in ((pack, ([A, B], LAYOUT)), (pad, (WHOLE, LAYOUT)), (gather_rows, (A, ROW))):
+        with pytest.raises(ValueError, match=f"^{function.__name__}: impl is .*, expected one of auto, reference"):
+            function(*arguments, impl=impl)
+
+
 @pytest.mark.parametrize("length", [np.array(5), np.int32(5), torch.tensor(5)], ids=repr)
 def test_a_length_may_be_an_array_of_one_number(length):
     assert pad(WHOLE, LAYOUT, length=length)[0].shape == (2, 5, 4)
@@ -95,7 +102,7 @@ def test_shared_memory_is_named_by_every_implementation(impl):
             "pad: length is 2147483648, expected a whole number from 4, .* to 2147",
         ),
         (lambda: pad(WHOLE, LAYOUT, length=2**70), "pad: length is 1180591620717411303424, expected"),
-        (lambda: pack([A, B], LAYOUT, impl=["cpp"]), r"packing: impl is \['cpp'\], expected one of"),
+        (lambda: pack([A, B], LAYOUT, impl=["cpp"]), r"pack: impl is \['cpp'\], expected one of"),
         (lambda: segment_mean(WHOLE, None), "segment_mean: layout is NoneType, expected PackedLayout"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from ops.packing.packing_cases import IMPLS, LAYOUTS, streams_of, where_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import api, op, schemas
@@ -153,3 +154,16 @@ def test_a_parameter_without_grad_mode_goes_straight_to_the_kernel():
     assert not out.requires_grad
     assert torch.equal(out, gather_rows(packed, rows))
     assert gather_rows(packed, rows).requires_grad
+
+
+def test_fake_tensors_of_a_mode_without_real_ones_are_named():
+    layout = PackedLayout.from_counts([[2], [1]])
+    with FakeTensorMode():
+        rows = torch.zeros(3, 4)
+        for call, name in (
+            (lambda: pack([rows], layout), "pack: a stream"),
+            (lambda: segment_mean(rows, layout), "segment_mean: packed"),
+            (lambda: unpad(torch.zeros(2, 2, 4), layout), "unpad: padded"),
+        ):
+            with pytest.raises(ValueError, match=f"{name} is a fake tensor .*allow_non_fake_inputs=True"):
+                call()
