@@ -113,7 +113,7 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
         def outside(*args, **kwargs):
             dynamo = sys.modules.get("torch._dynamo")
             run = function if dynamo is None else dynamo.disable(function)
-            if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+            if traced():
                 with torch.utils._python_dispatch._disable_current_modes():
                     return run(*args, **kwargs)
             return run(*args, **kwargs)
@@ -139,8 +139,17 @@ def unwatched(*tensors) -> bool:
     for tensor in tensors:
         if type(tensor) not in PLAIN_TENSORS:
             return False
-    return not torch._C._len_torch_dispatch_stack() and not transforms.active()
+    return not traced() and not transforms.active()
 
+
+def traced() -> bool:
+    """Whether each operator is seen: by fake tensors, FLOP counters, torch.jit.trace, make_fx (before autograd too)."""
+    jit = torch._C._get_tracing_state()
+    return jit is not None or bool(torch._C._len_torch_dispatch_stack()) or before_autograd()
+
+
+# Quiet while nothing traces with pre_dispatch=True, as make_fx and torch.export do.
+before_autograd = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 

@@ -41,6 +41,9 @@ def _bwd_fake(do, dlse, q, k, v, pair_bias, *rest):
 
 def _fwd(q, k, v, pair_bias, rng, *rest):
     *lowered, mass_modalities, impl = rest
+    given, planned = (len(q), len(k)), (lowered[0].shape[1], lowered[1].shape[1])
+    if given != planned:  # a trace on tensors of other sizes: who calls it does not go by the checks of `attention`
+        raise ValueError(f"attention: q and k have {given} tokens, expected {planned} as in the layout that was traced")
     out, lse, mass = _outputs(q, mass_modalities)
     dispatch.load("attention", impl).attention_fwd(
         q, k, v, pair_bias, rng, out, lse, mass if mass_modalities else None, Lowered(*lowered)
@@ -100,6 +103,8 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
     """
     if transforms.active():
         return _transformed_fwd(q, k, v, pair_bias, rng, *rest)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace knows no autograd.Function
+        return _fwd_op(q, k, v, pair_bias, rng, *rest)
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):

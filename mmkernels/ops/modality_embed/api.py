@@ -123,7 +123,7 @@ def _quick(
         or torch.compiler.is_compiling()
         or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
         or transforms.active()
-        or torch._C._len_torch_dispatch_stack()
+        or dispatch.traced()
         or layout.segments is None
         or len(given) != layout.num_modalities
         or modality_weight.dtype is torch.float64
@@ -330,8 +330,9 @@ def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Ten
             raise ValueError(f"modality_embed: modality {m} has special token {special}, but token_weight is None")
         if special >= rows:
             raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
+    readable = not dispatch.traced()  # a fake tensor has no ids, and a trace would keep this batch's as constants
     for m, stream in enumerate(streams):
-        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu":
+        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and readable:
             low, high = (int(x) for x in stream.aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(

@@ -79,7 +79,7 @@ def _register(name: str) -> Callable[..., Any]:
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody traces, wraps or differentiates: then the dispatcher, 30 us of Python, has nothing to add."""
-    if torch.compiler.is_compiling() or transforms.active():
+    if torch.compiler.is_compiling() or transforms.active() or dispatch.traced():
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:  # not all(): a generator costs a microsecond

@@ -21,6 +21,7 @@ _NAMES = ("pack", "unpack", "pad", "unpad", "gather_rows", "segment_mean")
 # profiler.  Functions of C all: Python's would take as long as the rest.
 _WATCHES = (
     (torch._C._len_torch_dispatch_stack, 0),
+    (dispatch.before_autograd, False),
     (torch._C._are_functorch_transforms_active, False),
     (functools.partial(getattr, forward_ad, "_current_level"), -1),
     (torch._C._get_tracing_state, None),

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from embed_cases import BY_NAME, IMPLS, Case, make, needs_cpp, ragged, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import api, op
@@ -222,6 +224,20 @@ def test_width_0_is_refused_by_every_implementation(impl):
         modality_embed(
             [torch.zeros(3, 0)], PackedLayout.from_counts([[3]]), modality_weight=torch.zeros(1, 0), impl=impl
         )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ids_are_not_read_where_a_trace_or_a_fake_tensor_stands_for_them(impl):
+    def embed(ids, rows):
+        return modality_embed(**{**GOOD, "streams": [ids, rows], "impl": impl})
+
+    ids, rows = torch.tensor([4, 0, 3]), torch.randn(4, 8)
+    program = make_fx(embed)(torch.tensor([0, 1, 2]), torch.zeros(4, 8))
+    assert torch.equal(program(ids, rows), embed(ids, rows))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert embed(mode.from_tensor(ids), mode.from_tensor(rows)).shape == (LAYOUT.total_tokens, 8)
+    with FakeTensorMode(), pytest.raises(ValueError, match="modality_weight is a fake tensor"):
+        modality_embed(**{**GOOD, "modality_weight": torch.zeros(2, 8), "impl": impl})
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from ops.packing.packing_cases import IMPLS, LAYOUTS, streams_of, where_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import api, op, schemas
@@ -154,6 +155,26 @@ def test_a_parameter_without_grad_mode_goes_straight_to_the_kernel():
     assert not out.requires_grad
     assert torch.equal(out, gather_rows(packed, rows))
     assert gather_rows(packed, rows).requires_grad
+
+
+@pytest.mark.parametrize("before_autograd", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_make_fx_records_every_operator(impl, before_autograd):
+    """A trace before autograd saw of a short call on the CPU nothing but the memory of its result."""
+    layout = PackedLayout.from_counts([[2, 1], [1, 3]])
+    rows = torch.tensor([3, 0, 3])
+    pack([torch.zeros(3, 4), torch.zeros(4, 4)], layout)  # after which short calls serve
+
+    def all_of_them(text, image, rows):
+        packed = pack([text, image], layout, impl=impl)
+        padded, mask = pad(packed, layout, impl=impl)
+        again = unpack(unpad(padded, layout, impl=impl), layout, impl=impl)
+        return *again, mask, gather_rows(packed, rows, impl=impl), segment_mean(packed, layout, impl=impl)
+
+    given = torch.randn(3, 4), torch.randn(4, 4), rows
+    program = make_fx(all_of_them, pre_dispatch=before_autograd)(*(torch.zeros_like(t) for t in given))
+    for found, expected in zip(program(*given), all_of_them(*given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_fake_tensors_of_a_mode_without_real_ones_are_named():
