@@ -79,10 +79,42 @@ class Synthetic:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Make shards of your own files: a folder or a table.
+
+    In a folder, files that differ in their suffix alone are one sample (a.txt, a.jpg, a.wav, a.json; any subset), and a
+    first folder inside that is called train, validation or test says the split. In a table (csv, tsv, jsonl, parquet)
+    a row is a sample, and columns beside the four below become its fields: split, concept, labels to fine-tune on, ...
+    """
+
+    source: tyro.conf.Positional[Path]
+    """A folder, or a table."""
+    out: Path
+    """New folder for the shards."""
+    text: str = "text"
+    """Column of captions."""
+    image: str = "image"
+    """Column of pictures: paths from the table's folder on, or their bytes."""
+    audio: str = "audio"
+    """Column of recordings, as of pictures."""
+    key: str = "key"
+    """Column of the samples' names; may be missing."""
+    per_shard: int = 1000
+    """Samples in a shard."""
+
+    def run(self) -> None:
+        from mmmodel.data import convert
+
+        columns = convert.Columns(self.text, self.image, self.audio, self.key)
+        found = convert.convert(self.source, self.out, columns=columns, per_shard=self.per_shard)
+        print(f"{self.out}: {convert.summary(found)}")
+
+
+@dataclass(frozen=True)
 class Data:
     """Prepare a data set as tar shards."""
 
-    command: tyro.conf.OmitSubcommandPrefixes[Stamps | Synthetic]
+    command: tyro.conf.OmitSubcommandPrefixes[Stamps | Synthetic | Convert]
 
     def run(self) -> None:
         self.command.run()

@@ -1,0 +1,178 @@
+"""Own files as shards: folders, tables of each kind, what is left out, and what is refused."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pytest
+import soundfile
+from PIL import Image
+from pyarrow import parquet
+
+from mmmodel.configs import ConfigError
+from mmmodel.data import convert, table_rows
+from mmmodel.data.loader import ShardDataset
+from mmmodel.data.media import SAMPLE_RATE, encode_flac
+
+
+def picture(kind="PNG", colour="teal"):
+    data = io.BytesIO()
+    Image.new("RGB", (20, 10), colour).save(data, kind)
+    return data.getvalue()
+
+
+def sound(kind="WAV", seconds=0.1):
+    data = io.BytesIO()
+    soundfile.write(data, np.sin(np.arange(int(seconds * SAMPLE_RATE)) / 9), SAMPLE_RATE, format=kind)
+    return data.getvalue()
+
+
+def write(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def read(folder):
+    dataset = ShardDataset(folder)
+    return {sample.key: sample for sample in (dataset[i] for i in range(len(dataset)))}
+
+
+def test_a_folder(tmp_path):
+    source = write(
+        tmp_path / "mine",
+        {
+            "train/a.txt": "a teal sea",
+            "train/a.JPG": picture("JPEG"),
+            "train/a.json": '{"category": "sea"}',
+            "Test/b.wav": sound(),
+            "Test/b.json": '{"split": "validation"}',
+            "c.v2.bmp": picture("BMP", "red"),
+            "c.v2.mp3": sound("MP3"),
+            ".hidden.txt": "no",
+            "notes.pdf": "no",
+            "blank.txt": " \n",
+            "broken.tiff": "no picture",
+        },
+    )
+    found = convert.convert(source, tmp_path / "out", per_shard=2)
+    samples = read(tmp_path / "out")
+    assert sorted(samples) == ["Test/b", "c_v2", "train/a"]
+    a, b, c = samples["train/a"], samples["Test/b"], samples["c_v2"]
+    assert (a.text, a.image.shape, a.waveform) == ("a teal sea", (10, 20, 3), None)
+    assert a.meta == {"split": "train", "category": "sea"}
+    assert b.meta == {"split": "validation"}
+    assert len(b.waveform) == SAMPLE_RATE // 10
+    assert c.image[0, 0].tolist() == [255, 0, 0]
+    assert len(c.waveform) >= SAMPLE_RATE // 10
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["part-00000.tar", "part-00001.tar"]
+    assert convert.summary(found) == (
+        "3 samples; audio 2, image 2, text 1; train 2, validation 1; left out: *.pdf 1, blank text 1, "
+        "image that does not read 1, samples without text, image and audio 2"
+    )
+
+
+ROWS = [
+    {"text": "teal", "image": "pictures/a.png", "audio": None, "split": "train", "size": 3, "tags": ["x", "y"]},
+    {"text": None, "image": "pictures/a.png", "audio": "b.wav", "split": "val", "size": 4.5, "tags": ["x"]},
+    {"text": "1e5", "image": None, "audio": None, "split": "test", "size": None, "tags": None},
+]
+
+
+def write_table(path):
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    else:
+        comma = "," if path.suffix == ".csv" else "\t"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=comma)
+            writer.writerow(ROWS[0])
+            writer.writerows([json.dumps(v) if isinstance(v, list) else v for v in row.values()] for row in ROWS)
+
+
+@pytest.mark.parametrize("suffix", table_rows.SUFFIXES)
+def test_a_table(tmp_path, suffix):
+    write(tmp_path, {"pictures/a.png": picture(), "b.wav": sound()})
+    write_table(tmp_path / f"t{suffix}")
+    found = convert.convert(tmp_path / f"t{suffix}", tmp_path / "out")
+    samples = read(tmp_path / "out")
+    assert [sample.text for sample in samples.values()] == ["teal", None, "1e5"]
+    first, second, third = samples.values()
+    assert first.meta == {"split": "train", "size": 3, "tags": ["x", "y"], "image": "pictures/a.png"}
+    assert second.meta == {"split": "val", "size": 4.5, "tags": ["x"], "image": "pictures/a.png"}
+    assert third.meta == {"split": "test"}
+    assert np.array_equal(first.image, second.image)
+    assert second.waveform is not None
+    assert found["splits"] == {"train": 1, "validation": 1, "test": 1}
+
+
+def test_a_table_of_bytes_and_columns_of_other_names(tmp_path):
+    pictures = [{"bytes": picture("GIF"), "path": None}, {"bytes": picture("JPEG"), "path": "x.jpg"}]
+    rows = [
+        {"id": 7, "caption": "one", "picture": pictures[0], "sound": sound("FLAC"), "n": 0.5},
+        {"id": 8, "caption": "two", "picture": pictures[1], "sound": None, "n": float("nan")},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    columns = convert.Columns(text="caption", image="picture", audio="sound", key="id")
+    convert.convert(tmp_path / "t.parquet", tmp_path / "out", columns=columns)
+    samples = read(tmp_path / "out")
+    assert {key: sample.meta for key, sample in samples.items()} == {"7": {"n": 0.5}, "8": {}}
+    assert all(sample.image.shape == (10, 20, 3) for sample in samples.values())
+    assert samples["7"].waveform is not None
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        ({"a.png": picture(), "a.jpg": picture("JPEG")}, ".", r"a\.jpg and .*a\.png are both the image of one sample"),
+        ({"a.v.txt": "x", "a_v.png": picture()}, ".", r"would both have the key a_v"),
+        ({"a.pdf": "x"}, ".", r"holds no sample: \*\.pdf 1"),
+        ({"a.txt": "x", "a.json": "[1]"}, ".", r"a\.json holds a list, expected an object"),
+        ({"a.txt": "x", "a.json": "{"}, ".", r"a\.json does not read as JSON"),
+        ({"t.csv": "caption\nx"}, "t.csv", r"has the columns caption, expected at least one of text, image, audio"),
+        ({"t.csv": "text,n\nx"}, "t.csv", "row 1 has more or fewer cells"),
+        ({"t.csv": b"text\n\xff"}, "t.csv", "does not read as csv"),
+        ({"t.csv": "image\nnone.png"}, "t.csv", r"row 1: there is no .*none\.png"),
+        ({"t.csv": "image\nnone.xyz"}, "t.csv", r"row 1: image is none\.xyz, expected one of png"),
+        ({"t.csv": "key,text\nk,x\nk,y"}, "t.csv", "the key 'k' comes twice"),
+        ({"t.jsonl": "[1]"}, "t.jsonl", r"a line holds \[1\], expected an object"),
+        ({"t.jsonl": '{"image": 3}'}, "t.jsonl", "image is a int, expected a path or bytes"),
+        ({"t.parquet": "no"}, "t.parquet", "does not read as parquet"),
+        ({"t.xlsx": "no"}, "t.xlsx", "neither a folder nor a table"),
+        ({}, "gone", "there is no"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(tmp_path, files, source, message):
+    write(tmp_path / "in", files)
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=message):
+        convert.convert(tmp_path / "in" / source, out)
+    assert not out.exists()
+
+
+def test_a_column_that_was_named_must_be_there(tmp_path):
+    source = write(tmp_path / "in", {"t.csv": "text,n\nx,1"}) / "t.csv"
+    with pytest.raises(ConfigError, match="has the columns text, n, expected picture"):
+        convert.convert(source, tmp_path / "out", columns=convert.Columns(image="picture"))
+
+
+def test_what_is_there_is_not_replaced(tmp_path):
+    source = write(tmp_path / "in", {"a.txt": "x"})
+    write(tmp_path / "out", {"kept": "x"})
+    with pytest.raises(ConfigError, match="holds something already"):
+        convert.convert(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="lies in"):
+        convert.convert(source, source / "shards")
+
+
+def test_the_sound_of_a_shard_is_kept_as_it_is(tmp_path):
+    flac = encode_flac(np.zeros(100, np.float32))
+    convert.convert(write(tmp_path / "in", {"a.flac": flac}), tmp_path / "out")
+    offset, size = ShardDataset(tmp_path / "out").entries[0].members["flac"]
+    assert (tmp_path / "out" / "part-00000.tar").read_bytes()[offset : offset + size] == flac
