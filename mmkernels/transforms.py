@@ -28,7 +28,7 @@ def refuse_batched(name: str, *grads: torch.Tensor | None) -> None:
     """For operators with lists of tensors: torch's message would name a function that nobody called."""
     if any(grad is not None and is_batched(grad) for grad in grads):
         raise NotImplementedError(
-            f"{name}: there are no many gradients at once (is_grads_batched, jacobian(vectorize=True)); use "
+            f"{name}: gradients come one at a time, not batched (is_grads_batched, jacobian(vectorize=True)); use "
             "torch.func.vmap over torch.func.vjp"
         )
 

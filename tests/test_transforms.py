@@ -76,7 +76,7 @@ def test_gradients_of_gradients(name):
         expected = torch.autograd.functional.hessian(function, x)
         torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(function))(x), expected)
     else:
-        with pytest.raises(NotImplementedError, match="only first-order gradients are there"):
+        with pytest.raises(NotImplementedError, match="only first-order gradients exist"):
             torch.func.jacrev(torch.func.jacrev(function))(x)
 
 
@@ -124,7 +124,7 @@ def test_many_gradients_at_once(name):
         out = out[0] if isinstance(out, list) else out
         grads = drawn(3, *out.shape)
         if lists:
-            with pytest.raises(NotImplementedError, match=f"^{name.split()[0]}: there are no many gradients at once"):
+            with pytest.raises(NotImplementedError, match=f"^{name.split()[0]}: gradients come one at a time, not batched"):
                 torch.autograd.grad(out, x, grads, is_grads_batched=True)
             continue
         (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)

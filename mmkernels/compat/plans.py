@@ -55,7 +55,7 @@ def plan(seen: Seen, shape: Shape, device: torch.device, *, by_head: bool = Fals
     Raises ValueError for lengths that do not fit.
     """
     if seen.mask is not None and seen.mask.requires_grad:
-        return Refused("attn_mask requires a gradient, which a mask has not")
+        return Refused("attn_mask requires a gradient, and masks have none")
     if not torch._C._are_functorch_transforms_active():
         return _plan(seen, shape, device, by_head)
     seen = seen._replace(**{name: transforms.below(getattr(seen, name)) for name in ("lengths", "key_lengths", "mask")})

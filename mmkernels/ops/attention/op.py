@@ -146,7 +146,7 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
 
 
 def _refuse_second_order(ctx, *grads):
-    raise NotImplementedError("attention: only first-order gradients are there; backward has no gradient")
+    raise NotImplementedError("attention: only first-order gradients exist, of backward there is none")
 
 
 torch.library.register_autograd("mm::attention_fwd", _backward, setup_context=_setup_context)

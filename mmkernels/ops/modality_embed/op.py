@@ -185,7 +185,7 @@ def _at_autograd_key(*args):
 
 
 def _refuse_second_order(ctx, *grads):
-    raise NotImplementedError("modality_embed: only first-order gradients are there; backward has no gradient")
+    raise NotImplementedError("modality_embed: only first-order gradients exist, of backward there is none")
 
 
 torch.library.impl("mm::modality_embed_fwd", "Autograd", _at_autograd_key)

@@ -22,7 +22,7 @@ def run(first, count):
     pools = {}
     for seed in range(first, first + count):
         case = random_case(seed)
-        pool = pools.setdefault((case.options["dtype"], "fused" in case.kernels), Pool())
+        pool = pools.setdefault((case.options["dtype"], "fused" in case.kernels), Pool(4.0))  # some with dropout
         with case.configured(), poisoned_empty():
             check(case.layout, case.mask, k_layout=case.k_layout, impl="triton", pool=pool, **case.options)
     for (dtype, fused), pool in pools.items():
