@@ -56,14 +56,16 @@ def begun(out: Path, config: PretrainConfig) -> PretrainConfig | None:
     """The configuration with which `out` holds this run already, in which case it goes on; None: it holds nothing.
 
     What made no step holds nothing.  Those of WHERE may differ, and the path of data that only moved.  Raises
-    ConfigError if it holds a run of another configuration, naming the fields that differ, or a fine-tuning.
+    ConfigError if it holds a run of another configuration, naming the fields that differ, or of none, or a fine-tuning.
     """
     path = out / "config.json"
     if (out / "finetune.json").exists() and (out / FILE).exists():  # without a model it failed on the way
         raise ConfigError(f"pretrain: {out} holds a fine-tuning; choose another --out")
     steps = metrics.read(out / "metrics.jsonl") or checkpoint.saved(out / "checkpoints") or (out / FILE).exists()
-    if not (path.exists() and steps):
+    if not steps:
         return None
+    if not path.exists():  # nobody can tell whose steps they are
+        raise ConfigError(f"pretrain: {out} holds a run without its config.json; delete it, or choose another --out")
     try:
         theirs = configs.from_dict(json.loads(path.read_text(encoding="utf-8")))
         theirs = replace(theirs, data=pretraining.located(theirs.data))  # older runs kept it as it was typed
@@ -90,8 +92,7 @@ def finished(out: Path, config: PretrainConfig) -> bool:
         if checkpoint.saved(out / "checkpoints"):  # it goes on, and writes the file anew
             return False
         raise
-    lines = metrics.read(out / "metrics.jsonl")  # fewer: the model is an earlier run's, whose config.json went
-    return all(made >= config.steps for made in (step, lines[-1]["step"] if lines else None) if made is not None)
+    return step is None or step >= config.steps
 
 
 def note_data(out: Path, dataset: ShardDataset, *, begun: bool) -> None:

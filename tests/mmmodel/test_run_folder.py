@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import assert_same_run, weights
+from builders import assert_same_run
 
 from mmmodel import checkpoint, configs, metrics, pretraining, run_folder, train
 from mmmodel.configs import ConfigError
@@ -65,15 +65,14 @@ def test_a_finished_run_is_left_alone_with_or_without_its_checkpoints(tiny, unbr
     assert_same_run(out, unbroken)
 
 
-def test_a_model_that_another_run_left_does_not_finish_one_that_was_stopped(tiny, unbroken, tmp_path):
-    """Its config.json was deleted to get the folder free; then the new run was killed before its first checkpoint."""
-    out = shutil.copytree(unbroken, tmp_path / "run")
-    shutil.rmtree(out / "checkpoints")
-    config = dataclasses.replace(tiny, seed=1)
-    (out / "config.json").write_text(json.dumps(configs.to_dict(config)))
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert train.pretrain(config, out)
-    assert not all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(unbroken).values(), strict=True))
+@pytest.mark.parametrize("left", ["checkpoints", "model.safetensors", "metrics.jsonl"])
+def test_what_is_left_of_a_run_without_its_configuration_is_no_start_of_another(tiny, unbroken, tmp_path, left):
+    """Its config.json was deleted to get the folder free: the next run went on from its checkpoint."""
+    source = unbroken / left
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / left)
+    with pytest.raises(ConfigError, match=r"holds a run without its config.json; delete it, or choose another"):
+        train.pretrain(dataclasses.replace(tiny, seed=1), tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_damaged_model_is_written_anew_from_the_checkpoint(tiny, unbroken, tmp_path):
