@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mmmodel import atomic, configs, evaluate, language_model, train
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.progress import Console
 
 # Fields that differ from the demo's.  contrastive.begin=1 keeps the alignment's heads, untrained: the points are a
 # random map of what the other objectives made of the encoder.

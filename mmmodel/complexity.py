@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from mmmodel.frontends.audio import HOP, SAMPLE_RATE, STRIDE
 from mmmodel.frontends.image import CELL
 from mmmodel.objectives.matching import named_pairs
 from mmmodel.pretraining import Pretraining, check_vocabulary
+from mmmodel.progress import Console
 
 FLOAT = 4  # bytes; under bf16 autocast activations take between half of this and all of it
 STATE = 4 * FLOAT  # bytes per parameter: weight, gradient and AdamW's two averages

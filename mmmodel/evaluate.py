@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import mmkernels
@@ -23,6 +22,7 @@ from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
 from mmmodel.finetuning.learner import Aligned
 from mmmodel.pretraining import Corpus, Pretraining
+from mmmodel.progress import Console
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
 POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in; of other data all are pooled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
+from rich import console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +17,13 @@ from rich.progress import Progress as RichProgress
 
 LINES = 20  # over a run, where there is no terminal
 SMOOTHING = 0.9
+
+
+class Console(console.Console):
+    """Rich's, but for a reader that has seen enough (`mmmodel evaluate | head`): that is `cli.main`'s to say."""
+
+    def on_broken_pipe(self) -> None:
+        raise
 
 
 class Progress:

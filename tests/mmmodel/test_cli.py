@@ -132,11 +132,12 @@ def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault():
-    """`mmmodel --help | head -1`."""
+@pytest.mark.parametrize("command", [("--help",), ("complexity", "--preset", "tiny")], ids=["print", "rich"])
+def test_a_reader_that_has_seen_enough_is_no_fault(command):
+    """`mmmodel --help | head -1`; rich has a way of its own."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "mmmodel", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "mmmodel", *command], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
