@@ -47,6 +47,6 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
         where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
         sys.exit(f"{where}: {error.strerror}" if where else str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -6,6 +6,7 @@ A step's batch and draws depend on (seed, step) alone, so the state is weights, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -55,6 +56,7 @@ STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 def pretrain(config: PretrainConfig, out: Path | str) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
+    After Ctrl-C it raises KeyboardInterrupt; both finish the step in progress and save first.
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
     configuration or another process is at work there, and if there is nothing to learn from the data.
     """
@@ -136,16 +138,22 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
                 export(out / FILE, learner, config, step=progress["step"])  # what is there may be used before the end
         distributed.wait()
 
-    finished = True
+    stop: list[int] = []
     if progress["step"] < config.steps:
-        finished = _run(
-            config, out, learner, optimizer, progress, make, save, lambda step: validate(learner, corpus, step)
-        )
+        look = functools.partial(validate, learner, corpus)
+        with _signals() as stop:
+            _run(config, out, learner, optimizer, progress, make, save, look, stop)
     save()
     if not distributed.rank():
         plot_run(out)
     distributed.wait()
-    return finished
+    if progress["step"] < config.steps:
+        message = f"stopped after step {progress['step']} of {config.steps}; the same command goes on from there"
+        if signal.SIGINT in stop:
+            raise KeyboardInterrupt(message)
+        _log("%s", message)
+        return False
+    return True
 
 
 def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sampler) -> None:
@@ -181,8 +189,8 @@ def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float
     return {f"validation/{name}": value for name, value in found.items() if held_out.is_score(name)}
 
 
-def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable, look: Callable) -> bool:
-    """Steps until config.steps or SIGTERM; progress counts them.  look: figures to add after a step."""
+def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable, look: Callable, stop: list) -> None:
+    """Steps until config.steps or a signal is in stop; progress counts them.  look: figures to add after a step."""
     first = not distributed.rank()
     device = next(learner.parameters()).device
     metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"]) if first else None
@@ -190,7 +198,6 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     skipped_in_a_row = 0
     with (
         distributed.wrapped(learner) as module,
-        _sigterm() as stop,
         Progress(config.steps, progress["step"], shown=first) as bar,
         _ahead(make, progress["step"]) as batches,
     ):
@@ -223,7 +230,6 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
                 save()
     if first:
         metrics.close()
-    return progress["step"] >= config.steps
 
 
 def train_step(
@@ -319,8 +325,8 @@ def _log(message: str, *values: Any) -> None:
 
 
 @contextmanager
-def _sigterm() -> Iterator[list]:
-    """A list that is empty until SIGTERM or SIGINT arrives: the step in progress is finished and saved first."""
+def _signals() -> Iterator[list[int]]:
+    """A list of which SIGTERM and SIGINT came: the step in progress is finished and saved first."""
     stop: list[int] = []
     previous = {}
     try:

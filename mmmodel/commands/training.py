@@ -157,7 +157,6 @@ class Pretrain:
         if not (self.out / "config.json").exists() and not distributed.is_torchelastic_launched():
             complexity.show(complexity.complexity(config))
         if not train.pretrain(config, self.out):
-            print(f"stopped; the same command continues from {self.out}/checkpoints")
             sys.exit(train.STOPPED)
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmodel import (
     checkpoint,
+    cli,
     configs,
     distributed,
     evaluate,
@@ -64,15 +65,15 @@ def test_a_run_leaves_what_the_readme_promises(unbroken):
     assert configs.from_dict(json.loads((unbroken / "config.json").read_text())).steps == 8
 
 
-def stopped_after(number, monkeypatch):
-    """SIGTERM in the step of that number; the list grows with each step."""
+def stopped_after(number, monkeypatch, by=signal.SIGTERM):
+    """A signal in the step of that number; the list grows with each step."""
     steps = []
     original = train.train_step
 
     def stopping(*args):
         steps.append(1)
         if len(steps) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
         return original(*args)
 
     monkeypatch.setattr(train, "train_step", stopping)
@@ -87,6 +88,15 @@ def test_sigterm_saves_and_the_same_command_continues_to_the_same_bits(tiny, unb
     assert train.pretrain(tiny, tmp_path) is True
     assert len(steps) == 8
     assert_same_run(tmp_path, unbroken)
+
+
+def test_ctrl_c_saves_and_ends_as_a_shell_expects(tiny, shards, tmp_path, monkeypatch, capsys):
+    stopped_after(5, monkeypatch, by=signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["pretrain", "--preset", "tiny", "--set", f"data={shards}", "--out", str(tmp_path)])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped after step 5 of 8; the same command goes on from there\n")
+    assert train.pretrain(tiny, tmp_path)
 
 
 def test_a_run_that_is_not_finished_has_the_weights_of_its_last_checkpoint(tiny, tmp_path, monkeypatch, caplog):
