@@ -75,24 +75,28 @@ def split_name(said: str) -> str:
 def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]]) -> list[Entry]:
     """Write samples (`{"__key__": str, "json": dict, "txt": str, "png": bytes, ...}`) as one tar; their entries.
 
-    Raises ValueError for a key with a dot after its last slash, where readers would end it.
+    Bytes are written as they are.  The file appears whole or not at all.  Raises ValueError for a key with a dot after
+    its last slash, where readers would end it, and for other kinds of values.
     """
     from webdataset import TarWriter  # imports torch, which a worker that only converts should not wait for
 
     # No times in the archive: the same samples give the same bytes.
-    with TarWriter(str(path), encoder=_encode, mtime=0) as writer:
-        for sample in samples:
-            if "." in (key := sample["__key__"]).rpartition("/")[2]:
-                raise ValueError(f"write_shard: key {key!r} holds a dot, expected none: a reader would end it there")
-            writer.write(sample)
-    return scan_shard(Path(path))
+    with atomic.replacing(Path(path)) as partial:
+        with TarWriter(str(partial), encoder=_encode, mtime=0) as writer:
+            for sample in samples:
+                if "." in (key := sample["__key__"]).rpartition("/")[2]:
+                    raise ValueError(
+                        f"write_shard: key {key!r} holds a dot, expected none: a reader would end it there"
+                    )
+                writer.write(sample)
+        return scan_shard(partial)
 
 
 def _encode(sample: dict[str, Any]) -> dict[str, Any]:
     encoded = dict(sample)
-    if "txt" in sample:
+    if isinstance(sample.get("txt"), str):
         encoded["txt"] = sample["txt"].encode()
-    if "json" in sample:
+    if not isinstance(sample.get("json", b""), bytes):
         encoded["json"] = json.dumps(sample["json"], ensure_ascii=False).encode()
     return encoded
 

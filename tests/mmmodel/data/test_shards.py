@@ -177,6 +177,17 @@ def test_a_key_that_readers_would_cut_is_refused(tmp_path):
         write_shard(tmp_path / "b.tar", [sample("v1.2/x.y", txt="1")])
 
 
+def test_a_shard_that_was_not_written_to_its_end_is_not_there(tmp_path):
+    """A short one would be read as if it were all.  Bytes are written as they are."""
+    whole = sample("x", txt="é".encode(), json=b'{"n": 1}')
+    for wrong in (sample("y", png="a path"), sample("y.z", txt="1"), sample("x", txt="twice")):
+        with pytest.raises(ValueError, match="doesn't map to a bytes|holds a dot|twice, expected"):
+            write_shard(tmp_path / "a.tar", [whole, wrong])
+        assert not list(tmp_path.iterdir())
+    (entry,) = write_shard(tmp_path / "a.tar", [whole])
+    assert (entry.shard, entry.meta, entry.members["txt"][1]) == ("a.tar", {"n": 1}, 2)
+
+
 def test_names_that_are_not_utf_8_stay_apart(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
         for name in ("caf\xe9.txt", "caf\xe8.txt"):
