@@ -25,7 +25,7 @@ TEXT = ("txt",)
 IMAGE = ("png", "jpg", "jpeg", "webp")
 AUDIO = ("flac", "ogg", "wav")
 INDEX = "index.json"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|z))?|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
 SHOWN = 3  # names of what is not read, at most
@@ -108,7 +108,7 @@ def scan_shard(path: Path) -> list[Entry]:
     """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     for info in _files(path):
-        folder, _, name = info.name.rpartition("/")
+        folder, _, name = info.name.removeprefix("./").rpartition("/")  # `tar -C FOLDER .` writes ./x.txt
         stem, dot, extension = name.partition(".")
         if not (stem and dot):
             continue
@@ -148,7 +148,7 @@ def _files(path: Path) -> list[tarfile.TarInfo]:
         with path.open("rb") as file:
             start = file.read(6)
         packed = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), "")
-        reason = f"it is packed by {packed}, expected it unpacked: members are read at random" if packed else error
+        reason = f"it is packed by {packed}, expected it uncompressed: members are read at random" if packed else error
         raise ConfigError(f"shards: {path} does not read as a tar: {reason}") from error
     if links := sum(info.islnk() or info.issym() for info in members):
         logger.warning("%s: left out: %d links; tar -h --hard-dereference writes files in their place", path, links)
@@ -172,7 +172,9 @@ def read_index(folder: Path | str) -> list[Entry]:
     folder = Path(folder)
     stamps = shard_stamps(folder)
     if not stamps:
-        raise FileNotFoundError(f"shards: {_without_shards(folder)}; prepare a data set first (mmmodel data --help)")
+        raise FileNotFoundError(
+            f"shards: {_without_shards(folder)}; prepare a data set first (mmmodel data --help; your own: docs/faq.md)"
+        )
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if content["version"] == INDEX_VERSION and content["shards"] == stamps:
@@ -202,7 +204,7 @@ def _without_shards(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
     if found := unread(folder) or sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-        return f"no *.tar in {folder}, but {listed(found, SHOWN)}: unpacked *.tar of one folder are read"
+        return f"no *.tar in {folder}, but {listed(found, SHOWN)}: uncompressed *.tar of one folder are read"
     return f"no *.tar in {folder}, which is empty"
 
 

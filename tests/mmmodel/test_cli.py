@@ -97,7 +97,7 @@ def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
     out, start = tmp_path / "out", ("pretrain", "--preset", "tiny", "--set", f"data={own}")
     assert_one_line("--set languages= reads samples of any", *start, "languages=fr,es,ru", "--out", out)
     nothing = ("pretrain", "--preset", "demo", "--set", f"data={tmp_path}")
-    assert_one_line(r"prepare a data set first \(mmmodel data --help\)$", *nothing, "--out", out)
+    assert_one_line(r"prepare a data set first \(mmmodel data --help; your own: docs/faq.md\)$", *nothing, "--out", out)
     assert_one_line("batch_size is 4, expected at most the 2 distinct items", *start, "--out", out)
     assert_one_line("has no samples of split 'test', expected one of train", "evaluate", "--from", run, "--data", own)
     french = ("finetune", "--from", run, "--languages", "fr", "--out", out)

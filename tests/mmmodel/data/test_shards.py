@@ -115,7 +115,7 @@ def test_tars_made_by_others(tmp_path, broken):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     (entry,) = scan_shard(tmp_path / "a.tar")
-    assert entry.key == "./d/x"
+    assert entry.key == "d/x"
     assert set(entry.members) == {"jpg", "txt", "json"}
     assert entry.meta == {}
 
@@ -139,7 +139,7 @@ def whole(folder):
     [
         (lambda data: b"", "empty file"),
         (lambda data: b"junk " * 1000, "invalid header"),
-        (gzip.compress, "it is packed by gzip, expected it unpacked"),
+        (gzip.compress, "it is packed by gzip, expected it uncompressed"),
         (lambda data: data[:1800], "it is cut"),  # within a header
         (lambda data: data[:2200], "unexpected end of data"),  # within a member
         (lambda data: data[:1536] + b"junk" * 1000, "something follows its end"),
@@ -177,11 +177,20 @@ def test_a_key_that_readers_would_cut_is_refused(tmp_path):
         write_shard(tmp_path / "b.tar", [sample("v1.2/x.y", txt="1")])
 
 
+def test_a_key_is_the_same_however_tar_was_called(tmp_path):
+    """`tar -cf a.tar *.txt` and `tar -cf a.tar .`: keys are matched with tables of one's own."""
+    write_tar(tmp_path / "a.tar", {"./x.txt": b"1", "./in/y.txt": b"2", "z.txt": b"3"})
+    assert [entry.key for entry in read_index(tmp_path)] == ["in/y", "x", "z"]
+    write_tar(tmp_path / "b.tar", {"./z.txt": b"3"})
+    with pytest.raises(ConfigError, match=r"key 'z' is in both a\.tar and b\.tar"):
+        read_index(tmp_path)
+
+
 def test_a_shard_that_was_not_written_to_its_end_is_not_there(tmp_path):
     """A short one would be read as if it were all.  Bytes are written as they are."""
     whole = sample("x", txt="é".encode(), json=b'{"n": 1}')
     for wrong in (sample("y", png="a path"), sample("y.z", txt="1"), sample("x", txt="twice")):
-        with pytest.raises(ValueError, match="doesn't map to a bytes|holds a dot|twice, expected"):
+        with pytest.raises(ValueError, match=r"doesn't map to a bytes|holds a dot|twice, expected"):
             write_shard(tmp_path / "a.tar", [whole, wrong])
         assert not list(tmp_path.iterdir())
     (entry,) = write_shard(tmp_path / "a.tar", [whole])
@@ -199,7 +208,7 @@ def test_names_that_are_not_utf_8_stay_apart(tmp_path):
 def test_a_folder_of_loose_files_is_told_by_some_of_their_names(tmp_path):
     for name in ("a.png", "b.png", "c.png", "d.png", ".hidden"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"but a\.png, b\.png, c\.png and 1 more: unpacked"):
+    with pytest.raises(FileNotFoundError, match=r"but a\.png, b\.png, c\.png and 1 more: uncompressed"):
         read_index(tmp_path)
 
 
@@ -217,10 +226,10 @@ def test_a_folder_without_shards_is_named(tmp_path):
         read_index(tmp_path / "none")
     (tmp_path / "train").mkdir()
     write_shard(tmp_path / "train" / "a.tar", [sample("x", txt="1")])
-    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but folder train: unpacked \*\.tar of one folder"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but folder train: uncompressed \*\.tar of"):
         read_index(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but a\.tar\.gz, folder train: unpacked"):
+    with pytest.raises(FileNotFoundError, match=r"no \*\.tar in .*, but a\.tar\.gz, folder train: uncompressed"):
         read_index(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"a\.tar is a file, expected the folder that holds the \*\.tar"):
         read_index(tmp_path / "train" / "a.tar")
