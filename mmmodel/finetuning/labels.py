@@ -60,13 +60,14 @@ def read(
 ) -> dict[str, Any]:
     """key -> label of each item that has one; metas: key -> KEY.json.
 
-    classification, qa, retrieval: str.  multilabel: tuple of str.  regression: float.  Raises ConfigError if no item
-    has the field, naming the fields there are, and for a label that is not of the task's kind, naming the sample.
+    A blank text is none.  classification, qa, retrieval: str.  multilabel: tuple of str.  regression: float.  Raises
+    ConfigError if no item has the field, naming the fields there are, and for a label that is not of the task's kind,
+    naming the sample.
     """
     labels = {}
     for item in items:
         value = metas[item.key].get(field)
-        if value is not None:
+        if value is not None and not (isinstance(value, str) and not value.strip()):
             labels[item.key] = _checked(value, task, field, item.key)
     if not labels:
         fields = sorted({name for item in items for name in metas[item.key]})
@@ -76,17 +77,22 @@ def read(
 
 def fit(values: Sequence[Any], task: str) -> Labels:
     """What the training labels `values` say about the outputs.  Raises ConfigError for labels with nothing to learn."""
+    if len({frozenset(value) if task == "multilabel" else value for value in values}) < 2:
+        shown = ", ".join(values[0]) or "empty" if task == "multilabel" else values[0]
+        raise ConfigError(f"finetune: all {len(values)} training labels are {shown}, nothing to learn")
     if task == "retrieval":
         return Labels(task)
     if task == "regression":
-        mean, deviation = float(np.mean(values)), float(np.std(values))
-        if deviation == 0:
-            raise ConfigError(f"finetune: all {len(values)} training labels are {mean:g}, nothing to learn")
-        return Labels(task, mean=mean, deviation=deviation)
-    names = {name for value in values for name in (value if task == "multilabel" else (value,))}
-    if len(names) < (1 if task == "multilabel" else 2):
-        raise ConfigError(f"finetune: the training labels have {len(names)} classes, expected at least 2")
-    return Labels(task, classes=tuple(sorted(names)))
+        return Labels(task, mean=float(np.mean(values)), deviation=float(np.std(values)))
+    return Labels(task, classes=tuple(sorted({name for value in values for name in _names(value)})))
+
+
+def unseen(values: Sequence[Any], labels: Labels) -> list[str]:
+    """For each of `values` with a name that has no output, because no training sample has it, that name."""
+    if not labels.classes:
+        return []
+    lacking = ([name for name in _names(value) if name not in labels.classes] for value in values)
+    return [names[0] for names in lacking if names]
 
 
 def few(items: Sequence[Item], labels: Mapping[str, str], per_class: int, seed: int) -> list[Item]:
@@ -112,6 +118,10 @@ def limited_to(items: Sequence[Item], modalities: Sequence[str]) -> list[Item]:
     """Items that show only these modalities; those with none of them go."""
     limited = [replace(item, rows={n: r for n, r in item.rows.items() if n in modalities}) for item in items]
     return [item for item in limited if item.rows]
+
+
+def _names(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
 
 
 def _checked(value: Any, task: str, field: str, key: str) -> Any:

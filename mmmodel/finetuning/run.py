@@ -68,6 +68,10 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     learner, loaded = build(base, source, data.labels, config)
     logger.info("%s", "from scratch: no tensor loaded" if loaded is None else loaded.summary())
     logger.info("%s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    for split, items in (("validation", data.validation), ("test", data.test)):
+        if new := label_rules.unseen(data.of(items), data.labels):
+            words = "%s: %d of %d samples have a label that no training sample has, such as %r: it is never predicted"
+            logger.warning(words, split, len(new), len(items), new[0])
     learner.to(config.device)
     settings = {name: value for name, value in asdict(config).items() if name not in WHERE}
     about = {"from": export.checksum(source.tensors), "config": settings, "labels": asdict(data.labels)} | counts
@@ -75,8 +79,12 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     checkpoints = _checkpoints(out / ".checkpoints", about)
     with run_folder.writing(out):
         outcome = train(learner, data, config, checkpoints, out / "metrics.jsonl")
-    with torch.no_grad():
-        test = evaluate_on(learner, data, data.test) if data.test else None
+    try:
+        with torch.no_grad():
+            test = evaluate_on(learner, data, data.test) if data.test else None
+    except ConfigError as error:  # of retrieval: what was trained is kept
+        logger.warning("the test samples are not scored: %s", error)
+        test = None
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
@@ -173,7 +181,10 @@ def read_samples(dataset: ShardDataset, model: nn.Module, config: FinetuneConfig
         metas = dict(zip(dataset.keys, dataset.metas, strict=True))
         items, features = with_questions(items, features, metas, model, config.question)
     if config.modalities:
-        items = label_rules.limited_to(items, config.modalities)
+        limited = label_rules.limited_to(items, config.modalities)
+        if len(limited) < len(items):
+            logger.info("left out: %d samples without %s", len(items) - len(limited), " or ".join(config.modalities))
+        items = limited
     return items, features
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -63,6 +64,29 @@ def test_retrieval_starts_from_the_runs_own_head_and_saves_it_where_a_run_has_it
     again, _, _ = finetuning.load(tmp_path)
     data, _ = finetuning.read_labelled(open_run(run).config, again.model, config)
     assert evaluate_on(again, data, data.test) == pytest.approx(report["test"])
+
+
+def test_a_test_split_that_retrieval_cannot_score_costs_no_training(run, shards, tmp_path, caplog):
+    """Its samples are captions alone."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    for path in data.glob("*test*.tar"):
+        path.unlink()
+    made = [{"__key__": f"t{i}", "txt": "a", "json": {"split": "test", "concept": i}} for i in "ab"]
+    write_shard(data / "t.tar", made)
+    config = dataclasses.replace(QUICK, task="retrieval", label="concept", data=str(data), epochs=1)
+    assert finetuning.finetune(run, config, tmp_path / "out")["test"] is None
+    assert "not scored: finetune: no label has samples of two modalities" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_label_that_no_training_sample_has_is_told(run, tmp_path, caplog):
+    said = [("train", "a"), ("train", "b")] * 4 + [("validation", "a"), ("validation", "c"), ("test", "b")]
+    made = [{"__key__": f"k{i}", "txt": x, "json": {"split": split, "label": x}} for i, (split, x) in enumerate(said)]
+    write_shard(tmp_path / "data.tar", made)
+    config = dataclasses.replace(QUICK, label="label", data=str(tmp_path), epochs=1)
+    finetuning.finetune(run, config, tmp_path / "out")
+    expected = "validation: 1 of 2 samples have a label that no training sample has, such as 'c': it is never predicted"
+    assert [record.message for record in caplog.records if "no training sample" in record.message] == [expected]
 
 
 @pytest.mark.parametrize("task", ["classification", "retrieval"])

@@ -20,6 +20,7 @@ def read(values, task, field="label"):
 
 def test_each_task_reads_its_kind():
     assert read(["cat", 3, True, None], "classification") == {"k0": "cat", "k1": "3", "k2": "True"}
+    assert read(["cat", "", " "], "qa") == {"k0": "cat"}  # as tables are exported: blank is none, not a class
     assert read([["a", 2], [], ["b"]], "multilabel") == {"k0": ("a", "2"), "k1": (), "k2": ("b",)}
     assert read([1, 2.5], "regression") == {"k0": 1.0, "k1": 2.5}
 
@@ -56,11 +57,26 @@ def test_targets():
 
 
 @pytest.mark.parametrize(
-    ("values", "task"), [(["a", "a"], "classification"), ([2.0, 2.0], "regression"), ([()], "multilabel")]
+    ("values", "task", "shown"),
+    [
+        (["a", "a"], "classification", "a"),
+        (["a", "a"], "retrieval", "a"),  # every answer would be right
+        ([0.1] * 3, "regression", "0.1"),  # numpy's deviation of these is not quite 0
+        ([(), ()], "multilabel", "empty"),
+        ([("a", "b"), ("b", "a")], "multilabel", "a, b"),
+    ],
 )
-def test_labels_with_nothing_to_learn_are_refused(values, task):
-    with pytest.raises(ConfigError, match=r"nothing to learn|expected at least 2"):
+def test_labels_with_nothing_to_learn_are_refused(values, task, shown):
+    with pytest.raises(ConfigError, match=f"all {len(values)} training labels are {shown}, nothing to learn"):
         labels.fit(values, task)
+
+
+def test_labels_that_no_training_sample_has():
+    rule = labels.fit(["a", "b"], "classification")
+    assert labels.unseen(["a", "new", "b", "other"], rule) == ["new", "other"]
+    many = labels.fit([("a", "b"), ("c",)], "multilabel")
+    assert labels.unseen([("a",), (), ("b", "new", "newer")], many) == ["new"]
+    assert labels.unseen([1.0], labels.fit([1.0, 3.0], "regression")) == []
 
 
 def test_few_keeps_as_many_of_each_class_and_follows_the_seed():
