@@ -106,7 +106,8 @@ def decode_text(data: bytes) -> str | None:
 def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.
 
-    Raises ValueError if it holds no sound, or less than its header says (WAV, AIFF and AU say it).
+    Raises ValueError if it holds no sound, or less than its header says (WAV, W64, RF64, AIFF, AU and most MP3 say it),
+    and for an Ogg that ends within a page.
     """
     import soundfile
 
@@ -114,11 +115,12 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
     try:
         with soundfile.SoundFile(stream) as file:
             waveform, rate, log = file.read(dtype="float32", always_2d=True), file.samplerate, file.extra_info
+            stated = file.frames
     except soundfile.LibsndfileError as error:  # its message says where the bytes lie in memory
         raise ValueError(f"it does not read as sound: {error.error_string}") from None
     if waveform.shape[0] == 0:
         raise ValueError("the file holds no samples")
-    refuse_cut_short(log)
+    refuse_cut_short(log, stated, len(waveform))
     refuse_infinite(waveform)
     channels = waveform.T
     mono = sum(channels[1:], channels[0]) / np.float32(
@@ -131,15 +133,25 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-# What libsndfile logs of a chunk of samples that reaches past the end of its file.
-_CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# What libsndfile logs of a chunk of samples that reaches past the end of its file; of W64 it is the whole file.
+_CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_FRAMES_CUT = re.compile(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)")  # of RF64
+_COUNTED = re.compile(r"bitrate mode\s*: (?:variable|average)")  # of an MP3 whose first frame says how many follow
+_PAGE_CUT = re.compile(r"^Ogg ?: Junk after the last page", re.MULTILINE)
 _UNKNOWN_SIZE = 0x7FFF0000  # and more: written by who streams and does not know the length
 
 
-def refuse_cut_short(log: str) -> None:
-    for stated, there in _CUT_SHORT.findall(log):
+def refuse_cut_short(log: str, frames: int, read: int) -> None:
+    """log: libsndfile's of the file.  frames: how many it expected; read: how many there were."""
+    found = [(stated, there, "bytes") for stated, there in _CUT_SHORT.findall(log)]
+    found += [(stated, there, "frames") for there, stated in _FRAMES_CUT.findall(log)]
+    if _COUNTED.search(log):  # of other MP3 the number is a guess by the size of the file
+        found.append((frames, read, "frames"))
+    for stated, there, unit in found:
         if int(there) < int(stated) < _UNKNOWN_SIZE:
-            raise ValueError(f"the sound is cut short: its header says {stated} bytes, {there} are there")
+            raise ValueError(f"the sound is cut short: its header says {stated} {unit}, {there} are there")
+    if _PAGE_CUT.search(log):
+        raise ValueError("the sound is cut short: it ends within a page")
 
 
 def refuse_infinite(waveform: np.ndarray) -> None:
