@@ -161,6 +161,9 @@ def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sam
     idle = objectives.idle(learner.objectives, items, config.steps, config.batch_size)
     for name, reason in idle.items():
         _log("%s learns nothing in this run: it %s", name, reason)
+    for name in config.model.modalities:
+        if not any(name in item.rows for item in items):
+            _log("no training sample holds %s: its front end learns nothing in this run", name)
     if "contrastive" in learner.objectives.keys() - idle.keys() and (pairs := sampler.joined()) < 1:
         _log(
             "contrastive learns little in this run: a batch shows %.2g concepts in two modalities; "

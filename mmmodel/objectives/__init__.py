@@ -68,6 +68,8 @@ def idle(made: nn.ModuleDict, items: Sequence[Item], steps: int, batch_size: int
             reasons[name] = f"needs {objective.needs}"
         elif getattr(objective, "compares", False) and batch_size < 2:
             reasons[name] = f"compares the samples of a batch, and batch_size is {batch_size}"
+        elif getattr(objective, "compares", False) and len({item.concept for item in items}) < 2:
+            reasons[name] = "compares concepts, and all samples are of one"
     if len(reasons) < len(made):
         return reasons
     present = sorted({modality for item in items for modality in item.rows})

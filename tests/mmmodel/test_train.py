@@ -284,6 +284,23 @@ def test_captions_and_pictures_that_are_samples_of_their_own_are_warned_of(apart
     assert len(lines) == said
 
 
+def test_samples_of_one_concept_and_a_modality_that_none_has_are_told(tmp_path, caplog):
+    """A `concept` that is the same everywhere: no sample is a wrong answer for another."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
+    made = [
+        {"__key__": f"k{i}", "txt": f"sea {i}", "png": picture.getvalue(), "json": {"concept": "c"}} for i in range(8)
+    ]
+    write_shard(tmp_path / "a-0.tar", made)
+    config = configs.override(configs.tiny(), ("steps=1", f"data={tmp_path}"))
+    with caplog.at_level(logging.INFO):
+        train.pretrain(config, tmp_path / "out")
+    for name in ("contrastive", "matching"):
+        said = f"{name} learns nothing in this run: it compares concepts, and all samples are of one"
+        assert said in caplog.messages
+    assert "no training sample holds audio: its front end learns nothing in this run" in caplog.messages
+
+
 def test_an_objective_that_is_never_due_is_named():
     _, learned = objective_learner("objectives.matching.begin=1")
     items, _ = samples()
