@@ -30,8 +30,8 @@ def configured(path: Path, config: PretrainConfig | None = None) -> PretrainConf
     return dataclasses.replace(config, start=str(path.resolve()), language_model="")
 
 
-def read(config: PretrainConfig) -> Run:
-    """The earlier run that config.start names, after a trial: nothing is written of a run that cannot start.
+def read(config: PretrainConfig) -> tuple[Pretraining, str]:
+    """A learner with the weights and the tokenizer of the run that config.start names, and what `load` says of it.
 
     Raises CheckpointError if it does not read, lacks a modality or its encoder has another shape, ConfigError for two
     starts.
@@ -42,8 +42,8 @@ def read(config: PretrainConfig) -> Run:
     if lacking := [name for name in config.model.modalities if name not in run.config.model.modalities]:
         theirs = ", ".join(run.config.model.modalities)
         raise CheckpointError(f"pretrain: {run.path} does not read {', '.join(lacking)}, expected some of {theirs}")
-    load(Pretraining(config, run.tokenizer), run)
-    return run
+    learner = Pretraining(config, run.tokenizer)
+    return learner, load(learner, run)
 
 
 def load(learner: Pretraining, run: Run) -> str:

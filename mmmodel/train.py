@@ -85,16 +85,18 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if begun and run_folder.finished(out, config):
         _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
+    # first, so that nothing is written of a run that cannot start
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():
         if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
             atomic.remove_left(checkpoints, older=0)
         dataset = pretraining.open_data(config)
-        if not (begun and tokenizer.exists()) and not distributed.rank():  # a failed run may have left another
-            made = earlier.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
+        kept = begun and tokenizer.exists() and not earlier  # a failed run may have left another
+        if not kept and not distributed.rank():
+            made = earlier[0].model.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
             with atomic.replacing(tokenizer) as partial:
                 made.save(str(partial))
-        learner = Pretraining(config, load_tokenizer(tokenizer))
+        learner = earlier[0] if earlier else Pretraining(config, load_tokenizer(tokenizer))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split("train")
     if not items:
@@ -110,7 +112,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("continuing at step %d of %d", progress["step"], config.steps)
     else:
         if earlier:
-            _log("%s", start.load(learner, earlier))
+            _log("%s", earlier[1])
         elif config.language_model and config.load_language_model:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)

@@ -29,9 +29,11 @@ def tensors(run):
     return load_file(run / "model.safetensors")
 
 
-def test_weights_and_tokenizer_are_the_earlier_runs_on_other_data(run, others, tmp_path):
-    out = tmp_path / "next"
+def test_weights_and_tokenizer_are_the_earlier_runs_on_other_data(run, others, tmp_path, monkeypatch):
+    out, loads, load = tmp_path / "next", [], start.load
+    monkeypatch.setattr(start, "load", lambda *args: loads.append(args) or load(*args))
     cli.main(["pretrain", "--from", str(run), "--out", str(out), "--set", *STILL, f"data={others}"])
+    assert len(loads) == 1  # a second learner would take as much memory again
     before, after = tensors(run), tensors(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
