@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from mmmodel import distributed
 from mmmodel.batches import Sampler, collate
@@ -51,7 +51,7 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
         return {}
     sampler = Sampler(items, batch_size=size, seed=0)
     model, device = learner.model, learner.model.token_table.device
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Tensor]] = {}
     for number in range(batches):
         rng = np.random.default_rng([number, 6, *([rank] if rank else [])])
         everyone = [items[i] for i in sampler.batch(number)]
@@ -66,8 +66,11 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
         }
         for name, value in learner(batch.to(device), dataclasses.replace(prepared, weights=weights))[1].items():
             if learner.objectives[name.partition("/")[0]].finds(own):
-                found.setdefault(name, []).append(float(value))
-    return merged(distributed.everyone({name: float(np.mean(values)) for name, values in found.items()}))
+                found.setdefault(name, []).append(value.to(device))
+    # All in one copy, at the end: each read waits for a GPU, and lets it run dry.
+    means = [torch.stack(values).double().mean() for values in found.values()]
+    read = torch.stack(means).tolist() if means else []
+    return merged(distributed.everyone(dict(zip(found, read, strict=True))))
 
 
 def distinct(items: Sequence[Item]) -> int:

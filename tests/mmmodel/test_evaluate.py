@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import batch_of, learner, samples
+from builders import batch_of, learner, objective_learner, samples
 from PIL import Image
 
 from mmmodel import cli, configs, evaluate, export, held_out, retrieval, start, train
@@ -226,6 +226,21 @@ def test_a_run_without_alignment_shows_its_objectives(shards, tmp_path, capsys):
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["tasks"] == []
     assert f"masked_text/loss {written['objectives']['masked_text/loss']:.3f} {math.log(280):.3f} cross" in printed
+
+
+def test_figures_are_read_from_the_device_once(monkeypatch):
+    """Not one by one: matching's draws apart, nothing waits for a GPU."""
+    _, learned = objective_learner("objectives.matching.weight=0")
+    items, features = samples()
+    reads = []
+    for name in ("__float__", "item", "tolist"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda own, original=original: reads.append(own.is_floating_point()) or original(own)
+        )
+    found = held_out.figures(learned, Corpus(items, features), items, batches=3)
+    assert len(found) > 3
+    assert sum(reads) == 1
 
 
 def test_a_batch_without_words_is_no_loss_of_0():
