@@ -50,7 +50,10 @@ def private_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     remove_left(parent)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
+    except OSError as error:  # by the name that its writer knows
+        raise OSError(error.errno, error.strerror, str(parent / name)) from error
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # a file system that locks no folders: there nothing is ever taken for left

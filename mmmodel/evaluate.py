@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from mmmodel.features import Item
 from mmmodel.finetuning.learner import Aligned
 from mmmodel.pretraining import Corpus, Pretraining
 from mmmodel.progress import Console
+
+logger = logging.getLogger(__name__)
 
 TASKS = {"speech_to_text": ("audio", "text"), "image_to_text": ("image", "text"), "speech_to_image": ("audio", "image")}
 POOLED = ("fr", "es", "ru")  # languages that nearly every stamp has speech in; of other data all are pooled
@@ -51,7 +54,7 @@ def evaluate(
     "untrained" in the report are those random weights, also of a run that began with others, which "start" names.
 
     It is written to run/report.json, of another split than test to run/report-SPLIT.json; that of a run which is not
-    finished is returned alone.
+    finished is returned alone, and one that cannot be written with a warning.
     impl: as in `export.open_run`.
     data: as in `pretraining.find_data`, in any language; empty: what the run was trained on.  Of other data the report
     is returned alone, and not written over the run's.  Raises ConfigError for a run that was fine-tuned, and if the
@@ -92,7 +95,10 @@ def evaluate(
                      "mmkernels": mmkernels.__version__},
     }  # fmt: skip
     if opened.finished and not data:  # what is said of other data is not the run's own report, which others read
-        atomic.write_json(run / ("report.json" if split == "test" else f"report-{split}.json"), report)
+        try:
+            atomic.write_json(run / ("report.json" if split == "test" else f"report-{split}.json"), report)
+        except OSError as error:  # another's run, a full disk: the scores took long enough
+            logger.warning("%s: not kept: %s", error.filename or run, error.strerror or error)
     return report
 
 

@@ -1,6 +1,7 @@
 """From a run to its report: what is counted, what is shared, and when the demo fails."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 from builders import batch_of, learner, objective_learner, samples
 from PIL import Image
 
-from mmmodel import cli, configs, evaluate, export, held_out, retrieval, start, train
+from mmmodel import atomic, cli, configs, evaluate, export, held_out, retrieval, start, train
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 from mmmodel.features import Item
@@ -226,6 +227,18 @@ def test_a_run_without_alignment_shows_its_objectives(shards, tmp_path, capsys):
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["tasks"] == []
     assert f"masked_text/loss {written['objectives']['masked_text/loss']:.3f} {math.log(280):.3f} cross" in printed
+
+
+def test_scores_that_cannot_be_kept_are_given_all_the_same(run, monkeypatch, caplog, capsys):
+    """As of a run in a folder of somebody else's."""
+
+    def forbidden(**_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a temporary name")
+
+    monkeypatch.setattr(atomic.tempfile, "mkdtemp", forbidden)
+    cli.main(["evaluate", "--from", str(run)])
+    assert "speech_to_text" in capsys.readouterr().out
+    assert caplog.messages == [f"{run}/report.json: not kept: Permission denied"]
 
 
 def test_figures_are_read_from_the_device_once(monkeypatch):
