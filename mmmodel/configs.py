@@ -163,6 +163,7 @@ class PretrainConfig:
     checkpoint_every: Whole = 100  # steps; 0: only at the end
     keep_checkpoints: Count = 2
     evaluate_every: Whole = 0  # steps between the objectives' figures on the split validation; 0: none
+    tensorboard: bool = False  # write the figures of metrics.jsonl for TensorBoard too
 
 
 # From a quarter of the run on, when segments have begun to mean something.  Random negatives: hard ones, which look as

@@ -13,20 +13,33 @@ from mmmodel.batches import Batch
 
 
 class MetricsFile:
-    """`metrics.jsonl`.  Opening it for a resumed run drops lines past the checkpoint: those steps are done again."""
+    """`metrics.jsonl`.  Opening it for a resumed run drops lines past the checkpoint: those steps are done again.
 
-    def __init__(self, path: Path, *, from_step: int) -> None:
+    tensorboard: folder to which the figures go as well, as scalars.
+    """
+
+    def __init__(self, path: Path, *, from_step: int, tensorboard: Path | None = None) -> None:
         kept = [line for line in read(path) if line["step"] <= from_step]
         with atomic.replacing(path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
+        self.events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(tensorboard), purge_step=from_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         self.file.write(json.dumps({key: _rounded(value) for key, value in line.items()}) + "\n")
         self.file.flush()  # kill -9 loses no finished step
+        if self.events:
+            for name in line.keys() - {"step"}:
+                self.events.add_scalar(name, line[name], line["step"])
 
     def close(self) -> None:
         self.file.close()
+        if self.events:
+            self.events.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

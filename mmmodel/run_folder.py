@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 # Fields that say where a run computes, in what portions, and what it keeps and tells: one that was stopped may go on
 # with others.  `precision` and `compile` are not among them: they change its numbers by more than the order of sums.
-WHERE = ("threads", "device", "checkpoint_every", "keep_checkpoints", "evaluate_every", "checkpointing", "chunk_tokens")
+WHERE = (
+    "threads", "device", "checkpoint_every", "keep_checkpoints", "evaluate_every", "tensorboard", "checkpointing",
+    "chunk_tokens",
+)  # fmt: skip
 DATA = "data.json"
 
 

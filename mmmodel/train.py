@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import math
 import signal
@@ -60,9 +61,7 @@ def pretrain(config: PretrainConfig, out: Path | str) -> bool:
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
     configuration or another process is at work there, and if there is nothing to learn from the data.
     """
-    limits.check(config, "config")
-    pretraining.check_vocabulary(config)
-    limits.check_device(config.device, "config")
+    check(config)
     torch.set_num_threads(config.threads)
     out = Path(out)
     config = dataclasses.replace(config, data=pretraining.located(config.data))
@@ -71,6 +70,15 @@ def pretrain(config: PretrainConfig, out: Path | str) -> bool:
         nullcontext() if distributed.rank() else run_folder.alone_in(out, "pretrain"),
     ):
         return _pretrain(config, out, device)
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises ConfigError for what cannot run here, whatever the data."""
+    limits.check(config, "config")
+    pretraining.check_vocabulary(config)
+    limits.check_device(config.device, "config")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("config: tensorboard is True, expected the package to be there: pip install tensorboard")
 
 
 def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
@@ -198,7 +206,8 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     """Steps until config.steps or a signal is in stop; progress counts them.  look: figures to add after a step."""
     first = not distributed.rank()
     device = next(learner.parameters()).device
-    metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"]) if first else None
+    board = out / "tensorboard" if config.tensorboard else None
+    metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"], tensorboard=board) if first else None
     peak = distributed.size() * gemm_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     skipped_in_a_row = 0
     with (

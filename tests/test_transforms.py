@@ -124,7 +124,9 @@ def test_many_gradients_at_once(name):
         out = out[0] if isinstance(out, list) else out
         grads = drawn(3, *out.shape)
         if lists:
-            with pytest.raises(NotImplementedError, match=f"^{name.split()[0]}: gradients come one at a time, not batched"):
+            with pytest.raises(
+                NotImplementedError, match=f"^{name.split()[0]}: gradients come one at a time, not batched"
+            ):
                 torch.autograd.grad(out, x, grads, is_grads_batched=True)
             continue
         (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)

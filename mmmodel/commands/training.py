@@ -153,6 +153,7 @@ class Pretrain:
 
         from mmmodel import complexity, train
 
+        train.check(config)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if not (self.out / "config.json").exists() and not distributed.is_torchelastic_launched():
             complexity.show(complexity.complexity(config))

@@ -93,7 +93,7 @@ def test_the_model_goes_to_the_device(command, run, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the device is there")
-def test_a_gpu_that_is_not_there_is_named(tmp_path):
+def test_a_gpu_that_is_not_there_is_named(tmp_path, capsys):
     there = ["--from", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cuda"]
     gpu = "--set=device=cuda"
     for command in (
@@ -106,6 +106,7 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
     ):
         with pytest.raises(SystemExit, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
             cli.main(command)
+    assert capsys.readouterr().out == ""
     for read in (embed.Embedder, Predictor, export.from_pretrained):
         with pytest.raises(ConfigError, match=r"device is 'cuda', expected cpu: torch .* sees no GPU here"):
             read(tmp_path, device="cuda")

@@ -1,6 +1,7 @@
 """The loop: a run that was stopped or killed ends in the very weights of one that was not."""
 
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -112,6 +113,22 @@ def test_a_run_that_is_not_finished_has_the_weights_of_its_last_checkpoint(tiny,
     evaluate.evaluate(tmp_path)
     assert "not finished" not in caplog.text
     assert (tmp_path / "report.json").exists()
+
+
+def test_tensorboard_gets_the_figures_of_the_metrics(tiny, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = dataclasses.replace(tiny, steps=3, tensorboard=True)
+    assert train.pretrain(config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert set(events.Tags()["scalars"]) == set(lines[0]) - {"step"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-5)) for line in lines
+    ]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        train.pretrain(config, tmp_path)
 
 
 def test_figures_on_the_validation_split_leave_the_run_its_bits(tiny, unbroken, tmp_path, caplog):
