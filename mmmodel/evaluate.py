@@ -128,7 +128,7 @@ def ranks(
             queries = (languages == language) & np.isfinite(points[source][:, 0])
             gallery = (languages == language) & np.isfinite(points[target][:, 0])
             answerable = queries & np.isin(concepts, concepts[gallery])
-            if not answerable.any():
+            if not answerable.any() or len(set(concepts[gallery])) < 2:  # of one concept every answer is right
                 continue
             scores = points[source][answerable] @ points[target][gallery].T
             outcomes[task, language] = Ranks(
@@ -185,7 +185,7 @@ def _unscored(learner: Pretraining, tasks: dict[str, tuple[str, str]], outcomes:
         return f"retrieval, which needs two modalities: this run reads {', '.join(learner.model.front_ends)} alone"
     scored = {task for task, _ in outcomes}
     left = [f"{name} ({' and '.join(pair)})" for name, pair in tasks.items() if name not in scored]
-    return f"no concept of these samples has both in one language: {', '.join(left)}" if left else ""
+    return f"these samples hold no two concepts in one language that have both: {', '.join(left)}" if left else ""
 
 
 def _score(row: tuple[str, str, list[str]], untrained: dict, pretrained: dict) -> dict[str, Any]:

@@ -106,6 +106,13 @@ def test_tasks_are_scored_per_language_and_pooled_over_the_three():
     assert evaluate.task_names(outcomes)[0] == ("speech_to_text", "speech_to_text", ["fr", "es", "el"])
 
 
+def test_one_concept_is_not_scored():
+    """Whatever is answered is right."""
+    points = dict.fromkeys(("text", "image", "audio"), np.eye(3, dtype=np.float32))
+    assert evaluate.ranks(points, items_in(("fr",), "aaa")) == {}
+    assert evaluate.ranks(points, items_in(("fr",), "aab")) != {}
+
+
 def write_captioned(folder, languages, **manifest):
     """Four held-out pictures in each language; a manifest.json beside them where one is given."""
     samples = [
@@ -210,7 +217,7 @@ def test_what_cannot_be_scored_is_said_and_the_objectives_shown(run, tmp_path, c
     write_shard(tmp_path / "a-0.tar", captions)
     cli.main(["evaluate", "--from", str(run), "--data", str(tmp_path)])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "not scored: no concept of these samples has both in one language: speech_to_text (audio" in printed
+    assert "not scored: these samples hold no two concepts in one language that have both: speech_to_text" in printed
     assert "Retrieval" not in printed
     assert "masked_text/loss" in printed
     assert "contrastive" not in printed  # it finds nothing here: a loss of 0 would be no figure
