@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import transforms
-from mmkernels.compat import plans
+from mmkernels.compat import kept
 from mmkernels.compat.arguments import FALLBACKS, one_of
 from mmkernels.compat.torch_sdpa import DTYPES, scaled_dot_product_attention
 from mmkernels.dispatch import IMPLS
@@ -251,7 +251,7 @@ def _joined(padding: Tensor | None, attn: Tensor | None, batch: int, heads: int,
     if torch.compiler.is_compiling() or (attn is not None and (attn.is_inference() or attn.requires_grad)):
         return build()
     if padding is None:
-        return plans.once(attn, ("multihead", batch, heads, extra), build)
+        return kept.once(attn, ("multihead", batch, heads, extra), build)
     version = None if attn is None else attn._version
     # With attn beside the result no other tensor takes its id while that is kept.
-    return plans.once(padding, ("multihead", id(attn), version, batch, heads, extra), lambda: (build(), attn))[0]
+    return kept.once(padding, ("multihead", id(attn), version, batch, heads, extra), lambda: (build(), attn))[0]

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmkernels.compat.kept import by_content
 from mmkernels.compat.mask_reading import Bounds
 from mmkernels.compat.padded import PaddedPlan, plan_bounds
-from mmkernels.compat.plans import by_content
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, KeyIntervals
 

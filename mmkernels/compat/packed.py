@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import transforms
-from mmkernels.compat import plans
+from mmkernels.compat import kept
 from mmkernels.compat.arguments import is_whole
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import FAR, AttentionMask, KeyIntervals
@@ -66,9 +66,7 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int 
             raise ValueError(f"{name}: the bounds of {whose}: {error}") from None
 
     with torch._C._DisableFuncTorch():  # as in plans.plan
-        return plans.once(
-            bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build
-        )
+        return kept.once(bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build)
 
 
 def seqused_mask(
@@ -94,7 +92,7 @@ def seqused_mask(
         intervals = _used_intervals(mask.window, layout, seqused.to(layout.device).long())
         return replace(mask, window=(-1, -1), intervals=intervals), layout, keys  # beside it, so their ids stay theirs
 
-    return plans.once(seqused, ("seqused", mask, id(layout), id(keys)), build)[0]
+    return kept.once(seqused, ("seqused", mask, id(layout), id(keys)), build)[0]
 
 
 def _check_used(name: str, seqused: Tensor, keys: PackedLayout) -> None:

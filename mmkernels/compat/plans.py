@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
 from operator import index
 from typing import Any, NamedTuple
 
@@ -14,15 +10,12 @@ import torch
 from torch import Tensor
 
 from mmkernels import transforms
-from mmkernels.compat import mask_reading
+from mmkernels.compat import kept, mask_reading
 from mmkernels.compat.arguments import is_whole
 from mmkernels.compat.mask_reading import Bounds
 from mmkernels.compat.padded import PaddedPlan, plan_bounds, plan_device_bounds
 
 Lengths = tuple[int, ...] | Tensor | None
-
-MAX_RESULTS = 8  # kept per tensor
-MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a step, and a few hundred MB at most
 
 
 class Seen(NamedTuple):
@@ -75,13 +68,13 @@ def _plan(seen: Seen, shape: Shape, device: torch.device, by_head: bool) -> Padd
         return _masked_plan(seen, lengths, key_lengths, shape, device, by_head)
 
     if seen.mask is not None:
-        return once(seen.mask, content, build)
-    if content not in _plans and _captures(device):
+        return kept.once(seen.mask, content, build)
+    if content not in kept.plans and _captures(device):
         return Refused(
             "lengths on the host, or none, cannot be planned while a graph is captured; give them on the device, or "
             "call once before"
         )
-    return _plans.get(content, build)
+    return kept.by_content(content, build)
 
 
 def checked_lengths(seen: Seen, shape: Shape) -> tuple[Lengths, Lengths]:
@@ -140,7 +133,7 @@ def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
             return Refused("attn_mask differs between heads, of which several share keys")
         by_head = True
     content = (seen[:3], shape, device, by_head, lengths, key_lengths, read.key())
-    return _plans.get(content, lambda: _host_plan(seen, read, lengths, key_lengths, shape, device, by_head))
+    return kept.by_content(content, lambda: _host_plan(seen, read, lengths, key_lengths, shape, device, by_head))
 
 
 def _host_plan(
@@ -179,69 +172,4 @@ def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         samples = shape.batch * shape.heads if by_head else shape.batch
         return plan_device_bounds(lo, hi, samples, shape.keys, by_head), other if apart else None
 
-    return (build() if unversioned else once(owner, content, build))[0]
-
-
-class _Plans:
-    """The latest plans, by content."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, PaddedPlan] = OrderedDict()
-        self._tokens = 0
-        self._lock = threading.RLock()  # DataParallel calls from threads
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
-
-    def get(self, key: Hashable, build: Callable[[], PaddedPlan]) -> PaddedPlan:
-        with self._lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                return found
-            found = self._kept[key] = build()
-            self._tokens += found.layout.total_tokens
-            while len(self._kept) > 1 and (len(self._kept) > MAX_PLANS or self._tokens > MAX_PLANNED_TOKENS):
-                self._tokens -= self._kept.popitem(last=False)[1].layout.total_tokens
-            return found
-
-
-_plans = _Plans()
-by_content = _plans.get
-_by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {(view of it, what else counts): result})
-_by_tensor_lock = threading.Lock()
-
-
-def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
-    """build(), once per tensor, version of its data and content.  Views of one tensor share its entry.
-
-    The result must not hold the tensor, or neither would ever be freed.
-    """
-    if tensor.is_inference():  # has no version: read every time
-        return build()
-    owner, version = tensor if tensor._base is None else tensor._base, tensor._version
-    key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, content)
-    with _by_tensor_lock:
-        entry = _by_tensor.get(id(owner))
-        if entry is None or entry[0]() is not owner or entry[1] != version:
-            entry = _by_tensor[id(owner)] = (weakref.ref(owner, _forget(id(owner))), version, {})
-        results = entry[2]
-        found = results.get(key)
-    if found is None:
-        built = build()
-        with _by_tensor_lock:
-            found = results.setdefault(key, built)  # of two threads that built it the first
-            if len(results) > MAX_RESULTS:  # a mask kept for good, of which each call takes another part
-                del results[next(iter(results))]
-    return found
-
-
-def _forget(number: int) -> Callable[[weakref.ref], None]:
-    # kept: at exit, when the last masks go, the module's own name for it is gone.
-    def forget(reference: weakref.ref, kept: dict[int, tuple] = _by_tensor) -> None:
-        # Without the lock: this runs wherever a tensor happens to go, also where its thread holds it.
-        entry = kept.get(number)
-        if entry is not None and entry[0] is reference:  # not that of a later tensor with the same id
-            kept.pop(number, None)
-
-    return forget
+    return (build() if unversioned else kept.once(owner, content, build))[0]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmkernels.compat import plans
+from mmkernels.compat import kept
 from mmkernels.compat.arguments import FALLBACKS, one_of
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
 from mmkernels.dispatch import IMPLS
@@ -143,7 +143,7 @@ def _as_boolean(mask: Tensor | None) -> Tensor | None:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         return ~hidden if bool((hidden | (mask == 0)).all()) else False
 
-    found = plans.once(mask, "timm", build)
+    found = kept.once(mask, "timm", build)
     return mask if found is False else found
 
 

@@ -291,9 +291,9 @@ def test_importing_mmkernels_imports_neither_transformers_nor_timm():
 
 
 def test_plans_without_padding_are_kept_with_all_others_within_their_limit(monkeypatch):
-    from mmkernels.compat import plans
+    from mmkernels.compat import kept
 
-    monkeypatch.setattr(plans, "MAX_PLANNED_TOKENS", 500)
+    monkeypatch.setattr(kept, "MAX_PLANNED_TOKENS", 500)
     cpu = torch.device("cpu")
 
     def plan(n):
@@ -304,7 +304,7 @@ def test_plans_without_padding_are_kept_with_all_others_within_their_limit(monke
     assert plan(7) is plan(7)
     for n in range(20, 30):
         plan(n)
-    assert sum(p.layout.total_tokens for p in plans._plans._kept.values()) <= 500
+    assert sum(p.layout.total_tokens for p in kept.plans._kept.values()) <= 500
 
 
 def test_scaling_and_dropout_are_numbers():

@@ -326,10 +326,10 @@ def test_transformer_decoder_and_whole_transformer():
 @pytest.mark.parametrize("add_bias_kv", [False, True])
 def test_masks_are_not_kept_alive(add_bias_kv):
     """A fresh mask in every step must not pile up, whichever of the two it is and whatever its dtype."""
-    from mmkernels.compat import plans
+    from mmkernels.compat import kept
 
     module = MultiheadAttention(E, H, batch_first=True, add_bias_kv=add_bias_kv)
-    x, before = torch.randn(B, L, E), len(plans._by_tensor)
+    x, before = torch.randn(B, L, E), len(kept._by_tensor)
     for n in range(3):
         causal, padding = torch.ones(L, L, dtype=torch.bool).triu(1 + n), torch.arange(L) >= LENGTHS[:, None] + n
         for attn, keys in itertools.product((None, causal, causal.expand(B * H, L, L).clone()), (None, padding)):
@@ -340,7 +340,7 @@ def test_masks_are_not_kept_alive(add_bias_kv):
                 ]
                 module(x, x, x, attn_mask=masks[0], key_padding_mask=masks[1], need_weights=False)
     del causal, padding, attn, keys, masks
-    assert len(plans._by_tensor) == before
+    assert len(kept._by_tensor) == before
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

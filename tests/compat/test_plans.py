@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dense import attention as dense
 from padded_batch import KEYS, B, D, H, L, heads
 
-from mmkernels.compat import mask_reading, plans, torch_sdpa
+from mmkernels.compat import kept, mask_reading, plans, torch_sdpa
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
 
 
@@ -90,18 +90,18 @@ def test_capture_and_compiled_regions_on_a_gpu_refuse_by_name(monkeypatch):
         refused = plans.plan(plans.Seen(False, (-1, -1), False, lengths, None, mask), shape, gpu)
         assert refused.reason.startswith(reason)
     q = torch.empty(B, H, L, D, device="meta")
-    assert torch_sdpa._refused(q, q, q, KEYS, 0.0, None, True, None).startswith("attn_mask cannot be read inside")
-    assert torch_sdpa._refused(q, q, q, None, 0.0, None, True, None) is None
+    assert torch_sdpa._refused(q, q, KEYS, 0.0, None, True, None).startswith("attn_mask cannot be read inside")
+    assert torch_sdpa._refused(q, q, None, 0.0, None, True, None) is None
 
 
 def test_kept_plans_do_not_keep_masks_alive_nor_grow():
     q, k, v = heads("projection")
-    before = len(plans._by_tensor)
-    for n in range(3 * plans.MAX_PLANS):
+    before = len(kept._by_tensor)
+    for n in range(3 * kept.MAX_PLANS):
         ours(q, k, v, lengths=[L, n % L, (7 * n) % L])
         ours(q, k, v, torch.arange(L).expand(L, L) < 1 + n % 30)
-    assert len(plans._plans._kept) <= plans.MAX_PLANS
-    assert len(plans._by_tensor) <= before + 1
+    assert len(kept.plans._kept) <= kept.MAX_PLANS
+    assert len(kept._by_tensor) <= before + 1
 
 
 def test_threads_may_share_a_mask_of_which_each_call_takes_another_part():
@@ -110,7 +110,7 @@ def test_threads_may_share_a_mask_of_which_each_call_takes_another_part():
     def take():
         try:
             for i in torch.randint(400, (4000,)).tolist():
-                assert plans.once(rows[i], "row", lambda i=i: i + 1) == i + 1
+                assert kept.once(rows[i], "row", lambda i=i: i + 1) == i + 1
         except BaseException as error:
             failed.append(error)
 
@@ -124,12 +124,12 @@ def test_threads_may_share_a_mask_of_which_each_call_takes_another_part():
     finally:
         sys.setswitchinterval(interval)
     assert not failed
-    assert len(plans._by_tensor[id(rows)][2]) == plans.MAX_RESULTS
+    assert len(kept._by_tensor[id(rows)][2]) == kept.MAX_RESULTS
 
 
 def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
     """As on a GPU, with tensors that happen to be on the CPU: the same tensors are planned once, changed ones anew."""
-    before, shape, cpu = len(plans._by_tensor), plans.Shape(2, H, H, 9, 9), torch.device("cpu")
+    before, shape, cpu = len(kept._by_tensor), plans.Shape(2, H, H, 9, 9), torch.device("cpu")
 
     def bounds(lengths, key_lengths):
         seen = plans.Seen(False, (-1, -1), False, lengths, key_lengths, None)
@@ -144,11 +144,11 @@ def test_plans_of_lengths_on_a_device_do_not_keep_them_alive():
         keys[0] = 8
         assert bounds(lengths, keys)[0] == 8
     del lengths, keys, given
-    assert len(plans._by_tensor) == before
+    assert len(kept._by_tensor) == before
     one = torch.tensor([9])  # of one sample, whose bounds are its own length
     plans._device_plan(
         plans.Seen(False, (-1, -1), False, None, one, None), None, one, shape._replace(batch=1), cpu, False
     )
-    assert len(plans._by_tensor) == before + 1
+    assert len(kept._by_tensor) == before + 1
     del one
-    assert len(plans._by_tensor) == before
+    assert len(kept._by_tensor) == before

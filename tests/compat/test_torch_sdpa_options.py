@@ -110,4 +110,4 @@ def test_the_fallback_runs_inside_a_compiled_region():
     mask = torch.randn(L, L)
     run = torch.compile(lambda *t: ours(*t, fallback="torch"), fullgraph=True, backend="eager")
     torch.testing.assert_close(run(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
-    assert torch_sdpa._refused(q, k, v, mask, 0.0, None, True, None) is None
+    assert torch_sdpa._refused(q, v, mask, 0.0, None, True, None) is None

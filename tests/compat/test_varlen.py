@@ -11,7 +11,7 @@ from dense import attention as dense
 from dense import check
 
 from mmkernels import AttentionMask, PackedLayout, dispatch
-from mmkernels.compat import flash_attn, packed, plans
+from mmkernels.compat import flash_attn, kept, packed, plans
 from mmkernels.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -319,15 +319,15 @@ def test_seqused_with_intervals_of_ones_own_is_refused():
 
 def test_layouts_and_masks_do_not_keep_bounds_alive():
     """Also those of device bounds, which a layout holds."""
-    before = len(plans._by_tensor)
+    before = len(kept._by_tensor)
     for device in ("cpu", "meta"):
         x, cu = torch.randn(18, 2, D, device=device), bounds([9, 9]).to(device)
         packed.layouts("test", x, x, cu, cu, 9, 9)
     x, cu, used = torch.randn(18, 2, D), bounds([9, 9]), torch.tensor([4, 5])
     varlen_attn(x, x, x, cu, cu, 9, 9, seqused_k=used)
-    assert len(plans._by_tensor) == before + 2
+    assert len(kept._by_tensor) == before + 2
     del x, cu, used
-    assert len(plans._by_tensor) == before
+    assert len(kept._by_tensor) == before
 
 
 def test_signature_of_varlen_attn_is_torchs():
