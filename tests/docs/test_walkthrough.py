@@ -2,11 +2,14 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from file_map import ROOT
+from PIL import Image
 
 from mmmodel import cli
+from mmmodel.data.loader import ShardDataset
 
 PAGES = ("walkthrough.md", "faq.md")
 KERNEL_PAGES = ("../README.md", "attention.md", "planner.md", "packing.md", "modality_embed.md")
@@ -47,12 +50,18 @@ def test_the_commands_of_a_page_exist(page, capsys):
 
 
 def test_the_answer_about_own_data_trains_and_scores_as_written(tmp_path, monkeypatch, capsys):
-    """The first block of code of faq.md makes the data, the first block of commands reads it."""
+    """The first block of code of faq.md makes the data, the second block of commands reads it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MMMODEL_CACHE", str(tmp_path / "cache"))
     exec(blocks("faq.md", "python")[0][1], {})
-    commands = blocks("faq.md", "sh")[0][1].splitlines()
-    assert [line.split()[1] for line in commands] == ["pretrain", "evaluate"]
-    for line in commands:
-        cli.main(shlex.split(line)[1:])
+    Path("photos").mkdir()
+    Path("photos/a.txt").write_text("a sea")
+    Image.new("RGB", (8, 8)).save("photos/a.jpg")
+    Path("posts.csv").write_text("body,file,split,label\na sea,photos/a.jpg,train,sea\n")
+    (_, convert), (_, train) = blocks("faq.md", "sh")[:2]
+    commands = [shlex.split(line, comments=True) for line in (convert + train).splitlines()]
+    assert [command[1] for command in commands] == ["data", "data", "pretrain", "evaluate"]
+    for command in commands:
+        cli.main(command[1:])
     assert "image_to_text" in capsys.readouterr().out
+    assert ShardDataset("shards/posts").metas == [{"split": "train", "label": "sea", "image": "photos/a.jpg"}]
