@@ -11,8 +11,10 @@ import io
 import itertools
 import json
 import logging
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from mmmodel import atomic
 from mmmodel.configs import ConfigError
 from mmmodel.data import media, table_rows
 from mmmodel.data.concepts import SPLITS
-from mmmodel.data.shards import AUDIO, IMAGE, TEXT, VALIDATION, split_name, write_index, write_shard
+from mmmodel.data.loader import in_words
+from mmmodel.data.shards import AUDIO, IMAGE, TEXT, VALIDATION, Entry, write_index, write_shard
 from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
@@ -29,9 +32,10 @@ logger = logging.getLogger(__name__)
 OTHER_IMAGE = ("bmp", "gif", "tif", "tiff")
 OTHER_AUDIO = ("mp3", "aif", "aiff", "au", "opus", "w64")
 KINDS = {"text": TEXT, "image": (*IMAGE, *OTHER_IMAGE), "audio": (*AUDIO, *OTHER_AUDIO), "fields": ("json",)}
-SHOWN = 5  # names of what is left out, at most
+SHOWN = 5  # names of columns, at most
 
 Sample = dict[str, Any]  # as write_shard takes it
+Members = dict[str, tuple[str, bytes]]  # kind -> suffix, "" where only the bytes can tell, and content
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,22 @@ class Columns:
 def convert(source: Path, out: Path, *, columns: Columns | None = None, per_shard: int = 1000) -> dict[str, Any]:
     """Write the samples of `source`, a folder or a table, as shards into the new folder `out`; what they are.
 
-    Of a folder, a first folder inside that is called train, validation or test says the split where KEY.json does not.
-    Of a table, text is the caption, image and audio are files (a path from the table's folder on) or their bytes, and
-    key names the sample (left out: its row's number).  The path of an image also is the field `image`.
+    Of a folder, a first folder inside that is called train, validation or test says the split where KEY.json does not;
+    hidden files are not read.  Of a table, text is the caption, image and audio are files (a path from the table's
+    folder on) or their bytes, and key names the sample (left out: its row's number).  The path of an image also is the
+    field `image`, unless the table has another column of that name.
 
     Raises ConfigError for a source that holds no sample, a file that is not there, a key or a kind of member that
-    comes twice.
+    comes twice.  What does not decode is left out, logged and counted.
     """
     if per_shard < 1:
         raise ConfigError(f"convert: per_shard is {per_shard}, expected at least 1")
     if not source.exists():
         raise ConfigError(f"convert: there is no {source}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"convert: {out} holds something already; give a new or an empty folder")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"convert: {out} is a file, expected a new or an empty folder")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"convert: {out} holds something already, expected a new or an empty folder")
     left = Counter()
     if source.is_dir():
         if source.resolve() in (out.resolve(), *out.resolve().parents):
@@ -69,18 +76,18 @@ def convert(source: Path, out: Path, *, columns: Columns | None = None, per_shar
         samples = _of_table(source, columns or Columns(), left)
     else:
         raise ConfigError(f"convert: {source} is neither a folder nor a table ({', '.join(table_rows.SUFFIXES)})")
-    found = {"samples": 0, "members": Counter(), "splits": Counter(), "left_out": left}
     with atomic.replacing(out.resolve()) as work:
         work.mkdir()
-        entries, counted = [], _counted(samples, found)
+        entries, samples = [], _each_key_once(samples)
         for number in itertools.count():
-            if (first := next(counted, None)) is None:
+            if (first := next(samples, None)) is None:
                 break
-            some = itertools.chain([first], itertools.islice(counted, per_shard - 1))
+            some = itertools.chain([first], itertools.islice(samples, per_shard - 1))
             entries += write_shard(work / f"part-{number:05d}.tar", some)
         if not entries:
             raise ConfigError(f"convert: {source} holds no sample" + (f": {_words(left)}" if left else ""))
         write_index(work, entries)
+        found = _found(entries, left)
         (work / "manifest.json").write_text(json.dumps({"data": "own", **found}, indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -91,19 +98,22 @@ def summary(found: dict[str, Any]) -> str:
     return line + (f"; left out: {_words(found['left_out'])}" if found["left_out"] else "")
 
 
+def _found(entries: list[Entry], left: Counter) -> dict[str, Any]:
+    members = Counter(_kind(suffix) for entry in entries for suffix in entry.members if suffix != "json")
+    splits = Counter(entry.split for entry in entries)
+    return {"samples": len(entries), "members": members, "splits": splits, "left_out": left}
+
+
 def _words(counts: Counter) -> str:
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
-def _counted(samples: Iterable[Sample], found: dict[str, Any]) -> Iterator[Sample]:
+def _each_key_once(samples: Iterator[Sample]) -> Iterator[Sample]:
     keys = set()
     for sample in samples:
         if sample["__key__"] in keys:
             raise ConfigError(f"convert: the key {sample['__key__']!r} comes twice")
         keys.add(sample["__key__"])
-        found["samples"] += 1
-        found["members"].update(_kind(name) for name in sample if name not in ("__key__", "json"))
-        found["splits"][split_name(str(sample.get("json", {}).get("split", "train")))] += 1
         yield sample
 
 
@@ -114,57 +124,67 @@ def _kind(suffix: str) -> str | None:
 def _of_folder(folder: Path, left: Counter) -> Iterator[Sample]:
     by_key: dict[str, dict[str, Path]] = {}
     names: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in inside.parts):
-            continue
+    for path in _files(folder):
         kind = _kind(path.suffix[1:].lower())
-        if kind is None:
-            left[f"*{path.suffix}"] += 1
+        if kind is None or not path.is_file():
+            left[f"*{path.suffix}" if kind is None else "links to nothing, pipes"] += 1
             continue
-        name = inside.with_suffix("").as_posix()
-        own = by_key.setdefault(key := _key(name), {})
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        own = by_key.setdefault(key := _undotted(name), {})
         if names.setdefault(key, name) != name:
             raise ConfigError(f"convert: {names[key]} and {name} in {folder} would both have the key {key}")
         if kind in own:
             raise ConfigError(f"convert: {own[kind]} and {path} are both the {kind} of one sample")
         own[kind] = path
-    for key, paths in by_key.items():
-        meta = _read_fields(paths.pop("fields", None))
+    for key, paths in sorted(by_key.items()):
+        fields = paths.pop("fields", None)
+        meta = _read_fields(fields) if fields and paths else {}
         first = key.split("/")[0].lower()
-        if "/" in key and first in (*SPLITS, *VALIDATION):
-            meta = {"split": first, **meta}
+        if "/" in key and first in (*SPLITS, *VALIDATION) and meta.get("split") in (None, ""):
+            meta["split"] = first
         members = {kind: (path.suffix, path.read_bytes()) for kind, path in paths.items()}
         if sample := _sample(key, members, meta, left):
             yield sample
 
 
-def _read_fields(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _files(folder: Path) -> Iterator[Path]:
+    """All but hidden ones, links to folders followed, each folder once.  Raises OSError for one that does not read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(names) if real not in seen and not name.startswith("."))
+        seen.add(real)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"convert: {path} does not read as JSON: {error}") from error
     if not isinstance(meta, dict):
         raise ConfigError(f"convert: {path} holds a {type(meta).__name__}, expected an object")
-    return meta
+    return _plain(meta, str(path))
 
 
-def _key(name: str) -> str:
+def _undotted(key: str) -> str:
     """Readers of shards end a key at the first dot of its name."""
-    folder, slash, last = name.rpartition("/")
+    folder, slash, last = key.rpartition("/")
     return folder + slash + last.replace(".", "_")
 
 
-def _sample(key: str, members: dict[str, tuple[str, bytes]], meta: dict[str, Any], left: Counter) -> Sample | None:
-    """members: kind -> suffix and bytes.  None where nothing is left."""
+def _sample(key: str, members: Members, meta: dict[str, Any], left: Counter) -> Sample | None:
+    """None where nothing is left."""
     sample: Sample = {}
     for kind, (suffix, data) in members.items():
         try:
             suffix, data = _held(kind, suffix.lower().lstrip("."), data)
-        except ValueError as error:
-            logger.warning("%s: its %s is left out: %s", key, kind, error)
+        except Exception as error:  # decoders raise what they like
+            logger.warning("%s: its %s is left out: %s", key, kind, in_words(error))
             left[f"{kind} that does not read"] += 1
             continue
         if data is None:
@@ -178,15 +198,29 @@ def _sample(key: str, members: dict[str, tuple[str, bytes]], meta: dict[str, Any
 
 
 def _held(kind: str, suffix: str, data: bytes) -> tuple[str, bytes | str | None]:
-    """Suffix and content as a shard holds them, None for a blank text.  Raises ValueError as decoders do."""
+    """Suffix and content as a shard holds them, None for a blank text.  Raises what decoders do."""
     if kind == "text":
         return "txt", media.decode_text(data)
+    suffix = suffix or _suffix_of(data, kind)
     if kind == "image" and suffix not in IMAGE:
         with media.opened(data) as image:
             return "png", media.encode_png(media.flatten(media.upright(image)))
     if kind == "audio" and suffix not in AUDIO:
         return "flac", media.encode_flac(media.decode_speech(data))
     return suffix, data
+
+
+def _suffix_of(data: bytes, kind: str) -> str:
+    """By what the bytes are."""
+    if kind == "image":
+        with media.opened(data) as image:
+            return (image.format or "").lower()
+    import soundfile
+
+    try:
+        return soundfile.info(io.BytesIO(data)).format.lower()
+    except soundfile.LibsndfileError as error:  # its message says where the bytes lie in memory
+        raise ValueError(f"it does not read as sound: {error.error_string}") from None
 
 
 def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
@@ -203,61 +237,78 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
     for number, row in enumerate(rows):
         where = f"{path}, row {number + 1}"
         key = row.pop(columns.key, None)
-        members, meta = {}, {}
+        members: Members = {}
+        meta = {}
+        if isinstance(row.get(columns.image), str) and row[columns.image]:
+            meta["image"] = os.path.normpath(row[columns.image])  # captions of one picture
         for name, value in row.items():
             if value is None or value == "":
                 continue
             if name == columns.text:
-                members["text"] = ("txt", str(value).encode())
+                members["text"] = ("txt", _encoded(str(value), f"{where}: {name}"))
             elif name in (columns.image, columns.audio):
                 kind = "image" if name == columns.image else "audio"
-                members[kind] = _media(value, kind, path.parent, where)
-                if kind == "image" and isinstance(value, str):
-                    meta.setdefault("image", value)  # captions of one picture
-            elif (value := _field(value, f"{where}: {name}")) is not None:
+                if content := _media(value, kind, path.parent, where):
+                    members[kind] = content
+            elif _holds_bytes(value):
+                left[f"bytes in the column {name}"] += 1
+            elif (value := _plain(value, f"{where}: {name}")) is not None:
                 meta[name] = value
-        sample = _sample(_key(str(key)) if key not in (None, "") else f"row-{number:07d}", members, meta, left)
-        if sample:
+        key = f"row-{number:07d}" if key in (None, "") else _checked_key(str(key), where)
+        if sample := _sample(key, members, meta, left):
             yield sample
 
 
-def _media(value: Any, kind: str, folder: Path, where: str) -> tuple[str, bytes]:
+def _checked_key(key: str, where: str) -> str:
+    parts = key.removeprefix("./").split("/")
+    if not key.isprintable() or any(part.strip() in ("", ".", "..") for part in parts):
+        raise ConfigError(f"convert: {where}: key is {key!r}, expected a name, or names with / between them")
+    return _undotted("/".join(parts))
+
+
+def _media(value: Any, kind: str, folder: Path, where: str) -> tuple[str, bytes] | None:
     """(suffix, bytes) of a path, of bytes, or of {"bytes", "path"}, which Hugging Face's data sets have."""
     path = None
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes") or value.get("path")
+    if value is None:
+        return None
     if isinstance(value, bytes):
         suffix = Path(path or "").suffix.lower().lstrip(".")
-        return (suffix if suffix in KINDS[kind] else _suffix_of(value, kind, where)), value
+        return (suffix if suffix in KINDS[kind] else ""), value
     if not isinstance(value, str):
-        raise ConfigError(f"convert: {where}: {kind} is a {type(value).__name__}, expected a path or bytes")
+        raise ConfigError(f"convert: {where}: {kind} is {type(value).__name__}, expected a path or bytes")
     file = folder / value
     if file.suffix.lower().lstrip(".") not in KINDS[kind]:
-        raise ConfigError(f"convert: {where}: {kind} is {value}, expected one of {', '.join(KINDS[kind])}")
+        raise ConfigError(f"convert: {where}: {kind} is {value!r}, expected one of {', '.join(KINDS[kind])}")
     try:
         return file.suffix, file.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"convert: {where}: there is no {file}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"convert: {where}: {kind} is {value!r}, which does not read: {reason}") from None
 
 
-def _suffix_of(data: bytes, kind: str, where: str) -> str:
-    """By what the bytes are."""
+def _holds_bytes(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, bytes) or any(map(_holds_bytes, values))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """As JSON holds it: of a date or a decimal the text, of a float that is no number, pandas' missing, None."""
+    if isinstance(value, dict):
+        return {name: _plain(part, where) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part, where) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bool | int | None):
+        return value
+    _encoded(str(value), where)
+    return str(value)
+
+
+def _encoded(text: str, where: str) -> bytes:
     try:
-        if kind == "image":
-            with media.opened(data) as image:
-                return (image.format or "").lower()
-        import soundfile
-
-        return soundfile.info(io.BytesIO(data)).format.lower()
-    except (ValueError, RuntimeError):
-        raise ConfigError(f"convert: {where}: {kind} holds {len(data)} bytes of no kind that is read") from None
-
-
-def _field(value: Any, where: str) -> Any:
-    """As JSON holds it; None for a float that is no number, as pandas writes what is missing."""
-    if isinstance(value, bytes):
-        raise ConfigError(f"convert: {where} holds bytes, expected what KEY.json can hold")
-    try:
-        return json.loads(json.dumps(value, default=str, allow_nan=False))  # a date, a decimal: their text
-    except ValueError:
-        return None
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"convert: {where} does not encode as UTF-8: {error.reason}") from None

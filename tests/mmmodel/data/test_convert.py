@@ -1,6 +1,7 @@
 """Own files as shards: folders, tables of each kind, what is left out, and what is refused."""
 
 import csv
+import datetime
 import io
 import json
 
@@ -138,11 +139,25 @@ def test_a_table_of_bytes_and_columns_of_other_names(tmp_path):
         ({"t.csv": "caption\nx"}, "t.csv", r"has the columns caption, expected at least one of text, image, audio"),
         ({"t.csv": "text,n\nx"}, "t.csv", "row 1 has more or fewer cells"),
         ({"t.csv": b"text\n\xff"}, "t.csv", "does not read as csv"),
-        ({"t.csv": "image\nnone.png"}, "t.csv", r"row 1: there is no .*none\.png"),
-        ({"t.csv": "image\nnone.xyz"}, "t.csv", r"row 1: image is none\.xyz, expected one of png"),
+        ({"t.csv": "image\nnone.png"}, "t.csv", r"row 1: image is 'none\.png', which does not read: No such file"),
+        ({"t.csv": "image\nnone.xyz"}, "t.csv", r"row 1: image is 'none\.xyz', expected one of png"),
         ({"t.csv": "key,text\nk,x\nk,y"}, "t.csv", "the key 'k' comes twice"),
         ({"t.jsonl": "[1]"}, "t.jsonl", r"a line holds \[1\], expected an object"),
-        ({"t.jsonl": '{"image": 3}'}, "t.jsonl", "image is a int, expected a path or bytes"),
+        ({"t.jsonl": '{"image": 3}'}, "t.jsonl", "image is int, expected a path or bytes"),
+        ({"t.jsonl": '{"text": "\\ud800"}'}, "t.jsonl", "row 1: text does not encode as UTF-8"),
+        ({"t.jsonl": '{"text": "x", "n": ["\\ud800"]}'}, "t.jsonl", "row 1: n does not encode as UTF-8"),
+        ({"t.jsonl": "[" * 9999}, "t.jsonl", "does not read as jsonl"),
+        ({"t.csv": "text,text\na,b"}, "t.csv", "does not read as csv: it has the column text twice"),
+        ({"t.csv": "text,n"}, "t.csv", "holds no sample$"),
+        ({"t.csv": "key,text\n./x,e\nx,f"}, "t.csv", "the key 'x' comes twice"),
+        ({"t.csv": "key,text\na/,e"}, "t.csv", r"row 1: key is 'a/', expected a name"),
+        ({"t.csv": "key,text\na/../../b,e"}, "t.csv", r"row 1: key is 'a/\.\./\.\./b', expected a name"),
+        ({"t.csv": "key,text\n/a,e"}, "t.csv", r"row 1: key is '/a', expected a name"),
+        (
+            {"t.csv": "image\nd.png", "d.png/x": "x"},
+            "t.csv",
+            r"row 1: image is 'd\.png', which does not read: Is a",
+        ),
         ({"t.parquet": "no"}, "t.parquet", "does not read as parquet"),
         ({"t.xlsx": "no"}, "t.xlsx", "neither a folder nor a table"),
         ({}, "gone", "there is no"),
@@ -156,6 +171,57 @@ def test_what_is_refused_leaves_nothing(tmp_path, files, source, message):
     assert not out.exists()
 
 
+def test_what_does_not_decode_is_left_out_whatever_its_decoder_raises(tmp_path, monkeypatch):
+    files = {"a.txt": "x", "a.bmp": picture("BMP")[:200], "b.txt": "y", "b.gif": picture("GIF")}
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # a picture of 200 is a bomb
+    found = convert.convert(write(tmp_path / "in", files), tmp_path / "out")
+    assert found["left_out"] == {"image that does not read": 2}
+    rows = [{"text": "x", "image": b"no picture"}, {"text": "y", "image": {"bytes": None, "path": None}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "t.parquet")
+    assert convert.convert(tmp_path / "t.parquet", tmp_path / "t")["left_out"] == {"image that does not read": 1}
+    parquet.write_table(pyarrow.Table.from_pylist(rows[1:]), tmp_path / "u.parquet")
+    assert not convert.convert(tmp_path / "u.parquet", tmp_path / "u")["left_out"]
+
+
+def test_fields_that_json_cannot_hold(tmp_path):
+    mask, day = {"bytes": b"png", "path": None}, datetime.date(2026, 1, 2)
+    rows = [
+        {"text": "x", "mask": mask, "n": [1.0, float("nan")], "day": day},
+        {"text": "y", "mask": None, "n": None, "day": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    found = convert.convert(tmp_path / "t.parquet", tmp_path / "out")
+    assert [sample.meta for sample in read(tmp_path / "out").values()] == [{"n": [1.0, None], "day": "2026-01-02"}, {}]
+    assert found["left_out"] == {"bytes in the column mask": 1}
+
+
+def test_a_split_that_says_nothing_is_the_folders(tmp_path):
+    files = {"test/a.txt": "x", "test/a.json": '{"split": null}', "annotations.json": "[1]"}
+    found = convert.convert(write(tmp_path / "in", files), tmp_path / "out")
+    assert found["splits"] == {"test": 1}
+    assert found["left_out"] == {"samples without text, image and audio": 1}  # annotations.json describes no sample
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+    source = write(tmp_path / "in", {"a.txt": "x", "b/c.txt": "y"})
+    write(tmp_path / "elsewhere", {"d.txt": "z"})
+    (source / "link").symlink_to(tmp_path / "elsewhere")
+    (source / "b" / "loop").symlink_to(source)
+    (source / "gone.txt").symlink_to(tmp_path / "nothing")
+    found = convert.convert(source, tmp_path / "out")
+    assert sorted(read(tmp_path / "out")) == ["a", "b/c", "link/d"]
+    assert found["left_out"] == {"links to nothing, pipes": 1}
+
+
+def test_csv_as_people_write_it(tmp_path):
+    long = "long " * 40_000
+    write(tmp_path, {"t.csv": f'\ufefftext, n\r\n"{long}", 007\r\n"two\nlines", 1.5\r\n'})
+    convert.convert(tmp_path / "t.csv", tmp_path / "out")
+    first, second = read(tmp_path / "out").values()
+    assert (first.text, first.meta) == (long.strip(), {"n": "007"})
+    assert (second.text, second.meta) == ("two\nlines", {"n": "1.5"})
+
+
 def test_a_column_that_was_named_must_be_there(tmp_path):
     source = write(tmp_path / "in", {"t.csv": "text,n\nx,1"}) / "t.csv"
     with pytest.raises(ConfigError, match="has the columns text, n, expected picture"):
@@ -167,6 +233,8 @@ def test_what_is_there_is_not_replaced(tmp_path):
     write(tmp_path / "out", {"kept": "x"})
     with pytest.raises(ConfigError, match="holds something already"):
         convert.convert(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="kept is a file, expected a new or an empty folder"):
+        convert.convert(source, tmp_path / "out" / "kept")
     with pytest.raises(ConfigError, match="lies in"):
         convert.convert(source, source / "shards")
 
