@@ -117,10 +117,10 @@ def prefix_lengths(prefix: Sequence[int], num_samples: int) -> np.ndarray:
     return np.array(prefix, np.int64)
 
 
-def refuse_gap() -> None:
+def refuse_gap(begins: str = "begins") -> None:
     raise NotImplementedError(
-        "AttentionMask: some query's window of scope 'causal' begins beyond its sample's prefix, and one interval per "
-        "query cannot leave out the gap between; use window_scope='all', or dense attention with this mask"
+        f"AttentionMask: some query's window of scope 'causal' {begins} beyond its sample's prefix, and one interval "
+        "per query cannot leave out the gap between; use window_scope='all', or dense attention with this mask"
     )
 
 

@@ -112,8 +112,8 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
         if mask.window_scope == "causal":
             if left >= 0:
                 shortest = min((n for n in mask.prefix or () if n > 0), default=layout.max_seqlen)
-                if layout.max_seqlen - 1 - left > shortest:  # for all that the host knows of the bounds
-                    refuse_gap()
+                if layout.max_seqlen - 1 - left > shortest:
+                    refuse_gap("may begin, as far as the host knows the bounds,")
                 lo = torch.maximum(lo, torch.minimum(own - left, segment_lo))
                 lo = torch.where(prefix_hi > start, start, lo)
             left = right = -1

@@ -185,7 +185,7 @@ def _unscored(learner: Pretraining, tasks: dict[str, tuple[str, str]], outcomes:
         return f"retrieval, which needs two modalities: this run reads {', '.join(learner.model.front_ends)} alone"
     scored = {task for task, _ in outcomes}
     left = [f"{name} ({' and '.join(pair)})" for name, pair in tasks.items() if name not in scored]
-    return f"these samples hold no two concepts in one language that have both: {', '.join(left)}" if left else ""
+    return f"fewer than two concepts have both in one language: {', '.join(left)}" if left else ""
 
 
 def _score(row: tuple[str, str, list[str]], untrained: dict, pretrained: dict) -> dict[str, Any]:

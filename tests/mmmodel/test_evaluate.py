@@ -217,7 +217,7 @@ def test_what_cannot_be_scored_is_said_and_the_objectives_shown(run, tmp_path, c
     write_shard(tmp_path / "a-0.tar", captions)
     cli.main(["evaluate", "--from", str(run), "--data", str(tmp_path)])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "not scored: these samples hold no two concepts in one language that have both: speech_to_text" in printed
+    assert "not scored: fewer than two concepts have both in one language: speech_to_text" in printed
     assert "Retrieval" not in printed
     assert "masked_text/loss" in printed
     assert "contrastive" not in printed  # it finds nothing here: a loss of 0 would be no figure
