@@ -18,8 +18,10 @@ PER_TEST = 25
 
 
 def run(first, count):
-    """Pooled by dtype, and apart for the fused kernel; with and without dropout together, as pools apart would be small:
-    see Pool.  dbias has a rule of its own."""
+    """Pooled by dtype, and apart for the fused kernel; with and without dropout together, since pools apart were small.
+
+    See Pool.  dbias has a rule of its own.
+    """
     pools = {}
     for seed in range(first, first + count):
         case = random_case(seed)
