@@ -13,8 +13,6 @@ from pathlib import Path
 
 from benchmarks import run as files
 
-LOOK_EVERY = 1.0  # seconds
-
 
 def run(stage: Callable[..., dict], arguments: tuple, path: Path, seconds: float) -> dict:
     """The record that stage(*arguments) wrote to path; where the process died or was ended, one that says so."""
@@ -45,12 +43,11 @@ def run(stage: Callable[..., dict], arguments: tuple, path: Path, seconds: float
 
 def _alone(stage: Callable[..., dict], arguments: tuple) -> None:
     os.setsid()  # with its own processes in one group, which can be ended together
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     stage(*arguments)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Who was killed ends nothing: a stage would go on, and disturb the timing of a second run."""
-    while os.getppid() == parent:
-        time.sleep(LOOK_EVERY)
+    parent.join()  # at once, where it was killed before this process had imported torch
     os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -199,6 +199,29 @@ def test_a_stage_ends_with_who_started_it_and_was_killed(tmp_path):
     _wait_for(lambda: time.time() - beat.stat().st_mtime > 2.0)
 
 
+def test_a_stage_ends_where_who_started_it_was_killed_before_it_began(tmp_path):
+    """It imports torch for seconds before it can look."""
+    spawn = multiprocessing.get_context("spawn")
+    reader, writer = spawn.Pipe(duplex=False)
+    starter = spawn.Process(target=_starts_a_stage_and_dies, args=(writer,))
+    starter.start()
+    writer.close()
+    starter.join()
+    assert starter.exitcode == 9
+    assert reader.poll(30.0), "the stage goes on"  # it alone has the other end, and sends nothing
+    with pytest.raises(EOFError):
+        reader.recv()
+
+
+def _starts_a_stage_and_dies(writer):
+    multiprocessing.get_context("spawn").Process(target=processes._alone, args=(_sleeps, (writer,))).start()
+    os._exit(9)
+
+
+def _sleeps(writer):
+    time.sleep(60.0)
+
+
 def _beats(path):
     while True:
         path.touch()
