@@ -234,19 +234,40 @@ def run_all(
 def _run_stage(name: str, context: Context) -> dict:
     """The stage's record, which is also in its file."""
     print(f"gpu: {name}: at most about {context.seconds:.0f} s", flush=True)
-    start = time.perf_counter()
+    start, refused = time.perf_counter(), False
     facts = _facts(name, context) | {"ok": False}
     try:
         facts["ok"], facts["result"] = STAGES[name](context)
     except Refused as error:
-        facts["error"] = str(error)
+        refused, facts["error"] = True, str(error)
         print(f"gpu: {name}: {error}", file=sys.stderr)
     except Exception:  # the other stages must still get their turn; the file keeps the whole story
         facts["error"] = traceback.format_exc()
         print(facts["error"], file=sys.stderr)
     record = facts | {"seconds": time.perf_counter() - start}
+    if not refused:  # where correctness is red, rows from before are not to be trusted either
+        record = _fuller(record, context)
     run.write(record, context.path(name))
     return record
+
+
+def _fuller(record: dict, context: Context) -> dict:
+    """The record; where a run that was cut off left more timed rows in the file than it has, those, still not ok.
+
+    Not where it shows a kernel of ours to be wrong: that must be seen.
+    """
+    stage = record["stage"]
+    kept = _earlier(context, stage) or {}
+    has, had = (_timed_rows(each.get("result", {})) for each in (record, kept))
+    wrong = any(
+        row["impl"].startswith(PREFIX) and row.get("skipped", "").startswith("wrong")
+        for row in record.get("result", {}).get("rows", ())
+    )
+    if wrong or not kept.get("cut_off") or had <= has:
+        return record
+    why = f"kept the {had} timed rows of a run that was cut off, as the one that ended later has {has}"
+    print(f"  {stage}: {why}", flush=True)
+    return kept | {"ok": False, "error": record.get("error", why), "seconds": record["seconds"]}
 
 
 def _facts(name: str, context: Context) -> dict:

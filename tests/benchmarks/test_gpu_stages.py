@@ -279,8 +279,8 @@ def test_rows_are_on_disk_after_each_case(tmp_path, monkeypatch):
     assert left_out == []
 
 
-def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch):
-    """It begins the stage anew, and may be cut off earlier."""
+def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch, capsys):
+    """It begins the stage anew, and may be cut off earlier, or end with fewer."""
     monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
     path, measured, most = tmp_path / "packing.json", run._measured, [3]
 
@@ -297,6 +297,42 @@ def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch
             stages.run_all(tmp_path, ["packing"], 600, dry_run=True)
         rows.append(stages._timed_rows(json.loads(path.read_text())["result"]))
     assert rows[0] == rows[1] < rows[2]
+    record = stages._run_stage("packing", stages.Context(CPU, tmp_path, 0.0, True))  # ends, by its budget, with none
+    assert record == json.loads(path.read_text())
+    assert stages._timed_rows(record["result"]) == rows[2]
+    kept = f"kept the {rows[2]} timed rows of a run that was cut off, as the one that ended later has 0"
+    assert (record["ok"], record["cut_off"], record["error"]) == (False, True, kept)
+    assert kept in capsys.readouterr().out
+
+
+def test_a_second_run_that_ends_with_fewer_rows_keeps_those_of_a_process_of_its_own(tmp_path, capfd):
+    path = _cut_off_with_three_rows(tmp_path)
+    record = processes.run(_ends_with_one_row, (tmp_path,), path, 60.0)
+    assert f"packing: {record['error']}\n" in capfd.readouterr().out
+    assert record["error"].startswith("kept the 3 timed rows")
+    assert record == json.loads(path.read_text())
+    assert len(record["result"]["rows"]) == 3
+
+
+def test_rows_of_a_run_that_was_cut_off_do_not_hide_a_wrong_kernel(tmp_path):
+    path = _cut_off_with_three_rows(tmp_path)
+    _ends_with_one_row(tmp_path, skipped="wrong: result 0")
+    assert "cut_off" not in json.loads(path.read_text())
+
+
+def _cut_off_with_three_rows(folder):
+    facts = {"stage": "packing", "ok": False, "dry_run": True, "environment": environment.describe(CPU, 0)}
+    rows = [{"impl": "mm.cpp", "checked": True}] * 3
+    run.write(facts | {"cut_off": True, "error": "cut off", "result": {"rows": rows}}, folder / "packing.json")
+    return folder / "packing.json"
+
+
+def _ends_with_one_row(folder, **other):
+    rows = [{"impl": "mm.cpp", "checked": True}, {"impl": "mm.torch", **other}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "sources", lambda: "the same")  # the fixture's is not of a process of its own
+        patch.setitem(stages.STAGES, "packing", lambda context: (True, {"rows": rows}))
+        return stages._run_stage("packing", stages.Context(CPU, folder, 600.0, True))
 
 
 def test_no_stage_is_begun_without_time(tmp_path, capsys):
