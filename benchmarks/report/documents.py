@@ -94,7 +94,8 @@ def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
     for path in {path.resolve(): path for path in paths}.values():  # each once
         try:
             content = json.loads(path.read_text())
-            found.append((path, "stage" in content, document_in(content)))
+            document = document_in(content)  # first: content may be a number
+            found.append((path, "stage" in content, document))
         except OSError as error:
             left_out.append(f"{path.name}: {error.strerror}")
         except (json.JSONDecodeError, UnicodeDecodeError):

@@ -52,6 +52,8 @@ def files(tmp_path):
         "run": document(),
         "older": document(environment=older, rows=[row("attention", "stamps 3 full T9 H1 D8", "mm.cpp", 7.0)]),
         "other": {"tasks": []},
+        "number": 5,
+        "null": None,
         "malformed": document(rows=[{"op": "attention"}]),
         "dry": {"stage": "attention", "ok": True, "dry_run": True, "environment": FACTS, "result": document()},
         "red": {"stage": "attention", "ok": False, "dry_run": False, "environment": FACTS, "error": "no"},
@@ -66,7 +68,9 @@ def test_load(files):
     found, left_out = documents.load(sorted(files.glob("*.json")))
     assert [d.name for d in found] == ["run", "older"]
     text = "\n".join(left_out)
-    for reason in ("other.json: no benchmark", "malformed.json: malformed", "dry.json: a dry run", "red.json: stage"):
+    for name in ("other", "number", "null"):
+        assert f"{name}.json: no benchmark document: it has no rows" in text
+    for reason in ("malformed.json: malformed", "dry.json: a dry run", "red.json: stage"):
         assert reason in text
     assert "text.json: no JSON" in text
 
