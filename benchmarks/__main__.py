@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "tune":
         from benchmarks import tune
 
-        choice = {"named": options.case, "kernels": options.kernel, "json": options.json, "dry_run": options.dry_run}
+        choice = {"named": options.case, "kernels": options.kernel, "tried": options.json, "dry_run": options.dry_run}
         return tune.run(options.out, options.budget_seconds, options.head_dim, **choice)
     if options.command == "report":
         from benchmarks.report import command

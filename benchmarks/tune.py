@@ -33,7 +33,6 @@ from mmkernels.ops.attention.configs import Config
 SEED = 0
 MIN_GAIN = 1.02  # a smaller one is within the spread of a busy clock
 SECONDS_PER_AXIS = 1.0
-KERNELS = ("fwd", "fused", "dq", "dkdv")  # in this order
 DIRECTION = {"fwd": "fwd", "fused": "bwd", "dkdv": "bwd", "dq": "bwd"}
 
 # What is varied, in this order, each from the best of those before.  A limit of registers is right for one tile: it is
@@ -86,25 +85,28 @@ def run(
     *,
     named: str = "",
     kernels: list[str] | None = None,
-    json: Path | None = None,
+    tried: Path | None = None,
     dry_run: bool = False,
 ) -> int:
     """Returns an exit code: 2 where there is nothing to tune on.
 
-    out: None is the table that the package reads.  named: of the cases those with it in their name.  json: file for
-    what every candidate took.
+    out: None is the table that the package reads.  named: of the cases those with it in their name.  tried: file
+    for what every candidate took.
     """
     every = DRY_CASES if dry_run else CASES
-    cases = [case for case in every if named in attention.name_of(case, SEED)]
-    reason = _refusal(dry_run, out, set(widths or ()) - {case.width for case in every})
-    if not cases:
-        names = "; ".join(attention.name_of(case, SEED) for case in every)
-        reason = f"no case has {named!r} in its name; they are: {names}"
+    unknown = set(widths or ()) - {case.width for case in every}
+    of_width = [case for case in every if not widths or case.width in widths]
+    cases = [case for case in of_width if named in attention.name_of(case, SEED)]
+    reason = _refusal(dry_run, out, unknown)
+    if not cases and not unknown:
+        names = "; ".join(attention.name_of(case, SEED) for case in of_width)
+        which = f" of --head-dim {', '.join(map(str, widths))}" if widths else ""
+        reason = f"no case{which} has {named!r} in its name; they are: {names}"
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 2
     out = out or tuned.tuned_path()
-    for path in filter(None, (out, json)):
+    for path in filter(None, (out, tried)):
         files.refuse_unwritable(path)
     try:
         # Before the first kernel's minutes: what is there must be a table.
@@ -114,8 +116,7 @@ def run(
         return 2
     sweep = sweep_of(torch.device("cpu" if dry_run else "cuda"), dry_run)
     sweep.before = {_key(entry): entry["provenance"] for entry in before}
-    cases = [case for case in cases if not widths or case.width in widths]
-    walk(sweep, cases, out, seconds, json, tuple(kernels or KERNELS))
+    walk(sweep, cases, out, seconds, tried, tuple(kernels or configs.KERNELS))
     return 0
 
 
@@ -134,7 +135,7 @@ def sweep_of(device: torch.device, dry_run: bool) -> Sweep:
 
 
 def walk(
-    sweep: Sweep, cases: list[Case], out: Path, seconds: float, json: Path | None, kernels: tuple[str, ...]
+    sweep: Sweep, cases: list[Case], out: Path, seconds: float, tried: Path | None, kernels: tuple[str, ...]
 ) -> None:
     """Tunes case after case until the time is spent, and writes the files after each kernel."""
     sweep.deadline = time.perf_counter() + seconds
@@ -147,8 +148,8 @@ def walk(
         for kernel in kernels:
             tune_kernel(sweep, problem, case, kernel)
             merge(out, sweep.entries)
-            if json:
-                files.write({"provenance": sweep.provenance, "tried": sweep.tried}, json)
+            if tried:
+                files.write({"provenance": sweep.provenance, "tried": sweep.tried}, tried)
 
 
 def tune_kernel(sweep: Sweep, problem, case: Case, kernel: str) -> None:

@@ -36,6 +36,8 @@ def test_refuses_before_anything_is_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "sweep_of", lambda *_: None)
     assert main(["tune", "attention", "--head-dim", "64", "--head-dim", "7"]) == 2
     assert "--head-dim is 7, expected one of 32, 64, 128, 256" in capsys.readouterr().err
+    assert main(["tune", "attention", "--head-dim", "7"]) == 2
+    assert "--head-dim is 7, expected one of 32, 64, 128, 256" in capsys.readouterr().err
     monkeypatch.setattr(tune, "_refusal", lambda *_: None)
     path = tmp_path / "tuned.json"
     path.write_text('{"rows": []}')
@@ -60,6 +62,19 @@ def test_only_what_is_named_is_walked(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "tried.json").read_text()) == {"provenance": {"device": "x"}, "tried": []}
     assert main([*command, "--case", "nonsense"]) == 2
     assert "no case has 'nonsense' in its name; they are: stamps 256 full" in capsys.readouterr().err
+
+
+def test_a_case_that_no_width_asked_for_has_is_refused(tmp_path, capsys, monkeypatch):
+    """Nothing would be walked, without a word."""
+    monkeypatch.setattr(tune, "_refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "walk", lambda *_: pytest.fail("walked"))
+    monkeypatch.setattr(tune, "sweep_of", lambda *_: tune.Sweep(CPU, "sm_90", (), 0.0, {"device": "x"}))
+    command = ["tune", "attention", "--out", str(tmp_path / "t.json"), "--case", "H6 D128"]
+    assert main([*command, "--head-dim", "64", "--head-dim", "32"]) == 2
+    message = capsys.readouterr().err
+    assert "no case of --head-dim 64, 32 has 'H6 D128' in its name; they are: stamps 256 full" in message
+    assert " D64" in message
+    assert " D128;" not in message
 
 
 def test_an_entry_of_another_gpu_is_not_replaced_without_a_word(timed, capsys):
