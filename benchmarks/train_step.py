@@ -43,9 +43,8 @@ POOLS = (8, 50)  # batches that are sorted by length together
 # (tests/benchmarks/test_train_step.py), and the mildest of the wrong ones there misses them ten times over.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 GRADIENT_TOLERANCE = {"fp32": 3e-5, "bf16": 1e-1}
-HELD_GB = (
-    25.0  # of a GPU's memory, beside a padded layout's activations: all implementations' models, and the allocator
-)
+# Of a GPU's memory, beside a padded layout's activations: all implementations' models, and the allocator.
+HELD_GB = 25.0
 SMALL = 4  # samples in the batch whose gradients are checked, a long one among them
 
 
@@ -251,7 +250,7 @@ class StepProblem:
 
 
 def memory_gb(device: torch.device) -> float | None:
-    """Of a GPU."""
+    """What memory a GPU has; of a CPU nobody asks."""
     return torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
 
 

@@ -17,9 +17,8 @@ class Case:
     buckets: tuple[int, int] = (8, 4)  # timed per call of each of POOLS, evenly from its shortest to its longest
     every_peer: bool = True  # also those that share our front ends, SDPA in a loop, and Flex, compiled for minutes
     left_out: Mapping[str, str] = field(default_factory=dict)  # peers that are not tried, and why
-    slot_mb: float = (
-        0.0  # that a padded layout takes on a GPU per token slot: what cannot fit is not tried; 0: not known
-    )
+    # That a padded layout takes on a GPU per token slot: what cannot fit is not tried; 0: not known.
+    slot_mb: float = 0.0
     compiled: bool = False  # against ours with compiled blocks, and nobody else
 
     @property
