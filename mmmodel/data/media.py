@@ -106,8 +106,9 @@ def decode_text(data: bytes) -> str | None:
 def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.
 
-    Raises ValueError if it holds no sound, or less than its header says (WAV, W64, RF64, AIFF, AU and most MP3 say it),
-    and for an Ogg that ends within a page.
+    Raises ValueError if it holds no sound, or less than its header says (WAV, W64, RF64, AIFF, AU and most MP3 say it;
+    of MP3 by more than two frames, for encoders count as they like), and for an Ogg that ends within a page.  What
+    others append to a whole file, such as a tag, zeros or a newline, does not count.
     """
     import soundfile
 
@@ -120,7 +121,7 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
         raise ValueError(f"it does not read as sound: {error.error_string}") from None
     if waveform.shape[0] == 0:
         raise ValueError("the file holds no samples")
-    refuse_cut_short(log, stated, len(waveform))
+    refuse_cut_short(source, log, stated, len(waveform))
     refuse_infinite(waveform)
     channels = waveform.T
     mono = sum(channels[1:], channels[0]) / np.float32(
@@ -137,21 +138,32 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
 _CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _FRAMES_CUT = re.compile(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)")  # of RF64
 _COUNTED = re.compile(r"bitrate mode\s*: (?:variable|average)")  # of an MP3 whose first frame says how many follow
-_PAGE_CUT = re.compile(r"^Ogg ?: Junk after the last page", re.MULTILINE)
+_MP3_SLACK = 2 * 1152  # samples of two frames; some encoders count the first frame, which holds no sound, or padding
+_JUNK = re.compile(r"^Ogg ?: Junk after the last page", re.MULTILINE)  # the start of a page, or what was appended
 _UNKNOWN_SIZE = 0x7FFF0000  # and more: written by who streams and does not know the length
 
 
-def refuse_cut_short(log: str, frames: int, read: int) -> None:
+def refuse_cut_short(source: Path | bytes, log: str, frames: int, read: int) -> None:
     """log: libsndfile's of the file.  frames: how many it expected; read: how many there were."""
     found = [(stated, there, "bytes") for stated, there in _CUT_SHORT.findall(log)]
     found += [(stated, there, "frames") for there, stated in _FRAMES_CUT.findall(log)]
-    if _COUNTED.search(log):  # of other MP3 the number is a guess by the size of the file
+    if _COUNTED.search(log) and read < frames - _MP3_SLACK:  # of other MP3 the number is a guess by the file's size
         found.append((frames, read, "frames"))
     for stated, there, unit in found:
         if int(there) < int(stated) < _UNKNOWN_SIZE:
             raise ValueError(f"the sound is cut short: its header says {stated} {unit}, {there} are there")
-    if _PAGE_CUT.search(log):
+    if _JUNK.search(log) and not _ends_with_its_stream(source.read_bytes() if isinstance(source, Path) else source):
         raise ValueError("the sound is cut short: it ends within a page")
+
+
+def _ends_with_its_stream(ogg: bytes) -> bool:
+    """Whether the last page is whole and says that its stream ends there.  RFC 3533, section 6."""
+    page = ogg[ogg.rfind(b"OggS") :]
+    header = page[:27]  # flags in byte 5, the number of lacing values in 26; these follow, and add up to the rest
+    if len(header) < 27 or not header[5] & 4:
+        return False
+    lacing = page[27 : 27 + header[26]]
+    return len(page) >= 27 + header[26] + sum(lacing)
 
 
 def refuse_infinite(waveform: np.ndarray) -> None:

@@ -167,6 +167,43 @@ def test_a_sound_that_is_cut_short_is_an_error(kind, subtype, said):
         media.decode_speech(file.getvalue()[:-1000])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+# 70,000 bytes are more than libsndfile looks back for the last page
+@pytest.mark.parametrize("appended", [b"\n", b"TAG" + bytes(125), bytes(70_000)], ids=["newline", "id3v1", "zeros"])
+def test_what_is_appended_to_a_whole_ogg_does_not_count(subtype, appended, tmp_path):
+    file = tmp_path / "a.ogg"
+    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000, subtype=subtype)
+    file.write_bytes(file.read_bytes() + appended)
+    assert len(media.decode_speech(file)) == len(media.decode_speech(file.read_bytes())) == 48_000
+
+
+@pytest.mark.parametrize(
+    "kept", [2, 10, 30, -1]
+)  # bytes of the last page: of its name, its header, its lacing, its end
+def test_an_ogg_that_ends_anywhere_in_its_last_page_is_cut_short(kept, tmp_path):
+    file = tmp_path / "a.ogg"
+    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000)
+    whole = file.read_bytes()
+    last = whole.rindex(b"OggS")
+    file.write_bytes(whole[:last] + whole[last:][:kept])
+    with pytest.raises(ValueError, match="the sound is cut short: it ends within a page"):
+        media.decode_speech(file)
+
+
+@pytest.mark.parametrize(("more", "whole"), [(1, True), (2, True), (20, False)])
+def test_an_mp3_may_count_two_frames_too_many(more, whole):
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, 132_300), 44_100, format="MP3")
+    data = bytearray(file.getvalue())
+    at = data.index(b"Xing") + 8
+    data[at : at + 4] = (int.from_bytes(data[at : at + 4]) + more).to_bytes(4)
+    if whole:
+        assert abs(len(media.decode_speech(bytes(data))) - 48_000) < 1000
+        return
+    with pytest.raises(ValueError, match="the sound is cut short: its header says"):
+        media.decode_speech(bytes(data))
+
+
 def test_an_mp3_that_does_not_say_how_many_frames_follow_is_read():
     """Their number is a guess then."""
     file = io.BytesIO()
