@@ -148,6 +148,16 @@ def traced() -> bool:
     return jit is not None or bool(torch._C._len_torch_dispatch_stack()) or before_autograd()
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its numbers may be looked at: a fake tensor has none, and a trace would keep this call's as constants.
+
+    A FLOP counter sees real ones.
+    """
+    mode, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    recorded = torch._C._get_tracing_state() is not None or mode(kinds.PROXY) is not None or before_autograd()
+    return not (recorded or mode(kinds.FAKE) is not None or hasattr(tensor, "fake_mode"))
+
+
 # Quiet while nothing traces with pre_dispatch=True, as make_fx and torch.export do.
 before_autograd = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 

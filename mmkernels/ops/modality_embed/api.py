@@ -330,9 +330,8 @@ def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Ten
             raise ValueError(f"modality_embed: modality {m} has special token {special}, but token_weight is None")
         if special >= rows:
             raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
-    readable = not dispatch.traced()  # a fake tensor has no ids, and a trace would keep this batch's as constants
     for m, stream in enumerate(streams):
-        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and readable:
+        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and dispatch.readable(stream):
             low, high = (int(x) for x in stream.aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(

@@ -7,6 +7,7 @@ import torch._dynamo.testing
 from embed_cases import BY_NAME, IMPLS, Case, make, needs_cpp, ragged, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import api, op
@@ -234,10 +235,23 @@ def test_ids_are_not_read_where_a_trace_or_a_fake_tensor_stands_for_them(impl):
     ids, rows = torch.tensor([4, 0, 3]), torch.randn(4, 8)
     program = make_fx(embed)(torch.tensor([0, 1, 2]), torch.zeros(4, 8))
     assert torch.equal(program(ids, rows), embed(ids, rows))
+    with FlopCounterMode(display=False):  # on top of a trace
+        program = make_fx(embed)(torch.tensor([0, 1, 2]), torch.zeros(4, 8))
+    assert torch.equal(program(ids, rows), embed(ids, rows))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert embed(mode.from_tensor(ids), mode.from_tensor(rows)).shape == (LAYOUT.total_tokens, 8)
     with FakeTensorMode(), pytest.raises(ValueError, match="modality_weight is a fake tensor"):
         modality_embed(**{**GOOD, "modality_weight": torch.zeros(2, 8), "impl": impl})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ids_are_read_under_a_flop_counter(impl):
+    """The reference would take -1 as the last row of the table."""
+    with (
+        FlopCounterMode(display=False),
+        pytest.raises(IndexError, match="modality_embed: stream 0 has ids from -1 to 2, token_weight has"),
+    ):
+        modality_embed(**{**GOOD, "streams": [torch.tensor([0, -1, 2]), torch.zeros(4, 8)], "impl": impl})
 
 
 @pytest.mark.parametrize("impl", IMPLS)
