@@ -48,5 +48,7 @@ def main(args: list[str] | None = None) -> None:
         where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
         sys.exit(f"{where}: {error.strerror}" if where else str(error))
     except KeyboardInterrupt as error:
-        print(str(error) or "stopped", file=sys.stderr)
+        said = str(error) if error.args else "stopped"
+        if said:  # "": another rank says it
+            print(said, file=sys.stderr)
         sys.exit(INTERRUPTED)

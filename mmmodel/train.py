@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 def pretrain(config: PretrainConfig, out: Path | str) -> bool:
     """Train in `out`, or continue what a stopped run left there.  True when all steps are done, False after SIGTERM.
 
-    After Ctrl-C it raises KeyboardInterrupt; both finish the step in progress and save first.
+    After Ctrl-C it raises KeyboardInterrupt, with rank 0's words; both finish the step in progress and save first.
     Under torchrun every process calls it; rank 0 writes.  Raises ConfigError if `out` holds a run of another
     configuration or another process is at work there, and if there is nothing to learn from the data.
     """
@@ -160,7 +160,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if progress["step"] < config.steps:
         message = f"stopped after step {progress['step']} of {config.steps}; the same command goes on from there"
         if signal.SIGINT in stop:
-            raise KeyboardInterrupt(message)
+            raise KeyboardInterrupt("" if distributed.rank() else message)  # the same Ctrl-C came to every rank
         _log("%s", message)
         return False
     return True
@@ -211,6 +211,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     peak = distributed.size() * gemm_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     skipped_in_a_row = 0
     with (
+        closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
         distributed.wrapped(learner) as module,
         Progress(config.steps, progress["step"], shown=first) as bar,
         _ahead(make, progress["step"]) as batches,
@@ -242,8 +243,6 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
                 break
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
-    if first:
-        metrics.close()
 
 
 def train_step(

@@ -100,6 +100,17 @@ def test_ctrl_c_saves_and_ends_as_a_shell_expects(tiny, shards, tmp_path, monkey
     assert train.pretrain(tiny, tmp_path)
 
 
+def test_ctrl_c_under_torchrun_is_told_once(shards, tmp_path, monkeypatch, capsys):
+    command = ["pretrain", "--preset", "tiny", "--set", f"data={shards}", "--out", str(tmp_path)]
+    for rank, said in ((0, "stopped after step 1 of 8; the same command goes on from there\n"), (1, "")):
+        stopped_after(1, monkeypatch, by=signal.SIGINT)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err.endswith(said) if said else capsys.readouterr().err == ""
+
+
 def test_a_run_that_is_not_finished_has_the_weights_of_its_last_checkpoint(tiny, tmp_path, monkeypatch, caplog):
     """A report on them is printed, not kept; the run goes on as if nobody had looked."""
     stopped_after(5, monkeypatch)
@@ -129,6 +140,23 @@ def test_tensorboard_gets_the_figures_of_the_metrics(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         train.pretrain(config, tmp_path)
+
+
+def test_tensorboard_has_the_figures_of_all_steps_before_an_error(tiny, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    closed, updated = [], iter([True, True, False])
+    original, close = train.train_step, SummaryWriter.close
+    monkeypatch.setattr(train, "train_step", lambda *args: (original(*args)[0], next(updated)))
+    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 0)
+    # else what its thread has not written is lost with the process
+    monkeypatch.setattr(SummaryWriter, "close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(train.RunError, match="in a row had a gradient that is not finite"):
+        train.pretrain(dataclasses.replace(tiny, tensorboard=True), tmp_path)
+    assert len(closed) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
 def test_figures_on_the_validation_split_leave_the_run_its_bits(tiny, unbroken, tmp_path, caplog):
