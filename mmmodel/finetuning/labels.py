@@ -77,6 +77,8 @@ def read(
 
 def fit(values: Sequence[Any], task: str) -> Labels:
     """What the training labels `values` say about the outputs.  Raises ConfigError for labels with nothing to learn."""
+    if not values:
+        raise ConfigError("finetune: there are 0 training labels, expected at least 2 that differ")
     if len({frozenset(value) if task == "multilabel" else value for value in values}) < 2:
         shown = ", ".join(values[0]) or "empty" if task == "multilabel" else values[0]
         raise ConfigError(f"finetune: all {len(values)} training labels are {shown}, nothing to learn")

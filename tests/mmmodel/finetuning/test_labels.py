@@ -71,6 +71,12 @@ def test_labels_with_nothing_to_learn_are_refused(values, task, shown):
         labels.fit(values, task)
 
 
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression", "retrieval"])
+def test_no_labels_are_refused(task):
+    with pytest.raises(ConfigError, match="there are 0 training labels, expected at least 2 that differ"):
+        labels.fit([], task)
+
+
 def test_labels_that_no_training_sample_has():
     rule = labels.fit(["a", "b"], "classification")
     assert labels.unseen(["a", "new", "b", "other"], rule) == ["new", "other"]
