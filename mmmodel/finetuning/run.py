@@ -82,7 +82,9 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
     try:
         with torch.no_grad():
             test = evaluate_on(learner, data, data.test) if data.test else None
-    except ConfigError as error:  # of retrieval: what was trained is kept
+    except ConfigError as error:
+        if config.task != "retrieval":  # whose test samples may hold no pair; what was trained is kept
+            raise
         logger.warning("the test samples are not scored: %s", error)
         test = None
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free

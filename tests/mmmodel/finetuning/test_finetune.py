@@ -79,6 +79,16 @@ def test_a_test_split_that_retrieval_cannot_score_costs_no_training(run, shards,
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_test_split_that_another_task_cannot_score_is_an_error(run, labelled, tmp_path, monkeypatch):
+    def refuses(*_):
+        raise ConfigError("finetune: something is wrong")
+
+    monkeypatch.setattr(finetuning, "evaluate_on", refuses)
+    config = dataclasses.replace(QUICK, task="classification", label="colour", data=str(labelled), epochs=1)
+    with pytest.raises(ConfigError, match="something is wrong"):
+        finetuning.finetune(run, config, tmp_path)
+
+
 def test_a_label_that_no_training_sample_has_is_told(run, tmp_path, caplog):
     said = [("train", "a"), ("train", "b")] * 4 + [("validation", "a"), ("validation", "c"), ("test", "b")]
     made = [{"__key__": f"k{i}", "txt": x, "json": {"split": split, "label": x}} for i, (split, x) in enumerate(said)]
