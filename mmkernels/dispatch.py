@@ -175,6 +175,13 @@ def refuse_strict_fakes(who: str, name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a sparse or nested tensor.  Before its shape is asked for, which a nested one may not have."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
+
+
 def cpp_missing() -> str | None:
     """Why the C++ operators cannot run, or None."""
     return None if _CPP_BUILT else f"the extension mmkernels._C is not built ({native.HOW_TO_BUILD})"

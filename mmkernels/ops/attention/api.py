@@ -282,10 +282,8 @@ def _check_tensors(who: str, q, k, v) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise ValueError(f"{who}: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
-        if t.is_nested or t.layout is not torch.strided:
-            kind = "nested" if t.is_nested else t.layout
-            raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor [T, heads, D]")
-    dispatch.refuse_strict_fakes(who, "q", q)
+        dispatch.refuse_unstrided(who, name, t)
+        dispatch.refuse_strict_fakes(who, name, t)
 
 
 def _check_types(who: str, layout, keys, mask) -> None:

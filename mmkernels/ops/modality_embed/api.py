@@ -127,36 +127,36 @@ def _quick(
         or layout.segments is None
         or len(given) != layout.num_modalities
         or modality_weight.dtype is torch.float64
-        or modality_weight.ndim != 2
-        or not modality_weight.shape[1]
     ):
         return None
-    streams, tables, table_counts = [], [], [0] * len(given)
-    for stream, rows in zip(given, layout.stream_lengths, strict=True):
-        if stream is not None and type(stream) not in dispatch.PLAIN_TENSORS:
-            return None
-        if stream is None or (rows == 0 and stream.numel() == 0):
-            stream = _without_rows(stream, modality_weight)
-        if stream.shape[:1] != (rows,):
-            return None
-        streams.append(stream)
-    if position_weights is not None:
-        if len(position_weights) != len(given):
-            return None
-        for m, own in enumerate(position_weights):
-            table_counts[m] = len(own)
-            tables += own
-    for tensor in (modality_weight, token_weight, *tables, norm_weight, norm_bias):
-        if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
-            return None
-    out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    rng = torch.randint(2**63 - 1, (2,), device="cpu") if dropout_p > 0.0 else None
     try:
+        if modality_weight.ndim != 2 or not modality_weight.shape[1]:
+            return None
+        streams, tables, table_counts = [], [], [0] * len(given)
+        for stream, rows in zip(given, layout.stream_lengths, strict=True):
+            if stream is not None and type(stream) not in dispatch.PLAIN_TENSORS:
+                return None
+            if stream is None or (rows == 0 and stream.numel() == 0):
+                stream = _without_rows(stream, modality_weight)
+            if stream.shape[:1] != (rows,):
+                return None
+            streams.append(stream)
+        if position_weights is not None:
+            if len(position_weights) != len(given):
+                return None
+            for m, own in enumerate(position_weights):
+                table_counts[m] = len(own)
+                tables += own
+        for tensor in (modality_weight, token_weight, *tables, norm_weight, norm_bias):
+            if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
+                return None
+        out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        rng = torch.randint(2**63 - 1, (2,), device="cpu") if dropout_p > 0.0 else None
         return op.modality_embed_fwd(
             streams, modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, layout.modality_ids,
             layout.source_rows, layout.positions, rng, norm or "none", eps, dropout_p, out_dtype, "cpp",
         )[0]  # fmt: skip
-    except RuntimeError:
+    except RuntimeError:  # C++'s, and a nested tensor's that is asked for its shape
         return None
 
 
@@ -174,11 +174,12 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         raise ValueError(f"modality_embed: layout is {type(layout).__name__}, expected PackedLayout")
     if not isinstance(modality_weight, Tensor):
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
+    dispatch.refuse_unstrided("modality_embed", "modality_weight", modality_weight)
+    dispatch.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
     if modality_weight.ndim != 2 or not modality_weight.shape[1]:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E] with E at least 1"
         )
-    dispatch.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
     if not modality_weight.shape[0] == len(streams) == layout.num_modalities:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)} for {len(streams)} streams, expected "
@@ -189,6 +190,9 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
     for name, value in named:
         if not isinstance(value, Tensor | None):
             raise ValueError(f"modality_embed: {name} is {type(value).__name__}, expected a tensor or None")
+        if value is not None:
+            dispatch.refuse_unstrided("modality_embed", name, value)
+            dispatch.refuse_strict_fakes("modality_embed", name, value)
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
@@ -216,7 +220,11 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
             f"modality_embed: position_weights has {len(position_weights)} entries, expected one per stream: "
             f"{num_modalities}"
         )
-    return [table for tables in position_weights for table in tables], [len(tables) for tables in position_weights]
+    tables = [table for own in position_weights for table in own]
+    for i, table in enumerate(tables):
+        dispatch.refuse_unstrided("modality_embed", f"position table {i}", table)
+        dispatch.refuse_strict_fakes("modality_embed", f"position table {i}", table)
+    return tables, [len(own) for own in position_weights]
 
 
 def _tables_of(entry: PositionTables, m: int) -> tuple[Tensor, ...]:

@@ -49,6 +49,9 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
     for m, stream in enumerate(given):
         if not isinstance(stream, Tensor | None):
             raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
+        if stream is not None:
+            dispatch.refuse_unstrided("pack", f"stream {m}", stream)
+            dispatch.refuse_strict_fakes("pack", f"stream {m}", stream)
     if len(given) != layout.num_modalities:
         raise ValueError(f"pack: got {len(given)} streams, expected {layout.num_modalities} as in the layout")
     present = next((s for s in given if s is not None), None)
@@ -59,7 +62,6 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
     width, dtype, device = present.shape[1], present.dtype, present.device
     if device != layout.device:
         raise ValueError(f"pack: the streams are on {device}, the layout on {layout.device}")
-    dispatch.refuse_strict_fakes("pack", "a stream", present)
     found = [present.new_empty((0, width)) if s is None else s for s in given]
     for m, (stream, rows) in enumerate(zip(found, layout.stream_lengths, strict=True)):
         if stream.shape != (rows, width):
@@ -173,6 +175,7 @@ def _is_layout(function: str, layout: PackedLayout) -> None:
 def _is_tensor(function: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}, expected a tensor")
+    dispatch.refuse_unstrided(function, name, tensor)
 
 
 def _names(dtypes) -> str:

@@ -62,3 +62,6 @@ def test_fake_tensors_of_a_mode_without_real_ones_are_named():
         q = torch.randn(8, 2, 16)
         with pytest.raises(ValueError, match=r"q is a fake tensor .*allow_non_fake_inputs=True"):
             attention(q, q, q, layout=layout)
+    real = torch.randn(8, 2, 16)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=r"attention: v is a fake tensor"):
+        attention(real, real, mode.from_tensor(real), layout=layout)

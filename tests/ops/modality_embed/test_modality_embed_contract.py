@@ -167,6 +167,27 @@ BAD = [
     ({"eps": True}, ValueError, "eps is True, expected a finite number"),
     ({"eps": np.float32("inf")}, ValueError, r"eps is np.float32\(inf\), expected a finite number"),
     ({"eps": 10**400}, ValueError, "eps is 10+, expected a finite number"),
+    (
+        {"streams": [torch.tensor([0, 1, 2]), torch.zeros(4, 8).to_sparse()]},
+        ValueError,
+        "stream 1 is torch.sparse_coo, expected a strided tensor",
+    ),
+    (
+        {"streams": [torch.nested.nested_tensor([torch.zeros(3)]), torch.zeros(4, 8)]},
+        ValueError,
+        "stream 0 is nested, expected a strided tensor",
+    ),
+    ({"modality_weight": torch.zeros(2, 8).to_sparse()}, ValueError, "modality_weight is torch.sparse_coo, expected a"),
+    (
+        {"modality_weight": torch.nested.nested_tensor([torch.zeros(8)] * 2)},
+        ValueError,
+        "modality_weight is nested, expected a strided tensor",
+    ),
+    (
+        {"position_weights": [torch.zeros(4, 8).to_sparse(), None]},
+        ValueError,
+        "position table 0 is torch.sparse_coo, expected a strided tensor",
+    ),
 ]
 
 
@@ -240,8 +261,9 @@ def test_ids_are_not_read_where_a_trace_or_a_fake_tensor_stands_for_them(impl):
     assert torch.equal(program(ids, rows), embed(ids, rows))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert embed(mode.from_tensor(ids), mode.from_tensor(rows)).shape == (LAYOUT.total_tokens, 8)
-    with FakeTensorMode(), pytest.raises(ValueError, match="modality_weight is a fake tensor"):
-        modality_embed(**{**GOOD, "modality_weight": torch.zeros(2, 8), "impl": impl})
+    for name, shape in (("modality_weight", (2, 8)), ("token_weight", (5, 8))):
+        with FakeTensorMode(), pytest.raises(ValueError, match=f"{name} is a fake tensor"):
+            modality_embed(**{**GOOD, name: torch.zeros(shape), "impl": impl})
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -104,6 +104,11 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         (lambda: pad(WHOLE, LAYOUT, length=2**70), "pad: length is 1180591620717411303424, expected"),
         (lambda: pack([A, B], LAYOUT, impl=["cpp"]), r"pack: impl is \['cpp'\], expected one of"),
         (lambda: segment_mean(WHOLE, None), "segment_mean: layout is NoneType, expected PackedLayout"),
+        (lambda: pack([A, B.to_sparse()], LAYOUT), "pack: stream 1 is torch.sparse_coo, expected a strided tensor"),
+        (lambda: pack([torch.nested.nested_tensor([A]), B], LAYOUT), "pack: stream 0 is nested, expected a strided"),
+        (lambda: unpack(WHOLE.to_sparse(), LAYOUT), "unpack: packed is torch.sparse_coo, expected a strided tensor"),
+        (lambda: unpad(torch.nested.nested_tensor([A, B]), LAYOUT), "unpad: padded is nested, expected a strided"),
+        (lambda: gather_rows(A.to_sparse(), ROW), "gather_rows: packed is torch.sparse_coo, expected a strided"),
     ],
 )
 def test_errors_say_who_expected_what(call, message):

@@ -182,7 +182,7 @@ def test_fake_tensors_of_a_mode_without_real_ones_are_named():
     with FakeTensorMode():
         rows = torch.zeros(3, 4)
         for call, name in (
-            (lambda: pack([rows], layout), "pack: a stream"),
+            (lambda: pack([rows], layout), "pack: stream 0"),
             (lambda: segment_mean(rows, layout), "segment_mean: packed"),
             (lambda: unpad(torch.zeros(2, 2, 4), layout), "unpad: padded"),
         ):
