@@ -70,9 +70,11 @@ def attention(
     plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    return _by_the_long_way(
-        "attention", q, k, v, layout, k_layout, mask, scale, pair_bias, dropout_p, deterministic, return_lse,
-        return_modality_mass, impl,
+    return _attend_checked(
+        "attention", q, k, v,
+        layout=layout, k_layout=k_layout, mask=mask, scale=scale, pair_bias=pair_bias, dropout_p=dropout_p,
+        deterministic=deterministic, return_lse=return_lse, return_modality_mass=return_modality_mass, impl=impl,
+        plain=plain,
     )  # fmt: skip
 
 
@@ -108,9 +110,11 @@ def attention_qkvpacked(
     q, k, v = qkv.unbind(1)
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
-    return _by_the_long_way(
-        name, q, k, v, layout, k_layout, mask, scale, pair_bias, dropout_p, deterministic, return_lse,
-        return_modality_mass, impl,
+    return _attend_checked(
+        name, q, k, v,
+        layout=layout, k_layout=k_layout, mask=mask, scale=scale, pair_bias=pair_bias, dropout_p=dropout_p,
+        deterministic=deterministic, return_lse=return_lse, return_modality_mass=return_modality_mass, impl=impl,
+        plain=plain,
     )  # fmt: skip
 
 
@@ -150,11 +154,12 @@ def prepare_attention(
     prepared(MaskPlan.lower(layout, mask, k_layout), impl, request)
 
 
-def _by_the_long_way(
+def _attend_checked(
     who: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     layout: PackedLayout,
     k_layout: PackedLayout | None,
     mask: AttentionMask | None,
@@ -165,9 +170,9 @@ def _by_the_long_way(
     return_lse: bool,
     return_modality_mass: bool,
     impl: str,
+    plain: bool,
 ) -> Tensor | tuple[Tensor, ...]:
-    """attention with all its checks, for a call that `quick` has not met.   who: the function of errors"""
-    plain = k_layout is None and pair_bias is None and dropout_p == 0 and not (return_lse or return_modality_mass)
+    """attention with all its checks.   who: the function of errors; plain: may `quick` serve the next such call"""
     asked = scale, deterministic, impl
     keys = layout if k_layout is None else k_layout
     _check_tensors(who, q, k, v)
@@ -308,7 +313,8 @@ def _check(who: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys
             raise ValueError(f"{who}: {name} has shape {tuple(t.shape)}, expected [T, heads, D]")
         if t.size(0) != side.total_tokens:
             raise ValueError(
-                "{}: {} has {} tokens, expected the layout's {}".format(  # noqa: UP032  Dynamo puts no symbol into "{}"
+                # format: Dynamo puts no symbol into an f-string
+                "{}: {} has {} tokens, expected the layout's {}".format(  # noqa: UP032
                     who, name, t.size(0), side.total_tokens
                 )
             )
