@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -125,6 +126,9 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
+        _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)
     _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
