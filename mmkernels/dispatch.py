@@ -113,7 +113,8 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
         def outside(*args, **kwargs):
             dynamo = sys.modules.get("torch._dynamo")
             run = function if dynamo is None else dynamo.disable(function)
-            if traced():
+            # Not `traced`: Dynamo of torch 2.11, which reads this where a graph broke, does not know what that asks.
+            if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
                 with torch.utils._python_dispatch._disable_current_modes():
                     return run(*args, **kwargs)
             return run(*args, **kwargs)
