@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, compat, conftest, data, harness, limits, modality_embed, packing, run, schema, table
+from benchmarks import attention, compat, conftest, data, harness, modality_embed, packing, run, schema, table
 from benchmarks.__main__ import main
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
@@ -54,12 +54,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _small_limits(monkeypatch):
-    """The limits are measured for real, only on less memory and shorter."""
-    monkeypatch.setitem(limits.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(limits.GEMM_SIZE, "cpu", 128)
-    monkeypatch.setattr(run, "MAX_SECONDS_PER_DIRECTION", 0.02)
+pytestmark = pytest.mark.usefixtures("small_limits")
 
 
 def measure(op, problems):

@@ -1,11 +1,8 @@
 """The loop: a run that was stopped or killed ends in the very weights of one that was not."""
 
 import dataclasses
-import importlib.util
-import io
 import itertools
 import json
-import logging
 import math
 import os
 import shutil
@@ -17,11 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from builders import assert_same_run, batch_of, learner, objective_learner, samples
-from PIL import Image
-from safetensors.torch import load_file
+from builders import assert_same_run, batch_of, learner, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmmodel import (
@@ -30,16 +24,9 @@ from mmmodel import (
     configs,
     distributed,
     evaluate,
-    export,
-    held_out,
     metrics,
-    objectives,
-    plot,
-    pretraining,
     train,
 )
-from mmmodel.batches import Sampler
-from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
@@ -126,96 +113,6 @@ def test_a_run_that_is_not_finished_has_the_weights_of_its_last_checkpoint(tiny,
     assert (tmp_path / "report.json").exists()
 
 
-def test_tensorboard_gets_the_figures_of_the_metrics(tiny, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = dataclasses.replace(tiny, steps=3, tensorboard=True)
-    assert train.pretrain(config, tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert set(events.Tags()["scalars"]) == set(lines[0]) - {"step"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (line["step"], pytest.approx(line["loss"], rel=1e-5)) for line in lines
-    ]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
-        train.pretrain(config, tmp_path)
-
-
-def test_tensorboard_has_the_figures_of_all_steps_before_an_error(tiny, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    closed, updated = [], iter([True, True, False])
-    original, close = train.train_step, SummaryWriter.close
-    monkeypatch.setattr(train, "train_step", lambda *args: (original(*args)[0], next(updated)))
-    monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 0)
-    # else what its thread has not written is lost with the process
-    monkeypatch.setattr(SummaryWriter, "close", lambda self: (closed.append(self), close(self)))
-    with pytest.raises(train.RunError, match="in a row had a gradient that is not finite"):
-        train.pretrain(dataclasses.replace(tiny, tensorboard=True), tmp_path)
-    assert len(closed) == 1
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-
-
-def test_figures_on_the_validation_split_leave_the_run_its_bits(tiny, unbroken, tmp_path, caplog):
-    caplog.set_level("INFO")
-    assert train.pretrain(dataclasses.replace(tiny, evaluate_every=3), tmp_path)
-    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path, unbroken))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    lines = metrics.read(tmp_path / "metrics.jsonl")
-    looks = {line["step"]: line for line in lines if any(name.startswith("validation/") for name in line)}
-    assert list(looks) == [3, 6, 8]  # the last step too
-    learner = export.from_pretrained(tmp_path)
-    dataset = pretraining.open_data(tiny)
-    corpus = pretraining.load_corpus(tiny, dataset, learner.model)
-    found = held_out.figures(learner, corpus, corpus.split("validation"), batches=train.VALIDATION_BATCHES)
-    scores = {name: value for name, value in found.items() if held_out.is_score(name)}
-    assert {"contrastive/loss", "masked_text/accuracy", "matching/loss"} < scores.keys()
-    assert {n.removeprefix("validation/"): v for n, v in looks[8].items() if n.startswith("validation/")} == (
-        pytest.approx(scores, rel=1e-4)
-    )
-    assert [m.partition(":")[0] for m in caplog.messages if "on the split validation" in m] == [
-        f"step {step}, on the split validation" for step in looks
-    ]
-
-
-def test_the_curve_of_an_objective_begins_where_it_does():
-    mean = plot._running_mean(np.array([np.nan, np.nan, 2.0, np.nan, 4.0]))
-    np.testing.assert_array_equal(mean, [np.nan, np.nan, 2, 2, 3])
-
-
-def test_data_without_a_validation_split_says_that_there_is_nothing_to_see(tmp_path, caplog):
-    (tmp_path / "data").mkdir()
-    made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": "train"}} for i in range(8)]
-    write_shard(tmp_path / "data" / "a-0.tar", made)
-    caplog.set_level("INFO")
-    config = dataclasses.replace(configs.tiny(), data=str(tmp_path / "data"), steps=2, evaluate_every=1)
-    assert train.pretrain(config, tmp_path / "run")
-    assert "evaluate_every does nothing in this run: no sample has the split validation" in caplog.messages
-    assert not any(n.startswith("validation/") for n in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1])
-
-
-def test_fewer_validation_samples_than_processes_are_said_once(tiny, tmp_path, caplog, monkeypatch):
-    (tmp_path / "data").mkdir()
-    splits = ["train"] * 7 + ["validation"]
-    made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": split}} for i, split in enumerate(splits)]
-    write_shard(tmp_path / "data" / "a-0.tar", made)
-    config = dataclasses.replace(tiny, data=str(tmp_path / "data"), evaluate_every=1)
-    dataset = pretraining.open_data(config)
-    learned = pretraining.Pretraining(config, pretraining.make_tokenizer(config, dataset))
-    corpus = pretraining.load_corpus(config, dataset, learned.model)
-    assert "validation/masked_text/loss" in train.validate(learned, corpus, 1)
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    caplog.clear()
-    caplog.set_level("INFO")
-    train._tell_what_learns_nothing(learned, corpus, Sampler(corpus.split("train"), batch_size=4, seed=0))
-    assert train.validate(learned, corpus, 1) == {}
-    few = "the split validation has 1 distinct items for 2 processes"
-    assert caplog.messages[-1] == f"evaluate_every does nothing in this run: {few}"
-
-
 def test_kill_9_continues_from_the_last_checkpoint_to_the_same_bits(shards, unbroken, tmp_path):
     """Killed in another process at some moment after its first checkpoint."""
     fields = ["data=" + str(shards), "steps=8"]
@@ -290,67 +187,6 @@ def test_a_parameter_that_its_first_gradient_reaches_after_a_checkpoint_learns_t
             step(*learned, names)
         ours, theirs = other[0].state_dict(), one[0].state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-
-
-@pytest.mark.parametrize(("modality", "works"), [("image", "masked_image"), ("audio", "masked_audio")])
-def test_a_run_that_can_learn_nothing_is_refused_and_told_what_would(modality, works, tmp_path):
-    """One kind of data alone, under the preset's objectives."""
-    data = tmp_path / "data"
-    data.mkdir()
-    picture, sound = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
-    soundfile.write(sound, np.random.default_rng(0).normal(size=8000) / 9, 16000, format="FLAC")
-    member = {"image": {"png": picture.getvalue()}, "audio": {"flac": sound.getvalue()}}[modality]
-    write_shard(data / "a-0.tar", [{"__key__": f"k{i}", "json": {"split": "train"}, **member} for i in range(4)])
-    config = dataclasses.replace(configs.tiny(), data=str(data), steps=2)
-    with pytest.raises(ConfigError, match=f"from 4 training samples of {modality}: contrastive needs a concept in two "
-                       f"modalities, masked_text needs text, .* try --set objectives.{works}.weight=1"):  # fmt: skip
-        train.pretrain(config, tmp_path / "out")
-    assert train.pretrain(configs.override(config, (f"objectives.{works}.weight=1",)), tmp_path / "out")
-    assert metrics.read(tmp_path / "out" / "metrics.jsonl")[-1]["loss"] > 0
-
-
-@pytest.mark.parametrize(("apart", "said"), [(True, 1), (False, 0)])
-def test_captions_and_pictures_that_are_samples_of_their_own_are_warned_of(apart, said, tmp_path, caplog):
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
-    made = []
-    for i in range(40):
-        members = [{"txt": f"a sea {i}"}, {"png": picture.getvalue()}]
-        for j, one in enumerate(members if apart else [members[0] | members[1]]):
-            made.append({"__key__": f"k{i}-{j}", "json": {"concept": f"c{i}"}, **one})
-    write_shard(tmp_path / "a-0.tar", made)
-    config = configs.override(configs.tiny(), ("steps=1", "objectives.matching.weight=0", f"data={tmp_path}"))
-    with caplog.at_level(logging.INFO):
-        train.pretrain(config, tmp_path / "out")
-    lines = [
-        line for line in caplog.messages if line.startswith("contrastive learns little in this run: a batch shows 0")
-    ]
-    assert len(lines) == said
-
-
-def test_samples_of_one_concept_and_a_modality_that_none_has_are_told(tmp_path, caplog):
-    """A `concept` that is the same everywhere: no sample is a wrong answer for another."""
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 48), "teal").save(picture, "PNG")
-    made = [
-        {"__key__": f"k{i}", "txt": f"sea {i}", "png": picture.getvalue(), "json": {"concept": "c"}} for i in range(8)
-    ]
-    write_shard(tmp_path / "a-0.tar", made)
-    config = configs.override(configs.tiny(), ("steps=1", f"data={tmp_path}"))
-    with caplog.at_level(logging.INFO):
-        train.pretrain(config, tmp_path / "out")
-    for name in ("contrastive", "matching"):
-        said = f"{name} learns nothing in this run: it compares concepts, and all samples are of one"
-        assert said in caplog.messages
-    assert "no training sample holds audio: its front end learns nothing in this run" in caplog.messages
-
-
-def test_an_objective_that_is_never_due_is_named():
-    _, learned = objective_learner("objectives.matching.begin=1")
-    items, _ = samples()
-    assert objectives.idle(learned.objectives, items, 8, 4) == {"matching": "is never due"}
-    assert objectives.idle(learned.objectives, [items[3]] * 3, 8, 4).keys() == {"contrastive", "matching"}  # captions
 
 
 def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):
@@ -437,15 +273,6 @@ def test_learning_rate_warms_up_and_ends_near_zero(schedule):
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     if schedule == "wsd":
         assert rates[10:80] == [1.0] * 70
-
-
-def test_metrics_file_drops_what_will_be_done_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')  # the last was cut by a kill
-    file = metrics.MetricsFile(path, from_step=2)
-    file.write({"step": 3, "loss": float("nan")})
-    file.close()
-    assert metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
 
 
 def test_configuration_round_trip_and_overrides():
