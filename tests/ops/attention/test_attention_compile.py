@@ -207,14 +207,16 @@ def test_what_one_graph_cannot_hold_is_named():
 def test_an_error_of_a_dynamic_graph_keeps_its_text():
     """Dynamo puts no symbol into an f-string: it stopped there, and the message was lost."""
     layout = PackedLayout.from_counts([[4], [2]])
-    parts = r"\{\}: (\{\}|packed|padded) has"  # of a tensor that is wrong, as Dynamo of torch 2.11 leaves it
+    whole = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)  # before, Dynamo leaves some as a template
+    template = r"\{\}: (\{\}|packed|padded) has"
     for name, call in {
         "attention: q has": lambda q, layout: attention(q, q, q, layout=layout),
         "pad: packed has": lambda q, layout: pad(q[:, 0], layout),
         "unpad: padded has": lambda q, layout: unpad(q[None, :, 0], layout),
     }.items():
         torch._dynamo.reset()
-        with pytest.raises(Exception, match=f"raised exception ValueError.*({name}|{parts})"):
+        told = name if whole else f"({name}|{template})"
+        with pytest.raises(Exception, match=f"raised exception ValueError.*{told}"):
             torch.compile(call, fullgraph=True, dynamic=True, backend="eager")(torch.randn(5, 2, 16), layout)
 
 
