@@ -50,9 +50,9 @@ MM_CLONES int64_t forward_rows(const Inputs& in, const Outputs& to, const float*
   Token token, ahead;
   for (int64_t t = begin; t < end; ++t) {
     if (!locate(in, t, token)) return t;
-    if (t + kAhead < end && locate(in, t + kAhead, ahead)) prefetch_row(ahead.row, row_bytes(ahead.kind, in.E));
+    if (!locate(in, std::min(t + kAhead, end - 1), ahead)) ahead = token;
     float* x = to.in_place ? static_cast<float*>(to.out.data) + t * in.E : scratch;
-    const float total = sum_token(in, token, x);
+    const float total = sum_token(in, token, x, {ahead.row, ahead.kind});
     if (in.norm != Norm::kNone) {
       const float mean = in.norm == Norm::kLayer ? total / static_cast<float>(in.E) : 0.0f;
       if (in.norm == Norm::kLayer) to.mean[t] = mean;

@@ -98,15 +98,33 @@ int64_t count_kept(const Block& block, int64_t stop, int64_t chunk_rows, std::ve
   return count;
 }
 
+// What a row reads and writes.
+struct RowSoon {
+  Soon x, g, dx;
+};
+
+// Of row t, or where that points outside of `token`, which does not.
+MM_INLINE RowSoon row_soon(const Block& block, int64_t t, Token token) {
+  const Inputs& in = block.in;
+  Token found;
+  if (locate(in, t, found)) token = found;
+  const Rows &out = block.grads.out, &stream = block.grads.streams[token.modality];
+  const Soon g(row_at(out, t, in.E), out.kind);
+  const bool wanted = token.stream_row >= 0 && stream.data != nullptr;
+  return {{token.row, token.kind}, g, wanted ? Soon(row_at(stream, token.stream_row, in.E), stream.kind) : g};
+}
+
 // dx from the gradient g of a normed row; x holds the row's sum, and the normed values afterwards.
 MM_INLINE void row_through_norm(const Block& block, int64_t t, const float* g, float* x, float* dx, float* d_weight,
-                                float* d_bias, float* d_modality) {
+                                float* d_bias, float* d_modality, const RowSoon& soon) {
   const int64_t E = block.in.E;
   const bool centre = block.in.norm == Norm::kLayer;
   const F32x8 mean = splat(centre ? block.grads.mean[t] : 0.0f), rstd = splat(block.grads.rstd[t]);
   F32x8 sum_g[2] = {splat(0.0f), splat(0.0f)};  // two, so that additions need not wait for each other
   F32x8 sum_gx[2] = {splat(0.0f), splat(0.0f)};
   for (int64_t e = 0; e < E; e += 2 * kLanes) {  // weight and g are zero in the padding
+    soon.g.ask(e);
+    soon.dx.ask<true>(e);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const int64_t at = e + i * kLanes;
@@ -129,8 +147,12 @@ MM_INLINE void row_through_norm(const Block& block, int64_t t, const float* g, f
   }
 }
 
-MM_INLINE void row_without_norm(int64_t E, const float* g, float* dx, float* d_modality) {
+MM_INLINE void row_without_norm(int64_t E, const float* g, float* dx, float* d_modality, const RowSoon& soon) {
   for (int64_t e = 0; e < E; e += kLanes) {
+    if (e % (2 * kLanes) == 0) {
+      soon.g.ask(e);
+      soon.dx.ask<true>(e);
+    }
     const F32x8 value = load(g + e);
     store(dx + e, value);
     store(d_modality + e, load(d_modality + e) + value);
@@ -143,7 +165,7 @@ struct Chunk {
   float* kept;                // where rows go that have no fp32 tensor, or null
 };
 
-MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, Chunk& chunk) {
+MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, Chunk& chunk, const RowSoon& soon) {
   const Inputs& in = block.in;
   const Grads& grads = block.grads;
   const int64_t M = in.streams.size(), E = in.E, stride = block.stride, m = token.modality;
@@ -165,26 +187,15 @@ MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, C
   if (block.dx) block.dx[t - block.start] = dx;
   float* d_modality = chunk.partials + m * stride;
   if (in.norm == Norm::kNone) {
-    row_without_norm(E, g, dx, d_modality);
+    row_without_norm(E, g, dx, d_modality, soon);
   } else {
-    sum_token(in, token, x);
-    row_through_norm(block, t, g, x, dx, chunk.partials + M * stride, chunk.partials + (M + 1) * stride, d_modality);
+    sum_token(in, token, x, soon.x);
+    row_through_norm(block, t, g, x, dx, chunk.partials + M * stride, chunk.partials + (M + 1) * stride, d_modality,
+                     soon);
   }
   if (!direct && token.stream_row >= 0 && grads.streams[m].data != nullptr) {
     store_row<false>(grads.streams[m], token.stream_row, dx, E);
   }
-}
-
-// What row t will read and write.
-MM_INLINE void prefetch_rows(const Block& block, int64_t t) {
-  const Inputs& in = block.in;
-  Token token;
-  if (!locate(in, t, token)) return;
-  prefetch_row(row_at(block.grads.out, t, in.E), row_bytes(block.grads.out.kind, in.E));
-  if (in.norm != Norm::kNone) prefetch_row(token.row, row_bytes(token.kind, in.E));
-  if (token.stream_row < 0) return;
-  const Rows& stream = block.grads.streams[token.modality];
-  if (stream.data) prefetch_row<true>(row_at(stream, token.stream_row, in.E), row_bytes(stream.kind, in.E));
 }
 
 // One row at a time: several at once, which would share a pass over the partial sums, make so many streams of memory
@@ -193,8 +204,7 @@ MM_CLONES int64_t chunk_of_rows(const Block& block, Chunk chunk, int64_t begin, 
   Token token;
   for (int64_t t = begin; t < end; ++t) {
     if (!locate(block.in, t, token)) return t;
-    if (t + kRowsAhead < end) prefetch_rows(block, t + kRowsAhead);
-    backward_row(block, t, token, chunk);
+    backward_row(block, t, token, chunk, row_soon(block, std::min(t + kRowsAhead, end - 1), token));
   }
   return -1;
 }
@@ -208,7 +218,7 @@ MM_INLINE void sum_readers(float* to, const float* const* dx, int64_t column, co
   for (int64_t v = 0; v < kVectors; ++v) total[v] = add ? load(to + v * kLanes) : splat(0.0f);
   for (int64_t i = 0; i < count; ++i) {
     const float* from = dx[token[i]] + column;
-    if (i + kAhead < count) prefetch_row(dx[token[i + kAhead]] + column, kVectors * kLanes * sizeof(float));
+    if (i + kAhead < count) prefetch(dx[token[i + kAhead]] + column, kVectors * kLanes * sizeof(float));
 #pragma GCC unroll 8
     for (int64_t v = 0; v < kVectors; ++v) total[v] += load(from + v * kLanes);
   }

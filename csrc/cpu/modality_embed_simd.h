@@ -116,14 +116,10 @@ MM_INLINE void fence_past_cache() {
 #endif
 }
 
-// Asks for the start of a row before it is needed.  The CPU's own prefetcher must first see several lines of each new
-// row, and rows of one packed sequence lie apart; of long rows it finds the rest by itself.
-template <bool kWrite = false>
-MM_INLINE void prefetch_row(const void* row, int64_t bytes) {
-  constexpr int64_t kLine = 64, kLongest = 1024;
-  for (int64_t i = 0; i < std::min(bytes, kLongest); i += kLine) {
-    __builtin_prefetch(static_cast<const char*>(row) + i, kWrite);
-  }
+// Asks for some memory before it is needed.
+MM_INLINE void prefetch(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
 // The first n <= 8 lanes; the others read as zero and are not written.
