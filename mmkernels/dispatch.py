@@ -274,8 +274,8 @@ def explain() -> str:
         lines.insert(3, f"C++ on the CPU: {_vectors()}")
     if cpp_missing() is None and native.cpu_functions() is None:
         lines.append(
-            "packing: short calls on the CPU take the dispatcher, since mmkernels._C was built without Python's "
-            f"headers, or before these functions were in it ({native.HOW_TO_BUILD})"
+            "packing and modality_embed: short calls on the CPU take the dispatcher, since mmkernels._C was built "
+            f"without Python's headers, or before these functions were in it ({native.HOW_TO_BUILD})"
         )
     if _NOTES:
         lines += ["", *(f"{text}  ({count} call{'s' if count > 1 else ''})" for text, count in _NOTES.items())]

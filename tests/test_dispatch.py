@@ -95,7 +95,7 @@ def test_bf16_is_multiplied_as_it_is_where_the_cpu_can():
 def test_an_extension_without_python_functions_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "cpp_missing", lambda: None)
     monkeypatch.setattr(dispatch.native, "cpu_functions", lambda: None)
-    assert "packing: short calls on the CPU take the dispatcher" in dispatch.explain()
+    assert "packing and modality_embed: short calls on the CPU take the dispatcher" in dispatch.explain()
 
 
 def test_the_interpreter_refuses_bf16(monkeypatch):

@@ -3,16 +3,13 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 
-#include "bindings/packing_view.h"
+#include "bindings/view.h"
 
 namespace mm::bindings {
 
 // Where an output comes from: new pages are in the cache already, since the system has just zeroed them.
 enum class Output { kGiven, kNew };
-
-using Views = std::span<const View>;
 
 // The layout's table, int32 [N, 4]: sample, modality, length, first row in the modality's stream.
 struct Segments {

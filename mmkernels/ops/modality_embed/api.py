@@ -19,6 +19,7 @@ NORMS = ("layernorm", "rmsnorm", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = ", ".join(map(str, DTYPES))
 MAX_TABLES = 3  # the most axes that a layout has
+_PLAIN = {*dispatch.PLAIN_TENSORS, type(None)}
 PositionTables = Tensor | Sequence[Tensor] | None
 
 
@@ -132,27 +133,25 @@ def _quick(
     try:
         if modality_weight.ndim != 2 or not modality_weight.shape[1]:
             return None
-        streams, tables, table_counts = [], [], [0] * len(given)
-        for stream, rows in zip(given, layout.stream_lengths, strict=True):
-            if stream is not None and type(stream) not in dispatch.PLAIN_TENSORS:
-                return None
-            if stream is None or (rows == 0 and stream.numel() == 0):
-                stream = _without_rows(stream, modality_weight)
-            if stream.shape[:1] != (rows,):
-                return None
-            streams.append(stream)
+        tables, table_counts = [], [0] * len(given)
         if position_weights is not None:
             if len(position_weights) != len(given):
                 return None
             for m, own in enumerate(position_weights):
                 table_counts[m] = len(own)
                 tables += own
-        for tensor in (modality_weight, token_weight, *tables, norm_weight, norm_bias):
-            if tensor is not None and type(tensor) not in dispatch.PLAIN_TENSORS:
+        if not _PLAIN.issuperset(map(type, (*given, modality_weight, token_weight, *tables, norm_weight, norm_bias))):
+            return None
+        streams = []
+        for stream, rows in zip(given, layout.stream_lengths, strict=True):
+            if stream is None or (rows == 0 and stream.numel() == 0):
+                stream = _without_rows(stream, modality_weight)
+            if stream.shape[:1] != (rows,):
                 return None
+            streams.append(stream)
         out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         rng = torch.randint(2**63 - 1, (2,), device="cpu") if dropout_p > 0.0 else None
-        return op.modality_embed_fwd(
+        return op.plain_modality_embed_fwd(
             streams, modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, layout.modality_ids,
             layout.source_rows, layout.positions, rng, norm or "none", eps, dropout_p, out_dtype, "cpp",
         )[0]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import native
+from mmkernels import direct, native
 from mmkernels.ops.modality_embed.inputs import NORM_CODES, Inputs, Options
 
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
@@ -22,11 +22,17 @@ torch.library.define(
 )
 native.load_cpu_ops()  # implements what is defined above
 _fwd, _bwd = torch.ops.mm_cpp.modality_embed_fwd.default, torch.ops.mm_cpp.modality_embed_bwd.default
+_direct_fwd, _direct_bwd = direct.function("modality_embed_fwd"), direct.function("modality_embed_bwd")
 
 
 def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype | None):
     """As in reference.forward; out_dtype None: what the streams promote to.  Statistics that are not there are None."""
-    out, *statistics = _fwd(*inputs, NORM_CODES[options.norm], options.eps, options.dropout_p, out_dtype)
+    norm = NORM_CODES[options.norm]
+    if out_dtype is None:  # what autocast asks for the dispatcher's way has
+        found = _direct_fwd(*inputs, norm, options.eps, options.dropout_p)
+        if found is not None:
+            return found
+    out, *statistics = _fwd(*inputs, norm, options.eps, options.dropout_p, out_dtype)
     rstd = statistics.pop() if statistics else None
     return out, statistics[0] if statistics else None, rstd
 
@@ -37,5 +43,8 @@ def backward(
     """As in reference.backward."""
     norm = NORM_CODES[options.norm]
     mean, rstd = (mean if norm == 1 else None), (rstd if norm else None)
+    gradients = _direct_bwd(*inputs, norm, options.dropout_p, grad_out, mean, rstd, needs)
+    if gradients is not None:
+        return gradients
     found = iter(_bwd(grad_out, *inputs[:6], *inputs[7:], norm, options.dropout_p, mean, rstd, needs))
     return [next(found) if needed else None for needed in needs]

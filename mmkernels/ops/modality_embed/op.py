@@ -8,6 +8,8 @@ empty: [0].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -102,12 +104,13 @@ for _device in ("cpu", "cuda"):
 
 
 class _Differentiable(torch.autograd.Function):
-    """args: the operator's.  leaves: those of them that have gradients, in the order of `needs`; the others stay inside
-    the tuple, since autograd looks at each argument.  statistics: a list that takes mean and rstd."""
+    """args: the operator's, which compute(*args) computes.  leaves: those of them that have gradients, in the order of
+    `needs`; the others stay inside the tuple, since autograd looks at each argument.  statistics: a list that takes
+    mean and rstd."""
 
     @staticmethod
-    def forward(ctx, args, statistics, *leaves):
-        out, mean, rstd = dispatch.below_autograd(_computed, _fwd_op, args, args[1])
+    def forward(ctx, args, compute, statistics, *leaves):
+        out, mean, rstd = compute(*args)
         statistics += (mean, rstd)
         streams, options, ctx.shapes = args[0], args[_NUM_INPUTS:-2], None
         M = len(streams)
@@ -131,7 +134,7 @@ class _Differentiable(torch.autograd.Function):
                 s if like is None else grad_out.new_empty_strided(like[0], (0, 0), dtype=like[1])
                 for s, like in zip(streams, ctx.shapes, strict=True)
             ]
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         args = (
             grad_out, streams, leaves[M], leaves[M + 1], leaves[M + 2 :], table_counts, norm_weight, norm_bias,
             *indices, *options, mean, rstd, needs, impl,
@@ -140,7 +143,7 @@ class _Differentiable(torch.autograd.Function):
             grads = _one_by_one(*args)
         else:
             grads = dispatch.below_autograd(_gradients, _one_by_one, args, grad_out)
-        return None, None, *(d if n else None for d, n in zip(grads, needs, strict=True))
+        return None, None, None, *(d if n else None for d, n in zip(grads, needs, strict=True))
 
 
 def _transformed_context(ctx, inputs, output):
@@ -167,7 +170,7 @@ def _transformed_backward(ctx, grad_out, *_):
     return d_streams, d_modality, d_token, d_tables, None, *found, *(None,) * (len(ctx.needs) - 7)
 
 
-def _forward_autograd(*args):
+def _forward_autograd(args: tuple, compute: Callable):
     # At the dispatcher's Autograd key, not by register_autograd: that walks the lists of tensors as trees, which costs
     # 190 us a call, more than the kernel on a short batch.
     streams, modality_weight, token_weight, tables, _, norm_weight, norm_bias = args[:7]
@@ -176,12 +179,16 @@ def _forward_autograd(*args):
         for leaf in leaves:  # not any(): a generator costs a microsecond
             if leaf is not None and leaf.requires_grad:
                 statistics: list[Tensor | None] = []
-                return _Differentiable.apply(args, statistics, *leaves), *statistics
-    return dispatch.below_autograd(_computed, _fwd_op, args, modality_weight)
+                return _Differentiable.apply(args, compute, statistics, *leaves), *statistics
+    return compute(*args)
+
+
+def _below_autograd(*args):
+    return dispatch.below_autograd(_computed, _fwd_op, args, args[1])
 
 
 def _at_autograd_key(*args):
-    return _filled(*_forward_autograd(*args))
+    return _filled(*_forward_autograd(args, _below_autograd))
 
 
 def _refuse_second_order(ctx, *grads):
@@ -204,4 +211,9 @@ def modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return _fwd_op(*args)
     if transforms.active():
         return _transformed_fwd(*args)
-    return _forward_autograd(*args)
+    return _forward_autograd(args, _below_autograd)
+
+
+def plain_modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """modality_embed_fwd for who has seen that these are plain tensors and nobody looks on."""
+    return _forward_autograd(args, _computed)

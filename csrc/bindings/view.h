@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <span>
 
 namespace mm::bindings {
 
@@ -39,10 +40,12 @@ struct View {
   }
 
   int64_t checked(int64_t d) const {
-    STD_TORCH_CHECK(d >= 0 && d < dims, "packing: a tensor has ", dims, " dimensions, expected more");
+    STD_TORCH_CHECK(d >= 0 && d < dims, "mmkernels: a tensor has ", dims, " dimensions, expected more");
     return d;
   }
 };
+
+using Views = std::span<const View>;
 
 inline View view_of(const torch::stable::Tensor& t) {
   return {t.data_ptr(), t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), t.element_size()};
