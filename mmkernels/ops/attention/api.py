@@ -244,6 +244,8 @@ def _prepared_anew(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tu
 
 def _in_autocasts_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As torch's own attention does: all but fp64 to the dtype of autocast, where it is on."""
+    if not torch._C._is_any_autocast_enabled():  # asked first: what follows takes longer than a short call should
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
