@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmmodel import atomic, configs, evaluate, language_model, train
+from mmmodel import atomic, configs, evaluate, language_model, stopping, train
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.progress import Console
 
@@ -55,7 +55,7 @@ def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...]
         place = _place(out, name)
         config = _config(variants[name], shared, folder if study == "language-model" else None)
         if not train.pretrain(config, place):
-            raise SystemExit(train.STOPPED)
+            raise SystemExit(stopping.STOPPED)
         if not (place / "report.json").exists():
             evaluate.evaluate(place)
         row = _row(name, (*variants[name], *shared), config, json.loads((place / "report.json").read_text()))

@@ -34,6 +34,7 @@ from mmmodel import (
     pretraining,
     run_folder,
     start,
+    stopping,
 )
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
@@ -52,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 20
 VALIDATION_BATCHES = 8
-STOPPED = 128 + signal.SIGTERM  # exit status after a SIGTERM that was obeyed
 
 
 def pretrain(config: PretrainConfig, out: Path | str) -> bool:
@@ -155,7 +155,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     stop: list[int] = []
     if progress["step"] < config.steps:
         look = functools.partial(validate, learner, corpus)
-        with _signals() as stop:
+        with stopping.signals() as stop:
             _run(config, out, learner, optimizer, progress, make, save, look, stop)
     save()
     if not distributed.rank():
@@ -339,23 +339,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, 
 def _log(message: str, *values: Any) -> None:
     if not distributed.rank():
         logger.info(message, *values)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list of which SIGTERM and SIGINT came: the step in progress is finished and saved first."""
-    stop: list[int] = []
-    previous = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, lambda received, frame: stop.append(received))
-    except ValueError:  # not in the main thread: signals are the caller's
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -151,14 +151,14 @@ class Pretrain:
         config = configs.override(config, tuple(chain(*self.set)))
         from torch import distributed
 
-        from mmmodel import complexity, train
+        from mmmodel import complexity, stopping, train
 
         train.check(config)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if not (self.out / "config.json").exists() and not distributed.is_torchelastic_launched():
             complexity.show(complexity.complexity(config))
         if not train.pretrain(config, self.out):
-            sys.exit(train.STOPPED)
+            sys.exit(stopping.STOPPED)
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Fine-tune a pretrained run on labelled shards, or continue where the same command was stopped: a new output
-    layer, validation, early stop."""
+    """Fine-tune a pretrained run on labelled shards, or continue where the same command was stopped (SIGTERM, Ctrl-C or
+    kill -9): a new output layer, validation, early stop."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="from")]
     """Folder of a pretrained run, or its safetensors file."""

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmodel import checkpoint
+from mmmodel import checkpoint, stopping
 from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
 from mmmodel.embed import make_batch, sample_vectors, segment_vectors
@@ -64,47 +65,65 @@ def train(
     checkpoints: Path | None = None,
     curve: Path | None = None,
 ) -> Outcome:
-    """Train the learner in place; with a folder of checkpoints, from the last epoch that one was kept of.
+    """Train the learner in place; with a folder of checkpoints, from the last step that one was kept of.
 
     curve: the metrics file, which is written anew, a line as each epoch ends.
 
     Raises RunError when the loss is no longer finite, saying in which epoch, and ConfigError if the validation
-    samples have no score, as R2 of a single number has none.
+    samples have no score, as R2 of a single number has none.  With checkpoints, SIGTERM and Ctrl-C finish the step in
+    progress and keep one: then it raises SystemExit with status 143, or KeyboardInterrupt.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
-        return _train(learner, data, config, checkpoints, curve)
+        learner.model.requires_grad_(config.freeze != "encoder")
+        feed, validate = (_retrieval if isinstance(learner, Aligned) else _outputs)(learner, data, config)
+        with stopping.signals() if checkpoints else nullcontext(()) as stop:
+            return _train(learner, data, config, feed, validate, checkpoints, curve, stop)
 
 
 def _train(
-    learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None, curve: Path | None
+    learner: FineTuned | Aligned,
+    data: Labelled,
+    config: FinetuneConfig,
+    feed: Callable[[int, int], Iterator[Tensor]],
+    validate: Callable[[], dict[str, float]],
+    checkpoints: Path | None,
+    curve: Path | None,
+    stop: Sequence[int],
 ) -> Outcome:
-    learner.model.requires_grad_(config.freeze != "encoder")
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
-    feed, validate = (
-        _retrieval(learner, data, config) if isinstance(learner, Aligned) else _outputs(learner, data, config)
-    )
     steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
     steps = config.epochs * steps_per_epoch
     history: list[dict[str, float]] = []
+    losses: list[Tensor] = []  # of the steps in the epoch under way
     main, weights = scores.MAIN[config.task], _trained(learner)
     if checkpoints is not None and (found := checkpoint.saved(checkpoints)):
-        progress = {"history": "", "best": weights, "dropout": torch.get_rng_state()}
+        progress = {"history": "", "losses": "", "best": weights, "dropout": torch.get_rng_state()}
         progress = checkpoint.load(found[-1], learner, optimizer, progress)
         history = json.loads(progress["history"])
+        losses = list(torch.tensor(json.loads(progress["losses"]), device=config.device))
         torch.set_rng_state(progress["dropout"])
-        logger.info("continuing after epoch %d of %d", len(history), config.epochs)
+        logger.info("continuing at step %d of %d", len(history) * steps_per_epoch + len(losses), steps)
     log = MetricsFile(curve, from_step=0) if curve is not None else None
     for line in history if log else ():  # not what the file had: it may be another's, or of epochs done again
         log.write(line)
+
+    def keep() -> None:
+        so_far = json.dumps([float(loss) for loss in losses])
+        progress = {"history": json.dumps(history), "losses": so_far, "best": weights, "dropout": torch.get_rng_state()}
+        done = len(history) * steps_per_epoch + len(losses)
+        checkpoint.save(checkpoints, done, learner, optimizer, progress, keep=1)
+        if stop and done < steps:
+            stopping.end(stop, f"stopped after step {done} of {steps}; the same command goes on from there")
+
     kept = time.monotonic()
     for epoch in range(len(history), config.epochs):
         learner.train()
-        started, losses = time.perf_counter(), []
-        for i, loss in enumerate(feed(epoch)):
-            factor = _schedule(epoch * steps_per_epoch + i, steps, config.warmup_share)
+        started = time.perf_counter()
+        for loss in feed(epoch, len(losses)):
+            factor = _schedule(epoch * steps_per_epoch + len(losses), steps, config.warmup_share)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimizer.zero_grad(set_to_none=True)
@@ -113,7 +132,9 @@ def _train(
                 nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], config.clip_norm)
             optimizer.step()
             losses.append(loss.detach())
-        mean_loss = float(torch.stack(losses).mean())
+            if stop and len(losses) < steps_per_epoch:
+                keep()
+        mean_loss, losses = float(torch.stack(losses).mean()), []
         if not math.isfinite(mean_loss):
             raise RunError(f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}")
         found = validate()
@@ -141,9 +162,8 @@ def _train(
         if config.patience and epoch - best >= config.patience:
             logger.info("no better for %d epochs: stopping", config.patience)
             break
-        if checkpoints is not None and time.monotonic() - kept >= CHECKPOINT_SECONDS:
-            progress = {"history": json.dumps(history), "best": weights, "dropout": torch.get_rng_state()}
-            checkpoint.save(checkpoints, epoch + 1, learner, optimizer, progress, keep=1)
+        if checkpoints is not None and (stop or time.monotonic() - kept >= CHECKPOINT_SECONDS):
+            keep()
             kept = time.monotonic()
     if log:
         log.close()
@@ -174,7 +194,10 @@ def relabelled(items: Sequence[Item], values: dict[str, Any]) -> list[Item]:
 
 
 def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
-    """Losses of an epoch, and validation.  A frozen encoder reads each sample once, not augmented."""
+    """Losses of an epoch from its batch `first` on, and validation.
+
+    A frozen encoder reads each sample once, not augmented.
+    """
     loss = make_loss(data.labels, data.of(data.train), balance=config.balance)
     device = next(learner.parameters()).device
     targets = data.labels.encode(data.of(data.train)).to(device)
@@ -186,8 +209,8 @@ def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
             for items in (data.train, data.validation)
         )
 
-        def feed(epoch: int) -> Iterator[Tensor]:
-            for rows in _order(len(train), config, epoch):
+        def feed(epoch: int, first: int) -> Iterator[Tensor]:
+            for rows in _order(len(train), config, epoch)[first:]:
                 yield loss(learner.outputs(train[rows]), targets[rows])
 
         @torch.no_grad()
@@ -197,8 +220,8 @@ def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
 
         return feed, validate
 
-    def feed_batches(epoch: int) -> Iterator[Tensor]:
-        for rows, batch in _batches(learner, data.train, data.features, config, epoch):
+    def feed_batches(epoch: int, first: int) -> Iterator[Tensor]:
+        for rows, batch in _batches(learner, data.train, data.features, config, epoch, first):
             with autocast(config.device, config.precision):
                 outputs = learner(batch)
             yield loss(outputs.float(), targets[rows])
@@ -210,8 +233,8 @@ def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig):
     """As `_outputs`, for points."""
     items = relabelled(data.train, data.values)
 
-    def feed(epoch: int) -> Iterator[Tensor]:
-        for _, batch in _batches(learner, items, data.features, config, epoch):
+    def feed(epoch: int, first: int) -> Iterator[Tensor]:
+        for _, batch in _batches(learner, items, data.features, config, epoch, first):
             with autocast(config.device, config.precision):
                 loss = learner(batch)
             yield loss
@@ -220,9 +243,9 @@ def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig):
 
 
 def _batches(
-    learner: nn.Module, items: Sequence[Item], features: Features, config: FinetuneConfig, epoch: int
+    learner: nn.Module, items: Sequence[Item], features: Features, config: FinetuneConfig, epoch: int, first: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    for number, rows in enumerate(_order(len(items), config, epoch)):
+    for number, rows in enumerate(_order(len(items), config, epoch)[first:], first):
         rng = np.random.default_rng([config.seed, epoch, number, 4]) if config.augment else None
         yield rows, make_batch(learner.model, [items[i] for i in rows], features, rng)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -180,6 +182,12 @@ def epochs(out):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
+def assert_same_weights(one, two):
+    ours, theirs = open_run(one).tensors, open_run(two).tensors
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 @pytest.fixture
 def stopping(monkeypatch):
     """The epoch, from 0, before which a fine-tuning is stopped; each one has a checkpoint."""
@@ -204,16 +212,53 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(run, labelled, tmp_path,
     for lr in (0.5, config.lr):
         with pytest.raises(KeyboardInterrupt):
             finetuning.finetune(run, dataclasses.replace(config, lr=lr), tmp_path / "stopped")
-        assert checkpoint.saved(tmp_path / "stopped" / ".checkpoints")[0].name == "step-00000003"
+        assert checkpoint.saved(tmp_path / "stopped" / ".checkpoints")[0].name == "step-00000006"
     stopping["epoch"] = None
     again = finetuning.finetune(run, config, tmp_path / "stopped")
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
     assert epochs(tmp_path / "stopped") == epochs(tmp_path / "unbroken")  # the weights are those of the best alone
-    ours, theirs = open_run(tmp_path / "stopped").tensors, open_run(tmp_path / "unbroken").tensors
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert_same_weights(tmp_path / "stopped", tmp_path / "unbroken")
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
         path.name for path in (tmp_path / "unbroken").iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "number", "by", "raised"),
+    [
+        ({}, 5, signal.SIGTERM, SystemExit),  # an epoch has two steps
+        ({"augment": True}, 4, signal.SIGINT, KeyboardInterrupt),  # at the end of an epoch
+        ({"freeze": "encoder"}, 1, signal.SIGTERM, SystemExit),
+        ({"task": "retrieval", "label": "concept"}, 3, signal.SIGINT, KeyboardInterrupt),
+    ],
+    ids=["inside an epoch", "after an epoch", "head", "retrieval"],
+)
+def test_sigterm_and_ctrl_c_save_the_step_and_the_same_command_goes_on_to_the_same_bits(
+    run, labelled, shards, tmp_path, monkeypatch, caplog, fields, number, by, raised
+):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), dropout=0.3, epochs=4)
+    config = dataclasses.replace(config, **fields)
+    if config.task == "retrieval":
+        config = dataclasses.replace(config, data=str(shards))
+    finetuning.finetune(run, config, tmp_path / "unbroken")
+    total = epochs(tmp_path / "unbroken")[-1]["step"]
+    steps, schedule = [], loop._schedule
+
+    def stopping(step, *args):
+        steps.append(step)
+        if len(steps) == number:
+            os.kill(os.getpid(), by)
+        return schedule(step, *args)
+
+    monkeypatch.setattr(loop, "_schedule", stopping)
+    with caplog.at_level("INFO"), pytest.raises(raised) as ended:
+        finetuning.finetune(run, config, tmp_path / "stopped")
+    said = f"stopped after step {number} of {total}; the same command goes on from there"
+    assert (caplog.messages[-1], ended.value.code) == (said, 143) if by == signal.SIGTERM else ended.match(said)
+    finetuning.finetune(run, config, tmp_path / "stopped")
+    assert steps == list(range(total))
+    assert_same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "unbroken")
 
 
 def test_a_stopped_fine_tuning_has_the_curve_of_its_epochs(run, labelled, tmp_path, stopping, monkeypatch):
@@ -275,7 +320,7 @@ def test_what_stopped_fine_tunings_left_is_continued_elsewhere_or_goes_with_a_wo
     assert "begins anew, for what was stopped there had other config.lr 0.01 -> 0.5" in stopped(1, lr=0.5)
     (tmp_path / ".checkpoints" / "about.json").write_text("{")
     assert "begins anew, for about.json does not read: Expecting" in stopped(1, threads=config.threads + 1)
-    assert "continuing after epoch 1 of 4" in stopped(2)
+    assert "continuing at step 2 of 8" in stopped(2)
 
 
 def test_a_fine_tuning_that_was_stopped_before_its_report_still_has_its_checkpoints(
