@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 OTHER_IMAGE = ("bmp", "gif", "tif", "tiff")
 OTHER_AUDIO = ("mp3", "aif", "aiff", "au", "opus", "w64")
 KINDS = {"text": TEXT, "image": (*IMAGE, *OTHER_IMAGE), "audio": (*AUDIO, *OTHER_AUDIO), "fields": ("json",)}
+MAX_BROKEN_IN_A_ROW = 10  # rows of a table
 SHOWN = 5  # names of columns, at most
 
 Sample = dict[str, Any]  # as write_shard takes it
@@ -234,8 +235,17 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
     for name in own:
         if name not in names and name not in astuple(Columns()):
             raise ConfigError(f"{has}, expected {name}")
+    in_a_row = 0
     for number, row in enumerate(rows):
         where = f"{path}, row {number + 1}"
+        if isinstance(row, table_rows.NotUTF8):
+            in_a_row += 1
+            if in_a_row > MAX_BROKEN_IN_A_ROW:
+                raise ConfigError(f"convert: {in_a_row} rows in a row are not UTF-8; the last: {where}: {row}")
+            logger.warning("%s is left out: %s", where, row)
+            left["rows that are not UTF-8"] += 1
+            continue
+        in_a_row = 0
         key = row.pop(columns.key, None)
         members: Members = {}
         meta = {}

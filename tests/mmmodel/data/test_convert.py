@@ -4,6 +4,7 @@ import csv
 import datetime
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -138,7 +139,13 @@ def test_a_table_of_bytes_and_columns_of_other_names(tmp_path):
         ({"a.txt": "x", "a.json": "{"}, ".", r"a\.json does not read as JSON"),
         ({"t.csv": "caption\nx"}, "t.csv", r"has the columns caption, expected at least one of text, image, audio"),
         ({"t.csv": "text,n\nx"}, "t.csv", "row 1 has more or fewer cells"),
-        ({"t.csv": b"text\n\xff"}, "t.csv", "does not read as csv"),
+        ({"t.csv": b"text\n\xff"}, "t.csv", "holds no sample: rows that are not UTF-8 1"),
+        ({"t.csv": b"text,\xff\na,b"}, "t.csv", "csv: the names of its columns: not UTF-8: byte 0xff after 'text,'"),
+        (
+            {"t.csv": b"text\na\n" + b"caf\xe9\n" * 11},
+            "t.csv",
+            "11 rows in a row are not UTF-8; the last: .*t.csv, row 12: not UTF-8: byte 0xe9 after 'caf'",
+        ),
         ({"t.csv": "image\nnone.png"}, "t.csv", r"row 1: image is 'none\.png', which does not read: No such file"),
         ({"t.csv": "image\nnone.xyz"}, "t.csv", r"row 1: image is 'none\.xyz', expected one of png"),
         ({"t.csv": "key,text\nk,x\nk,y"}, "t.csv", "the key 'k' comes twice"),
@@ -215,11 +222,41 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
 
 def test_csv_as_people_write_it(tmp_path):
     long = "long " * 40_000
-    write(tmp_path, {"t.csv": f'\ufefftext, n\r\n"{long}", 007\r\n"two\nlines", 1.5\r\n'})
+    write(tmp_path, {"t.csv": f'\ufefftext, n, m\r\n"{long}", 007, {"[" * 9999}\r\n"two\nlines", 1.5, 1\r\n'})
     convert.convert(tmp_path / "t.csv", tmp_path / "out")
     first, second = read(tmp_path / "out").values()
-    assert (first.text, first.meta) == (long.strip(), {"n": "007"})
-    assert (second.text, second.meta) == ("two\nlines", {"n": "1.5"})
+    assert (first.text, first.meta) == (long.strip(), {"n": "007", "m": "[" * 9999})
+    assert (second.text, second.meta) == ("two\nlines", {"n": "1.5", "m": "1"})
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.jsonl"])
+def test_a_row_that_is_not_utf_8_is_left_out(tmp_path, caplog, table):
+    """The others keep their number in the table, and a column its kind."""
+    rows = ["text,n\n", "teal,1\n", '"caf\xe9",x\n', '"na\xefve",y\n', "sea,2\n"]
+    if table == "t.jsonl":
+        rows = ['{"text": "teal", "n": 1}\n', '{"text": "caf\xe9"}\n', '{"a": "na\xefve"}\n', '{"text": "sea", "n": 2}']
+    found = convert.convert(write(tmp_path, {table: "".join(rows).encode("latin-1")}) / table, tmp_path / "out")
+    assert {key: (sample.text, sample.meta) for key, sample in read(tmp_path / "out").items()} == {
+        "row-0000000": ("teal", {"n": 1}),
+        "row-0000003": ("sea", {"n": 2}),
+    }
+    assert found["left_out"] == {"rows that are not UTF-8": 2}
+    assert caplog.messages[0].startswith(f"{tmp_path / table}, row 2 is left out: not UTF-8: byte 0xe9 after ")
+
+
+@pytest.mark.parametrize("table", ["t.csv", "t.jsonl"])
+def test_a_table_is_not_held_in_memory(tmp_path, table):
+    """8 MB of it, each row another text."""
+    texts = (f"{i:08d}" + "x" * 8000 for i in range(1000))
+    lines = [f'{{"text": "{text}"}}' if table == "t.jsonl" else text for text in texts]
+    source = write(tmp_path, {table: "\n".join(lines if table == "t.jsonl" else ["text", *lines])}) / table
+    del lines
+    tracemalloc.start()
+    _, rows = table_rows.read(source, ("text",))
+    assert sum(len(row["text"]) for row in rows) == 8_008_000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2_000_000
 
 
 def test_a_column_that_was_named_must_be_there(tmp_path):
