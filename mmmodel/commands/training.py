@@ -128,6 +128,8 @@ class Pretrain:
     """Configuration to start from; mmmodel/configs.py lists them. By default demo, or with --from that run's own."""
     out: Path = Path("runs/demo")
     """Folder of the run: config, metrics, curves, checkpoints, weights."""
+    data: str = ""
+    """stamps, synthetic, or a folder of shards, as --set data=...; empty: what the configuration says."""
     set: Assignments = ()
     """Fields that differ from it: --set steps=100 model.width=64 languages=fr,es"""
     language_model: Path | None = None
@@ -148,7 +150,8 @@ class Pretrain:
             from mmmodel import language_model
 
             config = language_model.shaped(config, self.language_model)
-        config = configs.override(config, tuple(chain(*self.set)))
+        given = (f"data={self.data}",) if self.data else ()
+        config = configs.override(config, (*chain(*self.set), *given))
         from torch import distributed
 
         from mmmodel import complexity, stopping, train

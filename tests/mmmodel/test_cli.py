@@ -93,6 +93,12 @@ def test_a_run_of_another_machines_implementation_is_used_with_one_that_runs_her
     assert export.from_pretrained(there, impl="auto").config.model.impl == "auto"
 
 
+def test_data_is_a_flag_of_pretrain_too(shards, tmp_path):
+    cli.main(["pretrain", "--preset", "tiny", "--data", str(shards), "--set", "steps=1", "--out", str(tmp_path)])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["data"], config["steps"]) == (str(shards.resolve()), 1)
+
+
 def test_what_the_data_lacks_is_one_line(run, own, tmp_path, monkeypatch):
     out, start = tmp_path / "out", ("pretrain", "--preset", "tiny", "--set", f"data={own}")
     assert_one_line("--set languages= reads samples of any", *start, "languages=fr,es,ru", "--out", out)
