@@ -14,11 +14,19 @@ from mmkernels.layout import PackedLayout
 from mmkernels.masks import FAR, AttentionMask, KeyIntervals
 from mmkernels.ops.attention.api import attention
 
-Bounds = Tensor | PackedLayout
+SampleBounds = Tensor | PackedLayout
 
 
 def attend_packed(
-    name: str, q: Tensor, k: Tensor, v: Tensor, bounds_q: Bounds, bounds_k: Bounds, max_q: int, max_k: int, **options
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: SampleBounds,
+    bounds_k: SampleBounds,
+    max_q: int,
+    max_k: int,
+    **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mmkernels.attention of packed q [Tq, H, D], k and v [Tk, G, D] by bounds; options are its own."""
     layout, k_layout = layouts(name, q, k, bounds_q, bounds_k, max_q, max_k)
@@ -26,7 +34,7 @@ def attend_packed(
 
 
 def layouts(
-    name: str, q: Tensor, k: Tensor, bounds_q: Bounds, bounds_k: Bounds, max_q: int, max_k: int
+    name: str, q: Tensor, k: Tensor, bounds_q: SampleBounds, bounds_k: SampleBounds, max_q: int, max_k: int
 ) -> tuple[PackedLayout, PackedLayout | None]:
     """The layouts of queries and keys (None: the same), kept with their bounds.  max_q, max_k may be None."""
     layout = _layout(name, "queries", q, bounds_q, max_q)
@@ -35,7 +43,7 @@ def layouts(
     return layout, _layout(name, "keys", k, bounds_k, max_k)
 
 
-def _layout(name: str, whose: str, tokens: Tensor, bounds: Bounds, longest: int | None) -> PackedLayout:
+def _layout(name: str, whose: str, tokens: Tensor, bounds: SampleBounds, longest: int | None) -> PackedLayout:
     if isinstance(bounds, PackedLayout):
         return bounds
     expected = "expected an int32 tensor [N + 1] or PackedLayout"

@@ -23,7 +23,7 @@ class Source(NamedTuple):
     head: tl.tensor
 
 
-class Bounds(NamedTuple):
+class RowBounds(NamedTuple):
     """Which columns each row of a tile meets: those from lo to before hi that share a bit with it.  int32 [rows]."""
 
     lo: tl.tensor
@@ -143,7 +143,7 @@ def row_bounds(table_ptr, rows, in_tile, T, HAS_VISIBLE: tl.constexpr):
     bits = lo
     if HAS_VISIBLE:
         bits = tl.load(table_ptr + 2 * tl.cast(T, tl.int64) + rows, mask=in_tile, other=0)
-    return Bounds(lo=lo, hi=hi, bits=bits)
+    return RowBounds(lo=lo, hi=hi, bits=bits)
 
 
 @triton.jit
