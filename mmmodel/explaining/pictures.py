@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from mmmodel.explaining.ablation import Search, WordLoss
 
@@ -16,6 +18,10 @@ WIDTH = 3.6  # inches: 360 CSS pixels on the page
 DPI = 220
 COLOURS = ("#3b6fb6", "#d1782f", "#3d8b57", "#8a5aa5", "#7a7a7a")  # modalities in the model's order
 NUMBERS_UP_TO = 36  # cells of a heat map that are still written out
+FONTS = (  # of Chinese, Japanese and Korean letters, which matplotlib's own font lacks: what systems come with
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+    "IPAexGothic", "Hiragino Sans", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+)  # fmt: skip
 WORDS_SHOWN, WORDS_ON_IMAGE = 24, 6
 
 
@@ -150,7 +156,12 @@ def _save(figure: Figure, path: Path) -> None:
         axis.tick_params(labelsize=7)
         axis.xaxis.label.set_size(8)
         axis.yaxis.label.set_size(8)
-    figure.savefig(path)
+    installed = set(font_manager.get_font_names())  # of each other one matplotlib would say that it is not there
+    for text in figure.findobj(Text):
+        text.set_family(["DejaVu Sans", *(name for name in FONTS if name in installed)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")  # a box says it, in its place
+        figure.savefig(path)
 
 
 def _some(count: int) -> list[int]:
