@@ -140,12 +140,10 @@ def run_problem(
                 yield _identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
                 calls[implementation.name], timed[implementation.name] = call, implementation
-        # Checking a step took it whole: on a CPU nothing is left to warm up.
-        warm = tuple(calls) if direction == "step" and device.type == "cpu" else ()
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
         host: dict[str, list[float]] = {}
         with grad_mode(direction):
-            samples = time_calls(calls, seconds, device, warm=warm, slow_rounds=least, host=host)
+            samples = time_calls(calls, seconds, device, slow_rounds=least, host=host)
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
             extra = implementation.extra
@@ -175,16 +173,14 @@ def time_calls(
     seconds: float,
     device: torch.device,
     *,
-    warm: Sequence[str] = (),
     slow_rounds: int = MIN_SLOW_ROUNDS,
     host: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, sampled in turns: everybody is first in turn and follows everybody else, since who
     comes before leaves caches and the allocator as it does.
 
-    warm: who needs no warm-up, nor to be repeated within a sample.  slow_rounds: samples of who takes all the time.
-    host: on a GPU filled with the milliseconds in which each call returned, unless it waits for the GPU itself; the
-    samples are the GPU's own time.
+    slow_rounds: samples of who takes all the time.  host: on a GPU filled with the milliseconds in which each call
+    returned, unless it waits for the GPU itself; the samples are the GPU's own time.
     """
     if not calls:
         return {}
