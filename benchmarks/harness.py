@@ -137,7 +137,7 @@ def run_problem(
                 call, reason = checked_call(problem, implementation, direction)
                 first[implementation.name] = time.perf_counter() - begin
             if reason is not None:
-                yield _identity(problem, direction, implementation.name) | {"skipped": reason}
+                yield identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
                 calls[implementation.name], timed[implementation.name] = call, implementation
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
@@ -288,9 +288,14 @@ def checked_call(problem: Problem, implementation: Implementation, direction: st
             results = call()
         results = [implementation.packed(r) for r in ([results] if direction in ("fwd", "step") else results)]
     except Exception as error:  # a peer that fails must not end the run; its row says why
-        return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None, f"failed: {in_a_line(error)}"
     reason = problem.check(direction, results)
     return (None, reason) if reason is not None else (call, None)
+
+
+def in_a_line(error: Exception) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def grad_mode(direction: str) -> torch.set_grad_enabled:
@@ -318,7 +323,7 @@ def _row(problem: Problem, direction: str, name: str, samples: dict, limits: dic
     reached = rate if work.limit_amount is None else work.limit_amount / (median * 1e-3)
     # by rate: of one problem's implementations some may be timed on other batches
     rates = {other: works[other].amount / statistics.median(s) for other, s in samples.items()}
-    row = _identity(problem, direction, name) | {
+    row = identity(problem, direction, name) | {
         "median_ms": median,
         "spread": (quarters[2] - quarters[0]) / median,
         "rate": rate,
@@ -333,5 +338,6 @@ def _row(problem: Problem, direction: str, name: str, samples: dict, limits: dic
     return row
 
 
-def _identity(problem: Problem, direction: str, name: str) -> dict:
+def identity(problem: Problem | Deferred, direction: str, name: str) -> dict:
+    """What a row is of, as schema.IDENTITY has it.  name: of the implementation, or "all"."""
     return {"op": problem.op, "case": problem.case, "direction": direction, "dtype": problem.dtype, "impl": name}

@@ -188,7 +188,7 @@ def _measure_all(op, device, shapes, deadline, seed, record: _Record, problems) 
         problem = todo.popleft()  # let go of each when it is done: inputs and oracles are large
         left = deadline - time.perf_counter()
         if left <= 0:
-            new = [_unmeasured(problem, direction) for direction in problem.directions]
+            new = _skipped(problem, "the time budget was spent before this case")
         else:
             # Half of the share is for timing; checking takes the rest.
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)
@@ -212,9 +212,13 @@ def _measured(problem, measured: dict, seconds_each: float, device: torch.device
         rows += (row for row in harness.run_problem(harness.built(problem), measured, seconds_each, device, deadline))
     except Exception as error:
         traceback.print_exc()
-        reason = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        rows += [_identity(problem, direction) | {"skipped": reason} for direction in problem.directions]
+        rows += _skipped(problem, f"failed: {harness.in_a_line(error)}")
     return rows
+
+
+def _skipped(problem: harness.Problem | harness.Deferred, reason: str) -> list[dict]:
+    """A row for each direction: nobody was timed."""
+    return [harness.identity(problem, direction, "all") | {"skipped": reason} for direction in problem.directions]
 
 
 def _budget(module: ModuleType, shapes: str) -> float:
@@ -226,11 +230,3 @@ def _weight(op: str, shapes: str) -> float:
         return _budget(load(op), shapes)
     except ImportError:
         return 0.01  # it will be skipped at once
-
-
-def _unmeasured(problem: harness.Problem, direction: str) -> dict:
-    return _identity(problem, direction) | {"skipped": "the time budget was spent before this case"}
-
-
-def _identity(problem: harness.Problem, direction: str) -> dict:
-    return {"op": problem.op, "case": problem.case, "direction": direction, "dtype": problem.dtype, "impl": "all"}

@@ -52,14 +52,8 @@ def test_speed(benchmark, op, device, shapes, index, direction):
         benchmark.group = f"{op}: {problem.case} {direction}"
         calibration = calibrate(device)
         benchmark.pedantic(call, rounds=rounds, iterations=repeats)
-    names = {
-        "op": op,
-        "case": problem.case,
-        "direction": direction,
-        "dtype": problem.dtype,
-        "impl": implementation.name,
-    }
-    benchmark.extra_info |= names | {"calibration_ms": calibration + calibrate(device), "torch": torch.__version__}
+    benchmark.extra_info |= harness.identity(problem, direction, implementation.name)
+    benchmark.extra_info |= {"calibration_ms": calibration + calibrate(device), "torch": torch.__version__}
 
 
 def ours(problem) -> harness.Implementation:

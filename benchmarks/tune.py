@@ -231,7 +231,7 @@ def candidate(sweep: Sweep, problem, kernel: str, config: Config | None) -> Call
                 output = forward()  # the schedule of backward is made here, and stays with the output
                 results = list(torch.autograd.grad(output, leaves, fresh.grad_output, retain_graph=True))
     except Exception as error:  # out of registers or shared memory, no such layout: a candidate may fail in many ways
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        return harness.in_a_line(error)[:120]
     key = (kernel, problem.dtype, problem.q.shape[2], problem.plan.has_visible, config)
     after = _spills()
     new = max((after[loaded] for loaded in after.keys() - before.keys()), default=0)

@@ -133,7 +133,7 @@ def _profiled(problem, device: torch.device) -> dict:
         found = _profile(harness.built(problem), device)
     except Exception as error:
         traceback.print_exc()
-        found = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        found = {"error": harness.in_a_line(error)}
     run.free_memory(device)
     return {"case": problem.case} | found
 
