@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, run
+from benchmarks import compare, files, run
 from mmkernels.ops.attention.configs import KERNELS
 
 INTERRUPTED = 130  # what a shell expects of a program that was stopped
@@ -73,8 +73,8 @@ def _measure(options: argparse.Namespace) -> int:
         return 2
     save = None
     if options.json:
-        run.refuse_unwritable(options.json)
-        save = functools.partial(run.write, path=options.json)
+        files.refuse_unwritable(options.json)
+        save = functools.partial(files.write, path=options.json)
     if options.command == "attention" and options.host:
         from benchmarks import attention_host
 

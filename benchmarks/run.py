@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
 import importlib
 import importlib.util
-import json
-import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -101,42 +96,6 @@ def run_all(
 def load(op: str) -> ModuleType:
     """The module with the operator's problems.  Raises ImportError where a package that it needs is not installed."""
     return importlib.import_module(f"benchmarks.{op}")
-
-
-def read(path: Path) -> dict:
-    """What `write` wrote; empty where there is no such file, or one of another kind."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write(document: dict, path: Path) -> None:
-    """The whole file or, where this is cut off, what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    part.replace(path)
-
-
-def refuse_unwritable(path: Path) -> None:
-    """OSError where `write` would fail: before a run of minutes, not behind it.  Leaves nothing behind."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    lacking = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _part(path).touch()
-        _part(path).unlink()
-    finally:
-        for folder in lacking:  # what is refused for another reason must not leave a folder
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
 
 
 @dataclass

@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, environment, harness
-from benchmarks import run as files
+from benchmarks import attention, environment, files, harness
 from benchmarks.attention_cases import Case
 from mmkernels import dispatch, settings
 from mmkernels.ops.attention import configs, tuned

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import run as files
+from benchmarks import files
 
 
 def run(stage: Callable[..., dict], arguments: tuple, path: Path, seconds: float) -> dict:

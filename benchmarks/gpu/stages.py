@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention_tiles, environment, harness, limits, run
+from benchmarks import attention_tiles, environment, files, harness, limits, run
 from benchmarks.gpu import correctness, dry_problems, processes, profile, subprocesses
 from benchmarks.harness import BROKEN, PREFIX
 from mmkernels import dispatch, native
@@ -247,7 +247,7 @@ def _run_stage(name: str, context: Context) -> dict:
     record = facts | {"seconds": time.perf_counter() - start}
     if not refused:  # where correctness is red, rows from before are not to be trusted either
         record = _fuller(record, context)
-    run.write(record, context.path(name))
+    files.write(record, context.path(name))
     return record
 
 
@@ -297,7 +297,7 @@ def _timed(
             return  # what an earlier run had when it was cut off stays until this one has more
         cut_off = {"ok": False, "cut_off": True, "error": "cut off while it ran", "result": document}
         seconds = time.perf_counter() - start
-        run.write(facts | cut_off | {"seconds": seconds}, context.path(stage))
+        files.write(facts | cut_off | {"seconds": seconds}, context.path(stage))
         print(f"  {stage}: {seconds:.0f} s so far", flush=True)
 
     document = run.run(
@@ -314,13 +314,13 @@ def _timed_rows(document: dict) -> int:
 
 def _gpus(out: Path) -> set[str]:
     """Whose results are in OUT.  Those of another GPU would count as shown here, or be written over."""
-    records = (run.read(out / f"{name}.json") for name in STAGES)
+    records = (files.read(out / f"{name}.json") for name in STAGES)
     return {record["environment"]["gpu"]["name"] for record in records if "gpu" in record.get("environment", {})}
 
 
 def _earlier(context: Context, name: str) -> dict | None:
     """The stage's record in OUT, where it is of these sources, these compilers and this kind of run."""
-    record = run.read(context.path(name))
+    record = files.read(context.path(name))
     same = record.get("dry_run") == context.dry_run and not _changed(record, context.device)
     return record if same else None
 
@@ -335,7 +335,7 @@ def _require_green(context: Context, op: str) -> None:
     path = context.path("correctness")
     if not path.exists():
         raise Refused(f"no {path.name} in the output folder: run the stage correctness first")
-    record = run.read(path)
+    record = files.read(path)
     if record.get("dry_run") != context.dry_run or not record.get("result", {}).get("green_ops", {}).get(op):
         raise Refused(f"correctness of {op} is red (or was a dry run): speed is not measured")
     if changed := _changed(record, context.device):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import environment, run
+from benchmarks import environment, files, run
 from benchmarks.gpu import processes, stages, subprocesses
 from benchmarks.report import documents, evidence
 
@@ -117,7 +117,7 @@ def test_files_that_are_no_records_count_as_none(tmp_path, text):
 
 def _half_a_stage(path, way):
     facts = {"stage": "attention", "ok": False, "cut_off": True, "environment": {}}
-    run.write(facts | {"result": {"rows": ["one"]}}, path)
+    files.write(facts | {"result": {"rows": ["one"]}}, path)
     if way == "dies":
         os._exit(9)
     time.sleep(600)
@@ -191,7 +191,7 @@ def test_rows_of_a_run_that_was_cut_off_do_not_hide_a_wrong_kernel(tmp_path):
 def _cut_off_with_three_rows(folder):
     facts = {"stage": "packing", "ok": False, "dry_run": True, "environment": environment.describe(CPU, 0)}
     rows = [{"impl": "mm.cpp", "checked": True}] * 3
-    run.write(facts | {"cut_off": True, "error": "cut off", "result": {"rows": rows}}, folder / "packing.json")
+    files.write(facts | {"cut_off": True, "error": "cut off", "result": {"rows": rows}}, folder / "packing.json")
     return folder / "packing.json"
 
 

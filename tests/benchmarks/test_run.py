@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, compat, conftest, data, harness, modality_embed, packing, run, schema, table
+from benchmarks import attention, compat, conftest, data, files, harness, modality_embed, packing, run, schema, table
 from benchmarks.__main__ import main
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
@@ -291,8 +291,8 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
     assert "no such case" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "new").mkdir()
-    run.refuse_unwritable(path)
-    run.write({"made": "when there is something to write"}, path)
+    files.refuse_unwritable(path)
+    files.write({"made": "when there is something to write"}, path)
     assert sorted(each.name for each in tmp_path.rglob("*")) == ["folder", "new", "x.json"]
 
 
@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(way, tmp_path, monkeypat
 
 def test_a_write_that_is_cut_off_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    run.write({"first": 1}, path)
+    files.write({"first": 1}, path)
 
     def cut_off(self, text):
         with self.open("w") as file:
@@ -337,5 +337,5 @@ def test_a_write_that_is_cut_off_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        run.write({"second": 2}, path)
-    assert run.read(path) == {"first": 1}
+        files.write({"second": 2}, path)
+    assert files.read(path) == {"first": 1}
