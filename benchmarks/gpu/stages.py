@@ -60,8 +60,8 @@ def probe(context: Context) -> tuple[bool, dict]:
 
 def check(context: Context) -> tuple[bool, dict]:
     """Every operator's kernels against the float64 reference.  What an earlier run into OUT showed is not repeated."""
-    earlier = _earlier(context, "correctness")
-    passed = [c for c in (earlier or {}).get("result", {}).get("checks", ()) if c["ok"]]
+    earlier = _earlier(context, "correctness").get("result", {})
+    passed = [c for c in earlier.get("checks", ()) if c["ok"]]
     result = correctness.run(context.device, context.seconds, dry_run=context.dry_run, passed=passed)
     return result["green"], result
 
@@ -69,10 +69,6 @@ def check(context: Context) -> tuple[bool, dict]:
 def sanitizer(context: Context) -> tuple[bool, dict]:
     """Small cases of every kernel under compute-sanitizer; a dry run has the cases without the sanitizer."""
     return subprocesses.sanitized(context.device, context.seconds, dry_run=context.dry_run)
-
-
-def attention(context: Context) -> tuple[bool, dict]:
-    return _timed(context, "attention")
 
 
 def attention_more(context: Context) -> tuple[bool, dict]:
@@ -85,14 +81,6 @@ def attention_more(context: Context) -> tuple[bool, dict]:
         problems = [*attention_tiles.problems(context.device, SEED), *rest]
     ok, document = _timed(context, "attention_more", op="attention", problems=problems)
     return ok, document | {"profile": [_profiled(problems[0], context.device)]}
-
-
-def modality_embed(context: Context) -> tuple[bool, dict]:
-    return _timed(context, "modality_embed")
-
-
-def packing(context: Context) -> tuple[bool, dict]:
-    return _timed(context, "packing")
 
 
 def tune(context: Context) -> tuple[bool, dict]:
@@ -152,33 +140,27 @@ def attention_host(context: Context) -> tuple[bool, dict]:
     return True, host.run(context.device, seed=SEED)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """run(context) -> (ok, result); share: of what time is left for it and those after it, beside theirs."""
+
+    run: Callable[[Context], tuple[bool, dict]]
+    share: int
+
+
 # In order of worth.  The tuner is last: one case is a hundred configurations to compile, which takes minutes.
-STAGES: dict[str, Callable[[Context], tuple[bool, dict]]] = {
-    "probe": probe,
-    "correctness": check,
-    "sanitizer": sanitizer,
-    "attention": attention,
-    "modality_embed": modality_embed,
-    "packing": packing,
-    "train_step": train_step,
-    "attention_host": attention_host,
-    "attention_more": attention_more,
-    "train_compiled": train_compiled,
-    "tune": tune,
-}
-# Shares of what is left for a stage and those after it: what one does not need goes to the others.
-SHARE = {
-    "probe": 10,
-    "correctness": 240,
-    "sanitizer": 40,
-    "attention": 170,
-    "modality_embed": 30,
-    "packing": 40,
-    "train_step": 110,
-    "attention_host": 5,
-    "attention_more": 60,
-    "train_compiled": 70,
-    "tune": 20,
+STAGES = {
+    "probe": Stage(probe, 10),
+    "correctness": Stage(check, 240),
+    "sanitizer": Stage(sanitizer, 40),
+    "attention": Stage(lambda context: _timed(context, "attention"), 170),
+    "modality_embed": Stage(lambda context: _timed(context, "modality_embed"), 30),
+    "packing": Stage(lambda context: _timed(context, "packing"), 40),
+    "train_step": Stage(train_step, 110),
+    "attention_host": Stage(attention_host, 5),
+    "attention_more": Stage(attention_more, 60),
+    "train_compiled": Stage(train_compiled, 70),
+    "tune": Stage(tune, 20),
 }
 PROFILED = 2  # cases of train_step: the one that waits for the host, and the one that keeps the GPU busy
 GRACE = 60.0  # seconds beyond its share after which a stage is ended: it may compile, or be slow to start, but not hang
@@ -210,7 +192,7 @@ def run_all(
     deadline = time.perf_counter() + seconds
     todo, failed = [], []
     for name in [n for n in STAGES if not names or n in names]:
-        if not names and (_earlier(Context(device, out, 0.0, dry_run), name) or {}).get("ok"):
+        if not names and _earlier(Context(device, out, 0.0, dry_run), name).get("ok"):
             print(f"gpu: {name}: ok in {out} already, for these sources and versions", flush=True)
         else:
             todo.append(name)
@@ -220,7 +202,7 @@ def run_all(
             print(f"gpu: no time left for {', '.join(todo[index:])}", flush=True)
             failed += todo[index:]
             break
-        share = left * SHARE[name] / sum(SHARE[n] for n in todo[index:])
+        share = left * STAGES[name].share / sum(STAGES[n].share for n in todo[index:])
         context = Context(device, out, share, dry_run)
         if device.type == "cuda" if apart is None else apart:
             record = processes.run(_run_stage, (name, context), context.path(name), share + GRACE)
@@ -237,7 +219,7 @@ def _run_stage(name: str, context: Context) -> dict:
     start, refused = time.perf_counter(), False
     facts = _facts(name, context) | {"ok": False}
     try:
-        facts["ok"], facts["result"] = STAGES[name](context)
+        facts["ok"], facts["result"] = STAGES[name].run(context)
     except Refused as error:
         refused, facts["error"] = True, str(error)
         print(f"gpu: {name}: {error}", file=sys.stderr)
@@ -257,7 +239,7 @@ def _fuller(record: dict, context: Context) -> dict:
     Not where it shows a kernel of ours to be wrong: that must be seen.
     """
     stage = record["stage"]
-    kept = _earlier(context, stage) or {}
+    kept = _earlier(context, stage)
     has, had = (_timed_rows(each.get("result", {})) for each in (record, kept))
     wrong = any(
         row["impl"].startswith(PREFIX) and row.get("skipped", "").startswith("wrong")
@@ -290,7 +272,7 @@ def _timed(
     if problems is None and context.dry_run:
         problems = dry_problems.of(op)
     facts, start = _facts(stage, context), time.perf_counter()
-    before = _timed_rows((_earlier(context, stage) or {}).get("result", {}))
+    before = _timed_rows(_earlier(context, stage).get("result", {}))
 
     def save(document: dict) -> None:
         if _timed_rows(document) < before:
@@ -318,11 +300,11 @@ def _gpus(out: Path) -> set[str]:
     return {record["environment"]["gpu"]["name"] for record in records if "gpu" in record.get("environment", {})}
 
 
-def _earlier(context: Context, name: str) -> dict | None:
-    """The stage's record in OUT, where it is of these sources, these compilers and this kind of run."""
+def _earlier(context: Context, name: str) -> dict:
+    """The stage's record in OUT; empty unless it is of these sources, these compilers and this kind of run."""
     record = files.read(context.path(name))
     same = record.get("dry_run") == context.dry_run and not _changed(record, context.device)
-    return record if same else None
+    return record if same else {}
 
 
 def _changed(record: dict, device: torch.device) -> list[str]:

@@ -6,22 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.gpu.stages import STAGES
 from benchmarks.report import documents, tables
 
 NONE = "There is no result of a GPU: none of these kernels has been shown to run on one, and no speed is claimed."
-STAGES = (
-    "probe",
-    "correctness",
-    "sanitizer",
-    "attention",
-    "modality_embed",
-    "packing",
-    "train_step",
-    "attention_host",
-    "attention_more",
-    "train_compiled",
-    "tune",
-)
 
 
 def render(paths: Iterable[Path]) -> str:
@@ -55,7 +43,7 @@ def stage_records(paths: Iterable[Path]) -> list[dict]:
             continue
         if "gpu" in record.get("environment", {}) and not record.get("dry_run"):
             found.append(record)
-    return sorted(found, key=lambda record: (_gpu(record), STAGES.index(record["stage"])))
+    return sorted(found, key=lambda record: (_gpu(record), list(STAGES).index(record["stage"])))
 
 
 def _gpu(record: dict) -> str:

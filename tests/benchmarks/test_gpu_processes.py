@@ -109,7 +109,7 @@ def test_files_that_are_no_records_count_as_none(tmp_path, text):
     for name in ("probe", "correctness"):
         (tmp_path / f"{name}.json").write_text(text)
     context = stages.Context(CPU, tmp_path, 600.0, True)
-    assert stages._earlier(context, "probe") is None
+    assert stages._earlier(context, "probe") == {}
     with pytest.raises(stages.Refused, match="red"):
         stages._require_green(context, "attention")
     assert evidence.stage_records(tmp_path.glob("*.json")) == []
@@ -199,7 +199,7 @@ def _ends_with_one_row(folder, **other):
     rows = [{"impl": "mm.cpp", "checked": True}, {"impl": "mm.torch", **other}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "sources", lambda: "the same")  # the fixture's is not of a process of its own
-        patch.setitem(stages.STAGES, "packing", lambda context: (True, {"rows": rows}))
+        patch.setitem(stages.STAGES, "packing", stages.Stage(lambda context: (True, {"rows": rows}), 1))
         return stages._run_stage("packing", stages.Context(CPU, folder, 600.0, True))
 
 

@@ -54,7 +54,6 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
     assert profiled["steps"] == 1
     assert profiled["top"][0]["ms"] >= profiled["top"][-1]["ms"] > 0
     assert any(row["name"].endswith(" train_step") for row in profiled["host"]["python"])
-    assert set(evidence.STAGES) == set(stages.STAGES) == set(stages.SHARE)
     # dry runs are no evidence; a second run has nothing left to do
     assert evidence.render(tmp_path.glob("*.json")) == evidence.NONE
     capsys.readouterr()
