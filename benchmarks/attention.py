@@ -15,7 +15,7 @@ from benchmarks import attention_pairs, workloads
 from benchmarks.attention_cases import CUDA_MORE, MASKS, MODALITY_MASKS, Case, cases
 from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
-from benchmarks.ours import auto_mark, our_impls
+from benchmarks.ours import our_rows
 from benchmarks.peers import (
     attention_fa2,
     attention_fa3,
@@ -27,8 +27,8 @@ from benchmarks.peers import (
     attention_sdpa_padded,
     attention_varlen,
     attention_xformers,
+    peer_rows,
 )
-from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention.api import attention
@@ -85,17 +85,13 @@ class AttentionProblem:
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         leaves = (self.q, self.k, self.v)
-        auto = dispatch.resolve("attention", "auto", device=self.q.device, dtype=self.q.dtype)
-        for name, impl in our_impls("attention", self.q.device, self.q.dtype):
-            if isinstance(impl, Missing):
-                yield impl
-                continue
+
+        def build(name: str, impl: str, extra: dict) -> Implementation:
             forward = functools.partial(attention, *leaves, layout=self.layout, mask=self.mask, impl=impl)
-            extra = auto_mark(impl, auto) | self._pairs(impl)
-            yield Implementation(name, forward, leaves, self.grad_output, extra=extra)
-        for peer in self.peers:
-            reason = peer.missing(self)
-            yield Missing(peer.NAME, reason) if reason else peer.build(self)
+            return Implementation(name, forward, leaves, self.grad_output, extra=extra | self._pairs(impl))
+
+        yield from our_rows("attention", self.q, build)
+        yield from peer_rows(self)
 
     def check(self, direction: str, results: list[Tensor]) -> str | None:
         expected, heads = self._expected

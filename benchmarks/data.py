@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import PREFIX, Implementation, Missing, Work
-from benchmarks.peers import data_decode_each_time, data_tarfile, data_webdataset
+from benchmarks.peers import data_decode_each_time, data_tarfile, data_webdataset, peer_rows
 from mmmodel import configs, features, frontends
 from mmmodel.batches import collate
 from mmmodel.data import synthetic
@@ -60,7 +60,7 @@ class ShardProblem:
             return {sample.key: (sample.text, sample.image, sample.waveform) for sample in samples}
 
         yield Implementation(PREFIX + "shards", read)
-        yield from _peers(self)
+        yield from peer_rows(self)
 
     def check(self, direction: str, results: list) -> str | None:
         found = results[0]
@@ -100,7 +100,7 @@ class BatchProblem:
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         yield Implementation(PREFIX + "features", lambda: self.batches(self.stored), packed=self.tensors)
-        yield from _peers(self)
+        yield from peer_rows(self)
 
     def batches(self, values) -> list:
         """values.get(modality, row) gives features: features.Features, or Prepared."""
@@ -170,12 +170,6 @@ def build(samples: int, seed: int) -> Iterator[ShardProblem | BatchProblem]:
     items, stored = features.prepare(dataset, front_ends, Path(keep.name) / "cache", threads=2)
     case = f"batches of {BATCH}, synthetic n{samples}"
     yield BatchProblem(case, dataset, front_ends, special, items, stored, expected, keep)
-
-
-def _peers(problem) -> Iterator[Implementation | Missing]:
-    for peer in problem.peers:
-        reason = peer.missing(problem)
-        yield Missing(peer.NAME, reason) if reason else peer.build(problem)
 
 
 def _decode(sample: dict) -> Decoded:

@@ -15,9 +15,8 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
-from benchmarks.ours import auto_mark, our_impls
-from benchmarks.peers import modality_embed_compiled, modality_embed_eager, modality_embed_liger
-from mmkernels import dispatch
+from benchmarks.ours import our_rows
+from benchmarks.peers import modality_embed_compiled, modality_embed_eager, modality_embed_liger, peer_rows
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
@@ -48,16 +47,12 @@ class EmbedProblem:
         return [x for x in flat(self.streams, self.tensors) if x.is_floating_point()]
 
     def implementations(self) -> Iterator[Implementation | Missing]:
-        auto = dispatch.resolve("modality_embed", "auto", device=self.grad_output.device, dtype=self.grad_output.dtype)
-        for name, impl in our_impls("modality_embed", self.grad_output.device, self.grad_output.dtype):
-            if isinstance(impl, Missing):
-                yield impl
-                continue
+        def build(name: str, impl: str, extra: dict) -> Implementation:
             forward = functools.partial(modality_embed, self.streams, self.layout, **self.tensors, impl=impl)
-            yield Implementation(name, forward, self.leaves, self.grad_output, extra=auto_mark(impl, auto))
-        for peer in self.peers:
-            reason = peer.missing(self)
-            yield Missing(peer.NAME, reason) if reason else peer.build(self)
+            return Implementation(name, forward, self.leaves, self.grad_output, extra=extra)
+
+        yield from our_rows("modality_embed", self.grad_output, build)
+        yield from peer_rows(self)
 
     def check(self, direction: str, results: list[Tensor]) -> str | None:
         return close(results, self._expected[:1] if direction == "fwd" else self._expected[1:])

@@ -17,9 +17,8 @@ from torch import Tensor
 from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
-from benchmarks.ours import auto_mark, our_impls
+from benchmarks.ours import our_rows
 from benchmarks.peers import packing_copy, packing_nested, packing_padded, packing_torch
-from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
@@ -109,15 +108,11 @@ class PackingProblem:
         }[self.function]
 
     def implementations(self) -> Iterator[Implementation | Missing]:
-        auto = dispatch.resolve("packing", "auto", device=self.packed.device, dtype=self.packed.dtype)
-        for name, impl in our_impls("packing", self.packed.device, self.packed.dtype):
-            if impl == "torch" and self.packed.nbytes > LARGEST_FALLBACK:
-                continue
-            yield (
-                impl
-                if isinstance(impl, Missing)
-                else Implementation(name, self.call(impl), self.leaves, self.grad_output, extra=auto_mark(impl, auto))
-            )
+        def build(name: str, impl: str, extra: dict) -> Implementation:
+            return Implementation(name, self.call(impl), self.leaves, self.grad_output, extra=extra)
+
+        without = ("torch",) if self.packed.nbytes > LARGEST_FALLBACK else ()
+        yield from our_rows("packing", self.packed, build, without=without)
         for peer in self.peers:
             reason = peer.missing(self)
             yield from [Missing(peer.NAME, reason)] if reason else peer.build(self)
