@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import workloads
-from benchmarks.harness import Implementation, Missing, Work, close
+from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_rows
 from benchmarks.peers import packing_copy, packing_nested, packing_padded, packing_torch
@@ -31,80 +31,46 @@ FORWARD_ONLY = ("pack_out", "unpack")
 LARGEST_FALLBACK = 64 << 20  # bytes: our path without a compiler is measured on small batches only, to keep runs short
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Streams of equal width, the same rows packed, other rows padded (for unpad), and the rows to gather."""
+@dataclass
+class PackingProblem:
+    """One function on a batch: streams of equal width, the same rows packed, other rows padded, and the rows to gather.
 
+    padded and grad_output are None where the function takes no such thing.
+    """
+
+    case: str
+    dtype: str
+    function: str
     layout: PackedLayout
     streams: list[Tensor]
     packed: Tensor
     padded: Tensor | None
     rows: Tensor
     grad_output: Tensor | None
-
-
-@dataclass
-class PackingProblem:
-    """One function on one batch, drawn when it is first asked for: all batches of a run would not fit into memory."""
-
-    case: str
-    dtype: str
-    function: str
-    layout: PackedLayout
-    draw: Callable[[], Batch]
     peers: tuple[ModuleType, ...] = PEERS
     op: str = "packing"
 
-    @functools.cached_property
-    def batch(self) -> Batch:
-        return self.draw()
-
-    @property
-    def streams(self) -> list[Tensor]:
-        return self.batch.streams
-
-    @property
-    def packed(self) -> Tensor:
-        return self.batch.packed
-
-    @property
-    def padded(self) -> Tensor | None:
-        return self.batch.padded
-
-    @property
-    def rows(self) -> Tensor:
-        return self.batch.rows
-
-    @property
-    def grad_output(self) -> Tensor | None:
-        return self.batch.grad_output
-
     @property
     def directions(self) -> tuple[str, ...]:
-        return ("fwd",) if self.function in FORWARD_ONLY else ("fwd", "bwd")
+        return directions_of(self.function)
 
     @property
     def leaves(self) -> list[Tensor]:
-        return self._leaves(self.batch)
-
-    def _leaves(self, batch: Batch) -> list[Tensor]:
         if self.function in ("pack", "pack_out"):
-            return batch.streams
-        return [batch.padded if self.function == "unpad" else batch.packed]
+            return self.streams
+        return [self.padded if self.function == "unpad" else self.packed]
 
-    def call(self, impl: str, batch: Batch | None = None) -> Callable[[], Tensor | list[Tensor]]:
-        batch = batch or self.batch
-        layout, packed = batch.layout, batch.packed
+    def call(self, impl: str) -> Callable[[], Tensor | list[Tensor]]:
         if self.function == "pack_out":
-            out = torch.zeros_like(packed, requires_grad=False)
-            return lambda: pack(batch.streams, layout, out=out, impl=impl)
+            out = torch.zeros_like(self.packed, requires_grad=False)
+            return lambda: pack(self.streams, self.layout, out=out, impl=impl)
         return {
-            "pack": lambda: pack(batch.streams, layout, impl=impl),
-            "unpack": lambda: unpack(packed, layout, impl=impl),
-            "pad": lambda: pad(packed, layout, impl=impl)[0],
-            "unpad": lambda: unpad(batch.padded, layout, impl=impl),
-            "gather_rows": lambda: gather_rows(packed, batch.rows, impl=impl),
-            "segment_mean": lambda: segment_mean(packed, layout, impl=impl),
+            "pack": lambda: pack(self.streams, self.layout, impl=impl),
+            "unpack": lambda: unpack(self.packed, self.layout, impl=impl),
+            "pad": lambda: pad(self.packed, self.layout, impl=impl)[0],
+            "unpad": lambda: unpad(self.padded, self.layout, impl=impl),
+            "gather_rows": lambda: gather_rows(self.packed, self.rows, impl=impl),
+            "segment_mean": lambda: segment_mean(self.packed, self.layout, impl=impl),
         }[self.function]
 
     def implementations(self) -> Iterator[Implementation | Missing]:
@@ -153,47 +119,49 @@ class PackingProblem:
         def change(x):
             return (x.detach() if self._moves_only else x.detach().double()).requires_grad_()
 
-        batch = replace(
-            self.batch,
+        exact = replace(
+            self,
             streams=[change(x) for x in self.streams],
             packed=change(self.packed),
             padded=None if self.padded is None else change(self.padded),
         )
-        call = self.call("reference", batch)
+        call = exact.call("reference")
         if self.function in FORWARD_ONLY:
             with torch.no_grad():
                 return [call()]
         output = call()
-        gradients = torch.autograd.grad(output, self._leaves(batch), self.grad_output.to(output.dtype))
+        gradients = torch.autograd.grad(output, exact.leaves, self.grad_output.to(output.dtype))
         return [output.detach(), *gradients]
 
 
-def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PackingProblem]:
+def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Deferred]:
+    """Drawn when their turn comes: all batches of a run would not fit into memory."""
     for workload, samples, width, functions, dtypes in _cases(shapes, device.type):
+        total = WORKLOADS[workload](samples, seed).total_tokens
         for function in functions:
             for dtype in dtypes:
-                yield build(function, workload, samples, width, dtype, device, seed)
+                case = _name(function, workload, samples, total, width)
+                make = functools.partial(build, function, workload, samples, width, dtype, device, seed)
+                yield Deferred("packing", case, dtype, directions_of(function), make)
+
+
+def directions_of(function: str) -> tuple[str, ...]:
+    return ("fwd",) if function in FORWARD_ONLY else ("fwd", "bwd")
 
 
 def build(function, workload, samples, width, dtype, device, seed) -> PackingProblem:
     layout = WORKLOADS[workload](samples, seed).to(device)
-    case = f"{function} {workload} {samples} T{layout.total_tokens} E{width}"
-    draw = functools.partial(_draw, function, layout, width, DTYPES[dtype], seed)
-    return PackingProblem(case, dtype, function, layout, draw)
-
-
-def _draw(function: str, layout: PackedLayout, width: int, dtype: torch.dtype, seed: int) -> Batch:
-    generator = torch.Generator(layout.device).manual_seed(seed)  # a host draws the batch of a GPU for seconds
+    generator = torch.Generator(device).manual_seed(seed)  # a host draws the batch of a GPU for seconds
 
     def draw(*shape: int) -> Tensor:
-        values = torch.empty(*shape, width, device=layout.device).uniform_(-1, 1, generator=generator)
-        return values.to(dtype)
+        values = torch.empty(*shape, width, device=device).uniform_(-1, 1, generator=generator)
+        return values.to(DTYPES[dtype])
 
     total, spaces = layout.total_tokens, (layout.num_samples, layout.max_seqlen)
     streams = [draw(rows).requires_grad_() for rows in layout.stream_lengths]
     packed = pack([x.detach() for x in streams], layout, impl="reference").requires_grad_()
     padded = draw(*spaces).requires_grad_() if function == "unpad" else None
-    shuffled = torch.randperm(total, generator=generator, device=layout.device)
+    shuffled = torch.randperm(total, generator=generator, device=device)
     rows = shuffled[: max(total * 15 // 100, 1)].sort().values
     outputs = {
         "pack": (total,),
@@ -203,7 +171,12 @@ def _draw(function: str, layout: PackedLayout, width: int, dtype: torch.dtype, s
         "segment_mean": (layout.num_segments,),
     }
     grad_output = draw(*outputs[function]) if function in outputs else None
-    return Batch(layout, streams, packed, padded, rows, grad_output)
+    case = _name(function, workload, samples, total, width)
+    return PackingProblem(case, dtype, function, layout, streams, packed, padded, rows, grad_output)
+
+
+def _name(function: str, workload: str, samples: int, total: int, width: int) -> str:
+    return f"{function} {workload} {samples} T{total} E{width}"
 
 
 def mixed(samples: int, seed: int) -> PackedLayout:

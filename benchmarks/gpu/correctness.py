@@ -201,11 +201,11 @@ def check_no_sync(problem) -> None:
 
 def check_moves_no_sync(problem) -> None:
     """The same for packing, whose forward alone is all there is of some functions."""
-    batch, device = problem.batch, problem.packed.device
+    device = problem.packed.device
     impl = dispatch.resolve("packing", "auto", device=device, dtype=problem.packed.dtype)
-    fresh = replace(batch, layout=copy.copy(batch.layout.host).to(device))
+    fresh = replace(problem, layout=copy.copy(problem.layout.host).to(device))
     forward_only = problem.function in packing.FORWARD_ONLY
-    for call, quiet in ((problem.call(impl), False), (problem.call(impl, fresh), True)):
+    for call, quiet in ((problem.call(impl), False), (fresh.call(impl), True)):
         with attention_checks.sync_is_error(device) if quiet else contextlib.nullcontext():
             if forward_only:
                 with torch.no_grad():
