@@ -33,7 +33,7 @@ from mmmodel.batches import Batch
 from mmmodel.configs import PretrainConfig
 from mmmodel.flops import StepFlops
 from mmmodel.model import Model, autocast
-from mmmodel.pretraining import Pretraining
+from mmmodel.pretraining import Prepared, Pretraining
 
 DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 SECONDS = {"quick": 100, "full": 900}
@@ -53,10 +53,10 @@ class Step:
     """An implementation's steps over its batches; calling it is one timed call."""
 
     learner: Pretraining
-    batches: list[tuple[Batch, Any]]
+    batches: list[tuple[Batch, Prepared]]
     expected: list[float]  # losses of the packed model
     config: PretrainConfig
-    lowers: bool  # whether masks are lowered in each step, as ours are, or came with the batch
+    padded: bool  # its masks came with the batch; else they are lowered in each step
     extra: dict[str, Any]
     losses: list[float] = field(default_factory=list)
 
@@ -75,9 +75,9 @@ class Step:
                 self._step(*pair)
         return self
 
-    def _step(self, batch: Batch, prepared: Any) -> None:
-        if self.lowers:
-            for layout in layouts_of(batch, prepared):
+    def _step(self, batch: Batch, prepared: Prepared) -> None:
+        if not self.padded:
+            for layout in (batch.layout, *([prepared.masked.layout] if prepared.masked else [])):
                 layout.cache.clear()
                 layout.host.cache.clear()
         figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
@@ -85,7 +85,7 @@ class Step:
             raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
         self.losses.append(figures["loss"])
 
-    def gradients(self, batch: Batch, prepared: Any) -> tuple[float, list[Tensor]]:
+    def gradients(self, batch: Batch, prepared: Prepared) -> tuple[float, list[Tensor]]:
         """Loss and gradients on a batch."""
         return gradients(self.learner, batch, prepared, autocast(self.config.device, self.config.precision))
 
@@ -110,9 +110,9 @@ class StepProblem:
         for pool, number in zip(POOLS, self.sizes.buckets, strict=True):
             batches = bucketed(lengths, batch_size, pool)[:pool]
             sorted_pools[f"bucketed_{pool}"] = spread(batches, number), batches
-        yield self._implementation(f"{PREFIX}packed", Model, *plain, lowers=True)
+        yield self._implementation(f"{PREFIX}packed", Model, *plain)
         if self.sizes.compiled:
-            yield self._implementation(f"{PREFIX}packed, compiled", Model, *plain, lowers=True, compiled=True)
+            yield self._implementation(f"{PREFIX}packed, compiled", Model, *plain, compiled=True)
             return
         yield from self._packed_peers(*plain)
         for name, batches in {"vilt_padded": plain, **sorted_pools}.items():
@@ -123,7 +123,7 @@ class StepProblem:
         if not self.sizes.every_peer:
             return
         loop = functools.partial(train_packed.PackedModel, attend=train_packed.sdpa_loop)
-        yield self._implementation("packed_sdpa_loop", loop, *plain, lowers=True)
+        yield self._implementation("packed_sdpa_loop", loop, *plain)
         encoder_only = functools.partial(PaddedModel, pads_inputs=False)
         for name in ("vilt_padded", f"bucketed_{POOLS[0]}"):
             batches = {"vilt_padded": plain, **sorted_pools}[name]
@@ -161,8 +161,8 @@ class StepProblem:
         return learner
 
     @functools.cached_property
-    def small(self) -> tuple[Batch, Any]:
-        return self._made(self._small, self.device)
+    def small(self) -> tuple[Batch, Prepared]:
+        return self._made(self._small)
 
     @property
     def _small(self) -> np.ndarray:
@@ -175,13 +175,13 @@ class StepProblem:
         config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, impl="reference"))
         learner = Pretraining(config, self.learner.model.tokenizer).double().to(self.device)
         learner.load_state_dict(self.learner.state_dict())
-        return gradients(learner, *self._made(self._small, self.device), nullcontext())
+        return gradients(learner, *self._made(self._small), nullcontext())
 
     def _packed_peers(self, plain, everything) -> Iterator[Implementation | Missing]:
         name = "packed_varlen_attn"
         reason = self.sizes.left_out.get(name) or train_packed.missing_varlen(self.device, self.dtype)
         attend = functools.partial(train_packed.PackedModel, attend=train_packed.varlen)
-        yield Missing(name, reason) if reason else self._implementation(name, attend, plain, everything, lowers=True)
+        yield Missing(name, reason) if reason else self._implementation(name, attend, plain, everything)
         reason = train_packed.missing_flex(self.device, self.dtype)
         if reason is None and not self.sizes.every_peer:
             reason = "compiles for minutes: among --shapes full"
@@ -193,27 +193,25 @@ class StepProblem:
 
         compiled = torch.compile(flex_attention), torch.compile(create_block_mask)
         attend = functools.partial(train_packed.PackedModel, attend=train_packed.flex(*compiled))
-        yield self._implementation(name, attend, plain, everything, lowers=True)
+        yield self._implementation(name, attend, plain, everything)
 
-    def _implementation(
-        self, name, make_model, timed, everything, *, lowers=False, padded=False, compiled=False
-    ) -> Implementation:
+    def _implementation(self, name, make_model, timed, everything, *, padded=False, compiled=False) -> Implementation:
         """timed: sample numbers of the batches of a call; everything: of all batches that they stand for."""
         learner = copy.deepcopy(self.learner)  # drawing the weights of a large model anew takes seconds
         if make_model is not Model:
             learner.model = make_model(self.config.model, self.learner.model.tokenizer)
             learner.to(self.device).load_state_dict(self.learner.state_dict())
         train.prepare_modules(learner, dataclasses.replace(self.config, compile=compiled))
-        batches = [self._made(chosen, self.device) for chosen in timed]
+        batches = [self._made(chosen) for chosen in timed]
         known = [self._exactly(chosen, pair) for chosen, pair in zip(timed, batches, strict=True)]
         expected, flops = [loss for loss, _ in known], sum(flops for _, flops in known)
         tokens = sum(batch.layout.total_tokens for batch, _ in batches)
         extra: dict[str, Any] = {"slots_per_token": round(self._slots(everything) if padded else 1.0, 3)}
-        step = Step(learner, batches, expected, self.config, lowers, extra)
+        step = Step(learner, batches, expected, self.config, padded, extra)
         work = Work(tokens, "tokens/s", 0, f"gemm_{self.dtype}", limit_amount=flops / 1e12)
         return Implementation(name, step, extra=extra, directions=("step",), work=work)
 
-    def _exactly(self, chosen: np.ndarray, pair: tuple[Batch, Any]) -> tuple[float, float]:
+    def _exactly(self, chosen: np.ndarray, pair: tuple[Batch, Prepared]) -> tuple[float, float]:
         """Loss of a batch by the packed model without autocast, and FLOPs of a step on it; kept by its samples."""
         key = chosen.tobytes()
         if key not in self._known:
@@ -222,15 +220,15 @@ class StepProblem:
             self._known[key] = loss, count.total
         return self._known[key]
 
-    def _made(self, chosen: np.ndarray, device: torch.device) -> tuple[Batch, Any]:
+    def _made(self, chosen: np.ndarray) -> tuple[Batch, Prepared]:
         """A batch and the objectives' draws for it, as the data thread of a run makes them."""
         batch = self.samples.batch(chosen, self.learner.model)
         every = [objective.config.every for objective in self.learner.objectives.values()]
         last = (self.config.steps - 1) // math.lcm(*every) * math.lcm(*every)  # a step at which all objectives count
         rng = np.random.default_rng([self.samples.seed, len(chosen), int(chosen[0])])
         prepared = self.learner.prepare(batch, rng, last)
-        masked = prepared.masked and prepared.masked.to(device)  # a run does it in the step; the same for all
-        return batch.to(device), dataclasses.replace(prepared, masked=masked)
+        masked = prepared.masked and prepared.masked.to(self.device)  # a run does it in the step; the same for all
+        return batch.to(self.device), dataclasses.replace(prepared, masked=masked)
 
     def _too_large(self, batches: list[np.ndarray]) -> str | None:
         """Why a padded layout of the largest of the batches cannot fit; None where it may, or nobody knows."""
@@ -274,11 +272,11 @@ def deferred(case: Case, device: torch.device, seed: int) -> Deferred:
 
 
 def gradients(
-    learner: Pretraining, batch: Batch, prepared: Any, autocast: AbstractContextManager
+    learner: Pretraining, batch: Batch, prepared: Prepared, precision: AbstractContextManager
 ) -> tuple[float, list[Tensor]]:
     """Loss, and gradients of all parameters (float64), zero where there is none."""
     learner.train()
-    with autocast:
+    with precision:
         loss, _ = learner(batch, prepared)
     found = torch.autograd.grad(loss, list(learner.parameters()), allow_unused=True)
     zeros = (torch.zeros_like(parameter) for parameter in learner.parameters())
@@ -290,9 +288,3 @@ def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """RMS of the difference over RMS of what is wanted, all parameters together."""
     difference = sum((a - b).square().sum() for a, b in zip(found, wanted, strict=True))
     return math.sqrt(difference / sum(b.square().sum() for b in wanted))
-
-
-def layouts_of(batch: Batch, prepared: Any) -> list:
-    """Layouts whose masks a step lowers."""
-    masked = getattr(prepared, "masked", None)
-    return [batch.layout, *([masked.layout] if masked is not None else [])]
