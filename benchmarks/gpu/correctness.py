@@ -152,14 +152,10 @@ def check_moves(problem) -> None:
 def check_graph(problem) -> None:
     """A captured graph of forward and backward gives, replayed, what the same call gives eagerly."""
     implementation = kernel(problem)
-    eager = [x.clone() for x in _flat(solve(implementation))]
-    replay = attention_checks.captured(lambda: _flat(solve(implementation)), problem.grad_output.device)
+    eager = [x.clone() for x in solve(implementation)]
+    replay = attention_checks.captured(lambda: solve(implementation), problem.grad_output.device)
     for index, (a, b) in enumerate(zip(replay(), eager, strict=True)):
         assert torch.equal(a, b), f"result {index} of a replay differs from the eager call"
-
-
-def _flat(solved: tuple[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
-    return [solved[0], *solved[1]]
 
 
 def check_error_rule(problems: list) -> None:
@@ -167,8 +163,8 @@ def check_error_rule(problems: list) -> None:
     ours, torchs, expected = [], [], []
     for problem in problems:
         with testing.poisoned_empty():
-            ours.append(_flat(solve(kernel(problem))))
-        torchs.append(_flat(solve(modality_embed_eager.build(problem))))
+            ours.append(solve(kernel(problem)))
+        torchs.append(solve(modality_embed_eager.build(problem)))
         expected.append(problem.oracle())
     for index, results in enumerate(zip(*(_joined(solved) for solved in (ours, expected, torchs)), strict=True)):
         testing.assert_error_rule(f"gradient {index - 1}" if index else "output", *results)
@@ -184,8 +180,7 @@ def check_repeats(problem, repeats: int) -> None:
     implementation = kernel(problem)
     first = None
     for repeat in range(repeats):
-        output, gradients = solve(implementation)
-        now = [output, *gradients]
+        now = solve(implementation)
         first = first or now
         equal = [torch.equal(a, b) for a, b in zip(first, now, strict=True)]
         assert all(equal), f"repeat {repeat} differs from the first in result {equal.index(False)}"
@@ -226,8 +221,7 @@ def kernel(problem) -> Implementation:
     raise RuntimeError(f"{problem.op}: {wanted} is not among the problem's implementations")
 
 
-def solve(implementation: Implementation) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(output, gradients of the leaves)."""
+def solve(implementation: Implementation) -> list[Tensor]:
+    """Output, and gradients of the leaves."""
     output = implementation.forward()
-    gradients = torch.autograd.grad(output, tuple(implementation.leaves), implementation.grad_output)
-    return output.detach(), gradients
+    return [output.detach(), *torch.autograd.grad(output, tuple(implementation.leaves), implementation.grad_output)]
