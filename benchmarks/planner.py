@@ -18,7 +18,10 @@ def problems(shapes: str, device: torch.device, seed: int) -> Iterator[PacksProb
     if device.type != "cpu":
         raise ValueError(f"benchmarks planner: device is {device.type}, the planner runs on the host (--device cpu)")
     full = shapes != "quick"
-    draw = lambda name, n: DISTRIBUTIONS[name](np.random.default_rng(seed), n).astype(np.int32)  # noqa: E731
+
+    def draw(name: str, n: int) -> np.ndarray:
+        return DISTRIBUTIONS[name](np.random.default_rng(seed), n).astype(np.int32)
+
     yield LayoutProblem("layout: 256 samples, text, image and audio", draw("trimodal", 256))
     for n, ranks in ((256, 8), (2048, 64), (65_536, 64)) if full else ((256, 8), (2048, 64)):
         yield RanksProblem(f"ranks: one cost n{n} R{ranks}", _attention_cost(draw("mixed", n)), ranks)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from mmkernels import planner
 from mmkernels.layout import PackedLayout
 
 OURS = PREFIX + planner.BACKEND
+LAYOUT_ARRAYS = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
 
 
 @dataclass
@@ -35,16 +37,15 @@ class _Problem:
     def _peers(self, peers: tuple[ModuleType, ...]) -> Iterator[Implementation | Missing]:
         for peer in peers:
             reason = peer.missing(self)
-            yield Missing(peer.NAME, reason) if reason else _with_facts(peer.build(self), self.facts)
+            yield Missing(peer.NAME, reason) if reason else self._with_facts(peer.build(self))
+
+    def _with_facts(self, implementation: Implementation) -> Implementation:
+        found = self.facts(implementation.packed(implementation.forward()))
+        return dataclasses.replace(implementation, extra=implementation.extra | found)
 
     def facts(self, answer: Any) -> dict[str, float]:
         """How good an answer is, for the row."""
         return {}
-
-
-def _with_facts(implementation: Implementation, facts: Callable[[Any], dict]) -> Implementation:
-    found = facts(implementation.packed(implementation.forward()))
-    return dataclasses.replace(implementation, extra=implementation.extra | found)
 
 
 @dataclass
@@ -59,15 +60,13 @@ class PacksProblem(_Problem):
         def packed(plan):
             return plan.order, plan.offsets
 
-        def plain():
-            return planner.plan_packs(self.lengths, self.budget)
-
+        plain = functools.partial(planner.plan_packs, self.lengths, self.budget)
         if self.costs is None:
-            yield _with_facts(Implementation(OURS, plain, packed=packed), self.facts)
+            yield self._with_facts(Implementation(OURS, plain, packed=packed))
         else:
-            even = lambda: planner.plan_packs(self.lengths, self.budget, costs=self.costs)  # noqa: E731
-            yield _with_facts(Implementation(OURS, even, packed=packed), self.facts)
-            yield _with_facts(Implementation(OURS + "_without_costs", plain, packed=packed), self.facts)
+            even = functools.partial(plain, costs=self.costs)
+            yield self._with_facts(Implementation(OURS, even, packed=packed))
+            yield self._with_facts(Implementation(OURS + "_without_costs", plain, packed=packed))
         if self.columns.shape[1] > 1:
             peers = (planner_sums,)
         else:
@@ -127,8 +126,8 @@ class RanksProblem(_Problem):
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         for name, equal_count in ((OURS, False), (OURS + "_equal_count", True)):
-            call = lambda e=equal_count: planner.balance_ranks(self.costs, self.world_size, equal_count=e)  # noqa: E731
-            yield _with_facts(Implementation(name, call), self.facts)
+            call = functools.partial(planner.balance_ranks, self.costs, self.world_size, equal_count=equal_count)
+            yield self._with_facts(Implementation(name, call))
         one_cost = self.costs.ndim == 1
         yield from self._peers((planner_karmarkar_karp, planner_round_robin) if one_cost else (planner_round_robin,))
 
@@ -158,9 +157,10 @@ class LayoutProblem(_Problem):
     counts: np.ndarray
 
     def implementations(self) -> Iterator[Implementation | Missing]:
-        fields = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
-        build = lambda: PackedLayout.from_counts(self.counts)  # noqa: E731
-        yield Implementation(OURS, build, packed=lambda layout: [getattr(layout, name).numpy() for name in fields])
+        def arrays(layout: PackedLayout) -> list[np.ndarray]:
+            return [getattr(layout, name).numpy() for name in LAYOUT_ARRAYS]
+
+        yield Implementation(OURS, functools.partial(PackedLayout.from_counts, self.counts), packed=arrays)
         yield from self._peers((planner_layout_torch,))
 
     def check(self, direction: str, results: list) -> str | None:
@@ -178,8 +178,7 @@ class LayoutProblem(_Problem):
                 first[modality] += count
                 segment += 1
             expected[0].append(len(expected[1]))
-        names = ("cu_seqlens", "modality_ids", "positions", "segment_ids", "source_rows")
-        for name, found, right in zip(names, results[0], expected, strict=True):
+        for name, found, right in zip(LAYOUT_ARRAYS, results[0], expected, strict=True):
             if not np.array_equal(np.asarray(found).reshape(-1), right):
                 return f"wrong: {name}"
         return None

@@ -130,9 +130,9 @@ def cases(rows: list[dict]) -> list[Case]:
         own.sort(key=lambda row: not row.get("extra", {}).get("auto", False))  # stable: the first is the fastest meant
         rest = [row for row in members if not row["impl"].startswith(PREFIX)]
         rest.sort(key=lambda row: -row["rate"])
-        is_yardstick = lambda row: row.get("extra", {}).get("yardstick", False)  # noqa: E731
-        peers = [row for row in rest if not is_yardstick(row)]
-        found.append(Case(*key, own[0] if own else None, own[1:], peers, [row for row in rest if is_yardstick(row)]))
+        yardsticks = [row for row in rest if row.get("extra", {}).get("yardstick", False)]
+        peers = [row for row in rest if row not in yardsticks]
+        found.append(Case(*key, own[0] if own else None, own[1:], peers, yardsticks))
     order = {name: i for i, name in enumerate(dict.fromkeys((c.op, c.case, c.dtype) for c in found))}
     return sorted(found, key=lambda c: (order[c.op, c.case, c.dtype], schema.DIRECTIONS.index(c.direction)))
 
