@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmmodel.configs import ModelConfig
 from mmmodel.data import media
 from mmmodel.data.media import SAMPLE_RATE
+from mmmodel.data.shards import AUDIO
 
 HOP, WINDOW, FFT = 160, 400, 512
 STRIDE = 4
@@ -27,7 +28,7 @@ class AudioFrontEnd(nn.Module):
     each clip gets exactly what it would get alone with zeros around it, and nothing is padded to the longest.
     """
 
-    members = ("flac", "ogg", "wav")
+    members = AUDIO
     special = "[AUD]"
     decode = staticmethod(media.decode_speech)
 

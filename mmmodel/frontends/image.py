@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmmodel.configs import ModelConfig
 from mmmodel.data import media
+from mmmodel.data.shards import IMAGE
 from mmmodel.frontends.windows import Conv
 
 CELL = 16
@@ -29,7 +30,7 @@ class ImageFrontEnd(nn.Module):
     small kernels, and the host would take longer to ask for them than the GPU to compute them.
     """
 
-    members = ("png", "jpg", "jpeg", "webp")
+    members = IMAGE
     special = "[IMG]"
     decode = staticmethod(media.decode_image)
 

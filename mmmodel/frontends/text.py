@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmmodel.configs import ConfigError, ModelConfig
 from mmmodel.data import media
+from mmmodel.data.shards import TEXT
 
 SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
 
@@ -69,7 +70,7 @@ def special_ids(tokenizer: Tokenizer) -> np.ndarray:
 class TextFrontEnd(nn.Module):
     """The stream is ids; the model's embedding operator reads their rows from the token table."""
 
-    members = ("txt",)
+    members = TEXT
     decode = staticmethod(media.decode_text)
     special = None  # [CLS] is an ordinary first id: the stream has it already
 
