@@ -116,10 +116,10 @@ def complexity(config: PretrainConfig, shape: SampleShape | None = None) -> Comp
     with torch.device("meta"):
         learner = Pretraining(config, _vocabulary(config.model.text.vocab_size, special_names(config.model.modalities)))
     report = Complexity(config, shape)
-    counts, shares = _passes(config, shape)
+    counts, passes = _passes(config)
     for name, front_end in learner.model.front_ends.items():
         report.costs.append(_front_end(name, front_end, shape, counts.get(name, 1.0), config.batch_size))
-    report.costs += _encoder(config, shape, shares, learner.model)
+    report.costs += _encoder(config, shape, passes, learner.model)
     for name, objective in learner.objectives.items():
         forward, backward, saved = _HEADS[name](config, shape) if name in _HEADS else (None, None, None)
         report.costs.append(Cost(f"objective: {name}", _size(objective), 0, forward, backward, saved))
@@ -182,25 +182,23 @@ def _vocabulary(size: int, special: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def _passes(
-    config: PretrainConfig, shape: SampleShape
-) -> tuple[dict[str, float], list[tuple[str, float, bool, tuple]]]:
-    """How often each front end reads the batch; and the encoder's passes: (name, samples, isolated, modalities)."""
+def _passes(config: PretrainConfig) -> tuple[dict[str, float], list[tuple[float, bool, tuple]]]:
+    """How often each front end reads the batch; and the encoder's passes: (samples, isolated, modalities)."""
     objectives, names, batch = config.objectives, config.model.modalities, config.batch_size
     counts = dict.fromkeys(names, 1.0)
-    passes: list[tuple[str, float, bool, tuple]] = []
+    passes: list[tuple[float, bool, tuple]] = []
     if objectives.contrastive.weight:
-        passes.append(("alone", batch, True, names))
+        passes.append((batch, True, names))  # each modality alone
     hidden = [name for name in names if getattr(objectives, f"masked_{name}", None) is not None]
     hidden = [name for name in hidden if getattr(objectives, f"masked_{name}").weight]
     if hidden:
         samples = max(1, round(objectives.masked_share * batch))
-        passes.append(("with parts hidden", samples, False, names))
+        passes.append((samples, False, names))
         for name in hidden:
             counts[name] += samples / batch
     if objectives.matching.weight:
         for pair in named_pairs(config):
-            passes.append((f"pairs {'-'.join(pair)}", 3 * _anchors(config), False, pair))
+            passes.append((3 * _anchors(config), False, pair))
     return counts, passes
 
 
@@ -244,7 +242,7 @@ def _encoder(config: PretrainConfig, shape: SampleShape, passes: list, model: nn
     c = config.model
     width, hidden, layers = c.width, c.mlp_width, c.layers
     tokens = pairs = 0.0
-    for _, samples, isolated, names in passes:
+    for samples, isolated, names in passes:
         lengths = [shape.tokens(name) for name in names]
         tokens += samples * sum(lengths)
         pairs += samples * (sum(n * n for n in lengths) if isolated else sum(lengths) ** 2)

@@ -72,8 +72,7 @@ def _panel(axis, title: str, steps: np.ndarray, lines: list[dict], names: list[s
     if axis.dataLim.ymin >= 0:  # an R2 may be negative
         axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    if names:
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
 
 
 def _label(name: str) -> str:

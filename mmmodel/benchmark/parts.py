@@ -54,7 +54,7 @@ def open_subject(run: Run, number: int) -> Subject:
     return Subject(run, number, corpus, dict(zip(dataset.keys, dataset.metas, strict=True)))
 
 
-def retrieval(subject: Subject, protocol: Protocol) -> Outcome:
+def retrieval(subject: Subject) -> Outcome:
     """task -> language -> {before_hit of each arm, concepts, chance}: unseen concepts, and new recordings of known."""
     test, recordings = subject.corpus.split("test"), subject.corpus.split(RECORDINGS)
     found: dict[str, dict[str, Outcome]] = {}

@@ -83,11 +83,10 @@ def _plan(
     """Name and computation of every part: cheap ones first; then seed by seed, so that a cut-off run is balanced."""
     plan: list[tuple[str, Callable[[], Any]]] = []
     for number in range(runs):
-        plan.append((f"retrieval-{number}", lambda n=number: parts.retrieval(subject(n), protocol)))
+        plan.append((f"retrieval-{number}", lambda n=number: parts.retrieval(subject(n))))
         plan.append((f"probe-{number}", lambda n=number: parts.probe(subject(n), protocol)))
-    numbers = range(runs)
     for inputs, seed, number, count, arm in product(
-        protocol.finetune_inputs, range(protocol.finetune_seeds), numbers, protocol.finetune_labels, ARMS
+        protocol.finetune_inputs, range(protocol.finetune_seeds), range(runs), protocol.finetune_labels, ARMS
     ):
         name = f"finetune-{number}-{inputs}-{budget_name(count)}-{seed}-{arm}"
         settings = (protocol, inputs, count, seed, arm)

@@ -69,12 +69,9 @@ class Predictor:
         if not raw or (unknown := [name for name in raw if name not in known]):
             got = ", ".join(unknown if raw else ["nothing"])
             raise ConfigError(f"predict: the model was fine-tuned to read {', '.join(known)}, got {got}")
-        ((_, *values),) = next(self.rows(*self._single(raw)))
-        return dict(zip(list(self.columns)[1:], values, strict=True))
-
-    def _single(self, raw: dict[str, Any]) -> tuple[list[Item], Features]:
         item, features = embed.one_sample(self.learner.model, **raw)
-        return [item], features
+        ((_, *values),) = next(self.rows([item], features))
+        return dict(zip(list(self.columns)[1:], values, strict=True))
 
     def _said(self, scores: Tensor) -> tuple[Any, ...]:
         """The prediction and its scores [C]."""

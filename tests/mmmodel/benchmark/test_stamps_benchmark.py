@@ -91,7 +91,7 @@ def test_recordings_that_training_never_heard_ask_for_what_it_saw(runs):
     subject = parts.open_subject(open_run(runs[0]), 0)
     recordings = subject.corpus.split(RECORDINGS)
     assert recordings
-    found = parts.retrieval(subject, TINY)["known_speech_to_text"]["xx"]
+    found = parts.retrieval(subject)["known_speech_to_text"]["xx"]
     training = {item.concept for item in subject.corpus.split("train")}
     assert set(found["concepts"]) <= training
     assert len(found["concepts"]) <= len(recordings)
