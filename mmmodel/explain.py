@@ -86,9 +86,9 @@ def explain(
     sample, others = _open(learner, path, () if data else config.languages, key, split)
     found = look(learner, sample, others)
     atomic.write_json(out / "explanation.json", found.summary())
-    content = _page(found, out, run=str(run), data=str(path))
+    html = _page(found, out, run=str(run), data=str(path))
     with atomic.replacing(out / "index.html") as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8")
     return found
 
 

@@ -82,7 +82,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All a run reads: features in memory, and who is who."""
+    """All a run reads: the features, and which sample has which."""
 
     items: list[Item]
     features: Features

@@ -1,1 +1,1 @@
-"""Samples as WebDataset tar shards: prepare (stamps, synthetic), index, load, batch."""
+"""Samples as WebDataset tar shards: made (stamps, synthetic, your own files), indexed, read."""
