@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -43,16 +44,15 @@ class ContrastiveAlignment(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
 
     def finds(self, items: Sequence[Item]) -> bool:
-        # concept -> its modality and its group, None for several: of a group a batch holds one sample
-        shown: dict[str, tuple[str | None, str | None]] = {}
+        modalities, groups = defaultdict(set), defaultdict(set)  # by concept
         for item in items:
-            for name in item.rows:
-                modality, group = shown.get(item.concept, (name, item.group))
-                seen = (modality if modality == name else None, group if group == item.group else None)
-                if len(item.rows) > 1 or seen == (None, None):
-                    return True
-                shown[item.concept] = seen
-        return False
+            if len(item.rows) > 1:
+                return True
+            if item.rows:
+                modalities[item.concept].update(item.rows)
+                groups[item.concept].add(item.group)
+        # of a group a batch holds one sample
+        return any(len(modalities[concept]) > 1 and len(groups[concept]) > 1 for concept in groups)
 
     def forward(self, views: Views, inputs: None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = views.batch
