@@ -178,7 +178,7 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
     learner.objectives["meaning"].teach(numbers, sums / torch.bincount(rows).unsqueeze(1))
 
 
-def make_batch(learner: Pretraining, corpus: Corpus, items: list[Item], step: int) -> tuple[Batch, Prepared]:
+def make_step(learner: Pretraining, corpus: Corpus, items: list[Item], step: int) -> tuple[Batch, Prepared]:
     """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step, rank)."""
     config, model, rank = learner.config, learner.model, distributed.rank()
     rng = np.random.default_rng([config.seed, step, 2, *([rank] if rank else [])])

@@ -140,7 +140,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
 
     def make(step: int):
         chosen = [items[i] for i in sampler.batch(step)[distributed.rank() :: distributed.size()]]
-        return pretraining.make_batch(learner, corpus, chosen, step)
+        return pretraining.make_step(learner, corpus, chosen, step)
 
     def save() -> None:
         if not distributed.rank():  # every rank has the same weights

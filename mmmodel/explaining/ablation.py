@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from mmkernels.ops.packing.api import gather_rows
-from mmmodel.batches import collate
+from mmmodel.embed import make_batch
 from mmmodel.explaining.sample import Sample, hide_each_word, pieces_of
 from mmmodel.frontends.text import special_ids
 from mmmodel.pretraining import Pretraining
@@ -69,7 +69,7 @@ def word_loss(learner: Pretraining, sample: Sample, drop: tuple[str, ...] = ()) 
     nats: list[float] = []
     for start in range(0, len(items), BATCH):
         part = items[start : start + BATCH]
-        batch = collate(part, features, model.front_ends, model.special_tokens).to(ids.device)
+        batch = make_batch(model, part, features)
         hidden = model(batch)
         rows = (batch.layout.modality_ids == text).nonzero().squeeze(1).view(len(part), -1)  # captions are as long
         place = torch.from_numpy(positions[start : start + len(part)]).to(ids.device)

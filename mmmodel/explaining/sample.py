@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from mmmodel.batches import Batch, collate
+from mmmodel.batches import Batch
+from mmmodel.embed import make_batch
 from mmmodel.features import Features, Item
 from mmmodel.model import Model
 
@@ -38,8 +39,7 @@ class Sample:
 
     def batch(self, model: Model) -> Batch:
         """Packed alone, on the model's device."""
-        batch = collate([self.item], self.features, model.front_ends, model.special_tokens)
-        return batch.to(model.token_table.device)
+        return make_batch(model, [self.item], self.features)
 
 
 def tokens_of(model: Model, batch: Batch) -> dict[str, Tensor]:
