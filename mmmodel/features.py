@@ -93,37 +93,22 @@ def prepare(
     cache = Path(cache) if cache else settings.current().cache
     threads = max(2, threads)  # decoders wait for disks and release the GIL, even where one thread computes
     flat, shapes, missing = {}, {}, {}
-    for name, front_end in front_ends.items():
-        table = tables[name]
-        if not hasattr(front_end, "recipe") or not table.sources:  # text is cheaper to tokenise than to look up
+    for name, table in tables.items():
+        if not hasattr(table.front_end, "recipe") or not table.sources:  # text is cheaper to tokenise than to look up
             missing[name] = set()
-            made = list(_prepare_all(table, front_end, threads, missing[name]))
-            part = Features.of({name: _filled(made)})
+            part = Features.of({name: _filled(list(_prepare_all(table, threads, missing[name])))})
             flat |= part.flat
             shapes |= part.shapes
             continue
-        path = cache / "features" / f"{name}-{_fingerprint(dataset, front_end, table)}.safetensors"
+        path = cache / "features" / f"{name}-{_fingerprint(table)}.safetensors"
         if not path.exists():
-            lost: set[int] = set()
-            try:
-                with ArrayWriter(path) as writer:
-                    for feature in _prepare_all(table, front_end, threads, lost):
-                        writer.add(feature)
-                    writer.finish({"missing": np.array(sorted(lost), np.int64)})
-            except OSError as error:  # writing: what does not read is a broken sample
-                raise ConfigError(f"features: {error.strerror}: {path} (MMMODEL_CACHE names the folder)") from error
+            _write(path, table, threads)
         stored = {key: tensor.numpy() for key, tensor in load_file(path).items()}  # a memory map
         missing[name] = set(stored["missing"].tolist())
         flat[name], shapes[name] = stored["flat"], stored["shapes"]
     read = {name: {i for i, row in table.row_of.items() if row not in missing[name]} for name, table in tables.items()}
     if not distributed.rank():
-        members, full = {name: table.members for name, table in tables.items()}, {}
-        for name, front_end in front_ends.items():
-            if read[name] and (longest := getattr(front_end, "longest", None)):
-                lengths = shapes[name][[tables[name].row_of[i] for i in read[name]], 0]
-                full[name] = int((lengths >= longest[0]).sum()), longest[1]
-        for line in summary.lines(dataset, members, read, full):
-            logger.info("%s: %s", dataset.path, line)
+        _tell(dataset, tables, read, shapes)
     return _items(dataset, tables, read), Features(flat, shapes)
 
 
@@ -131,13 +116,12 @@ class _Table:
     """The distinct members of one modality: which sample each is read from, and which row each sample has."""
 
     def __init__(self, dataset: ShardDataset, name: str, front_end) -> None:
-        self.dataset, self.name = dataset, name
-        self.members, self.decode = front_end.members, front_end.decode
+        self.dataset, self.name, self.front_end = dataset, name, front_end
         self.sources: list[int] = []
         self.row_of: dict[int, int] = {}
         seen: dict[str, int] = {}
         for i, entry in enumerate(dataset.entries):
-            if entry.member(self.members) is None:
+            if entry.member(front_end.members) is None:
                 continue
             key = entry.group if name == "image" else entry.key
             if key not in seen:
@@ -146,16 +130,41 @@ class _Table:
             self.row_of[i] = seen[key]
 
     def read(self, row: int):
-        return self.dataset.read(self.sources[row], self.members, self.decode)
+        return self.dataset.read(self.sources[row], self.front_end.members, self.front_end.decode)
 
 
-def _prepare_all(table: _Table, front_end, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:
+def _write(path: Path, table: _Table, threads: int) -> None:
+    missing: set[int] = set()
+    try:
+        with ArrayWriter(path) as writer:
+            for feature in _prepare_all(table, threads, missing):
+                writer.add(feature)
+            writer.finish({"missing": np.array(sorted(missing), np.int64)})
+    except OSError as error:  # writing: what does not read is a broken sample
+        raise ConfigError(f"features: {error.strerror}: {path} (MMMODEL_CACHE names the folder)") from error
+
+
+def _tell(
+    dataset: ShardDataset, tables: dict[str, _Table], read: dict[str, set[int]], shapes: dict[str, np.ndarray]
+) -> None:
+    """Log what was read, what was left out, and what is as long as its front end lets it be."""
+    full = {}
+    for name, table in tables.items():
+        if read[name] and (longest := getattr(table.front_end, "longest", None)):
+            lengths = shapes[name][[table.row_of[i] for i in read[name]], 0]
+            full[name] = int((lengths >= longest[0]).sum()), longest[1]
+    members = {name: table.front_end.members for name, table in tables.items()}
+    for line in summary.lines(dataset, members, read, full):
+        logger.info("%s: %s", dataset.path, line)
+
+
+def _prepare_all(table: _Table, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:
     """Features in row order; None for what does not decode or is blank, whose row is added to `missing`."""
 
     def one(row: int) -> np.ndarray | BrokenSampleError | None:
         try:
             raw = table.read(row)
-            return None if raw is None else front_end.prepare(raw)
+            return None if raw is None else table.front_end.prepare(raw)
         except BrokenSampleError as error:
             return error
         except Exception as error:  # it decodes to something that no features can be made of
@@ -208,16 +217,14 @@ def _items(dataset: ShardDataset, tables: dict[str, _Table], read: dict[str, set
     return items
 
 
-def _fingerprint(dataset: ShardDataset, front_end, table: _Table) -> str:
+def _fingerprint(table: _Table) -> str:
     """Changes with the data, the selection of samples, and how the front end prepares them."""
-    stamps = shard_stamps(dataset.path)
+    folder, stamps = table.dataset.path, shard_stamps(table.dataset.path)
+    entries = [table.dataset.entries[i] for i in table.sources]
     about = {
-        "recipe": getattr(front_end, "recipe", ""),
-        "members": [
-            (dataset.entries[i].key, dataset.entries[i].shard, *dataset.entries[i].member(table.members))
-            for i in table.sources
-        ],
-        "folder": str(dataset.path.resolve()),
-        "shards": {name: stamps[name] for name in sorted({dataset.entries[i].shard for i in table.sources})},
+        "recipe": table.front_end.recipe,
+        "members": [(entry.key, entry.shard, *entry.member(table.front_end.members)) for entry in entries],
+        "folder": str(folder.resolve()),
+        "shards": {name: stamps[name] for name in sorted({entry.shard for entry in entries})},
     }
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
