@@ -38,6 +38,7 @@ from mmmodel import (
 )
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data.loader import ShardDataset
 from mmmodel.export import FILE, export
 from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
@@ -89,7 +90,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             f"pretrain: batch_size is {config.batch_size}, expected at least a sample for each of the "
             f"{distributed.size()} processes"
         )
-    tokenizer, checkpoints = out / "tokenizer.json", out / "checkpoints"
+    checkpoints = out / "checkpoints"
     begun = run_folder.begun(out, config)
     if begun and run_folder.finished(out, config):
         _log("%s is finished: all of its %d steps are done", out, config.steps)
@@ -100,12 +101,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
             atomic.remove_left(checkpoints, older=0)
         dataset = pretraining.open_data(config)
-        kept = begun and tokenizer.exists() and not earlier  # a failed run may have left another
-        if not kept and not distributed.rank():
-            made = earlier[0].model.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
-            with atomic.replacing(tokenizer) as partial:
-                made.save(str(partial))
-        learner = earlier[0] if earlier else Pretraining(config, load_tokenizer(tokenizer))
+        learner = _learner(config, out, dataset, earlier and earlier[0], begun=bool(begun))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split("train")
     if not items:
@@ -126,9 +122,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    cores = os.cpu_count() or 1
-    if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
-        _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)
+    _tell_of_idle_cores(config, device)
     _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
@@ -168,6 +162,25 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("%s", message)
         return False
     return True
+
+
+def _learner(
+    config: PretrainConfig, out: Path, dataset: ShardDataset, earlier: Pretraining | None, *, begun: bool
+) -> Pretraining:
+    """The earlier run's, or one of initial weights; rank 0 leaves the tokenizer in `out`, which its run keeps."""
+    tokenizer = out / "tokenizer.json"
+    kept = begun and tokenizer.exists() and not earlier  # a failed run may have left another
+    if not kept and not distributed.rank():
+        made = earlier.model.tokenizer if earlier else pretraining.make_tokenizer(config, dataset)
+        with atomic.replacing(tokenizer) as partial:
+            made.save(str(partial))
+    return earlier or Pretraining(config, load_tokenizer(tokenizer))
+
+
+def _tell_of_idle_cores(config: PretrainConfig, device: torch.device) -> None:
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
+        _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)
 
 
 def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sampler) -> None:
