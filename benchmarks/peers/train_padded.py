@@ -114,6 +114,7 @@ class Places:
 def find_places(layout: PackedLayout, isolated: bool, tables: Sequence[int]) -> Places:
     """tables: per modality, its number of position tables."""
     segments = layout.segments.astype(np.int64)
+    positions, source_rows = layout.host.positions.numpy(), layout.host.source_rows.numpy()
     rows = np.zeros(layout.total_tokens, np.int64)
     present = [m for m in range(layout.num_modalities) if (segments[:, 1] == m).any()]
     groups, start = [], 0
@@ -123,9 +124,14 @@ def find_places(layout: PackedLayout, isolated: bool, tables: Sequence[int]) -> 
         offset, total, slots = 0, sum(lengths.values()), {}
         real = np.zeros((len(samples), total), bool)
         for m, length in lengths.items():
-            slots[m] = _slots(
-                layout, segments, m, samples, length, tables[m], rows, start + offset, total, real, offset
-            )
+            token, sample, slot = _tokens(layout, segments, m, samples)
+            rows[token] = start + sample * total + offset + slot
+            real[sample, offset + slot] = True
+            # The rows of a stream stand in the packed sequence in the same order, special tokens between them.
+            stream = torch.from_numpy((sample * length + slot)[source_rows[token] >= 0])
+            grid = np.zeros((tables[m] if tables[m] > 1 else 0, len(samples), length), np.int64)
+            grid[:, sample, slot] = positions[len(positions) - len(grid) :, token]
+            slots[m] = Slots(stream, tuple(torch.from_numpy(grid))).to(layout.device)
             offset += length
         bias = torch.zeros(len(samples), 1, 1, total).masked_fill(~torch.from_numpy(real)[:, None, None], -torch.inf)
         groups.append(Group(len(samples), lengths, slots, bias.to(layout.device)))
@@ -133,29 +139,15 @@ def find_places(layout: PackedLayout, isolated: bool, tables: Sequence[int]) -> 
     return Places(groups, torch.from_numpy(rows).to(layout.device))
 
 
-def _slots(layout, segments, m, samples, length, tables, rows, start, total, real, offset) -> Slots:
-    """Slots of modality m; fills its tokens' `rows` in the flat results and marks its `real` slots."""
-    token_starts = layout.host.segment_cu_seqlens.numpy()
-    special = layout.special_tokens is not None and layout.special_tokens[m] is not None
-    positions = layout.host.positions.numpy()
-    grid = np.zeros((tables, len(samples), length), np.int64)
-    stream = np.zeros(layout.stream_lengths[m], np.int64)
-    seen = np.zeros(len(samples), bool)
-    for index in np.flatnonzero(segments[:, 1] == m):
-        sample, _, count, first = segments[index]
-        b, token = int(np.searchsorted(samples, sample)), int(token_starts[index])
-        if seen[b]:
-            raise NotImplementedError("padded: a sample has two segments of one modality, expected at most one")
-        seen[b] = True
-        rows[token : token + count] = start + b * total + np.arange(count)
-        stream[first : first + count - special] = b * length + special + np.arange(count - special)
-        real[b, offset : offset + count] = True
-        grid[:, b, :count] = positions[len(positions) - tables :, token : token + count]
-    several = tables > 1
-    device = layout.device
-    return Slots(
-        torch.from_numpy(stream).to(device), tuple(torch.from_numpy(grid).to(device).unbind(0)) if several else ()
-    )
+def _tokens(layout: PackedLayout, segments: np.ndarray, m: int, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each token of modality m its place in the packed sequence, the number of its sample, and its slot in that."""
+    own = segments[:, 1] == m
+    if len(np.unique(segments[own, 0])) < own.sum():
+        raise NotImplementedError("padded: a sample has two segments of one modality, expected at most one")
+    counts = segments[own, 2]
+    slot = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    first = layout.host.segment_cu_seqlens.numpy()[:-1][own]
+    return np.repeat(first, counts) + slot, np.repeat(np.searchsorted(samples, segments[own, 0]), counts), slot
 
 
 def padded_block(block: Block, x: Tensor, bias: Tensor) -> Tensor:
