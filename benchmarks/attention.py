@@ -245,7 +245,3 @@ def _name(case: Case, layout: PackedLayout) -> str:
     of_length = "" if case.length is None else f"x{case.length}"
     batch = f"{case.workload} {case.samples}{of_length} {case.mask} T{layout.total_tokens}"
     return f"{batch} H{case.heads}{grouped} D{case.width}"
-
-
-def build(workload, samples, mask, heads, kv_heads, width, dtype, device, seed) -> AttentionProblem:
-    return from_case(Case(workload, samples, mask, heads, kv_heads, width, dtype), device, seed)

@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -273,16 +273,14 @@ def _medians(calls: dict[Config | None, Callable], sweep: Sweep) -> dict[Config 
 
 def _spills() -> dict[tuple, int]:
     """Spilled registers of every attention kernel that is loaded; none in the interpreter."""
-    return dict(_loaded())
-
-
-def _loaded() -> Iterator[tuple[tuple, int]]:
     from mmkernels.ops.attention.kernel_specs import kernel_specs
 
+    found = {}
     for fn in {id(spec.fn): spec.fn for spec in kernel_specs("sm_90")}.values():
         for device, caches in getattr(fn, "device_caches", {}).items():
             for key, kernel in caches[0].items():
-                yield (id(fn), device, key), getattr(kernel, "n_spills", None) or 0
+                found[id(fn), device, key] = getattr(kernel, "n_spills", None) or 0
+    return found
 
 
 def _refusal(dry_run: bool, out: Path | None, unknown: set[int]) -> str | None:
@@ -309,8 +307,8 @@ def _numbers(config: Config) -> dict:
 
 
 def shown(config: Config) -> str:
-    shown = f"{config.rows}x{config.cols} warps {config.warps} stages {config.stages}" + (" tma" if config.tma else "")
-    return shown + "".join(f" {name} {n}" for name in ("late", "registers") if (n := getattr(config, name)))
+    tile = f"{config.rows}x{config.cols} warps {config.warps} stages {config.stages}" + (" tma" if config.tma else "")
+    return tile + "".join(f" {name} {n}" for name in ("late", "registers") if (n := getattr(config, name)))
 
 
 def _tried(problem, kernel: str, config: Config) -> dict:

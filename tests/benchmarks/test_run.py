@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import attention, compat, conftest, data, files, harness, modality_embed, packing, run, schema, table
 from benchmarks.__main__ import main
+from benchmarks.attention_cases import Case
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect
@@ -30,8 +31,8 @@ CAUSAL = AttentionMask(causal=True)
 LENGTHS = np.random.default_rng(0).integers(0, 30, (200, 3)).astype(np.int32)
 TINY = {
     "attention": lambda: [
-        attention.build("stamps", 3, "isolated", 4, 4, 16, "fp32", CPU, 0),
-        attention.build("stamps", 3, "causal", 4, 2, 16, "fp32", CPU, 1),  # grouped heads
+        attention.from_case(Case("stamps", 3, "isolated", 4, 4, 16, "fp32"), CPU, 0),
+        attention.from_case(Case("stamps", 3, "causal", 4, 2, 16, "fp32"), CPU, 1),  # grouped heads
     ],
     "modality_embed": lambda: [
         modality_embed.build(form, "stamps", 3, 24, "fp32", CPU, 0) for form in ("plain", "full")
@@ -156,7 +157,7 @@ def test_wrong_kernel_is_excluded(monkeypatch):
         return right(*tensors, impl=impl, mask=mask if impl == "reference" else None, **options)
 
     monkeypatch.setattr(attention, "attention", wrong)
-    rows = measure("attention", [attention.build("stamps", 3, "causal", 2, 2, 16, "fp32", CPU, 0)])["rows"]
+    rows = measure("attention", [attention.from_case(Case("stamps", 3, "causal", 2, 2, 16, "fp32"), CPU, 0)])["rows"]
     ours = [row for row in rows if row["impl"].startswith("mm.")]
     assert ours
     assert all(row["skipped"].startswith("wrong: ") for row in ours)
