@@ -17,13 +17,12 @@ def render(paths: Iterable[Path]) -> str:
     records = stage_records(paths)
     if not records:
         return NONE
-    lines = ["| stage | result | hardware | commit | date |", "|---|---|---|---|---|"]
+    rows = []
     for record in records:
         facts = record["environment"]
         of = facts["commit"] if facts["commit"] != "unknown" else f"sources {facts.get('sources', 'unknown')}"
-        cells = (record["stage"], outcome(record), _gpu(record), of, facts["date"][:10])
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    lines += ["", *_failures(records)]
+        rows.append((record["stage"], outcome(record), _gpu(record), of, facts["date"][:10]))
+    lines = [*tables.markdown_table(("stage", "result", "hardware", "commit", "date"), rows), "", *_failures(records)]
     timed, _ = documents.load([path for path in paths if path.stem in STAGES])
     shown = [document for document in timed if document.on_gpu]
     if shown:

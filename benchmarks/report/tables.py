@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 
 from benchmarks.report.documents import Case, Document, cases
 from benchmarks.table import SHORT, number, ratio
@@ -61,9 +62,14 @@ def facts(document: Document) -> str:
 
 def table(document: Document, op: str) -> list[str]:
     """Markdown lines."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body(document, op)]
-    return lines
+    return markdown_table(HEADER, body(document, op))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Its lines; no cell breaks out of them."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    head, *lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
+    return [head, "|" + "---|" * len(header), *lines]
 
 
 def body(document: Document, op: str) -> list[list[str]]:
@@ -116,8 +122,7 @@ def summary(documents: list[Document]) -> str:
     """Markdown of the newest figures of each device: medians over the cases, and the range."""
     lines = []
     for about, rows in summaries(documents):
-        lines += [about, "", "| " + " | ".join(SUMMARY_HEADER) + " |", "|---" * len(SUMMARY_HEADER) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [about, "", *markdown_table(SUMMARY_HEADER, rows), ""]
     if not any(document.on_gpu for document in documents):
         lines.append(NO_GPU)
     return "\n".join(lines).strip()
