@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,8 +66,8 @@ class CompatProblem(attention.AttentionProblem):
 
 def problems(shapes: str, device: torch.device, seed: int) -> Iterator[Problem]:
     for case in CASES:
-        problem = attention.from_case(replace(case, dtype=_dtype(device)), device, seed)
-        yield _as(CompatProblem, problem, f"{problem.case}, {_padding(problem.layout):.0%} padding")
+        problem = attention.from_case(replace(case, dtype=_dtype(device)), device, seed, kind=CompatProblem)
+        yield replace(problem, case=f"{problem.case}, {_padding(problem.layout):.0%} padding")
     sizes = [(16, 256, 4, 64), *([(8, 512, 12, 64)] if shapes == "full" else [])]
     for size in sizes:
         for share in SHARES:
@@ -93,7 +93,7 @@ def padded(kind: type, name: str, share: float, mask, samples: int, longest: int
     q, k, v, grad_output = (torch.randn(shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(4))
     seen = "causal" if mask else "full"
     name += f"{samples}x{longest} {seen} T{layout.total_tokens} H{heads} D{width}, {_padding(layout):.0%} padding"
-    return _as(kind, attention.AttentionProblem(name, dtype, layout, mask, q, k, v, grad_output), name)
+    return kind(name, dtype, layout, mask, q, k, v, grad_output)
 
 
 def ragged(share: float, samples: int, longest: int) -> PackedLayout:
@@ -103,11 +103,6 @@ def ragged(share: float, samples: int, longest: int) -> PackedLayout:
     lengths = np.linspace(mean + spread, mean - spread, samples).round().astype(int)
     lengths[0] = longest
     return PackedLayout.from_counts(lengths[:, None])
-
-
-def _as(kind: type, problem: attention.AttentionProblem, name: str) -> attention.AttentionProblem:
-    values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    return kind(**(values | {"op": "compat", "case": name}))
 
 
 def _padding(layout: PackedLayout) -> float:
