@@ -192,7 +192,7 @@ def _passes(config: PretrainConfig) -> tuple[dict[str, float], list[tuple[float,
     hidden = [name for name in names if getattr(objectives, f"masked_{name}", None) is not None]
     hidden = [name for name in hidden if getattr(objectives, f"masked_{name}").weight]
     if hidden:
-        samples = max(1, round(objectives.masked_share * batch))
+        samples = _masked_samples(config)
         passes.append((samples, False, names))
         for name in hidden:
             counts[name] += samples / batch
@@ -200,6 +200,10 @@ def _passes(config: PretrainConfig) -> tuple[dict[str, float], list[tuple[float,
         for pair in named_pairs(config):
             passes.append((3 * _anchors(config), False, pair))
     return counts, passes
+
+
+def _masked_samples(config: PretrainConfig) -> int:
+    return max(1, round(config.objectives.masked_share * config.batch_size))
 
 
 def _anchors(config: PretrainConfig) -> int:
@@ -324,9 +328,8 @@ _HEADS = {
 
 def _hidden(config: PretrainConfig, name: str, length: int) -> int:
     """Hidden tokens of a batch."""
-    samples = max(1, round(config.objectives.masked_share * config.batch_size))
     share = getattr(config.objectives, f"masked_{name}").probability
-    return samples * max(1, round(length * share)) if length > 0 else 0
+    return _masked_samples(config) * max(1, round(length * share)) if length > 0 else 0
 
 
 class SavedBytes:
