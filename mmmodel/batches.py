@@ -88,6 +88,14 @@ class Sampler:
         return [self.groups[i] for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
 
 
+def samples_of(layout: PackedLayout) -> list[list[tuple[int, int]]]:
+    """(modality, length) of each segment of each sample; special tokens count in the lengths."""
+    samples: list[list[tuple[int, int]]] = [[] for _ in range(layout.num_samples)]
+    for sample, modality, length, _ in layout.segments.tolist():
+        samples[sample].append((modality, length))
+    return samples
+
+
 def concept_number(concept: str) -> int:
     """63 bits that ranks agree on without talking: two of a million concepts collide with a chance of 5e-8."""
     return int.from_bytes(hashlib.blake2b(concept.encode(), digest_size=8).digest()) >> 1

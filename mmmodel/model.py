@@ -18,7 +18,7 @@ from mmkernels.masks import AttentionMask
 from mmkernels.modules import ModalityEmbedding
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM, attention_qkvpacked
 from mmmodel import frontends, limits, recompute
-from mmmodel.batches import Batch
+from mmmodel.batches import Batch, samples_of
 from mmmodel.configs import ConfigError, ModelConfig
 
 # streams, layout and mask of a batch, as `encode` takes them
@@ -172,12 +172,8 @@ def samples_apart(layout: PackedLayout, *, isolated: bool) -> list[list[tuple[in
     segments = layout.segments
     if segments is None or (isolated and len(np.unique(segments[:, :2], axis=0)) != len(segments)):
         return None
-    if isolated:
-        return [[(modality, length)] for _, modality, length, _ in segments.tolist()]
-    samples: list[list[tuple[int, int]]] = [[] for _ in range(layout.num_samples)]
-    for sample, modality, length, _ in segments.tolist():
-        samples[sample].append((modality, length))
-    return samples
+    samples = samples_of(layout)
+    return [[segment] for sample in samples for segment in sample] if isolated else samples
 
 
 def _of_samples(samples: list[list[tuple[int, int]]], like: PackedLayout) -> PackedLayout:

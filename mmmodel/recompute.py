@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
+from mmmodel.batches import samples_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,7 @@ def _cut(layout: PackedLayout, most: int) -> Iterable[tuple[slice, PackedLayout]
     while cuts[-1] < layout.num_samples:  # as many samples as fit, at least one
         fitting = int(np.searchsorted(ends, ends[cuts[-1]] + most, side="right")) - 1
         cuts.append(max(cuts[-1] + 1, fitting))
-    segments = layout.segments
+    samples = samples_of(layout)
     for first, last in itertools.pairwise(cuts):
-        own = segments[(segments[:, 0] >= first) & (segments[:, 0] < last)]
-        samples: list[list[tuple[int, int]]] = [[] for _ in range(last - first)]
-        for sample, modality, length, _ in own.tolist():
-            samples[sample - first].append((modality, length))  # special tokens count in the length
-        part = PackedLayout.from_segments(samples, num_modalities=layout.num_modalities)
+        part = PackedLayout.from_segments(samples[first:last], num_modalities=layout.num_modalities)
         yield slice(int(ends[first]), int(ends[last])), part.to(layout.device, non_blocking=True)
