@@ -83,18 +83,11 @@ def _retrieval(outcomes: list[dict[str, Any]], protocol: Protocol) -> list[dict[
 
 
 def _classification(found: Parts, data: Labelled, protocol: Protocol) -> list[dict[str, Any]]:
-    """A row for each way, inputs and number of labels of which both arms have equally many results."""
-    results: dict[tuple[str, str, str], dict[str, dict[tuple[int, int], dict]]] = {}
-    for name, part in found.items():
-        way, run = name.split("-")[:2]
-        if way in ("probe", "finetune"):
-            for row in part["outcome"] if way == "probe" else [part["outcome"]]:
-                arms = results.setdefault((way, row["inputs"], row["labels"]), {arm: {} for arm in ARMS})
-                arms[row["arm"]][int(run), row["seed"]] = row
+    """A row for each way, inputs and number of labels that both arms have results of; they count where both have."""
     classes = np.array(data.of(data.test))
     concepts = np.array([item.concept for item in data.test])
     rows = []
-    for (way, inputs, labels), arms in sorted(results.items(), key=_order):
+    for (way, inputs, labels), arms in sorted(_by_arm(found).items(), key=_order):
         both = sorted(set(arms["baseline"]) & set(arms["pretrained"]))  # a cut-off benchmark has one arm of some
         if not both:
             continue
@@ -132,6 +125,18 @@ def _classification(found: Parts, data: Labelled, protocol: Protocol) -> list[di
             }
         )
     return rows
+
+
+def _by_arm(found: Parts) -> dict[tuple[str, str, str], dict[str, dict[tuple[int, int], dict]]]:
+    """(way, inputs, labels) -> arm -> (run, seed) -> result."""
+    results: dict[tuple[str, str, str], dict[str, dict[tuple[int, int], dict]]] = {}
+    for name, part in found.items():
+        way, run = name.split("-")[:2]
+        if way in ("probe", "finetune"):
+            for row in part["outcome"] if way == "probe" else [part["outcome"]]:
+                arms = results.setdefault((way, row["inputs"], row["labels"]), {arm: {} for arm in ARMS})
+                arms[row["arm"]][int(run), row["seed"]] = row
+    return results
 
 
 def best_strength(rows: Sequence[Mapping[str, Any]]) -> str:
