@@ -124,13 +124,7 @@ def _train(
         started = time.perf_counter()
         for loss in feed(epoch, len(losses)):
             factor = _schedule(epoch * steps_per_epoch + len(losses), steps, config.warmup_share)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip_norm:
-                nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.grad is not None], config.clip_norm)
-            optimizer.step()
+            _step(learner, optimizer, loss, [rate * factor for rate in rates], config.clip_norm)
             losses.append(loss.detach())
             if stop and len(losses) < steps_per_epoch:
                 keep()
@@ -171,6 +165,19 @@ def _train(
     learner.load_state_dict(weights, strict=False)
     ours = ("step", "epoch", "loss", "lr", "seconds")
     return Outcome(history, best + 1, {name: value for name, value in history[best].items() if name not in ours})
+
+
+def _step(
+    learner: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rates: Sequence[float], clip_norm: float
+) -> None:
+    """rates: of the optimizer's groups."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip_norm:
+        nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
+    optimizer.step()
 
 
 def evaluate_on(learner: FineTuned | Aligned, data: Labelled, items: Sequence[Item]) -> dict[str, float]:
