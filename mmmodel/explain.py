@@ -74,8 +74,8 @@ def explain(
     Of a fine-tuned run the encoder is explained, its modalities seeing each other.  What needs an objective that it no
     longer has is left out: hidden words, and search unless it was fine-tuned for retrieval.
     impl: as in `export.open_run`.
-    data: as in `pretraining.find_data`, empty: the run's own.  key empty: the first sample of `split` with every
-    modality, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
+    data: as in `pretraining.find_data`, empty: the run's own.  key empty: the first sample of `split` with the most
+    of the modalities, in a language of the run if there is one.  Raises ConfigError for a key that the data lacks,
     CheckpointError for a run that does not load.
     """
     limits.check_device(device, "explain")
@@ -137,17 +137,18 @@ def _open(learner: Pretraining, path: Path, languages: tuple[str, ...], key: str
             near = difflib.get_close_matches(key, [entry.key for entry in entries], n=3, cutoff=0) or ["none"]
             raise ConfigError(f"explain: {path} has no sample {key!r}; near it are {', '.join(near)}")
     else:
-        complete = [
-            entry
+        front_ends = learner.model.front_ends.values()
+        held = {
+            entry.key: sum(bool(entry.member(front_end.members)) for front_end in front_ends)
             for entry in entries
             if entry.split == split
-            and all(entry.member(front_end.members) for front_end in learner.model.front_ends.values())
-        ]
-        if not complete:
-            names = sorted(learner.model.front_ends)
-            raise ConfigError(f"explain: no sample of split {split!r} in {path} has all of {names}; name a key")
-        known = [entry for entry in complete if entry.language in learner.config.languages]
-        chosen = (known or complete)[0]
+        }
+        most = max(held.values(), default=0)
+        if not most:
+            raise ConfigError(f"explain: {path} has no sample of split {split!r} that the model reads; name a key")
+        richest = [entry for entry in entries if held.get(entry.key) == most]
+        known = [entry for entry in richest if entry.language in learner.config.languages]
+        chosen = (known or richest)[0]
     dataset = ShardDataset(path, chosen.split, (chosen.language,))
     at = dataset.keys.index(chosen.key)
     kept = sorted({at, *range(min(len(dataset), GALLERY))})

@@ -112,7 +112,7 @@ class Explain:
     data: str = ""
     """stamps, synthetic or a folder of shards; empty: what the run was trained on."""
     key: str = ""
-    """Which sample; empty: the first of the split that has every modality."""
+    """Which sample; empty: the first of the split that has the most modalities."""
     split: Literal["test", "validation", "train"] = "test"
     """Where to look for it if no key is given."""
     device: str = "cpu"

@@ -113,6 +113,17 @@ def test_a_language_of_the_run_is_preferred_in_other_data(tmp_path, languages, e
     assert sample.item.language == expected
 
 
+def test_without_a_key_in_data_that_lacks_a_modality(labelled, tmp_path):
+    """Captions alone: no sample has everything that the model reads."""
+    _, learned = learner()
+    sample, _ = explain._open(learned, labelled, (), "", "test")
+    assert sample.modalities == ("text",)
+    meta = {"__key__": "a", "txt": "owl", "json": {"split": "train"}}
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", [meta]))
+    with pytest.raises(configs.ConfigError, match="has no sample of split 'test' that the model reads; name a key"):
+        explain._open(learned, tmp_path, (), "", "test")
+
+
 def test_an_unknown_key_is_one_line_with_suggestions(run, tmp_path):
     with pytest.raises(SystemExit, match=r"has no sample 'synthetic-000000'; near it are synthetic-0\d+"):
         cli.main(["explain", "--from", str(run), "--key", "synthetic-000000", "--out", str(tmp_path)])
