@@ -130,15 +130,23 @@ def _checked(value: Any, task: str, field: str, key: str) -> Any:
     def wrong(expected: str) -> ConfigError:
         return ConfigError(f"finetune: label {field!r} of {key} is {value!r}, expected {expected}")
 
-    whole = isinstance(value, int) and not isinstance(value, bool)
     if task == "multilabel":
         if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
-            raise wrong("a list of names")
+            raise wrong('a list of names, such as ["a", "b"] (in a cell of csv too)')
         return tuple(str(name) for name in value)
     if task == "regression":
-        if not (whole or isinstance(value, float)) or not math.isfinite(value):
+        number = _as_number(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise wrong("a number")
-        return float(value)
+        return float(number)
     if not isinstance(value, str | int):
         raise wrong("a name or a whole number")
     return str(value)
+
+
+def _as_number(text: str) -> float | None:
+    """What a column of a table holds as text, all of it, because one cell is no number: that cell is to be named."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

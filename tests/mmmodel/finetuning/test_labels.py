@@ -22,7 +22,12 @@ def test_each_task_reads_its_kind():
     assert read(["cat", 3, True, None], "classification") == {"k0": "cat", "k1": "3", "k2": "True"}
     assert read(["cat", "", " "], "qa") == {"k0": "cat"}  # as tables are exported: blank is none, not a class
     assert read([["a", 2], [], ["b"]], "multilabel") == {"k0": ("a", "2"), "k1": (), "k2": ("b",)}
-    assert read([1, 2.5], "regression") == {"k0": 1.0, "k1": 2.5}
+    assert read([1, 2.5, "3.5"], "regression") == {"k0": 1.0, "k1": 2.5, "k2": 3.5}
+
+
+def test_of_a_column_that_came_as_text_the_cell_that_is_no_number_is_named():
+    with pytest.raises(ConfigError, match="label 'label' of k2 is 'n/a', expected a number"):
+        read(["1.6", "", "n/a", "3.1"], "regression")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,8 @@ def test_each_task_reads_its_kind():
         ("classification", 0.5, "a name or a whole number"),
         ("classification", ["a"], "a name or a whole number"),
         ("multilabel", "a b", "a list of names"),  # a string is a list of letters otherwise
-        ("regression", "12", "a number"),
+        ("regression", "12 EUR", "a number"),
+        ("regression", "nan", "a number"),
         ("regression", True, "a number"),
         ("regression", float("nan"), "a number"),
     ],
