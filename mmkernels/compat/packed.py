@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmkernels import transforms
+from mmkernels import dispatch, transforms
 from mmkernels.compat import kept
 from mmkernels.compat.arguments import is_whole
 from mmkernels.layout import PackedLayout
@@ -15,6 +15,12 @@ from mmkernels.masks import FAR, AttentionMask, KeyIntervals
 from mmkernels.ops.attention.api import attention
 
 SampleBounds = Tensor | PackedLayout
+
+NO_BOUNDS = (
+    "inside torch.compile bounds cannot be planned; give a PackedLayout in their place, "
+    "after mmkernels.prepare_attention on it"
+)
+NO_SEQUSED = "inside torch.compile seqused_k cannot be planned"
 
 
 def attend_packed(
@@ -51,11 +57,13 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: SampleBounds, longest
         raise ValueError(f"{name}: the bounds of {whose} are {type(bounds).__name__}, {expected}")
     if not is_whole(bounds) or bounds.ndim != 1 or not len(bounds):
         raise ValueError(f"{name}: the bounds of {whose} are {bounds.dtype} {tuple(bounds.shape)}, {expected}")
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{name}: inside torch.compile bounds cannot be planned; give a PackedLayout in their place, "
-            "after mmkernels.prepare_attention on it"
-        )
+    return _planned(name, whose, tokens, bounds, longest)
+
+
+@dispatch.host_code(NO_BOUNDS)
+def _planned(name: str, whose: str, tokens: Tensor, bounds: Tensor, longest: int | None) -> PackedLayout:
+    if torch.compiler.is_compiling():  # torch.export, which does not ask how a function is decorated
+        raise NotImplementedError(f"{name}: {NO_BOUNDS}")
     total, bounds = tokens.shape[0], transforms.below(bounds)
 
     def build() -> PackedLayout:
@@ -77,6 +85,7 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: SampleBounds, longest
         return kept.once(bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build)
 
 
+@dispatch.host_code(NO_SEQUSED)
 def seqused_mask(
     name: str, mask: AttentionMask, layout: PackedLayout, keys: PackedLayout, seqused: Tensor
 ) -> AttentionMask:
@@ -87,7 +96,7 @@ def seqused_mask(
     if mask.causal or mask.align != "bottom_right" or mask.intervals is not None:
         raise NotImplementedError(f"{name}: seqused_k with a mask of its own place, causality or intervals")
     if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{name}: seqused_k inside torch.compile, where it cannot be planned")
+        raise NotImplementedError(f"{name}: {NO_SEQUSED}")
     expected = f"expected an int32 tensor [{layout.num_samples}]"
     if not isinstance(seqused, Tensor):
         raise ValueError(f"{name}: seqused_k is {type(seqused).__name__}, {expected}")

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels import AttentionMask, PackedLayout, prepare_attention
 from mmkernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
+from mmkernels.compat.torch_varlen import varlen_attn
 from mmkernels.modules import MultiheadAttention
 
 B, H, L, D = 3, 2, 12, 16
@@ -141,10 +142,25 @@ def test_flash_attn():
     def packed(x, bounds):
         return flash_attn_varlen_func(*x.unbind(1), bounds, bounds, 6, 6)
 
+    x, bounds = torch.randn(9, 3, H, D), torch.tensor([0, 3, 9], dtype=torch.int32)
     with pytest.raises(Exception, match=r"inside torch\.compile bounds cannot be planned"):
-        torch.compile(packed, fullgraph=True, backend="aot_eager")(
-            torch.randn(9, 3, H, D), torch.tensor([0, 3, 9], dtype=torch.int32)
-        )
+        torch.compile(packed, fullgraph=True, backend="aot_eager")(x, bounds)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_bounds_break_the_graph_and_are_planned_outside(recwarn, used):
+    """Without fullgraph.  Traced, the planning recompiled, and warned of functions that nobody had called."""
+
+    def layer(x, bounds, seqused):
+        q, k, v = (x * 2).unbind(1)
+        return varlen_attn(q, k, v, bounds, bounds, 9, 9, window_size=(-1, 0), seqused_k=seqused) + 1
+
+    compiled = torch.compile(layer, backend="aot_eager")
+    for lengths in ([3, 4], [5], [1, 1, 6], [2, 2, 2, 9]):
+        x, bounds = torch.randn(sum(lengths), 3, H, D), torch.tensor([0, *lengths]).cumsum(0).int()
+        seqused = torch.tensor(lengths).int() if used else None
+        torch.testing.assert_close(compiled(x, bounds, seqused), layer(x, bounds, seqused), rtol=1e-6, atol=1e-6)
+    assert not [w for w in recwarn if "does not know how to trace" in str(w.message)]
 
 
 @pytest.mark.parametrize("masks", ["padding", "causal", "both"])
