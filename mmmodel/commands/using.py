@@ -95,6 +95,8 @@ class Plot:
     def run(self) -> None:
         from mmmodel.plot import plot_run
 
+        if not self.run_folder.is_dir():
+            sys.exit(f"plot: there is no folder {self.run_folder}")
         curves = plot_run(self.run_folder)
         if curves is None:
             sys.exit(f"plot: {self.run_folder} holds no steps to draw")
