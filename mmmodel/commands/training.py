@@ -126,8 +126,9 @@ class Pretrain:
 
     preset: Literal["demo", "stamps", "native", "quick", "base", "tiny"] | None = None
     """Configuration to start from; mmmodel/configs.py lists them. By default demo, or with --from that run's own."""
-    out: Path = Path("runs/demo")
-    """Folder of the run: config, metrics, curves, checkpoints, weights."""
+    out: Path | None = None
+    """Folder of the run: config, metrics, curves, checkpoints, weights. By default runs/PRESET; with --from it is
+    needed."""
     data: str = ""
     """stamps, synthetic, or a folder of shards, as --set data=...; empty: what the configuration says."""
     set: Assignments = ()
@@ -140,9 +141,12 @@ class Pretrain:
     def run(self) -> None:
         from mmmodel import configs
 
+        out = self.out or Path("runs") / (self.preset or "demo")
         if self.run_folder is not None:
             from mmmodel import start
 
+            if self.out is None:
+                raise configs.ConfigError("pretrain: --from needs --out, the folder of the new run")
             config = start.configured(self.run_folder, self.preset and configs.preset(self.preset))
         else:
             config = configs.preset(self.preset or "demo")
@@ -158,9 +162,9 @@ class Pretrain:
 
         train.check(config)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        if not (self.out / "config.json").exists() and not distributed.is_torchelastic_launched():
+        if not (out / "config.json").exists() and not distributed.is_torchelastic_launched():
             complexity.show(complexity.complexity(config))
-        if not train.pretrain(config, self.out):
+        if not train.pretrain(config, out):
             sys.exit(stopping.STOPPED)
 
 

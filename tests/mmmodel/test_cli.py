@@ -39,6 +39,7 @@ from mmmodel.limits import RunError
         ),
         (["plot", "--run", "missing"], "plot: there is no folder missing"),
         (["plot", "--run", "."], "plot: . holds no steps to draw"),
+        (["pretrain", "--from", "other"], "pretrain: --from needs --out, the folder of the new run"),
         (["data", "stamps", "--cache", "cache", "--tree", "missing"], r"stamps: no captions \(\*.txt\) under missing"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -164,6 +165,15 @@ def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     assert_one_line("could not be written, .* MB are free there: .*File too large", *start)
     assert not list(tmp_path.rglob("*partial*"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_without_a_folder_has_its_presets(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # one of `quick` in runs/demo stood in the way of the demo
+    folders = []
+    monkeypatch.setattr(train, "pretrain", lambda config, out: folders.append(str(out)) or True)
+    cli.main(["pretrain"])
+    cli.main(["pretrain", "--preset", "tiny"])
+    assert folders == ["runs/demo", "runs/tiny"]
 
 
 @pytest.mark.parametrize("command", ["embed --from run --out there.csv", "pretrain --out there.csv"])
