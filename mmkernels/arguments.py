@@ -54,7 +54,18 @@ def host_array(function: str, name: str, values, kinds: str = "iu") -> np.ndarra
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # a ragged list; a tensor on a device, or with a gradient
+        if odd := _odd_row(values):
+            raise ValueError(
+                f"{function}: {name}[{odd}] has {len(values[odd])} entries, expected {len(values[0])} as {name}[0]"
+            ) from None
         raise ValueError(f"{function}: {name} is no array of numbers on the host: {error}") from error
     if array.size and array.dtype.kind not in kinds:
         raise ValueError(f"{function}: {name} is {array.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
     return array
+
+
+def _odd_row(values) -> int:
+    """The first row of a list of lists that is of another length than row 0; 0 where there is none."""
+    if not isinstance(values, list | tuple) or not all(isinstance(row, list | tuple) for row in values):
+        return 0
+    return next((i for i, row in enumerate(values) if len(row) != len(values[0])), 0)

@@ -202,7 +202,7 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
         (([1], 2**63), {}, r"budget is 9223372036854775808, expected 1 to 2\*\*63 - 1"),
         (([1, -1], 8), {}, r"item 1 has length \[-1\], expected 0 to"),
         ((np.array([1, 2**63], np.uint64), 8), {}, r"item 1 has length \[9223372036854775808\], expected 0 to"),
-        (([[1, 2], [3]], 8), {}, "lengths is no array of numbers on the host"),
+        (([[1, 2], [3]], 8), {}, r"lengths\[1\] has 1 entries, expected 2 as lengths\[0\]"),
         (([1], torch.tensor(8, device="meta")), {}, "budget is no array of numbers on the host: .* meta device"),
         (([1], 8), {"max_items": True}, "max_items is True, expected a whole number"),
         (([1], 8), {"long": "split", "costs": [1]}, "long='split' needs one budget and no costs, got costs"),
