@@ -122,7 +122,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    _tell_of_idle_cores(config, device)
+    _tell_of_cores(config, device)
     _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
@@ -177,10 +177,12 @@ def _learner(
     return earlier or Pretraining(config, load_tokenizer(tokenizer))
 
 
-def _tell_of_idle_cores(config: PretrainConfig, device: torch.device) -> None:
+def _tell_of_cores(config: PretrainConfig, device: torch.device) -> None:
     cores = os.cpu_count() or 1
     if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
         _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)
+    elif device.type == "cpu" and cores < config.threads:
+        _log("%d threads wait for each other on %d cores: it is faster with fewer", config.threads, cores)
 
 
 def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sampler) -> None:

@@ -156,6 +156,21 @@ def test_captions_and_pictures_that_are_samples_of_their_own_are_warned_of(apart
     assert len(lines) == said
 
 
+@pytest.mark.parametrize(
+    ("threads", "said"),
+    [
+        (1, "1 of 2 cores compute: a large model is faster with --set threads=2"),
+        (3, "3 threads wait for each other on 2 cores: it is faster with fewer"),
+        (2, None),
+    ],
+)
+def test_threads_that_are_not_the_cores_are_told(tiny, tmp_path, caplog, monkeypatch, one_thread, threads, said):
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 2)
+    with caplog.at_level(logging.INFO):
+        train.pretrain(dataclasses.replace(tiny, steps=1, threads=threads), tmp_path / "out")
+    assert [message for message in caplog.messages if " cores" in message] == ([said] if said else [])
+
+
 def test_samples_of_one_concept_and_a_modality_that_none_has_are_told(tmp_path, caplog):
     """A `concept` that is the same everywhere: no sample is a wrong answer for another."""
     picture = io.BytesIO()
