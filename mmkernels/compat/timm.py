@@ -81,11 +81,17 @@ def patch(model: nn.Module, *, fallback: str | None = None, impl: str = "auto") 
             modules.append(module)
             swapped.append((name, kind.__name__))
     if not modules:
-        found = "; ".join(f"{name}: {why}" for name, why in left) or "it has no fused attention modules of timm"
-        raise ValueError(f"timm.patch: nothing to swap in {type(model).__name__}: {found}")
+        raise ValueError(f"timm.patch: nothing to swap in {type(model).__name__}: {_reasons(left)}")
     for module in modules:
         module.__class__ = _swapped_class(type(module), fallback, impl)
     return Patch(tuple(swapped), tuple(left), tuple(modules))
+
+
+def _reasons(left: list[tuple[str, str]]) -> str:
+    """Each reason once, with the first module that it holds for."""
+    names = {why: [name for name, of in left if of == why] for _, why in left}
+    each = (f"{n[0]}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {why}" for why, n in names.items())
+    return "; ".join(each) or "it has no fused attention modules of timm"
 
 
 class _Swapped:

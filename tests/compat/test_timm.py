@@ -151,6 +151,10 @@ def test_what_is_left_and_what_is_refused():
     assert report.left[0][0] == "blocks.1.attn"
     assert "fused_attn is off" in report.left[0][1]
     report.restore()
+    model.blocks[0].attn.fused_attn = False
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn and 1 more: fused_attn is off, so it [^:]*$"):
+        mm_timm.patch(model)
+    model.blocks[0].attn.fused_attn = True
     with pytest.raises(ValueError, match="nothing to swap"):
         mm_timm.patch(torch.nn.TransformerEncoderLayer(8, 2, 8))
     with pytest.raises(ValueError, match=r"timm\.patch: fallback is 'flash', expected one of None, 'torch'"):
