@@ -272,7 +272,7 @@ def explain() -> str:
                 lines.append(_row(op, per_device[device_type], torch.device(device_type), dtype))
     if cpp_missing() is None:
         lines.insert(3, f"C++ on the CPU: {_vectors()}")
-    if cpp_missing() is None and native.cpu_functions() is None:
+    if cpp_missing() is None and not hasattr(native.cpu_functions(), "modality_embed_fwd"):
         lines.append(
             "packing and modality_embed: short calls on the CPU take the dispatcher, since mmkernels._C was built "
             f"without Python's headers, or before these functions were in it ({native.HOW_TO_BUILD})"

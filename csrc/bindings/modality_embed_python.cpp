@@ -16,11 +16,19 @@ double number_of(PyObject* object) {
   return value;
 }
 
+// Gradients of parameters are summed, and vectors of the norm read, in fp32: others are converted the long way.
+View fp32_of(PyObject* parameter) {
+  const View view = values_of(parameter, false);
+  if (view.type != ScalarType::Float) throw Refused{};
+  return view;
+}
+
 // The operator's first arguments, streams to rng, and the norm.   Autograd is above: who asks for a gradient may come.
 struct Given {
-  Given(Arguments a, int64_t norm) : streams(a[0], false, has_rstd(norm)), tables(a[3], false) {
+  Given(Arguments a, int64_t norm)
+      : modality(fp32_of(a[1])), streams(a[0], false, has_rstd(norm)), tables(a[3], false) {
     views.streams.assign(streams.views().begin(), streams.views().end());
-    views.modality = values_of(a[1], false);
+    views.modality = modality;
     views.token = view_or_none(a[2]);
     views.tables.assign(tables.views().begin(), tables.views().end());
     if (!PyList_CheckExact(a[4])) throw Refused{};
@@ -33,10 +41,9 @@ struct Given {
     views.positions = view_of(a[9]);
     views.rng = view_or_none(a[10]);
     views.norm = norm;
-    // Gradients of parameters are summed, and vectors of the norm read, in fp32: others are converted the long way.
-    if (views.modality.type != ScalarType::Float) throw Refused{};
   }
   EmbedArguments views;
+  View modality;
   Tensors streams, tables;
 };
 
@@ -48,7 +55,7 @@ PyObject* like(const Given& given, PyObject* modality, ScalarType type) {
   return modality;
 }
 
-// (the operator's first 11, norm, eps, dropout_p) -> (out, mean or None, rstd or None)
+// (the operator's first 11, norm, eps, dropout_p, dtype or None) -> (out, mean or None, rstd or None)
 Owned forward(Arguments a, bool) {
   const int64_t norm = integer_of(a[11]);
   Given given(a, norm);
@@ -66,7 +73,8 @@ Owned forward(Arguments a, bool) {
     PyTuple_SetItem(results.get(), at, kept(Py_None).release());
     return nullptr;
   };
-  const View out = put(0, empty_like({T, E}, like(given, a[1], result_type(given.views))));
+  const View out =
+      put(0, a[14] == Py_None ? empty_like({T, E}, like(given, a[1], result_type(given.views))) : empty({T, E}, a[14]));
   float *mean = statistic(1, has_mean(norm)), *rstd = statistic(2, has_rstd(norm));
   const WithoutGil free;
   write_embed(given.views, out, mean, rstd);
@@ -105,7 +113,7 @@ Owned backward(Arguments a, bool) {
 
 std::vector<PyMethodDef> modality_embed_methods() {
   return {
-      method("modality_embed_fwd", plainly<14, forward>, "the operator's inputs -> (out, mean, rstd) or None"),
+      method("modality_embed_fwd", plainly<15, forward>, "the operator's inputs -> (out, mean, rstd) or None"),
       method("modality_embed_bwd", plainly<17, backward>, "the operator's inputs -> gradients or None"),
   };
 }

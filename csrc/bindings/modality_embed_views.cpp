@@ -47,9 +47,7 @@ Rows rows_of(const View& t, int64_t E, bool read = true) {
 template <class T>
 const T* data_of(const View& t, ScalarType type, int64_t numel) {
   STD_TORCH_CHECK(t.type == type && t.is_contiguous() && t.numel() == numel,
-                  "modality_embed: expected a contiguous "
-                  "tensor of ",
-                  numel, " elements");
+                  "modality_embed: expected a contiguous tensor of ", numel, " elements");
   return static_cast<const T*>(t.data);
 }
 

@@ -1,7 +1,7 @@
 // Python objects as the functions of mmkernels._C see them, past torch's dispatcher: which tensors may be read and
 // written as they lie, and who may be looking on.   A function checks all of its arguments, and returns None for
-// whatever it cannot or may not do: a gradient, a tracer, a subclass, a wrong shape.   The caller goes the long way
-// then, which does it or says what is wrong.
+// whatever it cannot or may not do: a tracer, a subclass, a wrong shape; in packing, a gradient.   The caller goes the
+// long way then, which does it or says what is wrong.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -108,7 +108,10 @@ inline View view_of(PyObject* object, bool whole = true) {
   if (torch_python.view(object, &t) != 0 || t.device_type != dlpack::kCPU) throw Refused{};
   const std::optional<ScalarType> scalar = type_of(t);
   if (!scalar || t.dims == 0 || t.strides == nullptr) throw Refused{};
-  if (whole && t.strides[t.dims - 1] != 1 && t.sizes[t.dims - 1] != 0) throw Refused{};
+  int64_t numel = 1;
+  for (int32_t d = 0; d < t.dims; ++d) numel *= t.sizes[d];
+  if (t.data == nullptr && numel != 0) throw Refused{};  // zeros that lie nowhere, a functional tensor's wrapper
+  if (whole && t.strides[t.dims - 1] != 1 && numel != 0) throw Refused{};
   return {static_cast<char*>(t.data) + t.byte_offset, t.sizes, t.strides, t.dims, *scalar, t.type_bits / size_t{8}};
 }
 
@@ -121,7 +124,9 @@ inline View values_of(PyObject* object, bool recording, bool whole = true) {
   return view;
 }
 
-constexpr size_t kMost = 32;  // modalities of a layout: as many tensors as a call may take, without asking for memory
+// Tensors of a list, without asking for memory: modalities of a layout.   More, as position tables may be, go the long
+// way.
+constexpr size_t kMost = 32;
 
 // The tensors of a list or tuple, kept alive while nobody holds the interpreter's lock.
 class Tensors {

@@ -1,4 +1,5 @@
-"""Modality embedding by the C++ extension: one call of csrc/bindings/modality_embed.cpp each way.   E width."""
+"""Modality embedding by the C++ extension: one call each way, of csrc/bindings/modality_embed_python.cpp or, where that
+will not, by the dispatcher of csrc/bindings/modality_embed.cpp.   E width."""
 
 from __future__ import annotations
 
@@ -28,10 +29,9 @@ _direct_fwd, _direct_bwd = direct.function("modality_embed_fwd"), direct.functio
 def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype | None):
     """As in reference.forward; out_dtype None: what the streams promote to.  Statistics that are not there are None."""
     norm = NORM_CODES[options.norm]
-    if out_dtype is None:  # what autocast asks for the dispatcher's way has
-        found = _direct_fwd(*inputs, norm, options.eps, options.dropout_p)
-        if found is not None:
-            return found
+    found = _direct_fwd(*inputs, norm, options.eps, options.dropout_p, out_dtype)
+    if found is not None:
+        return found
     out, *statistics = _fwd(*inputs, norm, options.eps, options.dropout_p, out_dtype)
     rstd = statistics.pop() if statistics else None
     return out, statistics[0] if statistics else None, rstd
@@ -43,7 +43,7 @@ def backward(
     """As in reference.backward."""
     norm = NORM_CODES[options.norm]
     mean, rstd = (mean if norm == 1 else None), (rstd if norm else None)
-    gradients = _direct_bwd(*inputs, norm, options.dropout_p, grad_out, mean, rstd, needs)
+    gradients = _direct_bwd(*inputs, norm, options.dropout_p, grad_out, mean, rstd, tuple(needs))
     if gradients is not None:
         return gradients
     found = iter(_bwd(grad_out, *inputs[:6], *inputs[7:], norm, options.dropout_p, mean, rstd, needs))

@@ -113,13 +113,46 @@ def test_whatever_does_not_lie_as_it_must_goes_the_long_way(change, long_way):
     torch.testing.assert_close(out.as_subclass(torch.Tensor), again)
 
 
-def test_parameters_in_bf16_and_autocast_go_the_long_way(long_way):
+def test_parameters_in_bf16_go_the_long_way(long_way):
     gradients(*inputs(dtype=torch.bfloat16))
     assert long_way == ["_fwd", "_bwd"]
+
+
+def test_autocast_and_compiled_graphs_take_it(long_way):
+    streams, tensors = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        out, _ = gradients(*inputs())
+        out, _ = gradients(streams, tensors)
     assert out.dtype is torch.bfloat16
-    assert long_way == ["_fwd", "_bwd", "_fwd"]
+    compiled, grads = torch.compile(gradients, backend="aot_eager")(streams, tensors)
+    expected, expected_grads = gradients(streams, tensors)
+    assert torch.equal(compiled, expected)
+    assert all(map(torch.equal, grads, expected_grads))
+    assert long_way == []
+
+
+@pytest.mark.parametrize("norm", ["layernorm", None])
+def test_a_learning_stream_without_rows_takes_it(norm, long_way):
+    """As a front end gives it in a batch that lacks its modality."""
+    streams, tensors = inputs(norm)
+    streams[2] = torch.zeros(0, WIDTH, requires_grad=True)
+    out = modality_embed(streams, LAYOUT, **tensors)
+    assert torch.autograd.grad(out, streams[2], torch.ones_like(out))[0].shape == (0, WIDTH)
+    assert long_way == []
+
+
+def test_tensors_that_lie_nowhere_go_the_long_way(long_way):
+    """Zeros that torch has not written yet: their address is null."""
+    streams, tensors = inputs()
+    nothing = torch._efficientzerotensor(tuple(streams[1].shape))
+    assert torch.equal(
+        modality_embed([streams[0], nothing, None], LAYOUT, **tensors),
+        modality_embed([streams[0], torch.zeros_like(streams[1]), None], LAYOUT, **tensors),
+    )
+    assert long_way == ["_fwd"]
+    out = modality_embed(streams, LAYOUT, **tensors)
+    (gradient,) = torch.autograd.grad(out, streams[1], torch._efficientzerotensor(tuple(out.shape)))
+    assert not gradient.any()
+    assert long_way == ["_fwd", "_bwd"]
 
 
 def test_whoever_looks_on_sees_the_operators():

@@ -191,6 +191,15 @@ def test_conjugate_and_negated_views_are_resolved(name):
             assert torch.equal(call(view), call(whole))
 
 
+def test_tensors_that_lie_nowhere_go_the_long_way(long_way):
+    """Zeros that torch has not written yet: their address is null."""
+    nothing = torch._efficientzerotensor((LAYOUT.total_tokens, 4))
+    assert not gather_rows(nothing, ROWS).any()
+    assert not segment_mean(nothing, LAYOUT).any()
+    assert not pad(nothing, LAYOUT)[0].any()
+    assert long_way == ["gather_rows", "segment_mean", "pad"]
+
+
 def test_a_mean_of_complex_numbers_is_refused():
     with pytest.raises(ValueError, match=r"segment_mean: packed is torch.complex64, expected float32"):
         segment_mean(torch.randn(LAYOUT.total_tokens, 4, dtype=torch.complex64), LAYOUT)
