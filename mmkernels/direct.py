@@ -1,8 +1,8 @@
 """C++ operators for plain calls on the CPU: past the dispatcher, which on a short batch costs more than they do.
 
 Functions of csrc/bindings/*_python.cpp.  Each checks all of its arguments, and returns None where it cannot or may not
-serve (a tracer, a subclass, a wrong shape; in packing, a gradient): the caller goes the long way then, which does it or says what
-is wrong.
+serve (a tracer, a subclass, a wrong shape; in packing, a gradient): the caller goes the long way then, which does it or
+says what is wrong.
 """
 
 from __future__ import annotations

@@ -30,9 +30,13 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def end(stop: Sequence[int], message: str) -> NoReturn:
+def message(step: int, steps: int) -> str:
+    return f"stopped after step {step} of {steps}; the same command goes on from there"
+
+
+def end(stop: Sequence[int], said: str) -> NoReturn:
     """Raises what a command ends with after these signals: KeyboardInterrupt, or SystemExit with a line in the log."""
     if signal.SIGINT in stop:
-        raise KeyboardInterrupt(message)
-    logger.info("%s", message)
+        raise KeyboardInterrupt(said)
+    logger.info("%s", said)
     raise SystemExit(STOPPED)

@@ -156,7 +156,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         plot_run(out)
     distributed.wait()
     if progress["step"] < config.steps:
-        message = f"stopped after step {progress['step']} of {config.steps}; the same command goes on from there"
+        message = stopping.message(progress["step"], config.steps)
         if signal.SIGINT in stop:
             raise KeyboardInterrupt("" if distributed.rank() else message)  # the same Ctrl-C came to every rank
         _log("%s", message)

@@ -130,7 +130,8 @@ class Pretrain:
     """Folder of the run: config, metrics, curves, checkpoints, weights. By default runs/PRESET; with --from it is
     needed."""
     data: str = ""
-    """stamps, synthetic, or a folder of shards, as --set data=...; empty: what the configuration says."""
+    """stamps, synthetic, or a folder of shards: --set data=... in short, and stronger. Empty: what the configuration
+    says."""
     set: Assignments = ()
     """Fields that differ from it: --set steps=100 model.width=64 languages=fr,es"""
     language_model: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,6 @@ def _checked(value: Any, task: str, field: str, key: str) -> Any:
 def _as_number(text: str) -> float | None:
     """What a column of a table holds as text, all of it, because one cell is no number: that cell is to be named."""
     try:
-        return float(text)
-    except ValueError:
+        return float(json.loads(text))  # as tables are read: float() alone would take 1_000 for 1000
+    except (ValueError, TypeError, RecursionError):
         return None

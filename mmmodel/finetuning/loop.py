@@ -116,7 +116,7 @@ def _train(
         done = len(history) * steps_per_epoch + len(losses)
         checkpoint.save(checkpoints, done, learner, optimizer, progress, keep=1)
         if stop and done < steps:
-            stopping.end(stop, f"stopped after step {done} of {steps}; the same command goes on from there")
+            stopping.end(stop, stopping.message(done, steps))
 
     kept = time.monotonic()
     for epoch in range(len(history), config.epochs):

@@ -45,8 +45,9 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path | str, *, impl: 
 
     impl: as in `export.open_run`, and kept in what is written.
 
-    Stopped, the same call goes on from the last epoch of which a checkpoint was kept.  Returns the report.  Raises
-    ConfigError for labels or a folder that do not fit and under torchrun, CheckpointError for weights.
+    Stopped, the same call goes on from the last step that was kept: after SIGTERM (SystemExit with status 143) and
+    Ctrl-C (KeyboardInterrupt) the one in progress, else that of a checkpoint between epochs.  Returns the report.
+    Raises ConfigError for labels or a folder that do not fit and under torchrun, CheckpointError for weights.
     """
     started = time.perf_counter()
     check(config)

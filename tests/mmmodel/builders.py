@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mmmodel import configs, metrics
 from mmmodel.batches import collate
 from mmmodel.features import Features, Item
+from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.frontends.text import train_tokenizer
 from mmmodel.pretraining import Pretraining
 
@@ -20,6 +21,10 @@ WORDS = ("red", "blue", "circle", "square", "two", "big", "star")
 PRESENT = (("text", "image", "audio"), ("image",), ("text", "audio"), ("text",), ("text", "image", "audio"), ("audio",))
 GRIDS = ((1, 2), (2, 1), (1, 1), (2, 3), (1, 2), (3, 2))  # cells of 16 x 16 pixels
 FRAMES = (5, 1, 40, 4, 17, 9)
+
+QUICK_FINETUNING = FinetuneConfig(
+    epochs=12, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05
+)
 
 
 def learner(seed=0, **fields):
