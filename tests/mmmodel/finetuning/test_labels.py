@@ -28,6 +28,8 @@ def test_each_task_reads_its_kind():
 def test_of_a_column_that_came_as_text_the_cell_that_is_no_number_is_named():
     with pytest.raises(ConfigError, match="label 'label' of k2 is 'n/a', expected a number"):
         read(["1.6", "", "n/a", "3.1"], "regression")
+    with pytest.raises(ConfigError, match="of k1 is '1_000', expected a number"):
+        read(["1.6", "1_000"], "regression")
 
 
 @pytest.mark.parametrize(
