@@ -26,12 +26,10 @@ from mmmodel import distributed, settings
 from mmmodel.configs import ConfigError
 from mmmodel.data import summary
 from mmmodel.data.array_file import ArrayWriter
-from mmmodel.data.loader import BrokenSampleError, ShardDataset, in_words
+from mmmodel.data.loader import MAX_BROKEN_IN_A_ROW, BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
 
 logger = logging.getLogger(__name__)
-
-MAX_BROKEN_IN_A_ROW = 10
 
 
 @dataclass(frozen=True)

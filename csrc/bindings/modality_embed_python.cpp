@@ -16,19 +16,20 @@ double number_of(PyObject* object) {
   return value;
 }
 
-// Gradients of parameters are summed, and vectors of the norm read, in fp32: others are converted the long way.
-View fp32_of(PyObject* parameter) {
-  const View view = values_of(parameter, false);
-  if (view.type != ScalarType::Float) throw Refused{};
-  return view;
+// Asked first.   Gradients of parameters are summed, and vectors of the norm read, in fp32: others are converted the
+// long way.
+EmbedArguments of_fp32_parameters(PyObject* modality) {
+  EmbedArguments views;
+  views.modality = values_of(modality, false);
+  if (views.modality.type != ScalarType::Float) throw Refused{};
+  return views;
 }
 
 // The operator's first arguments, streams to rng, and the norm.   Autograd is above: who asks for a gradient may come.
 struct Given {
   Given(Arguments a, int64_t norm)
-      : modality(fp32_of(a[1])), streams(a[0], false, has_rstd(norm)), tables(a[3], false) {
+      : views(of_fp32_parameters(a[1])), streams(a[0], false, has_rstd(norm)), tables(a[3], false) {
     views.streams.assign(streams.views().begin(), streams.views().end());
-    views.modality = modality;
     views.token = view_or_none(a[2]);
     views.tables.assign(tables.views().begin(), tables.views().end());
     if (!PyList_CheckExact(a[4])) throw Refused{};
@@ -43,7 +44,6 @@ struct Given {
     views.norm = norm;
   }
   EmbedArguments views;
-  View modality;
   Tensors streams, tables;
 };
 

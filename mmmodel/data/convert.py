@@ -23,7 +23,7 @@ from mmmodel import atomic
 from mmmodel.configs import ConfigError
 from mmmodel.data import media, table_rows
 from mmmodel.data.concepts import SPLITS
-from mmmodel.data.loader import in_words
+from mmmodel.data.loader import MAX_BROKEN_IN_A_ROW, in_words
 from mmmodel.data.shards import AUDIO, IMAGE, TEXT, VALIDATION, Entry, write_index, write_shard
 from mmmodel.limits import listed
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 OTHER_IMAGE = ("bmp", "gif", "tif", "tiff")
 OTHER_AUDIO = ("mp3", "aif", "aiff", "au", "opus", "w64")
 KINDS = {"text": TEXT, "image": (*IMAGE, *OTHER_IMAGE), "audio": (*AUDIO, *OTHER_AUDIO), "fields": ("json",)}
-MAX_BROKEN_IN_A_ROW = 10  # rows of a table
 SHOWN = 5  # names of columns, at most
 
 Sample = dict[str, Any]  # as write_shard takes it

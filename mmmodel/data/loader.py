@@ -17,6 +17,8 @@ from mmmodel.configs import ConfigError
 from mmmodel.data import media
 from mmmodel.data.shards import AUDIO, IMAGE, TEXT, Entry, read_index, split_name
 
+MAX_BROKEN_IN_A_ROW = 10  # samples, or rows of a table: more say that all are of a kind that does not read
+
 
 @dataclass(frozen=True)
 class Sample:
