@@ -296,7 +296,8 @@ MM_CLONES void add_rows(float* to, const float* from, int64_t n) {
 }  // namespace
 
 std::string backward(const Inputs& in, const Grads& grads, const Parallel& parallel) {
-  const int64_t E = in.E, T = in.T, stride = padded(E), M = in.streams.size(), slots = M + 2;
+  const int64_t E = in.E, T = in.T, stride = padded(E), M = in.streams.size();
+  const int64_t slots = M + (in.norm == Norm::kNone ? 0 : 2);  // partial sums of a chunk
   const std::vector<float> weight = padded_row(in.norm_weight, 1.0f, E);
   Readers readers(in, grads);
   const bool any_table = !readers.tables.empty();
@@ -304,7 +305,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
   const int64_t block_rows = std::min(any_table ? cached : T, T);
   const int64_t chunk_rows = std::max(kChunkRows, (block_rows + kChunks - 1) / kChunks);
   const int64_t chunks = (block_rows + chunk_rows - 1) / chunk_rows;
-  std::vector<float> partials(chunks * slots * stride, 0.0f);
+  const std::unique_ptr<float[]> partials(new float[chunks * slots * stride]);
   std::vector<int64_t> kept_before;
   std::unique_ptr<float[]> kept;
   std::vector<const float*> dx(any_table ? block_rows : 0);
@@ -329,7 +330,10 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
           found = readers.gather(in, block.start, stop);
         } else {
           float* own_kept = any_table ? kept.get() + kept_before[c] * stride : nullptr;
-          found = chunk_of_rows(block, {scratch.data(), partials.data() + c * slots * stride, own_kept}, begin, end);
+          float* own_partials = partials.get() + c * slots * stride;
+          // here, not by who asks: in the caches of the thread that adds to them
+          if (block.start == 0) std::fill_n(own_partials, slots * stride, 0.0f);
+          found = chunk_of_rows(block, {scratch.data(), own_partials, own_kept}, begin, end);
         }
         if (found >= 0) bad = found;
       }
@@ -348,7 +352,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
                          : (slot == M ? grads.norm_weight : grads.norm_bias);
     if (to == nullptr) continue;
     std::fill_n(to, E, 0.0f);
-    for (int64_t c = 0; c < chunks; ++c) add_rows(to, partials.data() + (c * slots + slot) * stride, E);
+    for (int64_t c = 0; c < chunks; ++c) add_rows(to, partials.get() + (c * slots + slot) * stride, E);
   }
   return "";
 }
