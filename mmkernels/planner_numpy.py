@@ -129,7 +129,7 @@ def attention_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, bl
             tiles.append((row, row_end, first, len(spans)))
             weights.append(int(some.sum()))
     weight, sample = np.asarray(weights, np.int64), np.asarray(samples, np.int64)
-    heaviest = np.zeros(len(cu_rows), np.int64)  # tile of each sample
+    heaviest = np.zeros(len(cu_rows), np.int64)  # weight of each sample's heaviest tile
     np.maximum.at(heaviest, sample, weight)
     order = np.lexsort((-weight, sample, -heaviest[sample]))
     tiles = np.asarray(tiles, np.int32).reshape(-1, 4)[order]
@@ -138,7 +138,9 @@ def attention_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, bl
 
 def _check_tiles(cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows_are_keys) -> None:
     if block_rows < 1 or block_cols < 1:
-        raise ValueError("attention_tiles: block_rows and block_cols must be at least 1")
+        raise ValueError(
+            f"attention_tiles: block_rows is {block_rows} and block_cols {block_cols}, expected at least 1 each"
+        )
     for name, cu, total in (("cu_rows", cu_rows, len(row_bits)), ("cu_cols", cu_cols, len(col_bits))):
         if cu[0] != 0 or cu[-1] != total:
             raise ValueError(f"attention_tiles: {name} runs from {cu[0]} to {cu[-1]}, expected 0 to {total}")

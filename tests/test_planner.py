@@ -241,7 +241,7 @@ def test_attention_tiles_say_what_is_seen(backend, seed, rows):
         ({"cu_rows": [0, 2, 1, 3], "cu_cols": [0, 1, 2, 3]}, "cu_rows decreases at sample 1"),
         ({"cu_cols": [0, 1, 3]}, "cu_rows has 2 and cu_cols 3 bounds"),
         ({"lo": [0, 0]}, "hi has 3 tokens, expected 2"),
-        ({"block_rows": 0}, "block_rows and block_cols must be at least 1"),
+        ({"block_rows": 0}, "block_rows is 0 and block_cols 2, expected at least 1 each"),
         ({"rows": "column"}, 'rows is \'column\', expected "query" or "key"'),
     ],
 )

@@ -21,6 +21,14 @@ namespace {
 
 using Int32s = py::array_t<int32_t, py::array::c_style>;
 using Int64s = py::array_t<int64_t, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
+
+// What plan() returns, while other Python threads run.  It touches no Python object: pointers are taken before.
+template <typename Plan>
+auto without_gil(const Plan& plan) {
+  const py::gil_scoped_release release;
+  return plan();
+}
 
 Int64s to_numpy(const std::vector<int64_t>& values) {
   return Int64s(static_cast<py::ssize_t>(values.size()), values.data());
@@ -35,21 +43,21 @@ Int32s to_numpy(const std::vector<std::array<int32_t, Width>>& rows) {
 
 Int32s py_build_layout(const Int32s& segments, const Int32s& grids, const Int32s& special_ids, int64_t num_samples,
                        int64_t axes) {
-  const LayoutInput in{segments.data(), grids.data(), special_ids.data(), segments.shape(0), special_ids.size(),
-                       num_samples,     axes};
-  int64_t total = 0;
-  {
-    py::gil_scoped_release release;
-    total = check_layout(in);
-  }
+  const LayoutInput in{.segments = segments.data(),
+                       .grids = grids.data(),
+                       .special_ids = special_ids.data(),
+                       .num_segments = segments.shape(0),
+                       .num_modalities = special_ids.size(),
+                       .num_samples = num_samples,
+                       .axes = axes};
+  const int64_t total = without_gil([&] { return check_layout(in); });
   Int32s buffer(layout_sections(num_samples, in.num_segments, total, axes).end);
   int32_t* data = buffer.mutable_data();
   const auto bytes = static_cast<size_t>(buffer.nbytes());
-  {
-    py::gil_scoped_release release;
+  without_gil([&] {
     std::memset(data, 0, bytes);
     fill_layout(in, total, data);
-  }
+  });
   return buffer;
 }
 
@@ -68,15 +76,9 @@ py::tuple py_attention_tiles(const Int32s& cu_rows, const Int32s& cu_cols, const
                       .block_rows = block_rows,
                       .block_cols = block_cols,
                       .rows_are_keys = rows_are_keys};
-  TileSchedule schedule;
-  {
-    py::gil_scoped_release release;
-    schedule = attention_tiles(in);
-  }
+  const TileSchedule schedule = without_gil([&] { return attention_tiles(in); });
   return py::make_tuple(to_numpy(schedule.tiles), to_numpy(schedule.spans), schedule.pairs);
 }
-
-using Doubles = py::array_t<double, py::array::c_style>;
 
 template <typename Length>
 py::tuple py_plan_packs(const py::array_t<Length, py::array::c_style>& lengths, int64_t budget, int64_t max_items,
@@ -85,11 +87,7 @@ py::tuple py_plan_packs(const py::array_t<Length, py::array::c_style>& lengths, 
   const PacksInput in{.num_items = lengths.size(), .budget = budget, .max_items = max_items, .first_fit = first_fit};
   const Length* data = lengths.data();
   int64_t* written = order.mutable_data();
-  std::vector<int64_t> offsets;
-  {
-    py::gil_scoped_release release;
-    offsets = plan_packs(in, data, written);
-  }
+  const std::vector<int64_t> offsets = without_gil([&] { return plan_packs(in, data, written); });
   return py::make_tuple(order, to_numpy(offsets));
 }
 
@@ -97,11 +95,8 @@ py::tuple py_group_by_pack(const Int64s& pack_of, int64_t packs) {
   Int64s order(pack_of.size());
   const int64_t* data = pack_of.data();
   int64_t* written = order.mutable_data();
-  std::vector<int64_t> offsets;
-  {
-    py::gil_scoped_release release;
-    offsets = group_by_bin(data, order.size(), packs, written);
-  }
+  const int64_t items = order.size();
+  const std::vector<int64_t> offsets = without_gil([&] { return group_by_bin(data, items, packs, written); });
   return py::make_tuple(order, to_numpy(offsets));
 }
 
@@ -120,11 +115,7 @@ py::tuple py_pool_fit(const Int64s& lengths, const Int64s& budgets, const Double
   Int64s pack_of(in.num_items);
   const double *size = sizes.data(), *weight = weights.data();
   int64_t* written = pack_of.mutable_data();
-  int64_t packs = 0;
-  {
-    py::gil_scoped_release release;
-    packs = pool_fit(in, size, weight, written);
-  }
+  const int64_t packs = without_gil([&] { return pool_fit(in, size, weight, written); });
   return py::make_tuple(pack_of, packs);
 }
 
@@ -138,11 +129,7 @@ py::tuple py_scan_fit(const Int64s& lengths, const Int64s& budgets, const Double
                 .next_id = next_id};
   Int64s pack_of(in.num_items);
   int64_t* written = pack_of.mutable_data();
-  std::vector<int64_t> closed;
-  {
-    py::gil_scoped_release release;
-    closed = scan_fit(in, open, max_open, first, written);
-  }
+  const std::vector<int64_t> closed = without_gil([&] { return scan_fit(in, open, max_open, first, written); });
   const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(open.ids.size()),
                                        static_cast<py::ssize_t>(in.num_budgets)};
   return py::make_tuple(pack_of, to_numpy(closed), to_numpy(open.ids), to_numpy(open.counts),
@@ -156,12 +143,7 @@ Int64s py_balance_ranks(const Doubles& costs, const Int64s& order, int64_t num_r
                       .num_costs = costs.shape(1),
                       .num_ranks = num_ranks,
                       .equal_count = equal_count};
-  std::vector<int64_t> ranks;
-  {
-    py::gil_scoped_release release;
-    ranks = balance_ranks(in);
-  }
-  return to_numpy(ranks);
+  return to_numpy(without_gil([&] { return balance_ranks(in); }));
 }
 
 }  // namespace

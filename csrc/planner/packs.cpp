@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace mm::planner {
@@ -216,12 +217,14 @@ std::vector<int64_t> bounds_of(const std::vector<int64_t>& size) {
   return offsets;
 }
 
-// rank_of(i): the place of item i among all, longest first, equals in order of index.
+// plan_packs of sorted items.   rank_of(i): the place of item i among all, longest first, equals in order of index
 template <typename RankOf>
-void write_order(const Assignment& from, const std::vector<int64_t>& offsets, int64_t n, int64_t* order,
-                 RankOf rank_of) {
+std::vector<int64_t> pack_runs(const std::vector<Run>& runs, const PacksInput& in, int64_t* order, RankOf rank_of) {
+  const Assignment to = assign(runs, in);
+  std::vector<int64_t> offsets = bounds_of(to.size);
   std::vector<int32_t> next(offsets.begin(), offsets.end() - 1);
-  for (int64_t i = 0; i < n; ++i) order[next[from.bin_of_rank[rank_of(i)]]++] = i;
+  for (int64_t i = 0; i < in.num_items; ++i) order[next[to.bin_of_rank[rank_of(i)]]++] = i;
+  return offsets;
 }
 
 }  // namespace
@@ -245,7 +248,8 @@ std::vector<int64_t> plan_packs(const PacksInput& in, const Length* lengths, int
     longest = std::max<int64_t>(longest, lengths[i]);
   }
   if (shortest < 0 || longest > in.budget)
-    throw std::invalid_argument("plan_packs: lengths must lie between 0 and the budget");
+    throw std::invalid_argument("plan_packs: lengths run from " + std::to_string(shortest) + " to " +
+                                std::to_string(longest) + ", expected 0 to the budget " + std::to_string(in.budget));
 
   std::vector<Run> runs;
   if (longest < table_limit(n)) {
@@ -256,10 +260,7 @@ std::vector<int64_t> plan_packs(const PacksInput& in, const Length* lengths, int
       if (first[length] > 0) runs.push_back({length, first[length]});
       rank += std::exchange(first[length], rank);
     }
-    const Assignment to = assign(runs, in);
-    std::vector<int64_t> offsets = bounds_of(to.size);
-    write_order(to, offsets, n, order, [&](int64_t i) { return first[lengths[i]]++; });
-    return offsets;
+    return pack_runs(runs, in, order, [&](int64_t i) { return first[lengths[i]]++; });
   }
   std::vector<int32_t> sorted(n), rank(n);
   std::iota(sorted.begin(), sorted.end(), 0);
@@ -269,10 +270,7 @@ std::vector<int64_t> plan_packs(const PacksInput& in, const Length* lengths, int
     if (r == 0 || lengths[sorted[r]] != lengths[sorted[r - 1]]) runs.push_back({lengths[sorted[r]], 0});
     ++runs.back().count;
   }
-  const Assignment to = assign(runs, in);
-  std::vector<int64_t> offsets = bounds_of(to.size);
-  write_order(to, offsets, n, order, [&](int64_t i) { return rank[i]; });
-  return offsets;
+  return pack_runs(runs, in, order, [&](int64_t i) { return rank[i]; });
 }
 
 template std::vector<int64_t> plan_packs(const PacksInput&, const int32_t*, int64_t*);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -20,7 +21,9 @@ void check_bounds(const char* name, const int32_t* cu, int64_t num_samples, int6
 }
 
 void check(const TilesInput& in) {
-  if (in.block_rows < 1 || in.block_cols < 1) fail("block_rows and block_cols must be at least 1");
+  if (in.block_rows < 1 || in.block_cols < 1)
+    fail("block_rows is " + std::to_string(in.block_rows) + " and block_cols " + std::to_string(in.block_cols) +
+         ", expected at least 1 each");
   check_bounds("cu_rows", in.cu_rows, in.num_samples, in.num_rows);
   check_bounds("cu_cols", in.cu_cols, in.num_samples, in.num_cols);
   for (int64_t b = 0; b < in.num_samples; ++b) {
@@ -129,9 +132,9 @@ TileSchedule attention_tiles(const TilesInput& in) {
   check(in);
   TileSchedule out;
   std::vector<std::array<int32_t, 4>> tiles;
-  std::vector<int64_t> weights;                                         // blocks of each tile
-  std::vector<int64_t> samples;                                         // of each tile
-  std::vector<int64_t> heaviest(std::max<int64_t>(in.num_samples, 0));  // tile of each sample
+  std::vector<int64_t> weights;                   // blocks of each tile
+  std::vector<int64_t> samples;                   // of each tile
+  std::vector<int64_t> heaviest(in.num_samples);  // blocks of each sample's heaviest tile
   int64_t total_blocks = 0;
   for (int64_t b = 0; b < in.num_samples; ++b) {
     const Sample sample(in, in.cu_cols[b], in.cu_cols[b + 1]);
@@ -149,7 +152,7 @@ TileSchedule attention_tiles(const TilesInput& in) {
     }
   }
   std::vector<int64_t> order(tiles.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::iota(order.begin(), order.end(), int64_t{0});
   // The tiles of a sample stand together: what runs at once then reads one sample's columns, which a cache can hold.
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     const int64_t sample = samples[a], other = samples[b];

@@ -8,7 +8,8 @@
 namespace mm::planner {
 namespace {
 
-constexpr int64_t kPool = 2048, kChoices = 128;
+constexpr int64_t kPool = 2048;    // items that a round brings; up to half as many are left over for the next
+constexpr int64_t kChoices = 128;  // items that fit, largest first, among which a place in a bin is given
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 bool fits(const int64_t* lengths, const int64_t* room, int64_t K) {
