@@ -80,7 +80,8 @@ Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   in.dtype = dtype_of(q);
   in.Tq = q.size(0), in.H = q.size(1), in.D = q.size(2);
   in.Tk = k.size(0), in.G = k.size(1);
-  STD_TORCH_CHECK(in.G > 0 && in.H % in.G == 0 && 0 < in.D && in.D <= 256, "attention: heads do not fit");
+  STD_TORCH_CHECK(in.G > 0 && in.H % in.G == 0, "attention: k has ", in.G, " heads, expected a divisor of q's ", in.H);
+  STD_TORCH_CHECK(0 < in.D && in.D <= 256, "attention: q has head width ", in.D, ", expected 1 to 256");
   in.q = heads_of("q", q, q, in.Tq, in.H, in.D);
   in.k = heads_of("k", k, q, in.Tk, in.G, in.D);
   in.v = heads_of("v", v, q, in.Tk, in.G, in.D);

@@ -27,8 +27,6 @@ Segments segments_of(const Tensor& segments) {
   return {static_cast<const int32_t*>(segments.data_ptr()), segments.size(0)};
 }
 
-Tensor side_by_side(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // The copies live as long as the call that reads them.  Outputs must lie apart from what was given, not from a copy.
 Tensor whole_rows(const Tensor& given, const Tensor& out) {
   if (has_whole_rows(given)) return given;
@@ -108,14 +106,14 @@ template <auto write>
 Tensor rows_to_rows(const Tensor& in, const Tensor& where, int64_t count) {
   check_matrix(in);
   Tensor out = new_tensor(in, std::array{count, in.size(1)});
-  const Tensor whole = with_whole_rows(in), vector = side_by_side(where);
+  const Tensor whole = with_whole_rows(in), vector = made_contiguous(where);
   write(view_of(whole), view_of(vector), view_of(out), Output::kNew);
   return out;
 }
 
 template <auto write>
 void rows_to_rows_out(const Tensor& in, const Tensor& where, const Tensor& out) {
-  const Tensor whole = whole_rows(in, out), vector = side_by_side(where);
+  const Tensor whole = whole_rows(in, out), vector = made_contiguous(where);
   write(view_of(whole), view_of(vector), view_of(out), Output::kGiven);
 }
 

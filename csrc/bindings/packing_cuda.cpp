@@ -111,7 +111,7 @@ std::pair<const void*, bool> index_of(const Tensor& rows, int64_t count, const T
 
 void write_gather_rows(const Tensor& given, const Tensor& given_rows, const Tensor& out) {
   const Tensor packed = mm::bindings::with_whole_rows(given);
-  const Tensor rows = given_rows.is_contiguous() ? given_rows : torch::stable::contiguous(given_rows);
+  const Tensor rows = made_contiguous(given_rows);
   const auto [index, wide] = index_of(rows, out.size(0), packed);
   const mm::cuda::Gather gather{rows_as<Rows>(packed), rows_as<Rows>(out),  index, wide,
                                 out.size(0),           row_bytes_of(packed)};

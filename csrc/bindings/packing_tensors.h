@@ -35,6 +35,9 @@ bool has_whole_rows(const T& t) {
 // The tensor, or a copy whose rows are.
 inline Tensor with_whole_rows(const Tensor& t) { return has_whole_rows(t) ? t : torch::stable::contiguous(t); }
 
+// The tensor, or a copy that is contiguous: torch is not asked where there is nothing to do.
+inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 template <class T>
 void check_matrix(const T& t) {
   STD_TORCH_CHECK(t.dim() == 2, "packing: expected a tensor with two dimensions, got ", t.dim());

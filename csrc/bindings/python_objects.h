@@ -124,9 +124,9 @@ inline View values_of(PyObject* object, bool recording, bool whole = true) {
   return view;
 }
 
-// Tensors of a list, without asking for memory: modalities of a layout.   More, as position tables may be, go the long
-// way.
-constexpr size_t kMost = 32;
+// Of one list, so that it needs no memory of its own: as many as a layout has modalities.  More, as position tables may
+// be, go the long way.
+constexpr size_t kMostTensors = 32;
 
 // The tensors of a list or tuple, kept alive while nobody holds the interpreter's lock.
 class Tensors {
@@ -136,7 +136,7 @@ class Tensors {
     const bool list = PyList_CheckExact(object);
     if (!list && !PyTuple_CheckExact(object)) throw Refused{};
     const Py_ssize_t size = list ? PyList_Size(object) : PyTuple_Size(object);
-    if (size > static_cast<Py_ssize_t>(kMost)) throw Refused{};
+    if (size > static_cast<Py_ssize_t>(kMostTensors)) throw Refused{};
     for (; count_ < static_cast<size_t>(size); ++count_) {
       const auto i = static_cast<Py_ssize_t>(count_);
       PyObject* item = list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i);
@@ -158,8 +158,8 @@ class Tensors {
   Tensors() = default;
 
   size_t count_ = 0;
-  PyObject* objects_[kMost];
-  View views_[kMost];
+  PyObject* objects_[kMostTensors];
+  View views_[kMostTensors];
 };
 
 inline int64_t integer_of(PyObject* object) {

@@ -40,11 +40,11 @@ struct BackwardRange {
       : b(backward), ahead(backward.in) {
     const int64_t D = b.in.D;
     padded = round_up(D, W);
-    ld = padded + 16;
+    ld = padded + kRowGap;
     depth = words(D);
     block_keys = backward_keys(D);
     block_queries = backward_queries(D);
-    ld_scores = block_keys + 16;
+    ld_scores = block_keys + kRowGap;
     key = scratch.take(block_keys * ld);
     key_t = scratch.take(block_keys * depth);
     value_t = scratch.take(block_keys * depth);
@@ -63,7 +63,7 @@ struct BackwardRange {
     ds_woven = kTerms == 1 ? ds : scratch.take(words(block_queries) * ld_scores);
     row = scratch.take(ld);
     bias = b.in.bias ? scratch.take(b.in.Mq * ld_scores) : nullptr;
-    keep = b.in.dropout ? scratch.take(block_keys + 5 * W + 8) : nullptr;
+    keep = b.in.dropout ? scratch.take(keep_floats(block_keys)) : nullptr;
     dq = scratch.take(max_queries * padded);
     dk = scratch.take(max_keys * padded);
     dv = scratch.take(max_keys * padded);

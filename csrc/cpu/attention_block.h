@@ -12,6 +12,9 @@ constexpr int64_t kMaxBlock = 256;        // keys of a block at most
 constexpr int64_t kMaxPanels = kMaxBlock / kPanel;
 static_assert(kBand % kRows == 0 && kMaxBlock % kPanel == 0);
 
+// Floats left free between the rows of a buffer: rows a power of two apart would share a few sets of the cache.
+constexpr int64_t kRowGap = 16;
+
 // A float buffer cut up front to back; every part starts at a cache line.
 struct Scratch {
   float* next;
@@ -141,8 +144,11 @@ MM_INLINE void add_bias(const Seen::Stretch& s, const float* bias, float* scores
   for (int64_t j = s.begin; j < s.end; j += W) store(scores + j, load(scores + j) + load(bias + j));
 }
 
+// What read_keep writes to for `count` keys: whole vectors of counters, the first of which may begin 3 keys early.
+constexpr int64_t keep_floats(int64_t count) { return round_up(count, W) + 4 * W + 4; }
+
 // keep[j] = keep_scale where the probability of query i and key begin + j is kept, else 0; up to a whole vector.
-// The buffer takes 4 W + 4 floats more than it is asked for, and the pointer to use comes back.
+// Returns where in the buffer that is.
 inline const float* read_keep(const Inputs& in, int64_t head, int64_t i, int64_t begin, int64_t count, float* buffer) {
   uint32_t counter[W];
   for (int l = 0; l < W; ++l) counter[l] = static_cast<uint32_t>(l);

@@ -28,8 +28,8 @@ struct ForwardTile {
     depth = words(D);
     ld_query = round_up(depth, W);
     block = forward_block(D);
-    ld_scores = block + 16;
-    ld_value = padded + 16;
+    ld_scores = block + kRowGap;
+    ld_value = padded + kRowGap;
     query = scratch.take(tile_rows * ld_query);
     out = scratch.take(tile_rows * padded);
     row_max = scratch.take(tile_rows);
@@ -40,7 +40,7 @@ struct ForwardTile {
     value = scratch.take(words(block) * ld_value);
     scores = scratch.take(kWideBand * ld_scores);
     bias = f.in.bias ? scratch.take(f.in.Mq * ld_scores) : nullptr;
-    keep = f.in.dropout ? scratch.take(block + 5 * W + 8) : nullptr;
+    keep = f.in.dropout ? scratch.take(keep_floats(block)) : nullptr;
   }
 
   void start(int64_t first, int64_t count, int64_t h) {
