@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from mmkernels import dispatch, native
+from mmkernels import dispatch, native, tracing
 
 # Who may be looking on, and what says that nobody is: dispatch modes, torch.func, forward mode, torch.jit.trace, the
 # profiler.  Functions of C all: Python's would take as long as the rest.
 _WATCHES = (
     (torch._C._len_torch_dispatch_stack, 0),
-    (dispatch.before_autograd, False),
+    (tracing.before_autograd, False),
     (torch._C._are_functorch_transforms_active, False),
     (functools.partial(getattr, forward_ad, "_current_level"), -1),
     (torch._C._get_tracing_state, None),

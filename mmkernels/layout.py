@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import arguments, dispatch, layout_tables, planner
+from mmkernels import arguments, layout_tables, planner, tracing
 
 _BUILT_OUTSIDE = "PackedLayout: a layout is built on the host, outside of a graph"
 
@@ -62,7 +62,7 @@ class PackedLayout:
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    @dispatch.host_code(_BUILT_OUTSIDE)
+    @tracing.host_code(_BUILT_OUTSIDE)
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
         """One segment per present modality, in modality order.  counts [B, M]: rows of each modality per sample.
 
@@ -78,7 +78,7 @@ class PackedLayout:
         return cls._build(segments, grids, special, len(counts), num_modalities, 1)
 
     @classmethod
-    @dispatch.host_code(_BUILT_OUTSIDE)
+    @tracing.host_code(_BUILT_OUTSIDE)
     def from_segments(
         cls,
         samples: Sequence[Sequence[tuple[int, Length]]],
@@ -146,7 +146,7 @@ class PackedLayout:
         return cls._from_device_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
 
     @classmethod
-    @dispatch.host_code(_BUILT_OUTSIDE)
+    @tracing.host_code(_BUILT_OUTSIDE)
     def _from_host_bounds(cls, bounds: np.ndarray, modality_ids: np.ndarray, num_modalities: int) -> PackedLayout:
         special = layout_tables.special_ids("from_cu_seqlens", None, num_modalities)
         segments, grids = layout_tables.run_tables(bounds, modality_ids, num_modalities)
@@ -297,7 +297,7 @@ class PackedLayout:
         )
 
 
-@dispatch.host_code("PackedLayout.stream_lengths: in one graph it must have been read before, outside")
+@tracing.host_code("PackedLayout.stream_lengths: in one graph it must have been read before, outside")
 def _counted_streams(layout: PackedLayout) -> tuple[int, ...]:
     if layout.segments is None:
         raise ValueError("stream_lengths: a layout from cu_seqlens does not know its streams")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, layout_tables, mask_lowering, mask_lowering_device, planner
+from mmkernels import layout_tables, mask_lowering, mask_lowering_device, planner, tracing
 from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
@@ -271,7 +271,7 @@ class MaskPlan:
         return TileSchedule(torch.from_numpy(tiles), torch.from_numpy(spans), pairs)
 
 
-@dispatch.host_code(
+@tracing.host_code(
     "MaskPlan: in one graph the layout must have met this mask before; call mmkernels.prepare_attention, or attention "
     "itself, on it once outside"
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import tracing, transforms
 from mmkernels.compat import kept
 from mmkernels.compat.arguments import is_whole
 from mmkernels.layout import PackedLayout
@@ -60,7 +60,7 @@ def _layout(name: str, whose: str, tokens: Tensor, bounds: SampleBounds, longest
     return _planned(name, whose, tokens, bounds, longest)
 
 
-@dispatch.host_code(NO_BOUNDS)
+@tracing.host_code(NO_BOUNDS)
 def _planned(name: str, whose: str, tokens: Tensor, bounds: Tensor, longest: int | None) -> PackedLayout:
     if torch.compiler.is_compiling():  # torch.export, which does not ask how a function is decorated
         raise NotImplementedError(f"{name}: {NO_BOUNDS}")
@@ -85,7 +85,7 @@ def _planned(name: str, whose: str, tokens: Tensor, bounds: Tensor, longest: int
         return kept.once(bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build)
 
 
-@dispatch.host_code(NO_SEQUSED)
+@tracing.host_code(NO_SEQUSED)
 def seqused_mask(
     name: str, mask: AttentionMask, layout: PackedLayout, keys: PackedLayout, seqused: Tensor
 ) -> AttentionMask:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import arguments, dispatch, transforms
+from mmkernels import arguments, dispatch, tracing, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention import op as _op
@@ -228,7 +228,7 @@ def prepared(plan: MaskPlan, impl: str, request: Request) -> tuple[str, tuple]:
     return _prepared_anew(plan, impl, request) if found is None else found
 
 
-@dispatch.host_code(
+@tracing.host_code(
     "attention: in one graph the layout must have met a call of this kind before (mask, dtype, head width, impl, "
     "deterministic; needs_backward: does one of the inputs require a gradient; extras: pair_bias, dropout or modality "
     "mass); call mmkernels.prepare_attention with these, or attention itself, on it once outside"
@@ -289,8 +289,8 @@ def _check_tensors(who: str, q, k, v) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise ValueError(f"{who}: {name} is {type(t).__name__}, expected a tensor [T, heads, D]")
-        dispatch.refuse_unstrided(who, name, t)
-        dispatch.refuse_strict_fakes(who, name, t)
+        tracing.refuse_unstrided(who, name, t)
+        tracing.refuse_strict_fakes(who, name, t)
 
 
 def _check_types(who: str, layout, keys, mask) -> None:

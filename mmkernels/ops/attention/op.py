@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels import dispatch, transforms
+from mmkernels import dispatch, tracing, transforms
 from mmkernels.ops.attention.inputs import Lowered
 
 _TILES = ", ".join(f"Tensor {kernel}_tiles, Tensor {kernel}_spans" for kernel in ("fwd", "dq", "dkdv"))
@@ -86,7 +86,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pair_bias, rng, rest):
         inputs = (q, k, v, pair_bias, rng, *rest)
-        output = dispatch.below_autograd(_fwd, _fwd_op, inputs, q)
+        output = tracing.below_autograd(_fwd, _fwd_op, inputs, q)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -109,7 +109,7 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
         return _Attention.apply(q, k, v, pair_bias, rng, rest)
-    return dispatch.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
+    return tracing.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
 
 
 def _setup_context(ctx, inputs, output):
@@ -141,7 +141,7 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
         # A second-order gradient, of which the operator says that there is none; or many gradients at once.
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
-        dq, dk, dv, dbias = dispatch.below_autograd(_bwd, _bwd_op, inputs, do)
+        dq, dk, dv, dbias = tracing.below_autograd(_bwd, _bwd_op, inputs, do)
     return dq, dk, dv, None if pair_bias is None else dbias
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import dispatch, tracing, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.attention import op
 from mmkernels.ops.attention.inputs import Lowered, uses_tf32
@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms.is_batched(do) or not dispatch.unwatched(do):
+        if torch.is_grad_enabled() or transforms.is_batched(do) or not tracing.unwatched(do):
             return *op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], None
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         ctx.known.backward(do, q, k, v, out, lse, dq, dk, dv)
@@ -102,7 +102,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms.is_batched(do) or not dispatch.unwatched(do):
+        if torch.is_grad_enabled() or transforms.is_batched(do) or not tracing.unwatched(do):
             return torch.stack(op.gradients(do, None, q, k, v, None, None, out, lse, ctx.known.rest)[:3], 1), None
         gradient = q.new_empty((q.shape[0], 3, *q.shape[1:]))
         ctx.known.backward(do, q, k, v, out, lse, *gradient.unbind(1))
@@ -113,7 +113,7 @@ def attend_packed(qkv, layout, mask, scale, deterministic, impl) -> Tensor | Non
     """attend(*qkv.unbind(1), ...) with one gradient; None where it takes the long way, or nothing learns."""
     if torch.compiler.is_compiling() or type(layout) is not PackedLayout or type(scale) not in SCALES:
         return None
-    if not dispatch.unwatched(qkv) or not (torch.is_grad_enabled() and qkv.requires_grad):
+    if not tracing.unwatched(qkv) or not (torch.is_grad_enabled() and qkv.requires_grad):
         return None
     try:
         known = layout.calls.get(_key(*qkv.detach().unbind(1), mask, scale, deterministic, impl, True))
@@ -126,7 +126,7 @@ def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
     """attention(q, k, v, layout=layout, ...), or None where it takes the long way."""
     if torch.compiler.is_compiling() or type(layout) is not PackedLayout or type(scale) not in SCALES:
         return None
-    if not dispatch.unwatched(q, k, v):
+    if not tracing.unwatched(q, k, v):
         return None
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
@@ -145,7 +145,7 @@ def attend(q, k, v, layout, mask, scale, deterministic, impl) -> Tensor | None:
 def remember(q, k, v, layout, mask, scale, deterministic, impl, learns: bool, rest: tuple) -> None:
     """Keep what the long way found out.   scale, deterministic and impl as the caller gave them"""
     by = _BY.get(rest[-1])
-    if by is None or type(scale) not in SCALES or not dispatch.unwatched(q, k, v):
+    if by is None or type(scale) not in SCALES or not tracing.unwatched(q, k, v):
         return
     if by is ByTriton and not dispatch.load("attention", "triton").can_replay():
         return

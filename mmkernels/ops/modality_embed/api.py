@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import arguments, dispatch, transforms
+from mmkernels import arguments, dispatch, tracing, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
@@ -19,7 +19,7 @@ NORMS = ("layernorm", "rmsnorm", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = ", ".join(map(str, DTYPES))
 MAX_TABLES = 3  # the most axes that a layout has
-_PLAIN = {*dispatch.PLAIN_TENSORS, type(None)}
+_PLAIN = {*tracing.PLAIN_TENSORS, type(None)}
 PositionTables = Tensor | Sequence[Tensor] | None
 
 
@@ -124,7 +124,7 @@ def _quick(
         or torch.compiler.is_compiling()
         or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
         or transforms.active()
-        or dispatch.traced()
+        or tracing.traced()
         or layout.segments is None
         or len(given) != layout.num_modalities
         or modality_weight.dtype is torch.float64
@@ -173,8 +173,8 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         raise ValueError(f"modality_embed: layout is {type(layout).__name__}, expected PackedLayout")
     if not isinstance(modality_weight, Tensor):
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
-    dispatch.refuse_unstrided("modality_embed", "modality_weight", modality_weight)
-    dispatch.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
+    tracing.refuse_unstrided("modality_embed", "modality_weight", modality_weight)
+    tracing.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
     if modality_weight.ndim != 2 or not modality_weight.shape[1]:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E] with E at least 1"
@@ -190,8 +190,8 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
         if not isinstance(value, Tensor | None):
             raise ValueError(f"modality_embed: {name} is {type(value).__name__}, expected a tensor or None")
         if value is not None:
-            dispatch.refuse_unstrided("modality_embed", name, value)
-            dispatch.refuse_strict_fakes("modality_embed", name, value)
+            tracing.refuse_unstrided("modality_embed", name, value)
+            tracing.refuse_strict_fakes("modality_embed", name, value)
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
@@ -221,8 +221,8 @@ def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: 
         )
     tables = [table for own in position_weights for table in own]
     for i, table in enumerate(tables):
-        dispatch.refuse_unstrided("modality_embed", f"position table {i}", table)
-        dispatch.refuse_strict_fakes("modality_embed", f"position table {i}", table)
+        tracing.refuse_unstrided("modality_embed", f"position table {i}", table)
+        tracing.refuse_strict_fakes("modality_embed", f"position table {i}", table)
     return tables, [len(own) for own in position_weights]
 
 
@@ -338,7 +338,7 @@ def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Ten
         if special >= rows:
             raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
     for m, stream in enumerate(streams):
-        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and dispatch.readable(stream):
+        if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and tracing.readable(stream):
             low, high = (int(x) for x in stream.aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import dispatch, tracing, transforms
 from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 _INPUTS = (
@@ -142,7 +142,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses what follows
             grads = _one_by_one(*args)
         else:
-            grads = dispatch.below_autograd(_gradients, _one_by_one, args, grad_out)
+            grads = tracing.below_autograd(_gradients, _one_by_one, args, grad_out)
         return None, None, None, *(d if n else None for d, n in zip(grads, needs, strict=True))
 
 
@@ -184,7 +184,7 @@ def _forward_autograd(args: tuple, compute: Callable):
 
 
 def _below_autograd(*args):
-    return dispatch.below_autograd(_computed, _fwd_op, args, args[1])
+    return tracing.below_autograd(_computed, _fwd_op, args, args[1])
 
 
 def _at_autograd_key(*args):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import arguments, dispatch, transforms
+from mmkernels import arguments, tracing, transforms
 from mmkernels.layout import PackedLayout
 
 SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,7 +22,7 @@ def segments(function: str, layout: PackedLayout) -> Tensor:
     return _segments_anew(function, layout) if table is None else table
 
 
-@dispatch.host_code(
+@tracing.host_code(
     "pack, unpack: in one graph the layout must have met one of them before; call it on the layout once outside"
 )
 def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
@@ -50,8 +50,8 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
         if not isinstance(stream, Tensor | None):
             raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
         if stream is not None:
-            dispatch.refuse_unstrided("pack", f"stream {m}", stream)
-            dispatch.refuse_strict_fakes("pack", f"stream {m}", stream)
+            tracing.refuse_unstrided("pack", f"stream {m}", stream)
+            tracing.refuse_strict_fakes("pack", f"stream {m}", stream)
     if len(given) != layout.num_modalities:
         raise ValueError(f"pack: got {len(given)} streams, expected {layout.num_modalities} as in the layout")
     present = next((s for s in given if s is not None), None)
@@ -85,7 +85,7 @@ def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
         )
     if tensor.device != layout.device:
         raise ValueError(f"{function}: packed is on {tensor.device}, the layout on {layout.device}")
-    dispatch.refuse_strict_fakes(function, "packed", tensor)
+    tracing.refuse_strict_fakes(function, "packed", tensor)
 
 
 def padded(tensor: Tensor, layout: PackedLayout) -> None:
@@ -100,7 +100,7 @@ def padded(tensor: Tensor, layout: PackedLayout) -> None:
         )
     if tensor.device != layout.device:
         raise ValueError(f"unpad: padded is on {tensor.device}, the layout on {layout.device}")
-    dispatch.refuse_strict_fakes("unpad", "padded", tensor)
+    tracing.refuse_strict_fakes("unpad", "padded", tensor)
 
 
 def rows(tensor: Tensor, index: Tensor) -> None:
@@ -175,7 +175,7 @@ def _is_layout(function: str, layout: PackedLayout) -> None:
 def _is_tensor(function: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}, expected a tensor")
-    dispatch.refuse_unstrided(function, name, tensor)
+    tracing.refuse_unstrided(function, name, tensor)
 
 
 def _names(dtypes) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import dispatch, transforms
+from mmkernels import dispatch, tracing, transforms
 from mmkernels.ops.packing import schemas
 
 schemas.define("mm", suffix=", str impl", symbolic=True)
@@ -79,11 +79,11 @@ def _register(name: str) -> Callable[..., Any]:
 
 def _direct(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody traces, wraps or differentiates: then the dispatcher, 30 us of Python, has nothing to add."""
-    if torch.compiler.is_compiling() or transforms.active() or dispatch.traced():
+    if torch.compiler.is_compiling() or transforms.active() or tracing.traced():
         return False
     recording = torch.is_grad_enabled()
     for tensor in tensors:  # not all(): a generator costs a microsecond
-        if type(tensor) not in dispatch.PLAIN_TENSORS or (recording and tensor.requires_grad):
+        if type(tensor) not in tracing.PLAIN_TENSORS or (recording and tensor.requires_grad):
             return False
     return True
 

@@ -1,0 +1,91 @@
+"""Who looks on at a call (fake tensors, tracers, subclasses), what is refused of them, and what no graph may hold."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+
+from mmkernels import transforms
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# Quiet while nothing traces with pre_dispatch=True, as make_fx and torch.export do.
+before_autograd = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
+
+
+def host_code(why: str) -> Callable[[Callable], Callable]:
+    """Decorates a function that torch.compile must not trace: the graph breaks there, or the error says why it may not.
+
+    torch.compiler.disable does that, but imports the compiler, which takes a second also where nobody compiles.
+    What such a function makes is kept, so no mode that traces (torch.export, FakeTensorMode) sees it made.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def outside(*args, **kwargs):
+            dynamo = sys.modules.get("torch._dynamo")
+            run = function if dynamo is None else dynamo.disable(function)
+            # Not `traced`: Dynamo of torch 2.11, which reads this where a graph broke, does not know what that asks.
+            if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+                with torch.utils._python_dispatch._disable_current_modes():
+                    return run(*args, **kwargs)
+            return run(*args, **kwargs)
+
+        outside._torchdynamo_disable = True
+        outside._torchdynamo_disable_msg = why
+        return outside
+
+    return decorate
+
+
+def below_autograd(compute: Callable, operator: Callable, inputs: tuple, example: torch.Tensor):
+    """operator(*inputs) without its autograd.  Where nobody looks on, straight to what it computes: the dispatcher
+    would turn 20 arguments into its own kind and back."""
+    if unwatched(example):
+        return compute(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def unwatched(*tensors) -> bool:
+    """Whether no tensor subclass, fake tensor, tracing or FLOP counter wants to see the operators on these tensors."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN_TENSORS:
+            return False
+    return not traced() and not transforms.active()
+
+
+def traced() -> bool:
+    """Whether each operator is seen: by fake tensors, FLOP counters, torch.jit.trace, make_fx (before autograd too)."""
+    jit = torch._C._get_tracing_state()
+    return jit is not None or bool(torch._C._len_torch_dispatch_stack()) or before_autograd()
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its numbers may be looked at: a fake tensor has none, and a trace would keep this call's as constants.
+
+    A FLOP counter sees real ones.
+    """
+    mode, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    recorded = torch._C._get_tracing_state() is not None or mode(kinds.PROXY) is not None or before_autograd()
+    return not (recorded or mode(kinds.FAKE) is not None or hasattr(tensor, "fake_mode"))
+
+
+def refuse_strict_fakes(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a fake tensor whose mode takes no real ones beside it, as layouts and plans hold."""
+    if type(tensor) in PLAIN_TENSORS or torch.compiler.is_compiling():
+        return
+    if not getattr(getattr(tensor, "fake_mode", None), "allow_non_fake_inputs", True):
+        raise ValueError(
+            f"{who}: {name} is a fake tensor and the layout holds real ones, expected "
+            "FakeTensorMode(allow_non_fake_inputs=True)"
+        )
+
+
+def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a sparse or nested tensor.  Before its shape is asked for, which a nested one may not have."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
