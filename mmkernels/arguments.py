@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from operator import index
 
 import numpy as np
@@ -29,6 +30,12 @@ def is_finite(value) -> bool:
 def is_dropout(value) -> bool:
     """Whether it is a fraction of elements that may be dropped; False, which `training and p` gives, is 0."""
     return value is False or (is_number(value) and 0.0 <= value < 1.0)
+
+
+def one_of(function: str, name: str, value, choices: Iterable) -> None:
+    """ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{function}: {name} is {value!r}, expected one of {', '.join(map(str, choices))}")
 
 
 def at_least_one(function: str, name: str, value, rest: str = "") -> int:

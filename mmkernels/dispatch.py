@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 
 from mmkernels import native, settings
+from mmkernels.arguments import one_of
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
@@ -52,10 +53,8 @@ def resolve(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
 
     Raises ValueError for an unknown op or impl, UnavailableError when `impl` cannot run here.
     """
-    if op not in TABLE:
-        raise ValueError(f"dispatch: op is {op!r}, expected one of {', '.join(TABLE)}")
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
+    one_of("dispatch", "op", op, TABLE)
+    one_of(op, "impl", impl, IMPLS)
     if impl != "auto":
         reason = missing(op, impl, device=device, dtype=dtype)
         if reason is not None:
@@ -180,15 +179,15 @@ def explain() -> str:
         f"torch {torch.__version__}, triton {'.'.join(map(str, triton_version() or ())) or 'not installed'}",
         f"GPU: {_gpu()}",
         f"planner: {planner.BACKEND}" + ("" if planner.BACKEND == "cpp" else "  (mmkernels._planner is not built)"),
-        "",
     ]
+    if cpp_missing() is None:
+        lines.append(f"C++ on the CPU: {_vectors()}")
+    lines.append("")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op, per_device in TABLE.items():
         for device_type in devices:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for dtype in TRITON_DTYPES:
                 lines.append(_row(op, per_device[device_type], torch.device(device_type), dtype))
-    if cpp_missing() is None:
-        lines.insert(3, f"C++ on the CPU: {_vectors()}")
     if cpp_missing() is None and not hasattr(native.cpu_functions(), "modality_embed_fwd"):
         lines.append(
             "packing and modality_embed: short calls on the CPU take the dispatcher, since mmkernels._C was built "

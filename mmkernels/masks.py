@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import layout_tables, mask_lowering, mask_lowering_device, planner, tracing
+from mmkernels.arguments import one_of
 from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
@@ -72,10 +73,8 @@ class AttentionMask:
     intervals: KeyIntervals | None = None
 
     def __post_init__(self) -> None:
-        if self.align not in ALIGN:
-            raise ValueError(f"AttentionMask: align is {self.align!r}, expected one of {', '.join(ALIGN)}")
-        if self.window_scope not in ("all", "causal"):
-            raise ValueError(f"AttentionMask: window_scope is {self.window_scope!r}, expected 'all' or 'causal'")
+        one_of("AttentionMask", "align", self.align, ALIGN)
+        one_of("AttentionMask", "window_scope", self.window_scope, ("all", "causal"))
         if (causal := _zero_or_one(self.causal)) is None:
             raise ValueError(f"AttentionMask: causal is {self.causal!r}, expected a bool")
         object.__setattr__(self, "causal", causal)
@@ -203,10 +202,8 @@ class MaskPlan:
         joined: tiles of at most so many columns take adjacent spans as one masked span (host bounds only).
         Raises NotImplementedError for sample tiles where only device-side bounds are known.
         """
-        if rows not in ("query", "key"):
-            raise ValueError(f"MaskPlan.tiles: rows is {rows!r}, expected 'query' or 'key'")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"MaskPlan.tiles: schedule is {schedule!r}, expected 'sample' or 'token'")
+        one_of("MaskPlan.tiles", "rows", rows, ("query", "key"))
+        one_of("MaskPlan.tiles", "schedule", schedule, SCHEDULES)
         key = (rows, block_rows, block_cols, schedule, joined)
         found = self._tiles.get(key)
         if found is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmkernels.arguments import as_list, at_least_one
+from mmkernels.arguments import as_list, at_least_one, one_of
 from mmkernels.dispatch import IMPLS
 from mmkernels.layout import PackedLayout
 from mmkernels.layout_tables import MAX_MODALITIES
@@ -65,8 +65,7 @@ class ModalityEmbedding(nn.Module):
         if vocab_size is not None:
             vocab_size = at_least_one(NAME, "vocab_size", vocab_size, " or None")
         check_options(NAME, norm, eps, dropout, "dropout")
-        if impl not in IMPLS:
-            raise ValueError(f"{NAME}: impl is {impl!r}, expected one of {', '.join(IMPLS)}")
+        one_of(NAME, "impl", impl, IMPLS)
         self.width, self.num_modalities, self.impl = width, num_modalities, impl
         self.norm, self.eps, self.dropout = norm, eps, dropout
         lengths = _table_rows(positions, num_modalities)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import transforms
+from mmkernels.arguments import one_of
 from mmkernels.compat import kept
-from mmkernels.compat.arguments import FALLBACKS, one_of
+from mmkernels.compat.arguments import FALLBACKS
 from mmkernels.compat.torch_sdpa import DTYPES, scaled_dot_product_attention
 from mmkernels.dispatch import IMPLS
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmkernels.arguments import at_least_one, host_array
+from mmkernels.arguments import at_least_one, host_array, one_of
 from mmkernels.planner_backend import packs as _backend
 
 POLICIES = ("best_fit", "first_fit", "stream")
@@ -92,10 +92,8 @@ def plan_packs(
     Time is O(n + budget) for one budget without costs (first_fit: n log n); several, and costs, take some us an item.
     Raises ValueError for such an item under long="error", and for arguments that make no plan.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"plan_packs: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-    if long not in LONG:
-        raise ValueError(f"plan_packs: long is {long!r}, expected one of {', '.join(LONG)}")
+    one_of("plan_packs", "policy", policy, POLICIES)
+    one_of("plan_packs", "long", long, LONG)
     max_items = None if max_items is None else at_least_one("plan_packs", "max_items", max_items, " or None")
     lengths, budgets = lengths_and_budgets("plan_packs", lengths, budget)
     splits = len(budgets) == 1 and costs is None

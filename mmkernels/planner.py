@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmkernels import planner_numpy
+from mmkernels.arguments import one_of
 from mmkernels.pack_stream import PackStream
 from mmkernels.packs import PackPlan, plan_packs
 from mmkernels.planner_backend import BACKEND
@@ -61,14 +62,14 @@ def attention_tiles(
     rows="query": rows are queries and columns keys; rows="key": the transpose, for backward. Keys carry one bit.
     cu_rows, cu_cols [B + 1]: bounds of the samples; one sample [0, R], [0, C] gives tiles that cross real samples.
 
-    tiles int32 [n, 4]: row_start, row_end, first span, last span (exclusive); most blocks first, stable.
+    tiles int32 [n, 4]: row_start, row_end, first span, last span (exclusive); samples by their heaviest tile, and the
+      tiles of a sample together, the heaviest (most blocks) first.
     spans int32 [m, 3]: col_start, col_end, masked. Blocks count from the sample's start and are clipped at its end.
       masked = 0: every row sees every column and every block is whole. A short tile of keys has masked spans only.
     pairs: block_rows * block_cols * blocks visited.
     Raises ValueError where bounds decrease or a key has not exactly one bit.
     """
-    if rows not in ("query", "key"):
-        raise ValueError(f'attention_tiles: rows is {rows!r}, expected "query" or "key"')
+    one_of("attention_tiles", "rows", rows, ("query", "key"))
     arrays = {"cu_rows": cu_rows, "cu_cols": cu_cols, "lo": lo, "hi": hi, "row_bits": row_bits, "col_bits": col_bits}
     arrays = {name: _int32("attention_tiles", name, array) for name, array in arrays.items()}
     for name in ("hi", "row_bits"):

@@ -242,7 +242,7 @@ def test_attention_tiles_say_what_is_seen(backend, seed, rows):
         ({"cu_cols": [0, 1, 3]}, "cu_rows has 2 and cu_cols 3 bounds"),
         ({"lo": [0, 0]}, "hi has 3 tokens, expected 2"),
         ({"block_rows": 0}, "block_rows is 0 and block_cols 2, expected at least 1 each"),
-        ({"rows": "column"}, 'rows is \'column\', expected "query" or "key"'),
+        ({"rows": "column"}, "rows is 'column', expected one of query, key"),
     ],
 )
 def test_attention_tiles_name_what_is_wrong(backend, change, message):

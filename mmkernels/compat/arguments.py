@@ -33,10 +33,5 @@ def window(caller: str, name: str, value) -> tuple[int, int]:
     return max(-1, min(left, FAR)), max(-1, min(right, FAR))
 
 
-def one_of(caller: str, name: str, value, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{caller}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
 def is_whole(t: Tensor) -> bool:
     return not (t.dtype.is_floating_point or t.dtype.is_complex or t.dtype == torch.bool)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mmkernels.arguments import one_of
 from mmkernels.compat import kept
-from mmkernels.compat.arguments import FALLBACKS, one_of
+from mmkernels.compat.arguments import FALLBACKS
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
 from mmkernels.dispatch import IMPLS
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.arguments import one_of
 from mmkernels.compat import mask_reading, padded_op, plans
-from mmkernels.compat.arguments import FALLBACKS, one_of, refuse_tensors
+from mmkernels.compat.arguments import FALLBACKS, refuse_tensors
 from mmkernels.compat.arguments import window as checked_window
 from mmkernels.compat.padded import attend, goes_by_head
 from mmkernels.compat.plans import Refused, Seen, Shape

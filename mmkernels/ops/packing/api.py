@@ -154,8 +154,7 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
 
 
 def _resolve(function: str, impl: str, tensor: Tensor) -> str:
-    if impl not in dispatch.IMPLS:
-        raise ValueError(f"{function}: impl is {impl!r}, expected one of {', '.join(dispatch.IMPLS)}")
+    arguments.one_of(function, "impl", impl, dispatch.IMPLS)
     # The compiler would guard on what is not kept yet, and compile the next call anew.
     if is_dynamo_compiling():
         return dispatch.resolve("packing", impl, device=tensor.device, dtype=tensor.dtype)
