@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from mmkernels import native, settings
-from mmkernels.arguments import one_of
+from mmkernels.arguments import KERNEL_FLOATS, one_of
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
@@ -39,7 +39,6 @@ FILES = {
 TRITON_OPS = ("attention", "modality_embed")
 CPU_ONLY_TORCH = ("attention",)  # its torch path calls CPU-only aten kernels
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
 
@@ -135,7 +134,7 @@ def _triton_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | 
         return "Triton is not installed"
     if found < MIN_TRITON:
         return f"Triton is {'.'.join(map(str, found))}, needs {'.'.join(map(str, MIN_TRITON))} or later"
-    if dtype not in TRITON_DTYPES:
+    if dtype not in KERNEL_FLOATS:
         return f"the kernels take fp32, bf16 and fp16, not {_name(dtype)}"
     if device.type == "cpu":
         if not settings.current().triton_interpret:
@@ -186,7 +185,7 @@ def explain() -> str:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op, per_device in TABLE.items():
         for device_type in devices:
-            for dtype in TRITON_DTYPES:
+            for dtype in KERNEL_FLOATS:
                 lines.append(_row(op, per_device[device_type], torch.device(device_type), dtype))
     if cpp_missing() is None and not hasattr(native.cpu_functions(), "modality_embed_fwd"):
         lines.append(

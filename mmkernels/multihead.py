@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels import transforms
-from mmkernels.arguments import one_of
+from mmkernels.arguments import KERNEL_FLOATS, one_of
 from mmkernels.compat import kept
 from mmkernels.compat.arguments import FALLBACKS
-from mmkernels.compat.torch_sdpa import DTYPES, scaled_dot_product_attention
+from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
 from mmkernels.dispatch import IMPLS
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
@@ -190,7 +190,7 @@ def _unfit(module: nn.MultiheadAttention) -> str | None:
     weight = getattr(module.out_proj, "weight", None)
     if not isinstance(weight, Tensor):  # wrapped or quantised
         return f"has an out_proj of its own, a {type(module.out_proj).__name__}"
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in KERNEL_FLOATS:
         return f"is {weight.dtype}, taken are float32, bfloat16 and float16"
     return None
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.arguments import one_of
+from mmkernels.arguments import KERNEL_FLOATS, one_of
 from mmkernels.compat import mask_reading, padded_op, plans
 from mmkernels.compat.arguments import FALLBACKS, refuse_tensors
 from mmkernels.compat.arguments import window as checked_window
@@ -20,7 +20,6 @@ from mmkernels.masks import ALIGN
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 NAME = "scaled_dot_product_attention"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scaled_dot_product_attention(
@@ -132,7 +131,7 @@ def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, t
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.dtype in DTYPES else t for t in (q, k, v))
+        q, k, v = (t.to(dtype) if t.dtype in KERNEL_FLOATS else t for t in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{NAME}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     ndim = max(q.ndim, k.ndim, v.ndim)
@@ -210,7 +209,7 @@ def _four_dims(mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, .
 
 def _refused(q: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: bool, fallback) -> str | None:
     """What no plan is needed to refuse."""
-    if q.dtype not in DTYPES:
+    if q.dtype not in KERNEL_FLOATS:
         return f"query is {q.dtype}, taken are float32, bfloat16 and float16"
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
         return f"query has width {q.shape[3]}, taken are {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"

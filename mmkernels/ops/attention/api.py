@@ -16,8 +16,6 @@ from mmkernels.ops.attention import op as _op
 from mmkernels.ops.attention import quick
 from mmkernels.ops.attention.inputs import Request
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 # Defaults of dropout_p are 0, here and in the drop-ins, not 0.0: torch.compile(dynamic=True) makes a symbol of every
 # float, and cannot hand one to a second checkpointed region.
@@ -144,8 +142,8 @@ def prepare_attention(
     """
     _check_types("prepare_attention", layout, layout if k_layout is None else k_layout, mask)
     _check_options("prepare_attention", deterministic, impl)
-    if dtype not in DTYPES:
-        raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {DTYPE_NAMES}")
+    if dtype not in arguments.FLOATS:
+        raise ValueError(f"prepare_attention: dtype is {dtype!r}, expected {arguments.FLOAT_NAMES}")
     if not (isinstance(head_dim, int | np.integer) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM):
         raise ValueError(f"prepare_attention: head_dim is {head_dim!r}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if deterministic is None:
@@ -250,7 +248,8 @@ def _in_autocasts_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES[:3] else t for t in tensors)
+    taken = arguments.KERNEL_FLOATS
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in taken else t for t in tensors)
 
 
 def _leave_lengths_open(schedule: tuple) -> None:
@@ -324,8 +323,8 @@ def _check(who: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, keys
             raise ValueError(f"{who}: {name} is {t.dtype}, expected q's {dtype}")
         if t.device != side.device:
             raise ValueError(f"{who}: {name} is on {t.device}, expected the layout's {side.device}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{who}: q is {dtype}, expected {DTYPE_NAMES}")
+    if dtype not in arguments.FLOATS:
+        raise ValueError(f"{who}: q is {dtype}, expected {arguments.FLOAT_NAMES}")
     _, heads, width = q.shape
     _, kv_heads, k_width = k.shape
     if k_width != width or k.shape != v.shape:

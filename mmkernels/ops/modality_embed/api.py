@@ -16,8 +16,6 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
 
 NORMS = ("layernorm", "rmsnorm", None)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_NAMES = ", ".join(map(str, DTYPES))
 MAX_TABLES = 3  # the most axes that a layout has
 _PLAIN = {*tracing.PLAIN_TENSORS, type(None)}
 PositionTables = Tensor | Sequence[Tensor] | None
@@ -253,8 +251,8 @@ def _check_tensors(
 ) -> torch.dtype:
     """Checks shapes, dtypes and devices; the result's dtype.  Runs at every call: cheap where all is well."""
     width, device, own = modality_weight.shape[1], modality_weight.device, modality_weight.dtype
-    if own not in DTYPES:
-        raise ValueError(f"modality_embed: modality_weight is {own}, expected one of {DTYPE_NAMES}")
+    if own not in arguments.FLOATS:
+        raise ValueError(f"modality_embed: modality_weight is {own}, expected {arguments.FLOAT_NAMES}")
 
     def check(name: str, tensor: Tensor, fits: bool, shape: str) -> None:
         if not fits:
@@ -293,10 +291,8 @@ def _check_streams(streams: list[Tensor], width: int, device: torch.device, has_
         if stream.is_floating_point():
             if stream.ndim != 2 or stream.shape[1] != width:
                 raise ValueError(f"modality_embed: stream {m} is {tuple(stream.shape)}, expected [N, {width}]")
-            if dtype not in DTYPES:
-                raise ValueError(
-                    f"modality_embed: stream {m} is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
-                )
+            if dtype not in arguments.FLOATS:
+                raise ValueError(f"modality_embed: stream {m} is {dtype}, expected {arguments.FLOAT_NAMES}")
             if stream.shape[0]:
                 found = dtype if found is None or found == dtype else torch.promote_types(found, dtype)
         elif stream.ndim != 1 or dtype not in (torch.int32, torch.int64):

@@ -11,7 +11,6 @@ from torch import Tensor
 from mmkernels import arguments, tracing, transforms
 from mmkernels.layout import PackedLayout
 
-SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -112,13 +111,13 @@ def rows(tensor: Tensor, index: Tensor) -> None:
         raise ValueError(f"gather_rows: rows is {index.dtype} {list(index.shape)}, expected int32 or int64 [R]")
     if index.device != tensor.device:
         raise ValueError(f"gather_rows: rows is on {index.device}, packed on {tensor.device}")
-    if tensor.requires_grad and torch.is_grad_enabled() and tensor.dtype not in SUM_DTYPES:
-        raise ValueError(f"gather_rows: packed is {tensor.dtype}, its gradient needs {_names(SUM_DTYPES)}")
+    if tensor.requires_grad and torch.is_grad_enabled() and tensor.dtype not in arguments.FLOATS:
+        raise ValueError(f"gather_rows: packed is {tensor.dtype}, its gradient needs {arguments.FLOAT_NAMES}")
 
 
 def summable(function: str, tensor: Tensor) -> None:
-    if tensor.dtype not in SUM_DTYPES:
-        raise ValueError(f"{function}: packed is {tensor.dtype}, expected {_names(SUM_DTYPES)}")
+    if tensor.dtype not in arguments.FLOATS:
+        raise ValueError(f"{function}: packed is {tensor.dtype}, expected {arguments.FLOAT_NAMES}")
 
 
 def out(
@@ -176,7 +175,3 @@ def _is_tensor(function: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}, expected a tensor")
     tracing.refuse_unstrided(function, name, tensor)
-
-
-def _names(dtypes) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -144,7 +144,7 @@ BAD = [
         ValueError,
         "position table 0 is on meta, expected cpu",
     ),
-    ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected one of"),
+    ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected float32"),
     ({"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
     ({"norm": "rmsnorm", "norm_bias": torch.zeros(8)}, ValueError, "norm is 'rmsnorm', which has no bias"),
     ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, expected a number, 0 <= dropout_p < 1"),
