@@ -15,9 +15,7 @@ from torch import Tensor
 
 from mmkernels.compat.kept import by_content
 from mmkernels.compat.mask_reading import Bounds
-from mmkernels.compat.padded import PaddedPlan, plan_bounds
-from mmkernels.layout import PackedLayout
-from mmkernels.masks import AttentionMask, KeyIntervals
+from mmkernels.compat.padded import PaddedPlan, plan_bounds, plan_device_bounds
 
 _HOME = "transformers.masking_utils"
 _OWN_SEQUENCE = "packed_sequence_mask_function"
@@ -116,29 +114,9 @@ class PaddedMask:
             before, after = place < first, place >= stop
             lo, hi = (torch.where(before, first, torch.where(after, stop, t)) for t in (lo, hi))
         if home.type != "cpu":
-            return plan_on_device(lo, hi, self.hidden, samples, by_head)
+            return plan_device_bounds(lo, hi, samples, self.keys, bool(by_head), self.hidden)
         hidden = None if self.hidden is None else self.hidden.numpy()
         return plan_bounds(Bounds(lo.numpy(), hi.numpy(), hidden), samples, queries, self.keys, device, bool(by_head))
-
-
-def plan_on_device(lo: Tensor, hi: Tensor, hidden: Tensor, samples: int, by_head: int) -> PaddedPlan:
-    """The plan of bounds [B, Lq] and hidden keys [B, Lk] that must not be read: modality 1 is hidden."""
-    (batch, queries), keys, device = lo.shape, hidden.shape[1], lo.device
-    repeats = samples // batch
-    lo, hi = (t.repeat_interleave(repeats, 0).reshape(-1) for t in (lo, hi))
-    k_layout = _device_layout(hidden.repeat_interleave(repeats, 0).to(torch.uint8))
-    visible = ((True, False), (True, False))
-    mask = AttentionMask(intervals=KeyIntervals(lo, hi), visible=visible)
-    if queries == keys:
-        return PaddedPlan(k_layout, None, mask, bool(by_head), None)
-    layout = _device_layout(torch.zeros(samples, queries, dtype=torch.uint8, device=device))
-    return PaddedPlan(layout, k_layout, mask, bool(by_head), None)
-
-
-def _device_layout(modalities: Tensor) -> PackedLayout:
-    samples, length = modalities.shape
-    cu_seqlens = torch.arange(samples + 1, dtype=torch.int32, device=modalities.device) * length
-    return PackedLayout._from_device_bounds(cu_seqlens, modalities.numel(), length, modalities.reshape(-1), 2)
 
 
 def intervals(function: Callable, queries: Tensor, in_packs: bool = False) -> tuple[Tensor, Tensor, set[str]]:

@@ -108,12 +108,25 @@ def plan_bounds(bounds: Bounds, samples: int, queries: int, keys: int, device: t
     return PaddedPlan(layout.to(device), k_layout, mask, by_head, plain)
 
 
-def plan_device_bounds(lo: Tensor, hi: Tensor, samples: int, keys: int, by_head: bool) -> PaddedPlan:
-    """The plan of bounds [B or 1, Lq] that must not be read."""
+def plan_device_bounds(
+    lo: Tensor, hi: Tensor, samples: int, keys: int, by_head: bool, hidden: Tensor | None = None
+) -> PaddedPlan:
+    """The plan of bounds [B or 1, Lq] and hidden keys, bool [B, Lk], that must not be read."""
     queries, device = lo.shape[1], lo.device
-    # Copies: a view of the lengths would keep them alive, and so what is kept by them.
-    intervals = KeyIntervals(*(t.repeat_interleave(samples // max(t.shape[0], 1), 0).view(-1) for t in (lo, hi)))
-    return _plan(samples, queries, keys, device, intervals, by_head, None)
+
+    def spread(part: Tensor) -> Tensor:
+        # A copy: a view of the lengths would keep them alive, and so what is kept by them.
+        return part.repeat_interleave(samples // max(part.shape[0], 1), 0)
+
+    intervals = KeyIntervals(spread(lo).view(-1), spread(hi).view(-1))
+    if hidden is None:
+        return _plan(samples, queries, keys, device, intervals, by_head, None)
+    mask = AttentionMask(intervals=intervals, visible=((True, False), (True, False)))  # modality 1 is hidden
+    k_layout = _marked_on_device(spread(hidden).to(torch.uint8))
+    if queries == keys:
+        return PaddedPlan(k_layout, None, mask, by_head, None)
+    layout = _marked_on_device(torch.zeros(samples, queries, dtype=torch.uint8, device=device))
+    return PaddedPlan(layout, k_layout, mask, by_head, None)
 
 
 def _plan(samples: int, queries: int, keys: int, device, intervals, by_head: bool, plain: str | None) -> PaddedPlan:
@@ -132,3 +145,10 @@ def _marked(modalities: np.ndarray) -> PackedLayout:
         modality_ids=torch.from_numpy(modalities).view(-1),
         num_modalities=4,
     )
+
+
+def _marked_on_device(modalities: Tensor) -> PackedLayout:
+    """The same for modalities 0 and 1 that must not be read."""
+    samples, length = modalities.shape
+    cu_seqlens = torch.arange(samples + 1, dtype=torch.int32, device=modalities.device) * length
+    return PackedLayout._from_device_bounds(cu_seqlens, modalities.numel(), length, modalities.view(-1), 2)

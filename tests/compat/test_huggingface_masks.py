@@ -15,8 +15,9 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils as mu  # noqa: E402
 
-from mmkernels.compat import huggingface, huggingface_masks  # noqa: E402
+from mmkernels.compat import huggingface  # noqa: E402
 from mmkernels.compat.huggingface_masks import PaddedMask  # noqa: E402
+from mmkernels.compat.padded import plan_device_bounds  # noqa: E402
 from mmkernels.masks import MaskPlan  # noqa: E402
 
 B, L = 4, 12
@@ -111,10 +112,10 @@ def test_bounds_on_a_device_give_the_same_pairs(pads):
         lo, hi = (torch.minimum(torch.maximum(t, mask.first[:, None]), mask.stop[:, None]) for t in (mask.lo, mask.hi))
         place = torch.arange(L)
         hidden = ~pad & (place >= mask.first[:, None]) & (place < mask.stop[:, None])
-        plan = huggingface_masks.plan_on_device(lo, hi, hidden, B, by_head=0)
+        plan = plan_device_bounds(lo, hi, B, hidden.shape[1], False, hidden)
         assert plan.layout.host is None
         assert torch.equal(pairs_of(plan, L, L), pairs(mask, skip=False)), name
-        by_head = huggingface_masks.plan_on_device(lo, hi, hidden, 3 * B, by_head=3)
+        by_head = plan_device_bounds(lo, hi, 3 * B, hidden.shape[1], True, hidden)
         assert torch.equal(pairs_of(by_head, L, L), pairs(mask, skip=False).repeat_interleave(3, 0)), name
 
 
