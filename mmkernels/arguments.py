@@ -12,10 +12,11 @@ import torch
 # What an option that is a number may be: in a graph of torch.compile also a symbol.
 WHOLE = (int, np.integer, torch.SymInt)
 NUMBERS = (*WHOLE, float, np.floating, torch.SymFloat)
-KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FLOATS = (*KERNEL_FLOATS, torch.float64)  # the last for references, and for sums of packing
-FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 LARGEST = sys.float_info.max  # finite, as a float: compared with, since torch.compile has no isfinite for symbols
+
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*KERNEL_FLOATS, torch.float64)  # the last by references, and in the sums of packing
+FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 
 
 def is_number(value, kinds: tuple[type, ...] = NUMBERS) -> bool:

@@ -66,7 +66,8 @@ class PackedLayout:
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
         """One segment per present modality, in modality order.  counts [B, M]: rows of each modality per sample.
 
-        A count does not include the special token, which is added to segments of at least one row.
+        A count does not include the special token, which is added to segments of at least one row.  Raises ValueError
+        for counts that are no whole numbers >= 0 of that shape, and for too many tokens for int32.
         """
         counts = arguments.host_array("from_counts", "counts", counts)
         if counts.ndim != 2:
@@ -111,6 +112,12 @@ class PackedLayout:
 
         Bounds on the CPU give a complete layout, in which a stretch of one modality in one sample is a segment.
         Bounds on a GPU are never copied back: masks are lowered on the device, for token tiles.
+
+        total_tokens, max_seqlen   T and the longest sample, or any bound above it
+        modality_ids               uint8 [T]; None: all of modality 0
+
+        Raises ValueError for arguments of another kind, dtype, shape or device, and on the CPU for bounds that do not
+        run from 0 to T, a sample longer than max_seqlen, or a modality that num_modalities leaves out.
         """
         if not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")

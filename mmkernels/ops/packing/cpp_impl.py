@@ -1,7 +1,7 @@
 """packing by the C++ extension (csrc/bindings/packing.cpp): multithreaded copies and sums on CPU.
 
 The raw operators take any strides, write contiguous outputs, and check everything, since an error there would be a
-crash; large new results lie in huge pages, where the system allows.
+crash.
 """
 
 from __future__ import annotations
