@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -29,7 +29,7 @@ class KernelSpec:
     fn: Any
     signature: dict[str, str | tuple[str, ...]]
     constexprs: dict[str, Any]
-    divisible_by_16: tuple[str, ...] = field(default=())
+    divisible_by_16: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int = 0  # of a thread; 0: as the compiler wants

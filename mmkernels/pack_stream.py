@@ -37,9 +37,8 @@ class PackStream:
         """
         lengths, _ = lengths_and_budgets("PackStream", lengths, self._budgets)
         reject_long("PackStream", lengths, self._budgets, self._arrived, "drop or split it before")
-        ids, counts = (
-            np.array(values, np.int64) for values in (list(self._items), [len(i) for i in self._items.values()])
-        )
+        ids = np.array(list(self._items), np.int64)
+        counts = np.array([len(items) for items in self._items.values()], np.int64)
         endless = np.iinfo(np.int64).max
         pack_of, closed, *_, self._room, self._next_pack = _backend.scan_fit(
             np.ascontiguousarray(lengths, np.int64),

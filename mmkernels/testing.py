@@ -110,14 +110,7 @@ def reference_mask(
     return seen
 
 
-def random_layout(
-    seed: int,
-    *,
-    num_samples: int = 5,
-    num_modalities: int = 3,
-    max_length: int = 40,
-    special_tokens: tuple[int | None, ...] | None = None,
-) -> PackedLayout:
+def random_layout(seed: int, *, num_samples: int = 5, num_modalities: int = 3, max_length: int = 40) -> PackedLayout:
     """A ragged layout with interleaved segments, missing modalities, empty samples and samples of one token."""
     rng = np.random.default_rng(seed)
     samples = []
@@ -132,7 +125,7 @@ def random_layout(
             samples.append(
                 [(int(rng.integers(num_modalities)), int(rng.integers(1, max_length + 1))) for _ in range(count)]
             )
-    return PackedLayout.from_segments(samples, num_modalities=num_modalities, special_tokens=special_tokens)
+    return PackedLayout.from_segments(samples, num_modalities=num_modalities)
 
 
 @contextlib.contextmanager

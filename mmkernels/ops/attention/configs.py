@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from mmkernels.ops.attention import tuned
 
-KERNELS = ("fwd", "dkdv", "dq", "fused")
+KERNELS, BUCKETS = tuned.KERNELS, tuned.BUCKETS
 NEVER_LATE = ("dq", "fused")  # kernels without Config.late
-BUCKETS = (32, 64, 128, 256)  # head widths, each up to and including
 
 
 @dataclass(frozen=True)

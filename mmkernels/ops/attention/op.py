@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import dispatch, tracing, transforms
+from mmkernels.layout_tables import MAX_MODALITIES
 from mmkernels.ops.attention.inputs import Lowered
 
 _TILES = ", ".join(f"Tensor {kernel}_tiles, Tensor {kernel}_spans" for kernel in ("fwd", "dq", "dkdv"))
@@ -166,7 +167,7 @@ def visible_pairs(q_table: Tensor, k_table: Tensor, has_visible: bool) -> int:
     if not has_visible:
         return int((hi - lo).sum())
     pairs = 0
-    for m in range(32):
+    for m in range(MAX_MODALITIES):
         is_key = (k_table[3] == m).long()
         before = torch.cat([is_key.new_zeros(1), is_key.cumsum(0)])  # keys of modality m before each token
         pairs += int((((q_bits >> m) & 1) * (before[hi] - before[lo])).sum())

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmkernels.ops.attention import triton_tiles
 from mmkernels.ops.attention.configs import Config, padded
 from mmkernels.ops.attention.inputs import uses_tf32
 from mmkernels.philox import threshold
 
-LOG2E = 1.4426950408889634
-
-
+LOG2E = triton_tiles.LOG2E.value
 NOWHERE_ELSE = contextlib.nullcontext()
 
 

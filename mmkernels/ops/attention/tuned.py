@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+KERNELS = ("fwd", "dkdv", "dq", "fused")
+BUCKETS = (32, 64, 128, 256)  # head widths, each up to and including
 MASKS = ("document", "causal", "window", "visible")
 LENGTHS = ("short", "medium", "long")
 KEYS = ("arch", "dtype", "head_dim", "extras", "mask", "lengths", "kernel")
 _CHOICES = {
     "dtype": ("bf16", "fp16", "fp32"),
-    "head_dim": (32, 64, 128, 256),
+    "head_dim": BUCKETS,
     "extras": (False, True),
     "mask": MASKS,
     "lengths": LENGTHS,
-    "kernel": ("fwd", "dkdv", "dq", "fused"),
+    "kernel": KERNELS,
 }
 _NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma", "late", "registers")
 

@@ -42,7 +42,7 @@ def backward(
 ):
     """As in reference.backward."""
     norm = NORM_CODES[options.norm]
-    mean, rstd = (mean if norm == 1 else None), (rstd if norm else None)
+    mean, rstd = (mean if options.centred else None), (rstd if options.normed else None)
     gradients = _direct_bwd(*inputs, norm, options.dropout_p, grad_out, mean, rstd, tuple(needs))
     if gradients is not None:
         return gradients
