@@ -146,16 +146,29 @@ class OptionalBuild(build_ext):
     """Builds what can be built, compiling files in parallel, and says which module was left out and why."""
 
     def run(self):
+        self.failed = []
         with parallel_compile():
             super().run()
-        for extension in self.extensions:
-            if not Path(self.get_ext_fullpath(extension.name)).exists():
-                print(
-                    f"{extension.name} was not built (the compiler's message is above); mmkernels works without it, "
-                    "slower. With a C++20 compiler (nvcc for _C_cuda), run `python -m mmkernels.build`."
-                )
+        for extension in self.failed:
+            self.remove_library(extension)
+            print(
+                f"{extension.name} was not built (the compiler's message is above); mmkernels works without it, "
+                "slower. With a C++20 compiler (nvcc for _C_cuda), run `python -m mmkernels.build`."
+            )
 
     def build_extension(self, extension):
+        try:
+            self.compile(extension)
+        except Exception:
+            self.failed.append(extension)
+            self.remove_library(extension)
+            raise
+
+    def remove_library(self, extension):
+        """What older sources gave, which Python would take for these: in the build folder, after `run` in place."""
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+
+    def compile(self, extension):
         command = getattr(extension, "nvcc_command", None)
         if command is None:
             return super().build_extension(extension)

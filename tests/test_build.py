@@ -1,5 +1,6 @@
 """Installing where something is missing: it goes on in pure Python and says what is missing."""
 
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -33,11 +34,15 @@ def tree(tmp_path):
 
 
 def test_no_compiler(tree):
-    """The build command of an editable install, with compilers that fail."""
+    """The build command of an editable install, with compilers that fail; what older sources gave does not stay."""
+    stale = tree / "mmkernels" / f"_planner{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    stale.touch()
+    os.utime(stale, (0, 0))
     built = run(tree, "setup.py", "-q", "build_ext", "--inplace", CC="/bin/false", CXX="/bin/false")
     assert built.returncode == 0, built.stderr
     for name in ("_planner", "_C"):
         assert f"mmkernels.{name} was not built" in built.stdout
+    assert not stale.exists()
     # An editable install of the checkout would lend its own modules to this copy.
     alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]; "
     program = "import mmkernels; print(mmkernels.plan_packs([3, 5], 8).fill, mmkernels.explain())"
