@@ -102,7 +102,7 @@ def test_repr_and_errors():
         embedding(norm="batchnorm")
     with pytest.raises(ValueError, match="expected a number, 0 <= dropout < 1"):
         embedding(dropout=1.0)
-    with pytest.raises(ValueError, match="table 0 of modality 0 has 2 rows, the layout needs 4"):
+    with pytest.raises(ValueError, match=r"position_weights\[0\] has 2 rows, the layout needs 4"):
         ModalityEmbedding(16, 3, vocab_size=300, positions=[2, None, None])(streams(), LAYOUT)
 
 

@@ -90,7 +90,7 @@ def modality_embed(
         streams,
         modality_weight,
         token_weight,
-        tables,
+        list(tables.values()),
         table_counts,
         norm_weight,
         norm_bias,
@@ -208,19 +208,25 @@ def _without_rows(stream: Tensor | None, modality_weight: Tensor) -> Tensor:
     return stream if stream.dtype is modality_weight.dtype else stream.to(modality_weight.dtype)
 
 
-def _flatten(position_weights: Sequence[PositionTables] | None, num_modalities: int) -> tuple[list[Tensor], list[int]]:
-    """All tables in one list, and how many each modality has."""
+def _flatten(
+    position_weights: list[tuple[Tensor, ...]] | None, num_modalities: int
+) -> tuple[dict[str, Tensor], list[int]]:
+    """All tables in one order, by the names that errors give them, and how many each modality has."""
     if position_weights is None:
-        return [], [0] * num_modalities
+        return {}, [0] * num_modalities
     if len(position_weights) != num_modalities:
         raise ValueError(
             f"modality_embed: position_weights has {len(position_weights)} entries, expected one per stream: "
             f"{num_modalities}"
         )
-    tables = [table for own in position_weights for table in own]
-    for i, table in enumerate(tables):
-        tracing.refuse_unstrided("modality_embed", f"position table {i}", table)
-        tracing.refuse_strict_fakes("modality_embed", f"position table {i}", table)
+    tables = {
+        f"position_weights[{m}]" + (f"[{j}]" if len(own) > 1 else ""): table
+        for m, own in enumerate(position_weights)
+        for j, table in enumerate(own)
+    }
+    for name, table in tables.items():
+        tracing.refuse_unstrided("modality_embed", name, table)
+        tracing.refuse_strict_fakes("modality_embed", name, table)
     return tables, [len(own) for own in position_weights]
 
 
@@ -245,7 +251,7 @@ def _check_tensors(
     layout: PackedLayout,
     modality_weight: Tensor,
     token_weight: Tensor | None,
-    tables: list[Tensor],
+    tables: dict[str, Tensor],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
 ) -> torch.dtype:
@@ -267,8 +273,8 @@ def _check_tensors(
 
     if token_weight is not None:
         check("token_weight", token_weight, token_weight.ndim == 2 and token_weight.shape[1] == width, "rows, ")
-    for i, table in enumerate(tables):
-        check(f"position table {i}", table, table.ndim == 2 and table.shape[1] == width, "rows, ")
+    for name, table in tables.items():
+        check(name, table, table.ndim == 2 and table.shape[1] == width, "rows, ")
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None:
             check(name, vector, tuple(vector.shape) == (width,), "")
@@ -325,7 +331,9 @@ def _check_rows(streams: list[Tensor], layout: PackedLayout) -> None:
                 raise ValueError(f"modality_embed: stream {m} has {stream.shape[0]} rows, the layout takes {length}")
 
 
-def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Tensor], table_counts: list[int]) -> None:
+def _check_indices(
+    streams, layout: PackedLayout, token_weight, tables: dict[str, Tensor], table_counts: list[int]
+) -> None:
     """Ids and positions against the tables they index.  Reads host data only: never syncs."""
     rows = 0 if token_weight is None else token_weight.shape[0]
     for m, special in _present_special_tokens(layout):
@@ -343,17 +351,14 @@ def _check_indices(streams, layout: PackedLayout, token_weight, tables: list[Ten
     extents = _extents(layout) if tables else None
     if extents is None:
         return
-    first = 0
+    named = iter(tables.items())
     for m, count in enumerate(table_counts):
         for j in range(count):
+            name, table = next(named)
             axis = layout.axes - count + j
             need = extents[m][axis] if axis >= 0 else int(max(extents[m]) > 0)
-            if tables[first + j].shape[0] < need:
-                raise ValueError(
-                    f"modality_embed: position table {j} of modality {m} has {tables[first + j].shape[0]} rows, the "
-                    f"layout needs {need}"
-                )
-        first += count
+            if table.shape[0] < need:
+                raise ValueError(f"modality_embed: {name} has {table.shape[0]} rows, the layout needs {need}")
 
 
 def _present_special_tokens(layout: PackedLayout) -> list[tuple[int, int]]:

@@ -127,12 +127,12 @@ BAD = [
     (
         {"position_weights": [torch.zeros(3, 8), None]},
         ValueError,
-        "table 0 of modality 0 has 3 rows, the layout needs 4",
+        r"position_weights\[0\] has 3 rows, the layout needs 4",
     ),
     (
         {"position_weights": [None, (torch.zeros(2, 8), torch.zeros(1, 8))]},
         ValueError,
-        "table 1 of modality 1 has 1 rows",
+        r"position_weights\[1\]\[1\] has 1 rows",
     ),
     ({"position_weights": [None, [torch.zeros(2, 8)] * 4]}, ValueError, "at most 3"),
     ({"norm": "batchnorm"}, ValueError, "norm is 'batchnorm'"),
@@ -142,7 +142,7 @@ BAD = [
     (
         {"position_weights": [torch.zeros(4, 8, device="meta"), None]},
         ValueError,
-        "position table 0 is on meta, expected cpu",
+        r"position_weights\[0\] is on meta, expected cpu",
     ),
     ({"modality_weight": torch.zeros(2, 8).int()}, ValueError, "modality_weight is torch.int32, expected float32"),
     ({"eps": -1.0}, ValueError, "eps is -1.0, expected a finite number >= 0"),
@@ -186,7 +186,7 @@ BAD = [
     (
         {"position_weights": [torch.zeros(4, 8).to_sparse(), None]},
         ValueError,
-        "position table 0 is torch.sparse_coo, expected a strided tensor",
+        r"position_weights\[0\] is torch.sparse_coo, expected a strided tensor",
     ),
 ]
 
