@@ -97,10 +97,6 @@ def attention_forward(
     refuse_tensors(NAME, ("scaling", scaling), ("dropout", dropout))
     if value.shape[3] != query.shape[3]:
         raise NotImplementedError(f"{NAME}: value has width {value.shape[3]}, taken is query's {query.shape[3]}")
-    device = query.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        query, key, value = (t.to(dtype) for t in (query, key, value))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:
         if cu_seq_lens_k is None:
@@ -124,7 +120,7 @@ def attention_forward(
         )
     plan = mask.plan(
         query.shape[2],
-        device,
+        query.device,
         skip=mask.causal or _attends_to_itself(type(module)),
         by_head=query.shape[1] if goes_by_head(query, key, value) else 0,
     )
