@@ -76,14 +76,17 @@ double pairs_of(const Backward& b) {
   return total;
 }
 
+// Each chunk has its own part of dq, which takes memory and is added up afterwards.
+constexpr int64_t kEnoughTasks = 16;  // of all samples and heads
+constexpr int64_t kMinKeys = 256;     // of a chunk
+constexpr int64_t kMaxChunks = 8;     // of a sample
+
 // Into how many key ranges each sample is cut.  One, unless there are too few samples and heads to keep many threads
 // busy; the layout alone decides, so that sums never depend on the number of threads.
-constexpr int64_t kEnoughTasks = 16, kMinKeys = 256, kMaxChunks = 8;
-
 std::vector<int64_t> chunks_of(const Backward& b) {
-  if (exact_delta(b)) return std::vector<int64_t>(b.num_samples, 1);
-  const double total = pairs_of(b);
   std::vector<int64_t> chunks(b.num_samples, 1);
+  if (exact_delta(b)) return chunks;
+  const double total = pairs_of(b);
   for (int64_t s = 0; s < b.num_samples && total > 0; ++s) {
     const Sample at = sample_at(b, s);
     const double share = at.pairs() / total;

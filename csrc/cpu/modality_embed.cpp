@@ -79,7 +79,7 @@ std::string forward(const Inputs& in, Rows out, float* mean, float* rstd, const 
   const bool in_place = !past_cache && out.kind == Kind::kF32 && in.E % kLanes == 0;
   const Outputs to{out, mean, rstd, in_place, past_cache};
   std::atomic<int64_t> bad{-1};
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in.E));
+  const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, in.E));
   parallel(in.T, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(in_place ? 0 : padded(in.E));
     const int64_t found = forward_rows(in, to, weight.data(), bias.data(), scratch.data(), begin, end);

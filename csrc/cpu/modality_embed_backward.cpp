@@ -17,7 +17,6 @@ constexpr int64_t kChunks = 32;
 constexpr int64_t kChunkRows = 32;                  // at least, where there are so many
 constexpr int64_t kBlockBytes = int64_t{16} << 20;  // of dx: still cached when the second stage reads it
 constexpr int64_t kColumns = 256, kKeyRanges = 16;  // a task of the second stage is one of 16 ranges, 256 columns
-constexpr int64_t kSerialElements = 65536;          // less work than this is not worth a second thread
 constexpr int64_t kRowsAhead = 2;                   // that the first stage asks for before it needs them
 constexpr int64_t kAhead = 4;                       // readers of a table row
 constexpr int64_t kUnroll = 8;                      // vectors of a table row that are summed in registers

@@ -14,6 +14,7 @@ namespace mm::cpu::embed {
 using namespace simd;
 
 constexpr int kMaxTables = 3;
+constexpr int64_t kSerialElements = 65536;  // less work than this is not worth a second thread
 
 inline int64_t padded(int64_t E) { return (E + kLanes - 1) / kLanes * kLanes; }
 
@@ -173,11 +174,11 @@ MM_INLINE float sum_token(const Inputs& in, const Token& token, float* x, const 
   }
 }
 
-template <bool kStream, class Out>
+template <bool kPastCache, class Out>
 MM_INLINE void store_row(Out* out, const float* x, int64_t E) {
   int64_t e = 0;
   for (; e + kLanes <= E; e += kLanes) {
-    if constexpr (kStream) {
+    if constexpr (kPastCache) {
       store_past_cache(out + e, load(x + e));
     } else {
       store(out + e, load(x + e));
@@ -186,16 +187,16 @@ MM_INLINE void store_row(Out* out, const float* x, int64_t E) {
   if (e < E) store_tail(out + e, load(x + e), E - e);
 }
 
-template <bool kStream>
+template <bool kPastCache>
 MM_INLINE void store_row(const Rows& out, int64_t index, const float* x, int64_t E) {
   char* row = row_at(out, index, E);
   switch (out.kind) {
     case Kind::kF32:
-      return store_row<kStream>(reinterpret_cast<float*>(row), x, E);
+      return store_row<kPastCache>(reinterpret_cast<float*>(row), x, E);
     case Kind::kBF16:
-      return store_row<kStream>(reinterpret_cast<BFloat16*>(row), x, E);
+      return store_row<kPastCache>(reinterpret_cast<BFloat16*>(row), x, E);
     default:
-      return store_row<kStream>(reinterpret_cast<Float16*>(row), x, E);
+      return store_row<kPastCache>(reinterpret_cast<Float16*>(row), x, E);
   }
 }
 
