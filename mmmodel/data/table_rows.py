@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mmmodel.configs import ConfigError
 
@@ -115,20 +115,30 @@ def _table(path: Path, delimiter: str, as_they_are: Container[str]) -> tuple[lis
 @_told
 def _cells(path: Path, delimiter: str) -> Iterator[list[str] | NotUTF8]:
     """The names of the columns first."""
-    limit = csv.field_size_limit(LARGEST_CELL)
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = filter(None, csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True))
-            names = _once_each(next(reader, []))
-            if wrong := _not_utf8(delimiter.join(names)):
-                raise ValueError(f"the names of its columns: {wrong}")
-            yield names
-            for number, row in enumerate(reader):
-                if len(row) != len(names):
-                    raise ValueError(f"row {number + 1} has more or fewer cells than there are columns")
-                yield _not_utf8(delimiter.join(row)) or row
-    finally:
-        csv.field_size_limit(limit)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = _read_by_csv(file, delimiter)
+        names = _once_each(next(rows, []))
+        if wrong := _not_utf8(delimiter.join(names)):
+            raise ValueError(f"the names of its columns: {wrong}")
+        yield names
+        for number, row in enumerate(rows):
+            if len(row) != len(names):
+                raise ValueError(f"row {number + 1} has more or fewer cells than there are columns")
+            yield _not_utf8(delimiter.join(row)) or row
+
+
+def _read_by_csv(file: TextIO, delimiter: str) -> Iterator[list[str]]:
+    """All but blank lines.  csv's limit is the whole process's: it is raised while a row is read, not in between."""
+    reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+    row = []
+    while row is not None:
+        if row:
+            yield row
+        limit = csv.field_size_limit(LARGEST_CELL)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _not_utf8(text: str) -> NotUTF8 | None:

@@ -229,6 +229,16 @@ def test_csv_as_people_write_it(tmp_path):
     assert (second.text, second.meta) == ("two\nlines", {"n": "1.5", "m": "1"})
 
 
+def test_csvs_own_limit_is_raised_for_no_other_reader(tmp_path):
+    before = csv.field_size_limit()
+    source = write(tmp_path, {"t.csv": "text\n\na\n" + "b" * 2 * before}) / "t.csv"
+    _, rows = table_rows.read(source, ("text",))
+    assert next(rows) == {"text": "a"}
+    assert csv.field_size_limit() == before  # while ours waits for its next row
+    assert len(next(rows)["text"]) == 2 * before
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("table", ["t.csv", "t.jsonl"])
 def test_a_row_that_is_not_utf_8_is_left_out(tmp_path, caplog, table):
     """The others keep their number in the table, and a column its kind."""
