@@ -2,8 +2,11 @@
 
 import argparse
 
+from mmkernels import __version__
 from mmkernels.dispatch import explain
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(prog="python -m mmkernels", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m mmkernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"mmkernels {__version__}")
+    parser.parse_args()
     print(explain())

@@ -28,10 +28,16 @@ def main(args: list[str] | None = None) -> None:
 
     What a user or the machine did wrong is one line; anything else is a fault of ours and shows its traceback.
     """
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        from mmkernels import __version__  # imports torch
+
+        print(f"mmmodel {__version__}")
+        return
     settings.calm_threads()
     command = None
     try:
-        command = tyro.cli(Command, args=args, prog="mmmodel", description=__doc__.split("\n")[0])
+        description = __doc__.split("\n")[0] + " --version says which this is."
+        command = tyro.cli(Command, args=args, prog="mmmodel", description=description)
         command.run()
     except (ConfigError, RunError) as error:
         sys.exit(str(error))

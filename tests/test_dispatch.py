@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+import mmkernels
 from mmkernels import dispatch
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -119,6 +122,13 @@ def test_explain_names_every_operator():
     other = subprocess.run([sys.executable, "-m", "mmkernels", "attention"], capture_output=True, text=True)
     assert other.returncode == 2
     assert "unrecognized arguments: attention" in other.stderr
+
+
+def test_the_command_line_says_its_version():
+    """The one that pip has installed, which reads pyproject.toml."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    printed = subprocess.run([sys.executable, "-m", "mmkernels", "--version"], capture_output=True, text=True).stdout
+    assert printed == f"mmkernels {version}\n" == f"mmkernels {mmkernels.__version__}\n"
 
 
 def test_the_package_works_without_triton():

@@ -12,6 +12,7 @@ import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+import mmkernels
 from mmmodel import checkpoint, cli, configs, embed, export, run_folder, train
 from mmmodel.data import stamps
 from mmmodel.data.shards import write_shard
@@ -51,6 +52,11 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(SystemExit, match=message):
         cli.main(arguments)
+
+
+def test_version(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"mmmodel {mmkernels.__version__}\n"
 
 
 @pytest.fixture
