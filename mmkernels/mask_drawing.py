@@ -287,9 +287,13 @@ def _plan(options: argparse.Namespace) -> MaskPlan:
     samples = _samples("--segments", options.segments)
     k_samples = None if options.k_segments is None else _samples("--k-segments", options.k_segments)
     visible = None if options.visible is None else _visible_pairs(options.visible)
-    named = [m for side in (samples, k_samples or []) for sample in side for m, _ in sample]
-    named += [m for query, keys in (visible or {}).items() for m in (query, *keys)]
-    M = max(named, default=0) + 1
+    M = max((m for side in (samples, k_samples or []) for sample in side for m, _ in sample), default=0) + 1
+    for m in (m for query, keys in (visible or {}).items() for m in (query, *keys)):
+        if not 0 <= m < M:
+            raise ValueError(
+                f"mask drawing: --visible names modality {m}, expected 0 to {M - 1}, as the segments have (there {M}:0 "
+                "is one more, without tokens)"
+            )
     if options.isolated and visible is not None:
         raise ValueError("mask drawing: --isolated and --visible exclude one another")
     if options.isolated:

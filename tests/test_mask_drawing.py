@@ -79,6 +79,7 @@ def test_every_option_reaches_the_mask(capsys):
     assert drawn(capsys, "--isolated")[:3] == ["##..  ..", "##..  ..", "..##  .."]
     assert drawn(capsys, "--visible", "0>1")[:3] == ["..##  ..", "..##  ..", "####  .."]  # 1 is not named: sees all
     assert drawn(capsys, "--visible", "0>")[0] == "....  .."
+    assert drawn(capsys, "--k-segments", "0:2,2:0;2:2", "--visible", "0>2")[:3] == ["..  ..", "..  ..", "##  .."]
     scopes = ("--causal", "--bidirectional", "1", "--window", "0,-1", "--window-scope")
     assert drawn(capsys, *scopes, "all")[3] == "...#  .."
     assert drawn(capsys, *scopes, "causal")[3] == "..##  .."
@@ -113,6 +114,8 @@ def test_tiles_are_counted(capsys):
         (["--segments", "0:2x"], "--segments is '0:2x', expected modality:length as in"),
         (["--segments", "0:1x2x3x4"], "sample 0 has length (1, 2, 3, 4), expected n >= 0, (rows, cols) or"),
         (["--segments", "0:2", "--visible", "0"], "--visible is '0'"),
+        (["--segments", "0:2,1:2", "--visible", "0>5"], "--visible names modality 5, expected 0 to 1, as the segments"),
+        (["--segments", "0:2", "--visible", "0>-1"], "--visible names modality -1, expected 0 to 0"),
         (["--segments", "0:2", "--isolated", "--visible", "0>0"], "exclude one another"),
         (["--segments", "0:2", "--window", "a,b"], "--window is 'a,b'"),
         (["--segments", "0:2", "--tiles", "64"], "--tiles is '64'"),
