@@ -25,7 +25,7 @@ from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import weights
 from mmmodel.finetuning.learner import sample_mean
-from mmmodel.model import Model
+from mmmodel.model import Model, check_impl
 
 BATCH = 64
 JOINT = "joint"
@@ -52,6 +52,7 @@ class Embedder:
         limits.check_device(str(device), "embed")
         opened = export.open_run(run, impl=impl)
         self.config = opened.config
+        check_impl(self.config.model.impl, device)
         learner = weights.learner_of(opened).to(device)
         self.model: Model = learner.model
         self.contrastive: nn.Module | None = dict(learner.objectives.items()).get("contrastive")

@@ -22,6 +22,7 @@ from mmmodel.data import stamps
 from mmmodel.embed import segment_vectors
 from mmmodel.features import Item
 from mmmodel.finetuning.learner import Aligned
+from mmmodel.model import check_impl
 from mmmodel.pretraining import Corpus, Pretraining
 from mmmodel.progress import Console
 
@@ -65,6 +66,7 @@ def evaluate(
     opened = export.open_run(run, impl=impl)
     export.refuse_finetuned(opened)
     config, run = opened.config, opened.path.parent
+    check_impl(config.model.impl, device)
     if data:
         config = replace(config, data=pretraining.located(data), languages=())
     torch.set_num_threads(config.threads)

@@ -23,6 +23,7 @@ from mmmodel.explaining.sample import Sample, content, pieces_of, tokens_of, wor
 from mmmodel.finetuning import weights
 from mmmodel.frontends.audio import HOP, SAMPLE_RATE
 from mmmodel.frontends.text import special_ids
+from mmmodel.model import check_impl
 from mmmodel.pretraining import Corpus, Pretraining
 
 GALLERY = 500  # other samples that the sample's own is to be found among
@@ -79,8 +80,10 @@ def explain(
     CheckpointError for a run that does not load.
     """
     limits.check_device(device, "explain")
-    learner = weights.learner_of(export.open_run(run, impl=impl)).to(device)
-    config, out = learner.config, Path(out)
+    opened = export.open_run(run, impl=impl)
+    config, out = opened.config, Path(out)
+    check_impl(config.model.impl, device)
+    learner = weights.learner_of(opened).to(device)
     torch.set_num_threads(config.threads)
     path = pretraining.find_data(data or config.data)
     sample, others = _open(learner, path, () if data else config.languages, key, split)

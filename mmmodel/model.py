@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.modules import ModalityEmbedding
-from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM, attention_qkvpacked
+from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM, attention_qkvpacked, prepare_attention
 from mmmodel import frontends, limits, recompute
 from mmmodel.batches import Batch, samples_of
 from mmmodel.configs import ConfigError, ModelConfig
@@ -190,3 +190,13 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
 def autocast(device: str, precision: str) -> torch.autocast:
     """What a training step's forward runs under.  bf16 has the range of fp32, so gradients need no scaling."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_impl(impl: str, device: torch.device | str, precision: str = "fp32") -> None:
+    """Raises UnavailableError for an implementation that cannot run there, which the first batch would come to know.
+
+    By attention's word: modality_embed asks for no more.
+    """
+    layout = PackedLayout.from_counts([[1]]).to(device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    prepare_attention(layout, dtype=dtype, head_dim=MIN_HEAD_DIM, impl=impl)

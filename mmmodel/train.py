@@ -44,7 +44,7 @@ from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
-from mmmodel.model import autocast, parameter_counts
+from mmmodel.model import autocast, check_impl, parameter_counts
 from mmmodel.plot import plot_run
 from mmmodel.pretraining import Corpus, Prepared, Pretraining
 from mmmodel.progress import Progress
@@ -95,6 +95,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if begun and run_folder.finished(out, config):
         _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
+    check_impl(config.model.impl, device, config.precision)  # not in `check`: a rank's GPU is known here
     # first, so that nothing is written of a run that cannot start
     earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
     with distributed.first_alone():

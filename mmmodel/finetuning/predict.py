@@ -18,6 +18,7 @@ from mmmodel.features import Features, Item
 from mmmodel.finetuning.learner import Aligned
 from mmmodel.finetuning.loop import predict
 from mmmodel.finetuning.run import read_samples, restore
+from mmmodel.model import check_impl
 
 CHUNK = 64 * embed.BATCH  # rows that are written at a time
 LIKELY = 0.5  # probability from which a sample has a label, of many that it may have
@@ -36,6 +37,7 @@ class Predictor:
     def __init__(self, run: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> None:
         limits.check_device(str(device), "predict")
         source = export.open_run(run, impl=impl)
+        check_impl(source.config.model.impl, device)
         learner, self.labels, self.config = restore(source)
         self.learner, self.pretrain = learner.to(device), source.config
         kind = {"multilabel": "names", "regression": "number"}.get(self.labels.task, "text")

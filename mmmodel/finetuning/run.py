@@ -31,6 +31,7 @@ from mmmodel.finetuning.learner import Aligned, FineTuned
 from mmmodel.finetuning.loop import Labelled, evaluate_on, train
 from mmmodel.finetuning.scores import MAIN
 from mmmodel.finetuning.weights import Loaded
+from mmmodel.model import check_impl
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def finetune(run: Path | str, config: FinetuneConfig, out: Path | str, *, impl: 
     torch.set_num_threads(config.threads)
     config = replace(config, data=config.data and pretraining.located(config.data))
     source, out = export.open_run(run, impl=impl), Path(out)
+    check_impl(source.config.model.impl, config.device, config.precision)
     with run_folder.alone_in(out, "finetune"):
         return _finetune(source, config, out, started)
 

@@ -75,9 +75,14 @@ def assert_one_line(message, *arguments):
     assert "\n" not in stopped.value.code
 
 
-def test_an_implementation_that_cannot_run_here_is_one_line(shards, tmp_path):
-    start = ("pretrain", "--preset", "tiny", "--set", f"data={shards}", "model.impl=triton", "--out", tmp_path)
-    assert_one_line("modality_embed: impl='triton' cannot run on cpu float32", *start)
+def test_an_implementation_that_cannot_run_here_is_one_line(tmp_path, monkeypatch):
+    """Before the data, which may take long, are looked for."""
+    fields = (f"data={tmp_path / 'none'}", "model.impl=triton")
+    start = ("pretrain", "--preset", "tiny", "--out", tmp_path, "--set", *fields)
+    assert_one_line("attention: impl='triton' cannot run on cpu float32: CPU tensors need TRITON_INTERPRET=1", *start)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert_one_line("there is no folder .*none", *start)
+    assert_one_line("cannot run on cpu bfloat16: Triton's interpreter gives wrong bf16", *start, "precision=bf16")
 
 
 def test_a_run_of_another_machines_implementation_is_used_with_one_that_runs_here(run, shards, tmp_path):
@@ -95,7 +100,8 @@ def test_a_run_of_another_machines_implementation_is_used_with_one_that_runs_her
     ):
         command = [name, *more] if "--from" in more else [name, "--from", there, *more]
         if name != "predict":  # which keeps what finetune was given
-            assert_one_line("impl='triton' cannot run .*; --impl auto takes the fastest that can", *command)
+            refused = (*command, "--data", tmp_path / "none")  # before the data are looked for
+            assert_one_line("impl='triton' cannot run .*; --impl auto takes the fastest that can", *refused)
         cli.main([*map(str, command), "--impl", "auto"])
     assert export.from_pretrained(there).config.model.impl == "triton"
     assert export.from_pretrained(there, impl="auto").config.model.impl == "auto"
