@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from rich.table import Table
 
 from mmmodel import atomic, configs, evaluate, language_model, stopping, train
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.objectives.meaning import UntaughtError
 from mmmodel.progress import Console
+
+logger = logging.getLogger(__name__)
 
 # Fields that differ from the demo's.  contrastive.begin=1 keeps the alignment's heads, untrained: the points are a
 # random map of what the other objectives made of the encoder.
@@ -45,25 +50,43 @@ STARTS = {"pretrained": (*ENGLISH,), "random": (*ENGLISH, "load_language_model=f
 
 
 def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...], folder: Path | None) -> None:
-    """Pretrain and score the variants of a study in out/VARIANT; writes out/STUDY.json of all that are finished."""
+    """Pretrain and score the variants of a study in out/VARIANT; writes out/STUDY.json of all that are finished.
+
+    `meaning` is left out, with a warning, where it has nothing to learn from.
+    """
     variants = {"objectives": OBJECTIVES, "language-model": STARTS}[study]
     if unknown := set(only) - set(variants):
         raise ConfigError(f"ablate: no variant {sorted(unknown)}, expected some of {', '.join(variants)}")
     if study == "language-model" and folder is None:
         raise ConfigError("ablate: the study of language models needs --language-model FOLDER")
-    for name in only or variants:
+    asked, left = only or tuple(variants), {}
+    for name in asked:
         place = _place(out, name)
         config = _config(variants[name], shared, folder if study == "language-model" else None)
-        if not train.pretrain(config, place):
+        try:
+            finished = train.pretrain(config, place)
+        except UntaughtError as error:  # the data, or what is installed, may be without
+            left[name] = error
+            continue
+        if not finished:
             raise SystemExit(stopping.STOPPED)
         if not (place / "report.json").exists():
             evaluate.evaluate(place)
         row = _row(name, (*variants[name], *shared), config, json.loads((place / "report.json").read_text()))
         atomic.write_json(place / "row.json", row)
-    places = [_place(out, name) / "row.json" for name in variants]
-    rows = [json.loads(place.read_text()) for place in places if place.exists()]
-    atomic.write_json(out / f"{study}.json", {"study": study, "variants": rows})
+        rows = _rows(out, variants)
+        atomic.write_json(out / f"{study}.json", {"study": study, "variants": rows})  # each time: the next may fail
+    if left.keys() == set(asked):
+        raise left[asked[0]]
     show(study, rows)
+    for name, error in left.items():
+        logger.warning("left out: %s: %s", name, error)
+
+
+def _rows(out: Path, variants: Iterable[str]) -> list[dict[str, Any]]:
+    """Of those that are finished, in their order."""
+    places = [_place(out, name) / "row.json" for name in variants]
+    return [json.loads(place.read_text()) for place in places if place.exists()]
 
 
 def _place(out: Path, variant: str) -> Path:

@@ -21,6 +21,7 @@ from mmmodel.features import Features, Item
 from mmmodel.frontends import special_names
 from mmmodel.frontends.text import load_language_model_tokenizer, train_tokenizer
 from mmmodel.model import Model
+from mmmodel.objectives.meaning import UntaughtError
 from mmmodel.objectives.views import MaskedBatch, Views, mask_batch
 
 PREPARED = ("stamps", "synthetic")  # data sets that are made in the cache
@@ -158,7 +159,7 @@ def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> 
 def teach(learner: Pretraining, config: PretrainConfig) -> None:
     """Ask the language model of the objective `meaning`, if the run has it, about the training concepts.
 
-    A concept's vector is the mean over its captions.  Raises ConfigError if there is no such model, or no caption.
+    A concept's vector is the mean over its captions.  Raises UntaughtError if there is no such model, or no caption.
     """
     if "meaning" not in learner.objectives:
         return
@@ -166,10 +167,14 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
     try:
         dataset = open_shards(config.data, (chosen.language,), "train")
     except ConfigError as error:
-        raise ConfigError(f"objectives: meaning has no captions to read: {error}") from error
+        raise UntaughtError(f"objectives: meaning has no captions to read: {error}") from error
     if not (said := features.read_captions(dataset, "train")):
-        raise ConfigError(f"objectives: meaning has no captions to read: none in {chosen.language!r} in {dataset.path}")
-    vectors = language_model.sentence_vectors(chosen.teacher, [text for _, text in said])
+        where = f"none in {chosen.language!r} in {dataset.path}"
+        raise UntaughtError(f"objectives: meaning has no captions to read: {where}")
+    try:
+        vectors = language_model.sentence_vectors(chosen.teacher, [text for _, text in said])
+    except ConfigError as error:
+        raise UntaughtError(f"objectives: meaning has no teacher: {error}") from error
     names = sorted({concept for concept, _ in said})
     row = {name: i for i, name in enumerate(names)}
     rows = torch.tensor([row[concept] for concept, _ in said])

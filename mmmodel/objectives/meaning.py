@@ -17,6 +17,10 @@ from mmmodel.objectives.contrastive import both_ways, gathered, top1
 from mmmodel.objectives.views import Views
 
 
+class UntaughtError(ConfigError):
+    """What `meaning` learns from is not there: captions in its language, or the language model."""
+
+
 class Meaning(nn.Module):
     """The points of all modalities are drawn to points that a language model gives for their concepts.
 

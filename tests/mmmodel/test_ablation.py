@@ -31,6 +31,26 @@ def test_a_study_runs_its_variants_once_and_writes_what_it_found(small, tmp_path
     assert len(json.loads((tmp_path / "objectives.json").read_text())["variants"]) == 2
 
 
+def test_meaning_is_left_out_where_nothing_teaches_it(small, tmp_path, caplog):
+    """The shards have no English captions: the rows before it and behind it are kept."""
+    names = ("alignment alone", "with the meaning of captions", "with masked text")
+    ablation.run("objectives", tmp_path, only=names, shared=(), folder=None)
+    written = json.loads((tmp_path / "objectives.json").read_text())
+    assert [row["name"] for row in written["variants"]] == ["alignment alone", "with masked text"]
+    assert "left out: with the meaning of captions: objectives: meaning has no captions to read" in caplog.text
+    with pytest.raises(ConfigError, match="meaning has no captions to read"):
+        ablation.run("objectives", tmp_path, only=names[1:2], shared=(), folder=None)
+
+
+def test_rows_are_kept_where_a_later_variant_fails(small, tmp_path, monkeypatch):
+    pretrain = train.pretrain
+    monkeypatch.setattr(train, "pretrain", lambda config, out: "masked" not in out.name and pretrain(config, out))
+    with pytest.raises(SystemExit):
+        ablation.run("objectives", tmp_path, only=("alignment alone", "with masked text"), shared=(), folder=None)
+    written = json.loads((tmp_path / "objectives.json").read_text())
+    assert [row["name"] for row in written["variants"]] == ["alignment alone"]
+
+
 @pytest.mark.parametrize("name", ablation.OBJECTIVES)
 def test_variants_train_what_they_say(name):
     config = configs.override(configs.demo(), ablation.OBJECTIVES[name])

@@ -12,6 +12,7 @@ from mmmodel.batches import concept_number
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
 from mmmodel.export import from_pretrained
+from mmmodel.objectives.meaning import UntaughtError
 
 MEANING = ("objectives.meaning.weight=1", "objectives.meaning.width=6")
 
@@ -131,5 +132,12 @@ def test_own_data_without_concepts_teaches_each_caption_by_itself(tmp_path, monk
 def test_a_language_without_captions_is_named(tiny):
     config = configs.override(tiny, MEANING)
     _, learned = objective_learner(*MEANING)
-    with pytest.raises(ConfigError, match=r"meaning has no captions to read.*languages \['xx'\]"):
+    with pytest.raises(UntaughtError, match=r"meaning has no captions to read.*languages \['xx'\]"):
         pretraining.teach(learned, config)
+
+
+def test_a_language_model_that_is_not_there_is_named(tiny):
+    fields = (*MEANING, "objectives.meaning.language=xx", "objectives.meaning.teacher=none-such")
+    _, learned = objective_learner(*fields)
+    with pytest.raises(UntaughtError, match="meaning has no teacher: language model: none-such is neither a folder"):
+        pretraining.teach(learned, configs.override(tiny, fields))
