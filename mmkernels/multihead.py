@@ -12,7 +12,7 @@ from mmkernels import transforms
 from mmkernels.arguments import KERNEL_FLOATS, one_of
 from mmkernels.compat import kept
 from mmkernels.compat.arguments import FALLBACKS
-from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
+from mmkernels.compat.torch_sdpa import TorchCall, compute
 from mmkernels.dispatch import IMPLS
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
@@ -66,14 +66,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         extra = k.shape[1] - sizes[3]
         # Extra keys are seen by all, so the hint would be wrong about them.
         is_causal = is_causal and not extra
-        out = scaled_dot_product_attention(
+        call = TorchCall(
+            "MultiheadAttention",
             *(t.transpose(1, 2) for t in (q, k, v)),
             attn_mask=_mask(key_padding_mask, None if is_causal else attn_mask, *sizes, extra),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
-            fallback=self.fallback,
-            impl=self.impl,
+            scale=None,
+            enable_gqa=False,
         )
+        out = compute(call, fallback=self.fallback, impl=self.impl)
         out = out.transpose(1, 2).flatten(2)  # [B, L, E]
         if not batched:
             out = out.squeeze(0)

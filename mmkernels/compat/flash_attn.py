@@ -66,7 +66,7 @@ def flash_attn_func(
     if torch.compiler.is_compiling():
         from mmkernels.compat import padded_op
 
-        result = padded_op.attend(q, k, v, seen, impl="auto", **options)
+        result = padded_op.attend(q, k, v, seen, impl="auto", who=name, **options)
     else:
         plan = _plan(name, seen, shape, q.device, goes_by_head(q, k, v))
         result = attend(q, k, v, plan, **options)

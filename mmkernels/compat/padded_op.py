@@ -21,7 +21,9 @@ _SEEN = (
     "SymInt batch, bool is_causal, int left, int right, bool bottom_right, "
     "Tensor? lengths, Tensor? key_lengths, Tensor? mask"
 )
-_REST = f"Tensor? rng, {_SEEN}, float scale, float dropout_p, bool needs_backward, bool deterministic, str impl"
+_REST = (
+    f"Tensor? rng, {_SEEN}, float scale, float dropout_p, bool needs_backward, bool deterministic, str impl, str who"
+)
 torch.library.define("mm::padded_attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "mm::padded_attention_bwd",
@@ -41,8 +43,12 @@ def attend(
     deterministic: bool | None,
     return_lse: bool = False,
     impl: str,
+    who: str,
 ):
-    """padded.attend for a region that is being compiled; lengths are tensors, or constants of the graph."""
+    """padded.attend for a region that is being compiled; lengths are tensors, or constants of the graph.
+
+    who: what the user called, for errors.
+    """
     batch, heads, queries, width = q.shape
     lengths, key_lengths = (
         None if n is None else n if isinstance(n, Tensor) else torch.tensor(n) for n in (seen.lengths, seen.key_lengths)
@@ -54,21 +60,21 @@ def attend(
     out, lse = torch.ops.mm.padded_attention_fwd(
         *(as_packed(t, False) for t in (q, k, v)), rng, batch, seen.is_causal, *seen.window, seen.bottom_right,
         lengths, key_lengths, seen.mask, 1.0 / math.sqrt(width) if scale is None else float(scale), float(dropout_p),
-        learns, torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic, impl,
+        learns, torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic, impl, who,
     )  # fmt: skip
     out = out.view(batch, queries, heads, width).transpose(1, 2)
     return (out, lse.view(heads, batch, queries).transpose(0, 1)) if return_lse else out
 
 
 def _lowered(q: Tensor, k: Tensor, batch, is_causal, left, right, bottom_right, lengths, key_lengths, mask, scale,
-             dropout_p, needs_backward, deterministic, impl):  # fmt: skip
+             dropout_p, needs_backward, deterministic, impl, who):  # fmt: skip
     """The arguments of mm.attention_fwd and mm.attention_bwd from q_table to dropout_p, and the implementation."""
     shape = Shape(batch, q.shape[1], k.shape[1], q.shape[0] // batch, k.shape[0] // batch)
     seen = Seen(is_causal, (left, right), bottom_right, lengths, key_lengths, mask)
     planned = plans.plan(seen, shape, q.device)
     if isinstance(planned, Refused) or planned.by_head:
         reason = planned.reason if isinstance(planned, Refused) else "attn_mask differs between heads"
-        raise NotImplementedError(f"scaled_dot_product_attention: {reason} (inside torch.compile)")
+        raise NotImplementedError(f"{who}: {reason} (inside torch.compile)")
     plan = MaskPlan.lower(planned.layout, planned.mask, planned.k_layout)
     request = Request(q.dtype, q.shape[2], needs_backward, deterministic, extras=dropout_p > 0.0)
     impl, schedule = prepared(plan, impl, request)
@@ -116,7 +122,7 @@ def _backward(ctx, do, dlse):
     gradients = torch.ops.mm.padded_attention_bwd(
         do, dlse, q, k, v, out, lse, rng, *ctx.numbers, lengths, key_lengths, mask, *ctx.rest
     )
-    return *gradients, *(None,) * 14
+    return *gradients, *(None,) * 15
 
 
 torch.library.register_autograd("mm::padded_attention_fwd", _backward, setup_context=_setup_context)

@@ -72,16 +72,34 @@ def scaled_dot_product_attention(
             f"{NAME}: attn_mask is {type(attn_mask).__name__}, expected a tensor or None; mmkernels.attention and "
             "varlen_attn take an AttentionMask"
         )
-    call = _TorchCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    bottom_right = align == "bottom_right"
+    call = TorchCall(NAME, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return compute(
+        call, lengths=lengths, key_lengths=key_lengths, window=window, bottom_right=align == "bottom_right",
+        fallback=fallback, deterministic=deterministic, impl=impl,
+    )  # fmt: skip
+
+
+def compute(
+    call: TorchCall,
+    *,
+    lengths=None,
+    key_lengths=None,
+    window: tuple[int, int] = (-1, -1),
+    bottom_right: bool = False,
+    fallback: str | None,
+    deterministic: bool | None = None,
+    impl: str,
+) -> Tensor:
+    """scaled_dot_product_attention after its first checks; errors name call.who, another drop-in perhaps."""
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call[1:]
     plain = attn_mask is None and lengths is None and key_lengths is None and window == (-1, -1)
     nested = query.is_nested or key.is_nested or value.is_nested
     if plain and impl == "auto" and not (is_causal and bottom_right):
         if not nested and key.shape[-2:-1] != value.shape[-2:-1]:  # torch's kernel reads past the end of the shorter
-            raise ValueError(_misfit(query, key, value))
+            raise ValueError(_misfit(*call[:4]))
         return call.run("nothing to skip")
     if nested:
-        raise NotImplementedError(f"{NAME}: query, key or value is a nested tensor, taken with no other argument")
+        raise NotImplementedError(f"{call.who}: query, key or value is a nested tensor, taken with no other argument")
     if query.device.type == "meta":  # the shape alone is wanted, and no mask can be read
         return call._replace(attn_mask=None, is_causal=False).run("meta tensors")
     q, k, v, mask, lead = _checked(call)
@@ -92,7 +110,7 @@ def scaled_dot_product_attention(
     refused = _refused(q, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}
     if refused is None and compiling:
-        return _lead(padded_op.attend(q, k, v, seen, **options), lead)
+        return _lead(padded_op.attend(q, k, v, seen, who=call.who, **options), lead)
     if refused is None:
         shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         planned = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
@@ -102,13 +120,14 @@ def scaled_dot_product_attention(
             return _lead(attend(q, k, v, planned, **options), lead)
         refused = planned.reason
     if fallback is None:
-        raise NotImplementedError(f"{NAME}: {refused}; fallback='torch' hands such calls to torch")
+        raise NotImplementedError(f"{call.who}: {refused}; fallback='torch' hands such calls to torch")
     return _lead(_dense_call(call, q, k, v, seen).run(refused), lead)
 
 
-class _TorchCall(NamedTuple):
-    """The arguments of torch's function."""
+class TorchCall(NamedTuple):
+    """The arguments of torch's function.   who: what the user called"""
 
+    who: str
     query: Tensor
     key: Tensor
     value: Tensor
@@ -119,53 +138,53 @@ class _TorchCall(NamedTuple):
     enable_gqa: bool
 
     def run(self, why: str) -> Tensor:
-        note(f"{NAME} -> torch: {why}")
-        q, k, v, mask, dropout_p, is_causal, scale, enable_gqa = self
+        note(f"{self.who} -> torch: {why}")
+        q, k, v, mask, dropout_p, is_causal, scale, enable_gqa = self[1:]
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _checked(call: _TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+def _checked(call: TorchCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """q [B, H, Lq, D], k, v [B, G, Lk, D] and the mask in four dimensions, in the dtype that autocast asks for; and the
     dimensions of the output before its last two."""
-    q, k, v, mask = call[:4]
+    who, q, k, v, mask = call[:5]
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.dtype in KERNEL_FLOATS else t for t in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{NAME}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
+        raise ValueError(f"{who}: query, key and value are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     ndim = max(q.ndim, k.ndim, v.ndim)
     if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        raise ValueError(_misfit(q, k, v))
+        raise ValueError(_misfit(who, q, k, v))
     if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise ValueError(f"{NAME}: attn_mask is {mask.dtype}, expected bool or floating point")
+        raise ValueError(f"{who}: attn_mask is {mask.dtype}, expected bool or floating point")
     grouped = call.enable_gqa and ndim > 2 and not q.shape[-3:-2] == k.shape[-3:-2] == v.shape[-3:-2]
     samples = ndim == 3 and not grouped  # [N, L, D]: N samples of one head, but [H, L, D] where heads share keys
     alike = q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1]
     if alike and q.shape[1] >= k.shape[1]:
         lead = q.shape[:1]
     else:
-        q, k, v = _spread(q, k, v, samples, grouped)
+        q, k, v = _spread(who, q, k, v, samples, grouped)
         lead = q.shape[:-3]
         q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads if call.enable_gqa else kv_heads != 1):
         expected = f"a divisor of query's {heads}" if call.enable_gqa else f"query's {heads}, or enable_gqa=True"
-        raise ValueError(f"{NAME}: key has {kv_heads} heads, expected {expected}")
+        raise ValueError(f"{who}: key has {kv_heads} heads, expected {expected}")
     if mask is not None:
-        mask = _four_dims(mask, lead, samples, (q.shape[0], heads, q.shape[2], k.shape[2]))
+        mask = _four_dims(who, mask, lead, samples, (q.shape[0], heads, q.shape[2], k.shape[2]))
     outer = lead if samples else (*lead, heads)
     return q, k, v, mask, outer[len(outer) - (ndim - 2) :]
 
 
-def _misfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _misfit(who: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     return (
-        f"{NAME}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected [..., Lq, D], "
+        f"{who}: query is {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}, expected [..., Lq, D], "
         "[..., Lk, D] and [..., Lk, Dv]"
     )
 
 
-def _spread(q: Tensor, k: Tensor, v: Tensor, samples: bool, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _spread(who: str, q: Tensor, k: Tensor, v: Tensor, samples: bool, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
     """[..., heads, L, D] each, in four dimensions or more, their batch dimensions alike."""
     given = tuple(map(tuple, (q.shape, k.shape, v.shape)))
     ndim = max(4 - samples, q.ndim, k.ndim, v.ndim)
@@ -184,11 +203,11 @@ def _spread(q: Tensor, k: Tensor, v: Tensor, samples: bool, grouped: bool) -> tu
             both = torch.broadcast_shapes(*((n,) for n in kv_heads))[0]
             heads = torch.broadcast_shapes((heads,), (both,))[0]
     except RuntimeError:
-        raise ValueError(f"{NAME}: query {given[0]}, key {given[1]} and value {given[2]} do not broadcast") from None
+        raise ValueError(f"{who}: query {given[0]}, key {given[1]} and value {given[2]} do not broadcast") from None
     return tuple(t.expand(*lead, n, -1, -1) for t, n in zip((q, k, v), (heads, both, both), strict=True))
 
 
-def _four_dims(mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, ...]) -> Tensor:
+def _four_dims(who: str, mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, ...]) -> Tensor:
     """The mask as [B or 1, H or 1, Lq or 1, Lk or 1].  samples: its third last dimension is that of samples."""
     given, most = mask, len(lead) + (2 if samples else 3)
     mask = mask[(None,) * (most - mask.ndim)]
@@ -198,7 +217,7 @@ def _four_dims(mask: Tensor, lead: torch.Size, samples: bool, full: tuple[int, .
     fits = fits and all(m in (1, n) for m, n in zip(mask.shape, (*lead, *full[1:]), strict=True))
     if not fits:
         raise ValueError(
-            f"{NAME}: attn_mask is {tuple(given.shape)}, which does not broadcast to {full}, [B, H, Lq, Lk]"
+            f"{who}: attn_mask is {tuple(given.shape)}, which does not broadcast to {full}, [B, H, Lq, Lk]"
         )
     if len(lead) == 1:
         return mask
@@ -224,7 +243,7 @@ def _refused(q: Tensor, v: Tensor, mask, dropout_p: float, scale, compiling: boo
     return None
 
 
-def _dense_call(call: _TorchCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> _TorchCall:
+def _dense_call(call: TorchCall, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> TorchCall:
     """What our own keywords say, as a mask that torch takes; without such keywords the call as it came."""
     mask, is_causal = seen.mask, seen.is_causal
     if seen.lengths is None and seen.key_lengths is None and seen.window == (-1, -1) and not seen.bottom_right:

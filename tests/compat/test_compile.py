@@ -118,6 +118,10 @@ def test_what_is_left_to_torch_and_what_is_refused():
     )
     with pytest.raises(NotImplementedError, match="attn_mask has values other than 0"):
         bad(qkv(), torch.randn(L, L))
+    module, x = MultiheadAttention(32, 2, batch_first=True), torch.randn(B, L, 32)
+    layer = torch.compile(lambda m: module(x, x, x, attn_mask=m, need_weights=False)[0], backend="aot_eager")
+    with pytest.raises(NotImplementedError, match=r"^MultiheadAttention: attn_mask has values other than 0"):
+        layer(torch.randn(L, L))
 
 
 def test_dropout_repeats_in_backward():
@@ -178,7 +182,7 @@ def test_multihead_attention(masks):
 def test_opcheck():
     """The operator itself: schema, fakes, autograd, tracing."""
     q, k, v = (torch.randn(B * L, H, D, requires_grad=True) for _ in range(3))
-    rest = (None, B, True, -1, -1, False, torch.tensor([12, 3, 7]), None, None, 0.25, 0.0, True, False, "auto")
+    rest = (None, B, True, -1, -1, False, torch.tensor([12, 3, 7]), None, None, 0.25, 0.0, True, False, "auto", "f")
     torch.library.opcheck(torch.ops.mm.padded_attention_fwd, (q, k, v, *rest))
 
 

@@ -175,12 +175,12 @@ def test_what_masks_cannot_say_is_refused_or_handed_over():
     theirs, ours = pair()
     q = torch.randn(B, L, E)
     bias = torch.randn(L, L)
-    with pytest.raises(NotImplementedError, match="attn_mask has values other than 0 and -inf"):
+    with pytest.raises(NotImplementedError, match=r"^MultiheadAttention: attn_mask has values other than 0 and -inf"):
         ours(q, q, q, attn_mask=bias, need_weights=False)
     ours.fallback = "torch"
     expected = theirs(q, q, q, attn_mask=bias, need_weights=False)[0]
     torch.testing.assert_close(ours(q, q, q, attn_mask=bias, need_weights=False)[0], expected, rtol=1e-5, atol=1e-6)
-    assert "attn_mask has values" in dispatch.explain()
+    assert "MultiheadAttention -> torch: attn_mask has values" in dispatch.explain()
     with pytest.raises(RuntimeError, match="is_causal is a hint"):
         ours(q, q, q, is_causal=True, need_weights=False)
     for masks in ({"attn_mask": torch.ones(1, L, dtype=torch.bool)}, {"key_padding_mask": torch.ones(B, 1).bool()}):
