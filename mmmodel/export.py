@@ -66,7 +66,20 @@ def write(path: Path, tensors: Mapping[str, Tensor], config: PretrainConfig, tok
         partial.touch()
         mode = stat.S_IMODE(partial.stat().st_mode)
         save_file(tensors, partial, metadata={**metadata, **more, "crc32": str(checksum(tensors))})
+        _sort_metadata(partial)
         partial.chmod(mode)  # safetensors leaves a file that its owner alone may read
+
+
+def _sort_metadata(path: Path) -> None:
+    """In place: safetensors writes it in another order each time, and equal runs should leave equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(text) == size:  # not where a later safetensors writes JSON in another way
+            file.seek(8)
+            file.write(text)
 
 
 def from_pretrained(path: Path | str, *, device: torch.device | str = "cpu", impl: str | None = None) -> Pretraining:

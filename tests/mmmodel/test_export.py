@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mmmodel import configs, train
 from mmmodel import export as exporting
-from mmmodel.export import CheckpointError, export, from_pretrained, load_weights, open_run
+from mmmodel.export import CheckpointError, export, from_pretrained, load_weights, misfits, open_run
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,20 @@ def test_round_trip_is_bit_equal(written):
         assert list(ours) == list(theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert not again.training
+
+
+def test_the_same_model_gives_the_same_file(written, tmp_path):
+    """Byte by byte, also where its metadata need escapes."""
+    learned, path = written
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    said = '\x00\x1f\x7f\u2028\t\b "\\/ \xe9 \U0001f642'
+    for file in files:
+        run = open_run(path)
+        exporting.write(file, run.tensors, run.config, run.tokenizer, said=said, another="")
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata()["said"] == said
+    assert misfits(open_run(files[0]).tensors, learned.state_dict()) == []
 
 
 def test_a_file_that_a_run_replaces_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
