@@ -331,9 +331,14 @@ def _samples(option: str, value: str) -> list[list[tuple[int, tuple[int, ...]]]]
 def _visible_pairs(value: str) -> dict[int, list[int]]:
     try:
         rules = [rule.split(">") for rule in value.split(";")]
-        return {int(query): [int(k) for k in keys.split(",") if k.strip()] for query, keys in rules}
+        seen = {int(query): [int(k) for k in keys.split(",") if k.strip()] for query, keys in rules}
+        if len(seen) < len(rules):
+            raise ValueError("a query twice, of which the last would count")
+        return seen
     except ValueError:
-        raise ValueError(f'mask drawing: --visible is {value!r}, expected query>keys as in "0>0,1;1>1"') from None
+        raise ValueError(
+            f'mask drawing: --visible is {value!r}, expected query>keys as in "0>0,1;1>1", each query once'
+        ) from None
 
 
 def _integers(option: str, value: str) -> tuple[int, ...]:

@@ -114,6 +114,7 @@ def test_tiles_are_counted(capsys):
         (["--segments", "0:2x"], "--segments is '0:2x', expected modality:length as in"),
         (["--segments", "0:1x2x3x4"], "sample 0 has length (1, 2, 3, 4), expected n >= 0, (rows, cols) or"),
         (["--segments", "0:2", "--visible", "0"], "--visible is '0'"),
+        (["--segments", "0:2,1:2", "--visible", "0>0;0>1"], "--visible is '0>0;0>1', expected query>keys as in"),
         (["--segments", "0:2,1:2", "--visible", "0>5"], "--visible names modality 5, expected 0 to 1, as the segments"),
         (["--segments", "0:2", "--visible", "0>-1"], "--visible names modality -1, expected 0 to 0"),
         (["--segments", "0:2", "--isolated", "--visible", "0>0"], "exclude one another"),
