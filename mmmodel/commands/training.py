@@ -215,6 +215,8 @@ class Evaluate:
     def _benchmark(self) -> None:
         if self.out is None:
             sys.exit("evaluate: a benchmark needs a folder for its parts and its report, --out DIR")
+        if not self.budget_minutes >= 0:
+            sys.exit(f"evaluate: budget_minutes is {self.budget_minutes}, expected at least 0, which is no limit")
         from mmmodel.benchmark import stamps
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,6 +1,7 @@
 """Commands that use runs, or tell of one before it is made: predict, embed, plot, explain, export, complexity."""
 
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from itertools import chain
@@ -155,6 +156,8 @@ class Complexity:
     def run(self) -> None:
         from mmmodel import complexity, configs
 
+        if self.seconds is not None and not math.isfinite(self.seconds):
+            raise configs.ConfigError(f"complexity: seconds is {self.seconds}, expected a finite number")
         config = configs.override(configs.preset(self.preset), tuple(chain(*self.set)))
         shape = complexity.SampleShape.longest(config.model)
         shape = complexity.SampleShape(

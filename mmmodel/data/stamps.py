@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmodel import atomic, settings
+from mmmodel.configs import ConfigError
 from mmmodel.data import media, tuxpaint
 from mmmodel.data.concepts import CONCEPT_LANGUAGES, SPLITS, assign_concepts, split_of
 from mmmodel.data.shards import Entry, read_index, write_index, write_shard
@@ -59,6 +60,8 @@ def prepare(
     Takes `tree`, else `deb`, else an installed copy, else downloads the package into `cache`. languages=("all",) takes
     every language with a caption. Raises RunError saying what to do if there is no way to the files.
     """
+    if workers < 0:
+        raise ConfigError(f"stamps: workers is {workers}, expected at least 0")
     cache = (cache or settings.current().cache).expanduser()
     languages = tuple(dict.fromkeys(languages))
     folder = cache / _folder_name(languages)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mmmodel import atomic
+from mmmodel.configs import ConfigError
 from mmmodel.data.concepts import split_of
 from mmmodel.data.media import SAMPLE_RATE, encode_flac, encode_png
 from mmmodel.data.shards import write_index, write_shard
@@ -48,8 +49,9 @@ GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "beige": (238, 226
 def prepare(out: Path | str, *, samples: int, seed: int) -> Path:
     """Write `samples` samples as shards per split under `out`; returns `out`.  Existing shards there are replaced."""
     out = Path(out)
-    if samples < 1:
-        raise ValueError(f"synthetic: samples is {samples}, expected at least 1")
+    for name, number, least in (("samples", samples, 1), ("seed", seed, 0)):
+        if number < least:
+            raise ConfigError(f"synthetic: {name} is {number}, expected at least {least}")
     if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
         raise FileExistsError(f"synthetic: {out} holds something else; give a new or an empty folder with --out")
     with atomic.replacing(out.resolve()) as work:  # a link stays, and what it leads to is replaced

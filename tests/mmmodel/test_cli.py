@@ -38,6 +38,17 @@ from mmmodel.limits import RunError
             ["evaluate", "--run", "missing"],
             "missing: no such file; `mmmodel pretrain` writes model.safetensors with its first checkpoint",
         ),
+        (
+            ["complexity", "--preset", "tiny", "--seconds", "nan"],
+            "complexity: seconds is nan, expected a finite number",
+        ),
+        (["data", "synthetic", "--samples", "0", "--out", "new"], "synthetic: samples is 0, expected at least 1"),
+        (["data", "synthetic", "--seed", "-1", "--out", "new"], "synthetic: seed is -1, expected at least 0"),
+        (["data", "stamps", "--workers", "-1"], "stamps: workers is -1, expected at least 0"),
+        (
+            ["evaluate", "--benchmark", "stamps", "--out", "new", "--budget-minutes", "-1"],
+            r"evaluate: budget_minutes is -1.0, expected at least 0",
+        ),
         (["plot", "--run", "missing"], "plot: there is no folder missing"),
         (["plot", "--run", "."], "plot: . holds no steps to draw"),
         (["pretrain", "--from", "other"], "pretrain: --from needs --out, the folder of the new run"),
