@@ -19,7 +19,7 @@ from mmkernels.compat.arguments import refuse_tensors
 from mmkernels.compat.huggingface_masks import PaddedMask, UnknownMask, intervals
 from mmkernels.compat.packed import attend_packed
 from mmkernels.compat.padded import attend, goes_by_head
-from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
+from mmkernels.compat.torch_sdpa import TorchCall, compute
 from mmkernels.masks import AttentionMask
 
 NAME = "mmkernels"
@@ -107,9 +107,9 @@ def attention_forward(
             causal = attention_mask.causal
         return _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, causal, sliding_window, scaling, dropout), None
     if isinstance(attention_mask, Tensor):
-        out = scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
+        grouped = key.shape[1] != query.shape[1]
+        call = TorchCall(NAME, query, key, value, attention_mask, dropout, False, scaling, grouped)
+        out = compute(call, instead="use attn_implementation='eager'")
         return out.transpose(1, 2).contiguous(), None
     mask = _without_mask(query, key, causal, sliding_window) if attention_mask is None else attention_mask
     _check_fits(mask, query, key)

@@ -86,11 +86,15 @@ def compute(
     key_lengths=None,
     window: tuple[int, int] = (-1, -1),
     bottom_right: bool = False,
-    fallback: str | None,
+    fallback: str | None = None,
+    instead: str = "fallback='torch' hands such calls to torch",
     deterministic: bool | None = None,
-    impl: str,
+    impl: str = "auto",
 ) -> Tensor:
-    """scaled_dot_product_attention after its first checks; errors name call.who, another drop-in perhaps."""
+    """scaled_dot_product_attention after its first checks; errors name call.who, another drop-in perhaps.
+
+    instead: what its user can do where this refuses.
+    """
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call[1:]
     plain = attn_mask is None and lengths is None and key_lengths is None and window == (-1, -1)
     nested = query.is_nested or key.is_nested or value.is_nested
@@ -120,7 +124,7 @@ def compute(
             return _lead(attend(q, k, v, planned, **options), lead)
         refused = planned.reason
     if fallback is None:
-        raise NotImplementedError(f"{call.who}: {refused}; fallback='torch' hands such calls to torch")
+        raise NotImplementedError(f"{call.who}: {refused}; {instead}")
     return _lead(_dense_call(call, q, k, v, seen).run(refused), lead)
 
 
