@@ -28,6 +28,7 @@ from mmmodel.pretraining import Pretraining
 logger = logging.getLogger(__name__)
 
 FILE = "model.safetensors"
+SCALE = "objectives.contrastive.log_scale"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 
@@ -112,6 +113,8 @@ def open_run(path: Path | str, *, impl: str | None = None) -> Run:
     config, tokenizer = _config(file, metadata), _tokenizer(file, metadata)
     if "crc32" in metadata and metadata["crc32"] != str(checksum(tensors)):
         raise CheckpointError(f"{file}: damaged, its tensors do not match their checksum")
+    if SCALE in tensors:
+        tensors[SCALE] = tensors[SCALE].reshape(1)  # earlier versions wrote a number, without a shape
     if impl:
         config = replace(config, model=replace(config.model, impl=impl))
     run = Run(file, config, tokenizer, tensors, metadata.get("finetune"), _step(file, metadata))

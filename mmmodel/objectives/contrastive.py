@@ -41,7 +41,7 @@ class ContrastiveAlignment(nn.Module):
         self.heads = nn.Parameter(
             torch.randn(len(shape.modalities), shape.width, shape.embed_width) * shape.width**-0.5
         )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(START_SCALE)]))  # [1]: what has no shape cannot be split
 
     def finds(self, items: Sequence[Item]) -> bool:
         modalities, groups = defaultdict(set), defaultdict(set)  # by concept
@@ -63,7 +63,7 @@ class ContrastiveAlignment(nn.Module):
             return self.loss(everyone[0].float(), *everyone[1:])
 
     def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+        return self.log_scale[0].exp().clamp(max=MAX_SCALE)
 
     def points(self, packed: Tensor, layout: PackedLayout, modality: Tensor) -> Tensor:
         """One point of unit length per segment, [N, P].  packed [T, E], modality int64 [N]."""

@@ -125,6 +125,13 @@ def test_names_what_is_missing_extra_or_misshapen(written, tmp_path):
         assert words in str(error.value)
 
 
+def test_a_scale_without_a_shape_is_read(written, tmp_path):
+    """As files of earlier versions have it."""
+    name = "objectives.contrastive.log_scale"
+    path = rewritten(written[1], tmp_path / "m.safetensors", lambda tensors: tensors.update({name: torch.tensor(2.5)}))
+    assert from_pretrained(path).objectives["contrastive"].log_scale.tolist() == [2.5]
+
+
 def test_a_failed_load_leaves_the_learner_alone(written, tmp_path):
     _, fresh = learner(seed=9)
     before = {name: value.clone() for name, value in fresh.state_dict().items()}

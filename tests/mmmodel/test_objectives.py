@@ -32,7 +32,7 @@ def test_contrastive_loss_and_gradients_against_the_plain_definition():
     modality = torch.tensor([0, 1, 2, 0, 2, 1, 0, 1])
     concept = torch.tensor([0, 0, 0, 1, 1, 0, 2, 3])
     points = torch.nn.functional.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1).requires_grad_()
-    scale = objective.log_scale.exp()
+    scale = objective.log_scale[0].exp()
     expected = []
     for a, b in itertools.combinations(range(3), 2):
         part = {m: (points[modality == m], concept[modality == m].tolist()) for m in (a, b)}
