@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from mmmodel import atomic
 from mmmodel.export import CheckpointError
 from mmmodel.safe_reading import OtherModelError, SafePlanner, SafeReader, read_index
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # of module and optimizer, by the names of parameters
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -25,10 +28,21 @@ def save(
     folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any], *, keep: int
 ) -> Path:
     """Write `folder/step-NNNNNNNN`; a reader sees it whole or not at all.  Older ones beyond `keep` are removed."""
+    return write(folder, step, state(module, optimizer), progress, keep=keep)
+
+
+def state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """What `write` keeps of both.  Of a module that is split every rank must ask: rank 0 gets all, in host memory."""
+    split = isinstance(module, FSDPModule)
+    return get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=split, cpu_offload=split))
+
+
+def write(folder: Path, step: int, whole: State, progress: dict[str, Any], *, keep: int) -> Path:
+    """`save` of what `state` gave."""
     final = folder / f"step-{step:08d}"
     if final.exists():  # the same step has the same state
         return final
-    model_state, optimizer_state = get_state_dict(module, optimizer)
+    model_state, optimizer_state = whole
     with atomic.replacing(final) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed.*")  # one process: no group, as intended
         dcp.save(

@@ -159,6 +159,8 @@ class PretrainConfig:
     # same, negatives included: each chunk of samples is computed again in backward, a third more work.
     chunk_tokens: Whole = 0
     checkpointing: bool = False  # activations of a block and of a front end are computed again in backward, not held
+    # Under torchrun: weights, gradients and optimizer are split over the processes (FSDP2); False: whole on each.
+    sharded: bool = False
     compile: bool = False  # torch.compile of the blocks around attention
     checkpoint_every: Whole = 100  # steps; 0: only at the end
     keep_checkpoints: Count = 2

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # with others.  `precision` and `compile` are not among them: they change its numbers by more than the order of sums.
 WHERE = (
     "threads", "device", "checkpoint_every", "keep_checkpoints", "evaluate_every", "tensorboard", "checkpointing",
-    "chunk_tokens",
+    "chunk_tokens", "sharded",
 )  # fmt: skip
 DATA = "data.json"
 

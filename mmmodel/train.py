@@ -27,19 +27,20 @@ from mmmodel import (
     atomic,
     checkpoint,
     distributed,
+    export,
     held_out,
     language_model,
     limits,
     objectives,
     pretraining,
     run_folder,
+    sharding,
     start,
     stopping,
 )
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.export import FILE, export
 from mmmodel.flops import StepFlops, gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
@@ -110,19 +111,21 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
-    prepare_modules(learner, config)
-    optimizer = make_optimizer(learner, config)
-    progress = {"step": 0, "skipped": 0}
-    if found := checkpoint.saved(checkpoints):
-        progress = checkpoint.load(found[-1], learner, optimizer, progress)
-        _log("continuing at step %d of %d", progress["step"], config.steps)
-    else:
+    if not (found := checkpoint.saved(checkpoints)):
         if earlier:
             _log("%s", earlier[1])
         elif config.language_model and config.load_language_model:
             _log("%s", language_model.load(learner.model, config.language_model))
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
+    prepare_modules(learner, config)
+    if config.sharded:
+        sharding.shard(learner, device)
+    optimizer = make_optimizer(learner, config)
+    progress = {"step": 0, "skipped": 0}
+    if found:
+        progress = checkpoint.load(found[-1], learner, optimizer, progress)
+        _log("continuing at step %d of %d", progress["step"], config.steps)
     _tell_of_cores(config, device)
     _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
@@ -138,13 +141,12 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         return pretraining.make_step(learner, corpus, chosen, step)
 
     def save() -> None:
-        if not distributed.rank():  # every rank has the same weights
+        state = checkpoint.state(learner, optimizer)  # of every rank, which has the same weights or a part of them
+        if not distributed.rank():
             with run_folder.writing(checkpoints):
-                checkpoint.save(
-                    checkpoints, progress["step"], learner, optimizer, progress, keep=config.keep_checkpoints
-                )
-            with run_folder.writing(out):
-                export(out / FILE, learner, config, step=progress["step"])  # what is there may be used before the end
+                checkpoint.write(checkpoints, progress["step"], state, progress, keep=config.keep_checkpoints)
+            with run_folder.writing(out):  # what is there may be used before the end
+                export.write(out / export.FILE, state[0], config, learner.model.tokenizer, step=str(progress["step"]))
         distributed.wait()
 
     stop: list[int] = []
@@ -215,7 +217,7 @@ def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float
     due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
     if not due or held_out.distinct(items) < distributed.size():
         return {}
-    with autocast(config.device, config.precision):
+    with autocast(config.device, config.precision), sharding.whole(learner):
         found = held_out.figures(learner, corpus, items, batches=VALIDATION_BATCHES)
     losses = [f"{name.removesuffix('/loss')} {loss:.3f}" for name, loss in found.items() if name.endswith("/loss")]
     _log("step %d, on the split validation: %s", step, ", ".join(losses) or "nothing to learn from")
@@ -232,7 +234,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     skipped_in_a_row = 0
     with (
         closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
-        distributed.wrapped(learner) as module,
+        (nullcontext if config.sharded else distributed.wrapped)(learner) as module,
         Progress(config.steps, progress["step"], shown=first) as bar,
         _ahead(make, progress["step"]) as batches,
     ):
@@ -270,16 +272,16 @@ def train_step(
 ) -> tuple[dict[str, float], bool]:
     """One update; (figures, whether it was made): not when the loss or a gradient is not finite on some rank.
 
-    learner: Pretraining, or that in DistributedDataParallel.  "tflop" is what forward and backward take.
+    learner: Pretraining, split or not, or that in DistributedDataParallel.  "tflop" is what forward and backward take.
     """
     learner.train()
     device = next(learner.parameters()).device
     with autocast(config.device, config.precision), StepFlops(learner) as flops:
         loss, figures = learner(batch.to(device), prepared)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    sharding.backward(learner, loss)
     parameters = [p for p in learner.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    norm = sharding.clip(parameters, config.clip_norm or math.inf)
     figures = _read({"loss": loss.detach(), "grad_norm": norm, **figures}, device)
     wrong = not (math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"]))
     (wrong,) = distributed.summed([wrong], device)

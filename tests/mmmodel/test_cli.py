@@ -173,7 +173,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault(command):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("before", [(train, "train_step"), (checkpoint, "save")], ids=["checkpoint", "export"])
+@pytest.mark.parametrize("before", [(train, "train_step"), (checkpoint, "write")], ids=["checkpoint", "export"])
 def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     """torch raises no Exception at all there, but a BaseException with what each process met."""
     original = getattr(*before)

@@ -107,28 +107,33 @@ def test_masked_gradients_are_the_mean_over_all_hidden_tokens(tmp_path):
         assert_close(gradients, gradients_of(learned))
 
 
-def command(out, shards):
-    fields = ["data=" + str(shards), "steps=8", "checkpoint_every=3", "evaluate_every=4"]
+def command(out, shards, *more):
+    fields = ["data=" + str(shards), "steps=8", "checkpoint_every=3", "evaluate_every=4", *more]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "mmmodel"]
     return [*launch, "pretrain", "--preset", "tiny", "--out", str(out), "--set", *fields]
 
 
-def run(out, shards):
+def run(out, shards, *more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(out, shards), cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=200
+        command(out, shards, *more), cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=200
     )
+
+
+def run_until_stopped(out, shards, *more):
+    started = command(out, shards, *more)
+    with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+        while not (out / "checkpoints" / "step-00000003").exists():
+            assert p.poll() is None
+            time.sleep(0.01)
+        p.send_signal(signal.SIGTERM)  # torchrun hands it to both
+    assert checkpoint.saved(out / "checkpoints")
 
 
 def test_torchrun_trains_and_resumes_to_the_same_bits(shards, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, shards)
-    with subprocess.Popen(command(broken, shards), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
-        while not (broken / "checkpoints" / "step-00000003").exists():
-            assert p.poll() is None
-            time.sleep(0.01)
-        p.send_signal(signal.SIGTERM)  # torchrun hands it to both
-    assert checkpoint.saved(broken / "checkpoints")
+    run_until_stopped(broken, shards)
     run(broken, shards)
     one, two = (load_file(path / "model.safetensors") for path in (whole, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
