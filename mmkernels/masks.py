@@ -7,6 +7,7 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -280,7 +281,9 @@ def _lowered_anew(layout: PackedLayout, mask: AttentionMask, keys: PackedLayout)
     return plan
 
 
-_keeping = threading.Lock()  # threads may share a layout; lowering itself goes on beside
+_keeping = threading.RLock()  # threads may share a layout; lowering itself goes on beside
+if hasattr(os, "register_at_fork"):  # a thread that holds it is not in the child, and would never let it go there
+    os.register_at_fork(before=_keeping.acquire, after_in_parent=_keeping.release, after_in_child=_keeping.release)
 
 
 def _keep(cache: dict, mask: AttentionMask, plan: MaskPlan) -> None:
