@@ -18,6 +18,7 @@ POLICIES = ("best_fit", "first_fit", "stream")
 LONG = ("error", "split", "drop")
 OPEN_SORTED, OPEN_STREAM = 1024, 64  # packs that an item may go to: over several budgets, and in a stream
 ROUND = 4096  # items of one round over several budgets
+MOST_PIECES = 2**31 - 1  # what an index of csrc/planner/packs.cpp counts to
 COST_SLACK_PERCENT = 2  # what a pack's cost may be over the mean of the fewest packs
 
 
@@ -220,6 +221,10 @@ def _fit_long(lengths: np.ndarray, budgets: np.ndarray, long: str, splits: bool)
     nothing = np.zeros(0, np.int64)
     if long == "split":
         pieces_of = np.maximum(-(-lengths[:, 0].astype(np.int64) // budgets[0]), 1)
+        if (total := int(pieces_of.sum())) > MOST_PIECES:
+            raise ValueError(
+                f"plan_packs: budget {budgets[0]} splits the lengths into {total} pieces, expected at most 2**31 - 1"
+            )
         items = np.repeat(np.arange(len(lengths)), pieces_of)
         first_of_item = np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
         start = (np.arange(len(items)) - first_of_item) * budgets[0]

@@ -212,6 +212,11 @@ def test_a_long_item_is_split_by_choice(lengths, budget, policy):
         (([1], 8), {"max_items": "2"}, "max_items is '2', expected a whole number"),
         (([1], 8), {"max_items": "two"}, "max_items is 'two', expected a whole number"),
         (([1], 8), {"policy": "worst"}, "policy is 'worst', expected one of best_fit, first_fit, stream"),
+        (
+            ([2**40], 8),
+            {"long": "split"},
+            f"budget 8 splits the lengths into {2**37} pieces, expected at most 2.*31 - 1",
+        ),
         (([1], 8), {"long": "truncate"}, "long is 'truncate', expected one of error, split, drop"),
         (([[1, 2]], 8), {}, r"lengths has shape \[1, 2\] for 1 budgets"),
         (([[1, 2]], [8, 8]), {"long": "split"}, "long='split' needs one budget and no costs, got 2"),
