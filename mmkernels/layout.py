@@ -121,6 +121,7 @@ class PackedLayout:
         """
         if not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")
+        dispatch.refuse_unstrided("from_cu_seqlens", "cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ValueError(
                 f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
@@ -129,11 +130,16 @@ class PackedLayout:
         for name, value in (("total_tokens", total_tokens), ("max_seqlen", max_seqlen)):
             if not arguments.is_number(value, arguments.WHOLE) or value < 0:
                 raise ValueError(f"from_cu_seqlens: {name} is {value!r}, expected a whole number >= 0")
+        if total_tokens >= 2**31:
+            raise ValueError(
+                f"from_cu_seqlens: total_tokens is {total_tokens}, expected at most 2**31 - 1, as int32 holds"
+            )
         if not isinstance(modality_ids, Tensor | None):
             raise ValueError(f"from_cu_seqlens: modality_ids is {type(modality_ids).__name__}, expected a uint8 tensor")
         device = cu_seqlens.device
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
+        dispatch.refuse_unstrided("from_cu_seqlens", "modality_ids", modality_ids)
         if modality_ids.dtype != torch.uint8 or tuple(modality_ids.shape) != (total_tokens,):
             raise ValueError(
                 f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "
@@ -142,14 +148,15 @@ class PackedLayout:
         if modality_ids.device != device:
             raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
         if device.type == "cpu":
-            layout_tables.check_bounds(cu_seqlens, total_tokens, max_seqlen)
+            bounds = cu_seqlens.numpy(force=True)  # also where memory holds their negatives, or zeros lie nowhere
+            layout_tables.check_bounds(bounds, total_tokens, max_seqlen)
             highest = int(modality_ids.max()) if total_tokens else 0
             if highest >= num_modalities:
                 raise ValueError(
                     f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
                     f"is {num_modalities}"
                 )
-            return cls._from_host_bounds(cu_seqlens.numpy(), modality_ids.numpy(), num_modalities)
+            return cls._from_host_bounds(bounds, modality_ids.numpy(force=True), num_modalities)
         return cls._from_device_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
 
     @classmethod

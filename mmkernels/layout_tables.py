@@ -11,7 +11,6 @@ from operator import index
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from mmkernels import arguments
 
@@ -149,8 +148,7 @@ def _whole(value) -> int | None:
         return None
 
 
-def check_bounds(cu_seqlens: Tensor, total_tokens: int, max_seqlen: int) -> None:
-    bounds = cu_seqlens.numpy()
+def check_bounds(bounds: np.ndarray, total_tokens: int, max_seqlen: int) -> None:
     lengths = np.diff(bounds)
     if bounds[0] != 0 or bounds[-1] != total_tokens or (lengths < 0).any():
         raise ValueError(

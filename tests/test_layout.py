@@ -194,6 +194,15 @@ def test_pin_memory_pins_the_one_buffer(monkeypatch):
         assert getattr(moved, name).untyped_storage().data_ptr() == pinned[0].untyped_storage().data_ptr()
 
 
+def test_bounds_may_be_a_negated_view_or_zeros_that_lie_nowhere():
+    negated = torch._neg_view(torch.tensor([0, -1, -2], dtype=torch.int32))
+    layout = PackedLayout.from_cu_seqlens(
+        negated, total_tokens=2, max_seqlen=1, modality_ids=torch._efficientzerotensor((2,), dtype=torch.uint8)
+    )
+    assert layout.cu_seqlens.tolist() == [0, 1, 2]
+    assert layout.modality_ids.tolist() == [0, 0]
+
+
 def test_repr_is_one_line():
     assert repr(PackedLayout.from_counts([[2, 1]])) == (
         "PackedLayout(1 samples, 2 segments, 3 tokens, longest 3, 2 modalities, cpu)"
@@ -280,6 +289,15 @@ def two_tokens(**arguments):
         (
             lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 2], dtype=torch.int32), total_tokens=2, max_seqlen=1),
             "max_seqlen is 1, but a sample has 2 tokens",
+        ),
+        (lambda: two_tokens(total_tokens=2**31), "total_tokens is 2147483648, expected at most 2.*31 - 1"),
+        (
+            lambda: two_tokens(modality_ids=torch.zeros(2).byte().to_sparse()),
+            "modality_ids is torch.sparse_coo, expected",
+        ),
+        (
+            lambda: PackedLayout.from_cu_seqlens(torch.zeros(2).int().to_sparse(), total_tokens=2, max_seqlen=2),
+            "cu_seqlens is torch.sparse_coo, expected a strided tensor",
         ),
         (lambda: from_bounds(0, 3, 1, 4), "runs from 0 to 4, expected non-decreasing values from 0 to total_tokens 4"),
         (lambda: from_bounds(1, 2, 4), "cu_seqlens runs from 1 to 4, expected non-decreasing values from 0"),
