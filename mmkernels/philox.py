@@ -36,4 +36,4 @@ def philox_4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) ->
 
 def threshold(dropout_p: float) -> int:
     """A word keeps its element iff it is at least this: all but a fraction dropout_p of the 2**32 words do."""
-    return min(round(dropout_p * 2**32), MASK)
+    return min(round(float(dropout_p) * 2**32), MASK)  # a numpy.float16 does not hold 2**32

@@ -36,7 +36,7 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[T
         if options.centred:
             mean = x.mean(1)
             x = x - mean[:, None]
-        rstd = x.square().mean(1).add(options.eps).rsqrt()
+        rstd = x.square().mean(1).add(float(options.eps)).rsqrt()
         x = x * rstd[:, None]
         if inputs.norm_weight is not None:
             x = x * inputs.norm_weight.to(dtype)

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -178,6 +179,19 @@ def test_dropout_is_one_mask_in_every_implementation():
         torch.testing.assert_close(out[kept[0]], torch.full((int(kept[0].sum()),), 1.25))
     assert all(torch.equal(kept[0], mask) for mask in kept)
     assert abs(kept[0].float().mean() - 0.8) < 5 * (0.2 * 0.8 / kept[0].numel()) ** 0.5
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "auto"])
+def test_numbers_may_be_of_any_kind_that_holds_them(impl):
+    """numpy.float16 does not hold 2**32, of which dropout takes a share; nor does int64 every eps."""
+    layout = PackedLayout.from_counts([[4]])
+    ones, weight = torch.ones(4, 8), torch.zeros(1, 8)
+    found = []
+    for half in (0.5, np.float16(0.5)):
+        torch.manual_seed(0)
+        found.append(modality_embed([ones], layout, modality_weight=weight, norm=None, dropout_p=half, impl=impl))
+    assert torch.equal(*found)
+    assert (modality_embed([ones], layout, modality_weight=weight, eps=2**70, impl=impl) == 0).all()
 
 
 @needs_cpp
