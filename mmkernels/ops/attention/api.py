@@ -17,6 +17,7 @@ from mmkernels.ops.attention import quick
 from mmkernels.ops.attention.inputs import Request
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MAX_SCALE = torch.finfo(torch.float32).max  # in which scores are; beyond it all of them would be infinite
 # Defaults of dropout_p are 0, here and in the drop-ins, not 0.0: torch.compile(dynamic=True) makes a symbol of every
 # float, and cannot hand one to a second checkpointed region.
 
@@ -180,8 +181,8 @@ def _attend_checked(
         scale = 1.0 / math.sqrt(q.shape[2])
     elif isinstance(scale, Tensor):  # taken as a number it would get no gradient
         raise ValueError(f"{who}: scale is a tensor, expected a number; multiply q by it, and give scale=1.0")
-    elif not (arguments.is_finite(scale) and scale > 0):
-        raise ValueError(f"{who}: scale is {scale!r}, expected a positive finite number")
+    elif not (arguments.is_finite(scale) and 0 < scale <= MAX_SCALE):
+        raise ValueError(f"{who}: scale is {scale!r}, expected a positive finite number, as float32 holds it")
     if not arguments.is_dropout(dropout_p):
         raise ValueError(f"{who}: dropout_p is {dropout_p!r}, expected a number, 0 <= dropout_p < 1")
     if pair_bias is not None:

@@ -177,6 +177,7 @@ def _call(**changes):
         ({"scale": True}, "scale is True, expected a positive finite number"),
         ({"scale": math.inf}, "scale is inf, expected a positive finite number"),
         ({"scale": np.float32("inf")}, r"scale is np.float32\(inf\), expected a positive finite number"),
+        ({"scale": 1e39}, "scale is 1e.39, expected a positive finite number, as float32 holds it"),
         ({"scale": 10**400}, "scale is 10+, expected a positive finite number"),
         ({"dropout_p": True}, "dropout_p is True, expected a number"),
         ({"scale": torch.nn.Parameter(torch.tensor(0.25))}, "scale is a tensor, expected a number; multiply q by it"),
