@@ -42,6 +42,14 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         gather_rows(torch.full((1, 2), 1 << 40), rows[:3], out=rows.view(3, 2), impl=impl)
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])  # which slices
+def test_bounds_that_were_written_over_are_not_followed(impl):
+    layout = PackedLayout.from_counts([[3, 4]])
+    layout.segment_cu_seqlens[-1] = 2**30
+    with pytest.raises((RuntimeError, IndexError)):
+        segment_mean(WHOLE, layout, impl=impl)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
