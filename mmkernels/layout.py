@@ -121,7 +121,7 @@ class PackedLayout:
         """
         if not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")
-        dispatch.refuse_unstrided("from_cu_seqlens", "cu_seqlens", cu_seqlens)
+        tracing.refuse_unstrided("from_cu_seqlens", "cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ValueError(
                 f"from_cu_seqlens: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [B + 1]"
@@ -139,7 +139,7 @@ class PackedLayout:
         device = cu_seqlens.device
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
-        dispatch.refuse_unstrided("from_cu_seqlens", "modality_ids", modality_ids)
+        tracing.refuse_unstrided("from_cu_seqlens", "modality_ids", modality_ids)
         if modality_ids.dtype != torch.uint8 or tuple(modality_ids.shape) != (total_tokens,):
             raise ValueError(
                 f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "

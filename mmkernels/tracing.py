@@ -89,3 +89,19 @@ def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
+
+
+def refuse_freed(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for memory on the CPU that is less than a tensor spans, which torch itself reads all the same.
+
+    Who resizes a storage (to 0, to free it) leaves the shapes of its tensors as they were.
+    """
+    if type(tensor) not in PLAIN_TENSORS or not tensor.is_cpu or tensor.numel() == 0 or tensor._is_zerotensor():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    last = tensor.storage_offset()
+    last += sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, held = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise ValueError(f"{who}: {name} lies in a storage of {held} bytes, expected {needed}: the storage was resized")

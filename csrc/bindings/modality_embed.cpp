@@ -36,20 +36,24 @@ struct Given {
   EmbedArguments views;
   Tensors copies;
 
-  View whole(const Tensor& t) {
-    if (t.is_contiguous()) return view_of(t);
+  View whole(const char* name, const Tensor& t) {
+    const View view = view_of(t, name);
+    if (t.is_contiguous()) return view;
     copies.push_back(torch::stable::contiguous(t));
     return view_of(copies.back());
   }
-  std::optional<View> whole(const Optional& t) { return t ? std::optional(whole(*t)) : std::nullopt; }
+  std::optional<View> whole(const char* name, const Optional& t) {
+    return t ? std::optional(whole(name, *t)) : std::nullopt;
+  }
   // A vector of the norm in fp32; parameters have one dtype.
-  std::optional<View> floats(const Optional& given, const Tensor& modality) {
+  std::optional<View> floats(const char* name, const Optional& given, const Tensor& modality) {
     if (!given) return std::nullopt;
     STD_TORCH_CHECK(given->scalar_type() == modality.scalar_type() && given->dim() == 1,
                     "modality_embed: parameters must have one dtype, and those of the norm [E]");
-    if (given->scalar_type() == ScalarType::Float) return whole(*given);
+    const View own = whole(name, *given);
+    if (given->scalar_type() == ScalarType::Float) return own;
     copies.push_back(torch::stable::to(*given, ScalarType::Float));
-    return whole(Tensor(copies.back()));
+    return whole(name, Tensor(copies.back()));
   }
 };
 
@@ -60,19 +64,19 @@ Given given_of(const Tensors& streams, const Tensor& modality, const Optional& t
   Given given;
   EmbedArguments& views = given.views;
   for (const Tensor& stream : streams) {
-    const View view = view_of(stream);
-    views.streams.push_back(read_streams || holds_ids(view) ? given.whole(stream) : view);
+    const View view = view_of(stream, "a stream");
+    views.streams.push_back(read_streams || holds_ids(view) ? given.whole("a stream", stream) : view);
   }
-  views.modality = given.whole(modality);
-  views.token = given.whole(token);
-  for (const Tensor& table : tables) views.tables.push_back(given.whole(table));
+  views.modality = given.whole("modality_weight", modality);
+  views.token = given.whole("token_weight", token);
+  for (const Tensor& table : tables) views.tables.push_back(given.whole("a position table", table));
   views.table_counts = std::move(table_counts);
-  views.norm_weight = given.floats(norm_weight, modality);
-  views.norm_bias = given.floats(norm_bias, modality);
-  views.modality_ids = given.whole(modality_ids);
-  views.source_rows = given.whole(source_rows);
-  views.positions = given.whole(positions);
-  views.rng = given.whole(rng);
+  views.norm_weight = given.floats("norm_weight", norm_weight, modality);
+  views.norm_bias = given.floats("norm_bias", norm_bias, modality);
+  views.modality_ids = given.whole("modality_ids", modality_ids);
+  views.source_rows = given.whole("source_rows", source_rows);
+  views.positions = given.whole("positions", positions);
+  views.rng = given.whole("rng", rng);
   views.norm = norm;
   views.dropout_p = dropout_p;
   return given;
@@ -132,7 +136,8 @@ Tensors modality_embed_bwd(Tensor grad_out, Tensors streams, Tensor modality, Op
     results.push_back(fresh(stream ? leaf.type : ScalarType::Float, {leaf.sizes, static_cast<size_t>(leaf.dims)}));
     gradients[i] = view_of(results.back());
   }
-  write_embed_backward(given.views, given.whole(grad_out), given.whole(mean), given.whole(rstd), gradients);
+  write_embed_backward(given.views, given.whole("the gradient", grad_out), given.whole("mean", mean),
+                       given.whole("rstd", rstd), gradients);
   if (modality.scalar_type() != ScalarType::Float) {
     for (size_t i = of_streams; i < results.size(); ++i) {
       results[i] = torch::stable::to(results[i], modality.scalar_type());

@@ -81,6 +81,9 @@ embed::Inputs inputs_of(const EmbedArguments& arguments, bool read_streams) {
   }
   STD_TORCH_CHECK(in.first_table.back() == static_cast<int>(arguments.tables.size()),
                   "modality_embed: table_counts do not add up");
+  STD_TORCH_CHECK((!arguments.norm_weight || arguments.norm_weight->dim() == 1) &&
+                      (!arguments.norm_bias || arguments.norm_bias->dim() == 1),
+                  "modality_embed: norm_weight and norm_bias must be [E]");
   if (arguments.norm_weight) in.norm_weight = data_of<float>(*arguments.norm_weight, ScalarType::Float, in.E);
   if (arguments.norm_bias) in.norm_bias = data_of<float>(*arguments.norm_bias, ScalarType::Float, in.E);
   in.modality_ids = data_of<uint8_t>(arguments.modality_ids, ScalarType::Byte, in.T);

@@ -24,6 +24,7 @@ Segments segments_of(const Tensor& segments) {
   STD_TORCH_CHECK(segments.dim() == 2 && segments.size(1) == 4 && segments.is_contiguous() &&
                       segments.scalar_type() == ScalarType::Int,
                   "packing: segments must be contiguous int32 [N, 4]");
+  check_memory("segments", segments);
   return {static_cast<const int32_t*>(segments.data_ptr()), segments.size(0)};
 }
 

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/view.h"
+
 namespace mm::bindings {
 
 using torch::headeronly::ScalarType;
@@ -33,10 +35,16 @@ bool has_whole_rows(const T& t) {
 }
 
 // The tensor, or a copy whose rows are.
-inline Tensor with_whole_rows(const Tensor& t) { return has_whole_rows(t) ? t : torch::stable::contiguous(t); }
+inline Tensor with_whole_rows(const Tensor& t) {
+  check_memory("a tensor", t);
+  return has_whole_rows(t) ? t : torch::stable::contiguous(t);
+}
 
 // The tensor, or a copy that is contiguous: torch is not asked where there is nothing to do.
-inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor made_contiguous(const Tensor& t) {
+  check_memory("a tensor", t);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 template <class T>
 void check_matrix(const T& t) {

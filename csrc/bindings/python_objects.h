@@ -9,6 +9,7 @@
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -100,6 +101,9 @@ inline std::optional<ScalarType> type_of(const dlpack::Tensor& t) {
   }
 }
 
+// No memory lies below: a storage of no bytes begins at 0, and a view of it so many bytes later.
+constexpr uintptr_t kFirstAddress = uintptr_t{1} << 16;
+
 // The tensor of a plain Python object on the CPU.  whole: its rows must be.
 inline View view_of(PyObject* object, bool whole = true) {
   const PyTypeObject* type = Py_TYPE(object);
@@ -110,7 +114,8 @@ inline View view_of(PyObject* object, bool whole = true) {
   if (!scalar || t.dims == 0 || t.strides == nullptr) throw Refused{};
   int64_t numel = 1;
   for (int32_t d = 0; d < t.dims; ++d) numel *= t.sizes[d];
-  if (t.data == nullptr && numel != 0) throw Refused{};  // zeros that lie nowhere, a functional tensor's wrapper
+  // Zeros that lie nowhere, a functional tensor's wrapper, a storage that was freed.
+  if (reinterpret_cast<uintptr_t>(t.data) < kFirstAddress && numel != 0) throw Refused{};
   if (whole && t.strides[t.dims - 1] != 1 && numel != 0) throw Refused{};
   return {static_cast<char*>(t.data) + t.byte_offset, t.sizes, t.strides, t.dims, *scalar, t.type_bits / size_t{8}};
 }

@@ -1,6 +1,7 @@
 // A tensor's memory, shape and strides, whoever owns the tensor: torch behind its stable ABI, or a Python object.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -47,7 +48,23 @@ struct View {
 
 using Views = std::span<const View>;
 
-inline View view_of(const torch::stable::Tensor& t) {
+// Refuses a tensor whose storage holds less than it spans: who resizes a storage (to 0, to free it) leaves the shapes of
+// its tensors as they were.
+inline void check_memory(const char* name, const torch::stable::Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t held = 0, reach = 0;
+  STD_TORCH_CHECK(aoti_torch_get_storage_size(t.get(), &held) == AOTI_TORCH_SUCCESS &&
+                      aoti_torch_get_storage_offset(t.get(), &reach) == AOTI_TORCH_SUCCESS,
+                  "mmkernels: a call into torch failed");
+  ++reach;
+  for (int64_t d = 0; d < t.dim(); ++d) reach += (t.size(d) - 1) * t.stride(d);
+  reach *= static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(reach <= held, "mmkernels: ", name, " lies in a storage of ", held, " bytes, expected ", reach,
+                  ": the storage was resized");
+}
+
+inline View view_of(const torch::stable::Tensor& t, const char* name = "a tensor") {
+  check_memory(name, t);
   return {t.data_ptr(), t.sizes().data(), t.strides().data(), t.dim(), t.scalar_type(), t.element_size()};
 }
 

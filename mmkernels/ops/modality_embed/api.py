@@ -343,6 +343,7 @@ def _check_indices(
             raise IndexError(f"modality_embed: special token {special} of modality {m}, token_weight has {rows} rows")
     for m, stream in enumerate(streams):
         if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and tracing.readable(stream):
+            tracing.refuse_freed("modality_embed", f"stream {m}", stream)
             low, high = (int(x) for x in stream.aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(

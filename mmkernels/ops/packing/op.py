@@ -89,16 +89,20 @@ def _direct(tensors: Sequence[Tensor]) -> bool:
 
 
 def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
-    """Raises ValueError for rows out of range (on the CPU) and for given outputs that lie where an input is read."""
+    """Raises ValueError for rows out of range (on the CPU), for given outputs that lie where an input is read, and for
+    what has lost its memory."""
     values, where = args[:2]
+    written = _written(args[count:]) if form else []
+    sources = {f"stream {m}": stream for m, stream in enumerate(values)} if name == "pack" else {"the input": values}
+    told = "rows" if "rows" in name else "the layout's table"
+    for what, tensor in (*sources.items(), (told, where), *(("out", target) for target in written)):
+        tracing.refuse_freed(name, what, tensor)
     if name == "gather_rows":
         _check_range(where, values.shape[0])
     elif name == "scatter_rows_sum":
         _check_range(where, args[2].shape[0] if form else args[2])
     if not form:
         return
-    written = _written(args[count:])
-    sources = {f"stream {m}": stream for m, stream in enumerate(values)} if name == "pack" else {"the input": values}
     if name == "gather_rows":
         sources["rows"] = where
     for what, source in sources.items():

@@ -190,3 +190,28 @@ def test_results_lie_where_the_inputs_do():
     with torch.device("meta"):
         out = modality_embed(streams, LAYOUT, **tensors)
     assert out.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["modality_weight", "norm_weight", "token_weight"])
+def test_a_storage_that_was_freed_is_named_not_read(name):
+    """Of a vector of the norm it meant that there is none."""
+    streams, tensors = inputs()
+    out = modality_embed(streams, LAYOUT, **tensors)
+    tensors[name].untyped_storage().resize_(0)
+    for call in (lambda: modality_embed(streams, LAYOUT, **tensors), out.sum().backward):
+        with pytest.raises(RuntimeError, match=f"{name} lies in a storage of 0 bytes"):
+            call()
+
+
+def test_ids_whose_storage_was_freed_are_named():
+    streams, tensors = inputs()
+    streams[0].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="stream 0 lies in a storage of 0 bytes"):
+        modality_embed(streams, LAYOUT, **tensors)
+
+
+def test_a_norm_weight_of_another_shape_is_refused():
+    streams, tensors = inputs()
+    tensors["norm_weight"] = tensors["norm_weight"].detach()[None]
+    with pytest.raises(ValueError, match=r"norm_weight is \(1, 12\), expected \[12\]"):
+        modality_embed(streams, LAYOUT, **tensors)

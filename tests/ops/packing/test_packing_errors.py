@@ -42,6 +42,23 @@ def test_shared_memory_is_named_by_every_implementation(impl):
         gather_rows(torch.full((1, 2), 1 << 40), rows[:3], out=rows.view(3, 2), impl=impl)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [0, 2])  # a view two rows on no longer begins at address 0
+def test_a_storage_that_was_freed_is_named_not_read(impl, rows):
+    freed = torch.zeros(7 + rows, 4)[rows:]
+    freed.untyped_storage().resize_(0)
+    calls = (
+        lambda: unpack(freed, LAYOUT, impl=impl),
+        lambda: pad(freed, LAYOUT, impl=impl),
+        lambda: gather_rows(freed, ROW, impl=impl),
+        lambda: segment_mean(freed, LAYOUT, impl=impl),
+        lambda: gather_rows(WHOLE, torch.arange(7), out=freed, impl=impl),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="lies in a storage of 0 bytes, expected "):
+            call()
+
+
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])  # which slices
 def test_bounds_that_were_written_over_are_not_followed(impl):
     layout = PackedLayout.from_counts([[3, 4]])
