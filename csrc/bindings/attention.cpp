@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "bindings/view.h"
+
 namespace {
 
 namespace attention = mm::cpu::attention;
@@ -31,12 +33,34 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
+// What check_memory says of a storage of no bytes; of others it would ask torch for each size, at 70 ns a tensor.
+void check_not_freed(const char* name, const Tensor& t) {
+  int64_t held = 0;
+  if (aoti_torch_get_storage_size(t.get(), &held) != AOTI_TORCH_SUCCESS || held == 0)
+    mm::bindings::check_memory(name, t);
+}
+
+// The tensor, or a copy that lies side by side inside a head: zeros that torch has not written yet come as one number
+// with strides of 0, and hooks on saved tensors may give any strides.
+Tensor with_whole_heads(const char* name, const Tensor& t) {
+  if (t.dim() != 3 || t.numel() == 0 || t.size(2) == 1 || t.stride(2) == 1) return t;
+  check_not_freed(name, t);
+  return torch::stable::contiguous(t);
+}
+
+Optional side_by_side(const char* name, const Optional& t) {
+  if (!t || t->is_contiguous()) return t;
+  check_not_freed(name, *t);
+  return torch::stable::contiguous(*t);
+}
+
 Heads heads_of(const char* name, const Tensor& t, const Tensor& like, int64_t tokens, int64_t heads, int64_t width) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == tokens && t.size(1) == heads && t.size(2) == width, "attention: ", name,
                   " must be [", tokens, ", ", heads, ", ", width, "]");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "attention: ", name, " must have q's dtype");
   STD_TORCH_CHECK(t.numel() == 0 || width == 1 || t.stride(2) == 1, "attention: ", name,
                   " must be contiguous inside a head");
+  check_not_freed(name, t);
   const auto size = static_cast<int64_t>(t.element_size());
   return {static_cast<char*>(t.data_ptr()), t.stride(0) * size, t.stride(1) * size};
 }
@@ -45,6 +69,7 @@ template <class T>
 T* data_of(const char* name, const Tensor& t, ScalarType type, int64_t numel) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == numel, "attention: ", name,
                   " must be contiguous with ", numel, " elements");
+  check_not_freed(name, t);
   return static_cast<T*>(t.data_ptr());
 }
 
@@ -118,6 +143,8 @@ void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
 void attention_fwd(Tensor q, Tensor k, Tensor v, Optional bias, Optional rng, Tensor q_table, Tensor k_table,
                    Tensor tiles, Tensor spans, double scale, bool has_visible, double dropout_p, int64_t threshold,
                    Tensor out, Optional lse, Optional mass) {
+  q = with_whole_heads("q", q), k = with_whole_heads("k", k), v = with_whole_heads("v", v);
+  bias = side_by_side("pair_bias", bias);
   attention::Forward f{};
   f.in = inputs_of(q, k, v, bias, rng, q_table, k_table, scale, has_visible, dropout_p, threshold);
   f.tiles = ranges_of("tiles", tiles, 4, {f.in.Tq, spans.size(0)});
@@ -139,6 +166,9 @@ void attention_fwd(Tensor q, Tensor k, Tensor v, Optional bias, Optional rng, Te
 void attention_bwd(Tensor dout, Optional dlse, Tensor q, Tensor k, Tensor v, Optional bias, Optional rng, Tensor out,
                    Tensor lse, Tensor q_table, Tensor k_table, Tensor samples, double scale, bool has_visible,
                    double dropout_p, int64_t threshold, Tensor dq, Tensor dk, Tensor dv, Optional dbias) {
+  q = with_whole_heads("q", q), k = with_whole_heads("k", k), v = with_whole_heads("v", v);
+  dout = with_whole_heads("do", dout), out = with_whole_heads("out", out);
+  bias = side_by_side("pair_bias", bias), dlse = side_by_side("dlse", dlse);
   attention::Backward b{};
   b.in = inputs_of(q, k, v, bias, rng, q_table, k_table, scale, has_visible, dropout_p, threshold);
   const Inputs& in = b.in;

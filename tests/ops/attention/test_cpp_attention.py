@@ -270,3 +270,34 @@ def test_the_longest_sample_falls_into_equal_tiles(width, longest, rows):
     from mmkernels.ops.attention import cpp_impl
 
     assert cpp_impl.tile_rows(width, longest) == rows
+
+
+def test_zeros_that_lie_nowhere_are_taken():
+    """torch hands them over as one number with strides of 0, also as the gradient of the result."""
+    layout = PackedLayout.from_counts([[5], [3]])
+    q, k, v = (torch.randn(8, 2, 16) for _ in range(3))
+    zeros = torch._efficientzerotensor((8, 2, 16))
+    for at in range(3):
+        given = [q, k, v]
+        given[at] = zeros
+        expected = attention(*(t.clone() for t in given), layout=layout, impl="cpp")
+        for _ in range(2):  # the second goes the short way
+            assert torch.equal(attention(*given, layout=layout, impl="cpp"), expected)
+    bias = torch._efficientzerotensor((2, 1, 1))
+    torch.testing.assert_close(
+        attention(q, k, v, layout=layout, pair_bias=bias, impl="cpp"), attention(q, k, v, layout=layout, impl="cpp")
+    )
+    q.requires_grad_()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(attention(q, k, v, layout=layout, impl="cpp"), q, zeros)
+        assert (gradient == 0).all()
+
+
+def test_a_storage_that_was_freed_is_named_not_read():
+    layout = PackedLayout.from_counts([[5], [3]])
+    q, k, v = (torch.randn(8, 2, 16, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, layout=layout, impl="cpp")
+    k.untyped_storage().resize_(0)
+    for call in (lambda: attention(q, k, v, layout=layout, impl="cpp"), out.sum().backward):
+        with pytest.raises(RuntimeError, match="k lies in a storage of 0 bytes, expected 1024"):
+            call()
