@@ -48,8 +48,8 @@ struct View {
 
 using Views = std::span<const View>;
 
-// Refuses a tensor whose storage holds less than it spans: who resizes a storage (to 0, to free it) leaves the shapes of
-// its tensors as they were.
+// Refuses a tensor whose storage holds less than it spans: who resizes a storage (to 0, to free it) leaves the
+// shapes of its tensors as they were.
 inline void check_memory(const char* name, const torch::stable::Tensor& t) {
   if (t.numel() == 0) return;
   int64_t held = 0, reach = 0;
