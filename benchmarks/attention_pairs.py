@@ -13,7 +13,8 @@ def computed(plan: MaskPlan, impl: str, dtype: torch.dtype, head_dim: int) -> in
     """Pairs of the forward pass as the implementation plans it; None where its plan does not say.
 
     triton  whole blocks, as its kernel walks them
-    cpp     rows by columns of each span, both clipped at the sample's end
+    cpp     rows by columns of each span, both clipped at the sample's end; inside of it bands of rows skip panels of
+            columns, which is not counted
     torch   queries by keys of each call, the triangle where a call is causal
     """
     if impl not in ("cpp", "torch", "triton"):

@@ -13,14 +13,15 @@
 
 namespace mm::cpu::attention::MM_ISA {
 
-// Keys and queries of a block: as many as leave a block's operands room in the second-level cache.
-MM_INLINE int64_t backward_keys(int64_t D) { return D <= 128 ? 128 : 64; }
+// Columns and queries of a block: as many as leave a block's operands room in the second-level cache.  Where modalities
+// cut panels short there are more columns, so that a short sample is still one block.
+MM_INLINE int64_t backward_columns(const Inputs& in) { return (in.D <= 128 ? 128 : 64) * (in.has_visible ? 3 : 2) / 2; }
 MM_INLINE int64_t backward_queries(int64_t D) { return D <= 64 ? 8 * kBand : D <= 128 ? 4 * kBand : 2 * kBand; }
-constexpr int64_t kMaxBands = 8;
+constexpr int64_t kMaxBands = 8 * kBand / kLeastQueries;
 
 struct BackwardRange {
   const Backward& b;
-  int64_t padded, ld, ld_scores, block_keys, block_queries;
+  int64_t padded, ld, ld_scores, block_columns, block_queries;
   int64_t depth;                    // words of a row
   float *key, *key_t, *value_t;     // of a block: [keys, ld] woven, and panels of the transposes
   float *query, *dout;              // [block_queries, ld]
@@ -42,12 +43,12 @@ struct BackwardRange {
     padded = round_up(D, W);
     ld = padded + kRowGap;
     depth = words(D);
-    block_keys = backward_keys(D);
+    block_columns = backward_columns(b.in);
     block_queries = backward_queries(D);
-    ld_scores = block_keys + kRowGap;
-    key = scratch.take(block_keys * ld);
-    key_t = scratch.take(block_keys * depth);
-    value_t = scratch.take(block_keys * depth);
+    ld_scores = block_columns + kRowGap;
+    key = scratch.take(block_columns * ld);
+    key_t = scratch.take(block_columns * depth);
+    value_t = scratch.take(block_columns * depth);
     query = scratch.take(block_queries * ld);
     dout = scratch.take(block_queries * ld);
     query_woven = kTerms == 1 ? query : scratch.take(words(block_queries) * ld);
@@ -63,7 +64,7 @@ struct BackwardRange {
     ds_woven = kTerms == 1 ? ds : scratch.take(words(block_queries) * ld_scores);
     row = scratch.take(ld);
     bias = b.in.bias ? scratch.take(b.in.Mq * ld_scores) : nullptr;
-    keep = b.in.dropout ? scratch.take(keep_floats(block_keys)) : nullptr;
+    keep = b.in.dropout ? scratch.take(keep_floats(block_columns)) : nullptr;
     dq = scratch.take(max_queries * padded);
     dk = scratch.take(max_keys * padded);
     dv = scratch.take(max_keys * padded);
@@ -78,9 +79,9 @@ struct BackwardRange {
     const int64_t keys = task.key_end - task.key_begin;
     std::memset(dk, 0, sizeof(float) * keys * padded);
     std::memset(dv, 0, sizeof(float) * keys * padded);
-    const int64_t blocks = (keys + block_keys - 1) / block_keys;
-    const int64_t step = blocks ? round_up((keys + blocks - 1) / blocks, kPanel) : 0;
-    const bool whole_rows = blocks == 1 && keys == sample[3] - sample[2];
+    const int64_t panels = panels_of_block(in, task.key_begin, task.key_end, block_columns / kPanel);
+    const bool one_block = keys_of(in, task.key_begin, task.key_end, panels).end() == task.key_end;
+    const bool whole_rows = one_block && keys == sample[3] - sample[2];
     for (int64_t member = 0; member < in.group(); ++member) {
       head = task.kv_head * in.group() + member;
       dbias = task.dbias ? task.dbias + member * in.Mq * in.Mk : nullptr;
@@ -88,12 +89,12 @@ struct BackwardRange {
       std::memset(dq, 0, sizeof(float) * queries * padded);
       for (int pass = whole_rows || !exact_delta(b) ? 1 : 0; pass < 2; ++pass) {
         stage = pass == 0 ? Stage::kDelta : whole_rows ? Stage::kBoth : Stage::kGradients;
-        for (int64_t j = 0; j < keys; j += step) {
-          const int64_t begin = task.key_begin + j;
-          const Keys block = keys_of(in, begin, least(step, task.key_end - begin));
-          if (blocks > 1 || member == 0) read_keys(block, task.kv_head);
+        for (int64_t j = task.key_begin; j < task.key_end;) {
+          const Keys block = keys_of(in, j, task.key_end, panels);
+          if (!one_block || member == 0) read_keys(block, task.kv_head);
           if (bias) read_bias(in, head, block, bias, ld_scores);
-          walk(block, dk + j * padded, dv + j * padded);
+          walk(block, dk + (j - task.key_begin) * padded, dv + (j - task.key_begin) * padded);
+          j = block.end();
         }
         for (int64_t i = 0; stage == Stage::kDelta && i < queries; ++i) finish_delta(i);
       }
@@ -142,17 +143,21 @@ struct BackwardRange {
 
   void read_keys(const Keys& block, int64_t kv_head) {
     const Inputs& in = b.in;
-    read_words(in, in.v, block.begin, block.count, kv_head, key, ld);
-    transpose_rows(key, ld, block.count, depth, value_t);
-    read_words(in, in.k, block.begin, block.count, kv_head, key, ld);
-    transpose_rows(key, ld, block.count, depth, key_t);
-    if (kTerms == 2) read_woven(in, in.k, block.begin, block.count, kv_head, key, ld);
+    for (int64_t p = 0; p < block.panels; ++p) {
+      const int64_t begin = block.first[p], count = block.width(p), column = p * kPanel;
+      float* rows = key + words(column) * ld;
+      read_words(in, in.v, begin, count, kv_head, rows, ld);
+      transpose_rows(rows, ld, count, depth, value_t + column * depth);
+      read_words(in, in.k, begin, count, kv_head, rows, ld);
+      transpose_rows(rows, ld, count, depth, key_t + column * depth);
+      if (kTerms == 2) read_woven(in, in.k, begin, count, kv_head, rows, ld);
+    }
   }
 
   // Every query that sees a key of the block.
   void walk(const Keys& keys, float* dk_rows, float* dv_rows) {
     const Inputs& in = b.in;
-    const int64_t begin = most(first_query, in.q_lo[keys.begin]);
+    const int64_t begin = most(first_query, in.q_lo[keys.begin()]);
     const int64_t end = least(first_query + queries, in.q_hi[keys.end() - 1]);
     if (begin >= end) return;
     const int64_t blocks = (end - begin + block_queries - 1) / block_queries;
@@ -163,11 +168,12 @@ struct BackwardRange {
   void visit(const Keys& keys, int64_t begin, int64_t count, float* dk_rows, float* dv_rows) {
     const Inputs& in = b.in;
     Seen seen[kMaxBands];
-    const int64_t bands = (count + kBand - 1) / kBand;
-    int64_t stretches = 0;
-    for (int64_t r = 0; r < bands; ++r) {
-      find_seen(in, begin + r * kBand, begin + least((r + 1) * kBand, count), keys, seen[r]);
-      stretches += seen[r].stretches;
+    int64_t first[kMaxBands + 1] = {0};  // row of each band, then the end
+    int64_t bands = 0, stretches = 0;
+    for (; first[bands] < count; ++bands) {
+      first[bands + 1] = band_end(in, begin + first[bands], begin + count, kBand) - begin;
+      find_seen(in, begin + first[bands], begin + first[bands + 1], keys, seen[bands]);
+      stretches += seen[bands].stretches;
     }
     if (stretches == 0) return;
     read_queries(in, begin, count, head, query, ld);
@@ -176,23 +182,20 @@ struct BackwardRange {
       read_woven(in, in.q, begin, count, head, query_woven, ld);
       read_woven(in, b.dout, begin, count, head, dout_woven, ld);
     }
-    for (int64_t r = 0; r < bands; ++r) visit_band(keys, seen[r], begin, r * kBand, least(kBand, count - r * kBand));
+    for (int64_t r = 0; r < bands; ++r) visit_band(keys, seen[r], begin, first[r], first[r + 1] - first[r]);
     if (stage == Stage::kDelta) return;
-    // Keys panel by panel, each with the stretches of bands that see it.
+    // Keys panel by panel, each with the stretches of bands that see as much of it.
     for (int64_t panel = 0; panel < keys.panels; ++panel) {
-      const int64_t column = panel * kPanel, here = least(kPanel, keys.count - column);
+      const int64_t column = panel * kPanel, to = keys.first[panel] - keys.begin();
       for (int64_t r = 0; r < bands;) {
-        if (!seen[r].active[panel]) {
-          ++r;
-          continue;
-        }
-        const int64_t from = r * kBand;
-        while (r < bands && seen[r].active[panel]) ++r;
-        const int64_t rows = words(least(r * kBand, count) - from), first = words(from);
-        multiply<true, true>(here, padded / W, rows, p_woven + first * ld_scores + column, ld_scores,
-                             dout_woven + first * ld, ld, kPanel, dv_rows + column * padded, padded, 1.0f, ahead);
-        multiply<true, true>(here, padded / W, rows, ds_woven + first * ld_scores + column, ld_scores,
-                             query_woven + first * ld, ld, kPanel, dk_rows + column * padded, padded, 1.0f, ahead);
+        const int64_t width = seen[r].width[panel], from = first[r];
+        do ++r;
+        while (r < bands && seen[r].width[panel] == width);
+        const int64_t rows = words(first[r] - from), word = words(from);
+        multiply<true, true>(width, padded / W, rows, p_woven + word * ld_scores + column, ld_scores,
+                             dout_woven + word * ld, ld, kPanel, dv_rows + to * padded, padded, 1.0f, ahead);
+        multiply<true, true>(width, padded / W, rows, ds_woven + word * ld_scores + column, ld_scores,
+                             query_woven + word * ld, ld, kPanel, dk_rows + to * padded, padded, 1.0f, ahead);
       }
     }
   }
@@ -284,7 +287,7 @@ struct BackwardRange {
 
   // So that column j of the block is at [j].
   const float* read_kept(const Keys& keys, const Seen::Stretch& at, int64_t token) {
-    return read_keep(b.in, head, token, keys.begin + at.begin, at.end - at.begin, keep) - at.begin;
+    return read_keep(b.in, head, token, keys.key(at.begin), at.end - at.begin, keep) - at.begin;
   }
 
   void write_dq(const BackwardTask& task, int64_t member) {

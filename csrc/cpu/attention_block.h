@@ -34,39 +34,72 @@ inline int64_t pairs_between(const Inputs& in, int64_t begin, int64_t end, int64
   return pairs;
 }
 
-// Keys [begin, begin + count) of a block, and what is known of them panel by panel.
+// Keys of a block in panels.  Where modalities decide who sees a key, a panel ends at a change of them, so that most
+// are seen whole or not at all.   Panel p has the columns from p kPanel on, of scores and of operands.
 struct Keys {
-  int64_t begin, count, panels;
-  uint32_t bits[kMaxPanels];  // of any key of the panel
+  int64_t panels = 0;
+  int64_t first[kMaxPanels + 1];  // key of each panel, then the end
+  uint32_t bits[kMaxPanels];      // of any key of the panel
 
-  int64_t end() const { return begin + count; }
-  int64_t panel_begin(int64_t p) const { return begin + p * kPanel; }
-  int64_t panel_end(int64_t p) const { return least(begin + (p + 1) * kPanel, end()); }
+  int64_t begin() const { return first[0]; }
+  int64_t end() const { return first[panels]; }
+  int64_t width(int64_t p) const { return first[p + 1] - first[p]; }
+  int64_t key(int64_t column) const { return first[column / kPanel] + column % kPanel; }
 };
 
-inline Keys keys_of(const Inputs& in, int64_t begin, int64_t count) {
+constexpr int64_t kLeastKeys = 8;  // of a panel that ends at a change: each takes a vector, however few its keys
+
+inline int64_t panel_end(const Inputs& in, int64_t begin, int64_t end) {
+  end = least(begin + kPanel, end);
+  for (int64_t j = begin + kLeastKeys; in.has_visible && j < end; ++j)
+    if (in.k_bits[j] != in.k_bits[j - 1]) return j;
+  return end;
+}
+
+// At most so many panels of the keys [begin, end).
+inline Keys keys_of(const Inputs& in, int64_t begin, int64_t end, int64_t panels) {
   Keys keys;
-  keys.begin = begin;
-  keys.count = count;
-  keys.panels = (count + kPanel - 1) / kPanel;
+  for (keys.first[0] = begin; keys.end() < end && keys.panels < panels; ++keys.panels)
+    keys.first[keys.panels + 1] = panel_end(in, keys.end(), end);
   for (int64_t p = 0; in.has_visible && p < keys.panels; ++p) {
     keys.bits[p] = 0;
-    for (int64_t j = keys.panel_begin(p); j < keys.panel_end(p); ++j)
-      keys.bits[p] |= static_cast<uint32_t>(in.k_bits[j]);
+    for (int64_t j = keys.first[p]; j < keys.first[p + 1]; ++j) keys.bits[p] |= static_cast<uint32_t>(in.k_bits[j]);
   }
   return keys;
 }
 
-// Which panels of a block some row of a band sees, in stretches of panels that touch, and which need a mask.
+// The panels of a block, where [begin, end) is cut into blocks of as equal numbers of them, `most` at most.
+inline int64_t panels_of_block(const Inputs& in, int64_t begin, int64_t end, int64_t most) {
+  int64_t panels = 0;
+  for (int64_t j = begin; j < end; j = panel_end(in, j, end)) ++panels;
+  const int64_t blocks = (panels + most - 1) / most;
+  return blocks ? (panels + blocks - 1) / blocks : 0;
+}
+
+constexpr int64_t kLeastQueries = 4;  // of a band that ends at a change
+static_assert(kLeastQueries % kTerms == 0);
+
+// Where a band of queries ends.  Equal bands up to a query that sees other modalities than the first, in whole words.
+inline int64_t band_end(const Inputs& in, int64_t begin, int64_t end, int64_t most) {
+  int64_t same = in.has_visible ? least(begin + kLeastQueries, end) : end;
+  while (same < end && in.q_bits[same] == in.q_bits[begin] &&
+         in.q_bits[least(same + kTerms, end) - 1] == in.q_bits[begin])
+    same = least(same + kTerms, end);
+  const int64_t count = same - begin, bands = (count + most - 1) / most;
+  return least(begin + round_up((count + bands - 1) / bands, kTerms), same);
+}
+
+// What some row of a band sees of a block, in stretches of columns that touch, and which panels need a mask.
 struct Seen {
   struct Stretch {
-    int64_t begin, end;  // columns of the block; the end is that of the last key, not of its panel
+    int64_t begin, end;  // columns; the end is that of the last key, not of its vector
     int64_t vecs() const { return (end - begin + W - 1) / W; }
   };
   int64_t stretches = 0;
   Stretch stretch[kMaxPanels];
   bool any_masked = false;
-  bool active[kMaxPanels], masked[kMaxPanels];
+  bool masked[kMaxPanels];
+  int64_t width[kMaxPanels];  // seen columns of each panel, from its first on
 };
 
 // Rows [begin, end) of queries against a block; both bounds rise with the row.
@@ -81,29 +114,30 @@ inline void find_seen(const Inputs& in, int64_t begin, int64_t end, const Keys& 
   seen.stretches = 0;
   seen.any_masked = false;
   for (int64_t p = 0; p < keys.panels; ++p) {
-    const int64_t from = keys.panel_begin(p), to = keys.panel_end(p);
-    const bool active = from < hi && to > lo && (!in.has_visible || (any & keys.bits[p]) != 0);
-    seen.active[p] = active;
+    const int64_t from = keys.first[p], to = least(keys.first[p + 1], hi), column = p * kPanel;
+    const bool active = from < to && keys.first[p + 1] > lo && (!in.has_visible || (any & keys.bits[p]) != 0);
+    seen.width[p] = active ? to - from : 0;
     seen.masked[p] = active && !(from >= all_lo && to <= all_hi && (!in.has_visible || (keys.bits[p] & ~all) == 0));
     if (!active) continue;
     seen.any_masked |= seen.masked[p];
-    if (p > 0 && seen.active[p - 1]) {
-      seen.stretch[seen.stretches - 1].end = to - keys.begin;
+    if (p > 0 && seen.width[p - 1] == kPanel) {
+      seen.stretch[seen.stretches - 1].end = column + seen.width[p];
     } else {
-      seen.stretch[seen.stretches++] = {from - keys.begin, to - keys.begin};
+      seen.stretch[seen.stretches++] = {column, column + seen.width[p]};
     }
   }
 }
 
-// scores[j] = -inf where query i does not see key j, in the masked panels.
+// scores[j] = -inf where query i does not see the key of column j, in the masked panels.
 inline void mask_row(const Inputs& in, int64_t i, const Keys& keys, const Seen& seen, float* scores) {
   int32_t bits[W];
   const I lanes = lane_numbers();
   const V nothing = splat(-kInfinity);
   for (int64_t p = 0; p < keys.panels; ++p) {
     if (!seen.masked[p]) continue;
-    const int64_t to = keys.panel_end(p);
-    for (int64_t j = keys.panel_begin(p); j < to; j += W) {
+    const int64_t to = keys.first[p] + seen.width[p];
+    float* at = scores + p * kPanel;
+    for (int64_t j = keys.first[p]; j < to; j += W, at += W) {
       const int32_t lo = in.kv_lo[i] - static_cast<int32_t>(j), hi = in.kv_hi[i] - static_cast<int32_t>(j);
       I visible = (lanes >= splat(lo)) & (lanes < splat(hi));
       if (in.has_visible) {
@@ -116,7 +150,6 @@ inline void mask_row(const Inputs& in, int64_t i, const Keys& keys, const Seen& 
         }
         visible &= (of_key & splat(in.q_bits[i])) != splat(0);
       }
-      float* at = scores + (j - keys.begin);
       store(at, select(visible, load(at), nothing));
     }
   }
@@ -131,12 +164,15 @@ MM_INLINE void close_row(const Seen::Stretch& s, float* scores) {
   store(last, select(lane_numbers() < splat(static_cast<int32_t>(rest)), load(last), splat(-kInfinity)));
 }
 
-// bias_rows[m ld + j]: what a query of modality m adds to the score of key j of the block.
+// bias_rows[m ld + j]: what a query of modality m adds to the score of column j of the block.
 inline void read_bias(const Inputs& in, int64_t head, const Keys& keys, float* rows, int64_t ld) {
   for (int64_t m = 0; m < in.Mq; ++m) {
     const float* bias = in.bias + (head * in.Mq + m) * in.Mk;
-    for (int64_t j = 0; j < keys.count; ++j) rows[m * ld + j] = bias[in.k_modality[keys.begin + j]];
-    for (int64_t j = keys.count; j < round_up(keys.count, W); ++j) rows[m * ld + j] = 0.0f;
+    for (int64_t p = 0; p < keys.panels; ++p) {
+      float* row = rows + m * ld + p * kPanel;
+      for (int64_t j = 0; j < keys.width(p); ++j) row[j] = bias[in.k_modality[keys.first[p] + j]];
+      for (int64_t j = keys.width(p); j < round_up(keys.width(p), W); ++j) row[j] = 0.0f;
+    }
   }
 }
 
@@ -171,7 +207,7 @@ inline const float* read_keep(const Inputs& in, int64_t head, int64_t i, int64_t
 // Calls body(modality, begin, end) for the runs of keys of one modality in columns [begin, end) of a block.
 template <typename Body>
 MM_INLINE void for_each_modality(const Inputs& in, const Keys& keys, const Seen::Stretch& s, const Body& body) {
-  const int32_t* modality = in.k_modality + keys.begin;
+  const int32_t* modality = in.k_modality + keys.key(s.begin) - s.begin;
   for (int64_t j = s.begin; j < s.end;) {
     int64_t next = j + 1;
     while (next < s.end && modality[next] == modality[j]) ++next;

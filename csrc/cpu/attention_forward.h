@@ -9,7 +9,7 @@ namespace mm::cpu::attention::MM_ISA {
 
 constexpr int kTogether = 4;  // rows of a softmax: a row alone waits for its maximum, and again for its sum
 
-// Keys of a block: as many as leave K, V and the tile's rows room in the second-level cache.
+// Columns of a block: as many as leave K, V and the tile's rows room in the second-level cache.
 MM_INLINE int64_t forward_block(int64_t D) { return D <= 64 ? 256 : D <= 128 ? 128 : 64; }
 
 // All that a tile keeps while it walks over its keys.   n rows
@@ -49,7 +49,7 @@ struct ForwardTile {
     n = count;
     head = h;
     fresh = true;
-    const bool same = !in.has_visible && in.kv_lo[begin] == in.kv_lo[begin + n - 1] &&
+    const bool same = in.kv_lo[begin] == in.kv_lo[begin + n - 1] &&
                       in.kv_hi[begin] == in.kv_hi[begin + n - 1];  // both rise with the row
     band = same ? kWideBand : kBand;
     read_queries(in, begin, n, head, query, ld_query);
@@ -57,18 +57,20 @@ struct ForwardTile {
     if (mass) std::memset(mass, 0, sizeof(float) * n * in.Mk);
   }
 
-  void attend(int64_t key_begin, int64_t count) {
+  void attend(const Keys& keys) {
     const Inputs& in = f.in;
     const int64_t kv_head = head / in.group();
-    const Keys keys = keys_of(in, key_begin, count);
-    for (int64_t j = 0; j < count; j += kPanel) {
-      const int64_t here = least(kPanel, count - j);
-      read_words(in, in.k, key_begin + j, here, kv_head, rows, ld_value);
-      transpose_rows(rows, ld_value, here, depth, key + j * depth);
+    for (int64_t p = 0; p < keys.panels; ++p) {
+      read_words(in, in.k, keys.first[p], keys.width(p), kv_head, rows, ld_value);
+      transpose_rows(rows, ld_value, keys.width(p), depth, key + p * kPanel * depth);
     }
-    read_woven(in, in.v, key_begin, count, kv_head, value, ld_value);
+    for (int64_t p = 0; p < keys.panels; ++p)
+      read_woven(in, in.v, keys.first[p], keys.width(p), kv_head, value + words(p * kPanel) * ld_value, ld_value);
     if (bias) read_bias(in, head, keys, bias, ld_scores);
-    for (int64_t i = 0; i < n; i += band) attend_band(keys, i, least(band, n - i));
+    for (int64_t i = 0, next; i < n; i = next) {
+      next = band_end(in, begin + i, begin + n, band) - begin;
+      attend_band(keys, i, next - i);
+    }
     fresh = false;
   }
 
@@ -173,7 +175,7 @@ struct ForwardTile {
   void drop(const Keys& keys, const Seen& seen, int64_t row, float* p) {
     for (int64_t s = 0; s < seen.stretches; ++s) {
       const Seen::Stretch& at = seen.stretch[s];
-      const float* kept = read_keep(f.in, head, begin + row, keys.begin + at.begin, at.end - at.begin, keep);
+      const float* kept = read_keep(f.in, head, begin + row, keys.key(at.begin), at.end - at.begin, keep);
       for (int64_t j = 0; j < at.end - at.begin; j += W)
         store(p + at.begin + j, load(p + at.begin + j) * load(kept + j));
     }
@@ -209,10 +211,12 @@ inline void forward_tile(const Forward& f, int64_t task, int64_t following, floa
     const int64_t begin = f.spans[3 * s];
     int64_t end = f.spans[3 * s + 1];
     for (++s; s < bounds[3] && f.spans[3 * s] == end; ++s) end = f.spans[3 * s + 1];
-    // Equal blocks of whole panels.
-    const int64_t blocks = (end - begin + state.block - 1) / state.block;
-    const int64_t step = round_up((end - begin + blocks - 1) / blocks, kPanel);
-    for (int64_t j = begin; j < end; j += step) state.attend(j, least(step, end - j));
+    const int64_t panels = panels_of_block(f.in, begin, end, state.block / kPanel);
+    for (int64_t j = begin; j < end;) {
+      const Keys keys = keys_of(f.in, j, end, panels);
+      state.attend(keys);
+      j = keys.end();
+    }
   }
   state.finish();
 }

@@ -109,6 +109,24 @@ def test_windows_at_the_edges_of_panels(side):
     check(PackedLayout.from_counts([[300]]), AttentionMask(window=(side, side)), impl="cpp", heads=2, kv_heads=2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("longest", "width"), [(3, 24), (12, 64), (50, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_segments_by_turns(longest, width, causal, dtype):
+    """Bands and panels end where the modality changes: after every token or so, and in more panels than a block has."""
+    generator = torch.Generator().manual_seed(longest)
+    lengths = torch.randint(1, longest + 1, (3, 90 if longest < 50 else 12), generator=generator)
+    layout = PackedLayout.from_segments(
+        [[(i % 3, int(length)) for i, length in enumerate(sample)] for sample in lengths], num_modalities=3
+    )
+    mask = AttentionMask(causal=causal, visible=[[True, True, True], [False, True, False], [True, False, False]])
+    with poisoned_empty():
+        check(
+            layout, mask, impl="cpp", dtype=dtype, heads=2, kv_heads=1, width=width, mass=True, pair_bias=longest > 3,
+            dropout_p=0.1 * (longest > 12), lse_gradient=True,
+        )  # fmt: skip
+
+
 def test_a_row_of_nan_is_not_a_row_that_sees_nothing():
     layout = PackedLayout.from_counts([[20]])
     q, k, v = torch.randn(3, 20, 1, 16)
