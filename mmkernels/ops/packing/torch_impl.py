@@ -47,8 +47,8 @@ def scatter_rows_sum(grad: Tensor, rows: Tensor, out: Tensor) -> None:
 def segment_mean(packed: Tensor, bounds: Tensor, out: Tensor) -> None:
     lengths = bounds.diff()
     wide = packed.to(_sum_dtype(packed))
-    # unsafe: unchecked, since a GPU would have to be waited for
-    unsafe = not packed.is_cpu
+    # unsafe: unchecked, since a GPU would have to be waited for, and of no segment torch looks for the shortest
+    unsafe = not (packed.is_cpu and lengths.numel())
     sums = torch.segment_reduce(wide, "sum", lengths=lengths.long(), axis=0, unsafe=unsafe, initial=0)  # [N, E]
     out.copy_(sums / lengths.clamp(min=1)[:, None])
 
