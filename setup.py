@@ -165,7 +165,7 @@ class OptionalBuild(build_ext):
             raise
 
     def remove_library(self, extension):
-        """What older sources gave, which Python would take for these: in the build folder, after `run` in place."""
+        """What older sources gave, which Python would take for these; beside the sources, once `run` has built."""
         Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
 
     def compile(self, extension):

@@ -291,8 +291,8 @@ def _plan(options: argparse.Namespace) -> MaskPlan:
     for m in (m for query, keys in (visible or {}).items() for m in (query, *keys)):
         if not 0 <= m < M:
             raise ValueError(
-                f"mask drawing: --visible names modality {m}, expected 0 to {M - 1}, as the segments have (there {M}:0 "
-                "is one more, without tokens)"
+                f"mask drawing: --visible names modality {m}, expected 0 to {M - 1}, as the segments have; with {M}:0 "
+                "among them there is one more, without tokens"
             )
     if options.isolated and visible is not None:
         raise ValueError("mask drawing: --isolated and --visible exclude one another")
@@ -329,16 +329,16 @@ def _samples(option: str, value: str) -> list[list[tuple[int, tuple[int, ...]]]]
 
 
 def _visible_pairs(value: str) -> dict[int, list[int]]:
+    rules = [rule.split(">") for rule in value.split(";")]
     try:
-        rules = [rule.split(">") for rule in value.split(";")]
         seen = {int(query): [int(k) for k in keys.split(",") if k.strip()] for query, keys in rules}
-        if len(seen) < len(rules):
-            raise ValueError("a query twice, of which the last would count")
-        return seen
     except ValueError:
+        seen = {}
+    if len(seen) < len(rules):
         raise ValueError(
             f'mask drawing: --visible is {value!r}, expected query>keys as in "0>0,1;1>1", each query once'
-        ) from None
+        )
+    return seen
 
 
 def _integers(option: str, value: str) -> tuple[int, ...]:

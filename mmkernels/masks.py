@@ -7,8 +7,6 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import index
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import layout_tables, mask_lowering, mask_lowering_device, planner, tracing
+from mmkernels import layout_tables, locks, mask_lowering, mask_lowering_device, planner, tracing
 from mmkernels.arguments import one_of
 from mmkernels.layout import PackedLayout
 
@@ -281,9 +279,7 @@ def _lowered_anew(layout: PackedLayout, mask: AttentionMask, keys: PackedLayout)
     return plan
 
 
-_keeping = threading.RLock()  # threads may share a layout; lowering itself goes on beside
-if hasattr(os, "register_at_fork"):  # a thread that holds it is not in the child, and would never let it go there
-    os.register_at_fork(before=_keeping.acquire, after_in_parent=_keeping.release, after_in_child=_keeping.release)
+_keeping = locks.across_forks()  # threads may share a layout; lowering itself goes on beside
 
 
 def _keep(cache: dict, mask: AttentionMask, plan: MaskPlan) -> None:

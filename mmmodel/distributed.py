@@ -1,6 +1,7 @@
 """Several processes on one batch, by torch.distributed: started with torchrun, else all of this does nothing.
 
-Each rank reads its own samples of every batch; gradients are averaged by DistributedDataParallel, and losses are
+Each rank reads its own samples of every batch; gradients are averaged by DistributedDataParallel or
+FSDP2 (sharding.py), and losses are
 weighted so that the average is the gradient of the loss of the whole batch.   R ranks, N rows.
 """
 

@@ -1,4 +1,4 @@
-"""A learner whose weights, gradients and optimizer are split over the processes (FSDP2); all others pass through here.
+"""A learner whose weights, gradients and optimizer are split over the processes (FSDP2); others are left as they are.
 
 It is whole on every rank while a step's forward and backward run, and 1 / R of every parameter at rest.   R ranks.
 """
@@ -24,7 +24,7 @@ def shard(learner: nn.Module, device: torch.device) -> None:
     if distributed.size() == 1:
         return
     # One group, not one for each block: every rank must take part in a group's collectives, and how often a rank runs
-    # the blocks in a step, or whether it runs a front end, hangs on its samples.  The learner runs once on each rank.
+    # the blocks in a step, or whether it runs a front end, depends on its samples.  The learner runs once on each rank.
     mesh = init_device_mesh(device.type, (distributed.size(),))
     fully_shard(learner, mesh=mesh, reshard_after_forward=False)
 

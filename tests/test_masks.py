@@ -2,17 +2,14 @@
 
 import dataclasses
 import itertools
-import os
-import signal
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from mmkernels import mask_lowering_device, masks
+from mmkernels import mask_lowering_device
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import MOST_KEY_LAYOUTS, MOST_PLANS, AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import assert_tile_order, random_layout, reference_mask
@@ -273,26 +270,6 @@ def test_threads_may_share_a_layout_that_meets_many_masks():
         sys.setswitchinterval(interval)
     assert all(len(plans) == 300 for plans in results)
     assert sum(isinstance(key, AttentionMask) for key in layout.cache) <= MOST_PLANS
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_that_is_forked_while_a_thread_keeps_a_plan_lowers_masks_too():
-    held, forked = threading.Event(), threading.Event()
-
-    def keep():
-        with masks._keeping:
-            held.set()
-            forked.wait(0.2)  # never set: fork waits until nobody is keeping
-
-    thread = threading.Thread(target=keep)
-    thread.start()
-    held.wait()
-    if (child := os.fork()) == 0:
-        signal.alarm(10)  # ends the child where it waits for ever
-        MaskPlan.lower(PackedLayout.from_counts([[3]]), AttentionMask(causal=True))
-        os._exit(0)
-    thread.join()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def random_cross_mask(rng, layout):

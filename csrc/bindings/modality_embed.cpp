@@ -50,8 +50,8 @@ struct Given {
     if (!given) return std::nullopt;
     STD_TORCH_CHECK(given->scalar_type() == modality.scalar_type() && given->dim() == 1,
                     "modality_embed: parameters must have one dtype, and those of the norm [E]");
-    const View own = whole(name, *given);
-    if (given->scalar_type() == ScalarType::Float) return own;
+    if (given->scalar_type() == ScalarType::Float) return whole(name, *given);
+    check_memory(name, *given);
     copies.push_back(torch::stable::to(*given, ScalarType::Float));
     return whole(name, Tensor(copies.back()));
   }

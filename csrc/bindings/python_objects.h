@@ -102,7 +102,7 @@ inline std::optional<ScalarType> type_of(const dlpack::Tensor& t) {
 }
 
 // No memory lies below: a storage of no bytes begins at 0, and a view of it so many bytes later.
-constexpr uintptr_t kFirstAddress = uintptr_t{1} << 16;
+constexpr uintptr_t kFirstAddress = uintptr_t{1} << 22;
 
 // The tensor of a plain Python object on the CPU.  whole: its rows must be.
 inline View view_of(PyObject* object, bool whole = true) {

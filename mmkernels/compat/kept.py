@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmkernels import locks
 from mmkernels.compat.padded import PaddedPlan
 
 MAX_RESULTS = 8  # kept per tensor
@@ -22,7 +22,7 @@ class _Plans:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, PaddedPlan] = OrderedDict()
         self._tokens = 0
-        self._lock = threading.RLock()  # DataParallel calls from threads
+        self._lock = locks.across_forks()  # DataParallel calls from threads
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
@@ -43,7 +43,7 @@ class _Plans:
 plans = _Plans()
 by_content = plans.get
 _by_tensor: dict[int, tuple] = {}  # id of a tensor: (weak reference, version, {(view of it, what else counts): result})
-_by_tensor_lock = threading.Lock()
+_by_tensor_lock = locks.across_forks()
 
 
 def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """A learner split over two processes (FSDP2 on gloo) learns what a whole one does, and its checkpoints are whole."""
 
 import dataclasses
+import datetime
 import math
 import shutil
 
@@ -64,7 +65,9 @@ def gradients_of(learned):
 
 def ranks_step(rank, store, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(minutes=2)
+    )
     config, learned, optimizer = split()
     batch, prepared = prepared_batch(learned, SHARES[rank])
     figures, made = train.train_step(learned, optimizer, batch, prepared, config)
@@ -134,7 +137,7 @@ def test_a_split_learner_takes_the_step_of_a_whole_one(tmp_path, one_thread):
     assert max(held) < 0.6 * sum(held)
 
 
-def test_torchrun_splits_and_resumes_to_the_same_bits(shards, tmp_path):
+def test_torchrun_splits_and_resumes_to_the_same_bits(shards, tmp_path, caplog):
     """And goes on from its checkpoint in one process, unsplit."""
     unbroken, broken, alone = (tmp_path / name for name in ("unbroken", "broken", "alone"))
     run(unbroken, shards, "sharded=true")
@@ -143,6 +146,8 @@ def test_torchrun_splits_and_resumes_to_the_same_bits(shards, tmp_path):
     run(broken, shards, "sharded=true")
     assert_same_run(unbroken, broken)
     fields = ("steps=8", "checkpoint_every=3", "evaluate_every=4")
+    caplog.set_level("INFO", logger="mmmodel.train")
     assert train.pretrain(dataclasses.replace(configs.override(configs.tiny(), fields), data=str(shards)), alone)
+    assert "continuing at step" in caplog.text
     shapes = [{name: tensor.shape for name, tensor in weights(out).items()} for out in (unbroken, alone)]
     assert shapes[0] == shapes[1]

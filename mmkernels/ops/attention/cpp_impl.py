@@ -71,10 +71,7 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
 def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
     """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
     _, backward = arguments(lowered)
-    run_backward(
-        do if do.stride(2) == 1 else do.contiguous(), dlse if dlse is None else dlse.contiguous(),
-        q, k, v, pair_bias, rng, out, lse, *backward, dq, dk, dv, dbias,
-    )  # fmt: skip
+    run_backward(do, dlse, q, k, v, pair_bias, rng, out, lse, *backward, dq, dk, dv, dbias)
 
 
 def arguments(lowered: Lowered) -> tuple[tuple, tuple]:

@@ -36,7 +36,6 @@ class ByCpp:
         self.cpp.run_forward(q, k, v, None, None, *self.arguments[0], out, lse, None)
 
     def backward(self, do, q, k, v, out, lse, dq, dk, dv) -> None:
-        do = do if do.stride(2) == 1 else do.contiguous()
         self.cpp.run_backward(do, None, q, k, v, None, None, out, lse, *self.arguments[1], dq, dk, dv, None)
 
 

@@ -43,7 +43,7 @@ def test_shared_memory_is_named_by_every_implementation(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("rows", [0, 2])  # a view two rows on no longer begins at address 0
+@pytest.mark.parametrize("rows", [0, 100_000])  # a view no longer begins at address 0
 def test_a_storage_that_was_freed_is_named_not_read(impl, rows):
     freed = torch.zeros(7 + rows, 4)[rows:]
     freed.untyped_storage().resize_(0)
