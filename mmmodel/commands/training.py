@@ -23,7 +23,7 @@ class Stamps:
     """Prepare the Tux Paint stamps: real images, captions and spoken descriptions in many languages.
 
     Uses an installed copy, or fetches Debian's package with apt-get (161 MB, no root needed), and writes shards to the
-    cache (about 0.5 GB); a second call returns at once. The data is GPL-2.
+    cache (about 0.5 GB); a second call returns at once, whatever package it names. The data is GPL-2.
     """
 
     cache: Path | None = None

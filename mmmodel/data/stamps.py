@@ -57,8 +57,9 @@ def prepare(
 ) -> Path:
     """Folder of prepared shards; made if it is not there yet.
 
-    Takes `tree`, else `deb`, else an installed copy, else downloads the package into `cache`. languages=("all",) takes
-    every language with a caption. Raises RunError saying what to do if there is no way to the files.
+    Takes `tree`, else `deb`, else an installed copy, else downloads the package into `cache`; warns of one that it was
+    given and has no need of. languages=("all",) takes every language with a caption. Raises RunError saying what to do
+    if there is no way to the files.
     """
     if workers < 0:
         raise ConfigError(f"stamps: workers is {workers}, expected at least 0")
@@ -70,6 +71,8 @@ def prepare(
         and manifest["recipe"] == RECIPE
         and manifest["languages"] == list(languages)
     ):
+        if given := tree or deb:
+            logger.warning("stamps: %s is not read: %s is there already; delete it to make it anew", given, folder)
         return folder
 
     with atomic.replacing(folder) as shards:

@@ -100,11 +100,21 @@ def test_shards_are_plain_webdataset(prepared):
     assert read["animals/birds/owl/fr"]["txt"] == b"Un hibou."
 
 
-def test_second_call_returns_at_once_and_leaves_no_rest(prepared, monkeypatch):
+def test_second_call_returns_at_once_and_leaves_no_rest(prepared, monkeypatch, caplog):
     root, folder = prepared
     monkeypatch.setattr(stamps.tuxpaint, "scan", None)  # any work would fail
     assert stamps.prepare(cache=root / "cache") == folder
     assert [path.name for path in (root / "cache").iterdir()] == ["stamps"]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("source", ["deb", "tree"])
+def test_second_call_says_that_it_does_not_read_what_it_is_given(prepared, caplog, source):
+    root, folder = prepared
+    assert stamps.prepare(cache=root / "cache", **{source: root / "other"}) == folder
+    assert caplog.messages == [
+        f"stamps: {root}/other is not read: {folder} is there already; delete it to make it anew"
+    ]
 
 
 def test_other_languages_go_to_another_folder(prepared):
