@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from mmmodel import atomic, export, run_folder
+from mmmodel import atomic, export, pretraining, run_folder
 from mmmodel.benchmark import parts, report
 from mmmodel.benchmark.protocol import ARMS, Protocol, budget_name
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data.shards import IMAGE
 from mmmodel.export import Run
+from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ def run(
 
     runs: pretrained runs that differ in their seed.  No part is begun after budget_minutes; report["left"] names those
     that were not.  Several processes may share `out`.  Raises ConfigError if it holds parts of other runs or another
-    protocol, CheckpointError for a run that does not read or was fine-tuned.
+    protocol and for a run of data that the protocol does not fit, CheckpointError for one that does not read or was
+    fine-tuned.
     """
     started = time.monotonic()
     protocol = protocol or Protocol()
@@ -43,6 +46,7 @@ def run(
                 f"benchmark: {source.path} is of step {source.step} of {source.config.steps}: finish the run"
             )
     _check_alike([source.config for source in opened])
+    _check_data(opened[0], protocol)
     _claim(out, opened, protocol)
     torch.set_num_threads(opened[0].config.threads)
     subjects: dict[int, parts.Subject] = {}
@@ -103,6 +107,20 @@ def _check_alike(runs: Sequence[PretrainConfig]) -> None:
     seeds = [config.seed for config in runs]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"evaluate: the runs have seeds {seeds}, expected different ones")
+
+
+def _check_data(source: Run, protocol: Protocol) -> None:
+    """Raises ConfigError unless the run reads pictures of data with what classification asks for."""
+    config, language, label = source.config, protocol.language, protocol.label
+    entries = pretraining.open_data(config).entries
+    asked = (entry for entry in entries if entry.language == language and label in entry.meta and entry.member(IMAGE))
+    if "image" in config.model.modalities and any(asked):
+        return
+    languages = listed(sorted({entry.language or "none" for entry in entries}))
+    raise ConfigError(
+        f"benchmark: expected a run trained on the stamps: pictures with a {label}, in the language {language}; "
+        f"{source.path} was trained on {config.data} ({', '.join(config.model.modalities)}; languages {languages})"
+    )
 
 
 def _claim(out: Path, opened: Sequence[Run], protocol: Protocol) -> None:

@@ -119,6 +119,15 @@ def test_runs_that_are_not_one_recipe_are_refused(runs, finished, tmp_path):
         stamps.run(runs[:1], finished[0], protocol=TINY)
 
 
+def test_a_run_of_other_data_than_the_stamps_is_refused(runs, shards, tmp_path):
+    """With the command's own protocol: it asks for French, and the synthetic samples are of a language xx."""
+    expected = "^benchmark: expected a run trained on the stamps: pictures with a category, in the language fr; "
+    found = rf"{runs[0]}/model\.safetensors was trained on {shards} \(text, image, audio; languages xx\)$"
+    with pytest.raises(ConfigError, match=expected + found):
+        stamps.run(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fine_tuned_run_is_refused(runs, shards, tmp_path):
     finetune(runs[0], FinetuneConfig(label="category", data=str(shards), epochs=1), tmp_path / "tuned")
     with pytest.raises(CheckpointError, match="is fine-tuned, the heads of its pretraining are gone"):
