@@ -52,20 +52,23 @@ STARTS = {"pretrained": (*ENGLISH,), "random": (*ENGLISH, "load_language_model=f
 def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...], folder: Path | None) -> None:
     """Pretrain and score the variants of a study in out/VARIANT; writes out/STUDY.json of all that are finished.
 
-    `meaning` is left out, with a warning, where it has nothing to learn from.
+    `meaning` is left out, with a warning, where the data have no captions for it.  Raises ConfigError before the first
+    variant for what cannot run here, such as one whose language model is missing.
     """
     variants = {"objectives": OBJECTIVES, "language-model": STARTS}[study]
     if unknown := set(only) - set(variants):
         raise ConfigError(f"ablate: no variant {sorted(unknown)}, expected some of {', '.join(variants)}")
     if study == "language-model" and folder is None:
         raise ConfigError("ablate: the study of language models needs --language-model FOLDER")
-    asked, left = only or tuple(variants), {}
-    for name in asked:
+    start = folder if study == "language-model" else None
+    asked, left = {name: _config(variants[name], shared, start) for name in only or variants}, {}
+    for config in asked.values():  # now: those that go first take hours
+        train.check(config)
+    for name, config in asked.items():
         place = _place(out, name)
-        config = _config(variants[name], shared, folder if study == "language-model" else None)
         try:
             finished = train.pretrain(config, place)
-        except UntaughtError as error:  # the data, or what is installed, may be without
+        except UntaughtError as error:
             left[name] = error
             continue
         if not finished:
@@ -76,8 +79,8 @@ def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...]
         atomic.write_json(place / "row.json", row)
         rows = _rows(out, variants)
         atomic.write_json(out / f"{study}.json", {"study": study, "variants": rows})  # each time: the next may fail
-    if left.keys() == set(asked):
-        raise left[asked[0]]
+    if left.keys() == asked.keys():
+        raise next(iter(left.values()))
     show(study, rows)
     for name, error in left.items():
         logger.warning("left out: %s: %s", name, error)

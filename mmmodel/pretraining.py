@@ -142,6 +142,15 @@ def check_vocabulary(config: PretrainConfig) -> None:
         )
 
 
+def check_teacher(config: PretrainConfig) -> None:
+    """Raises ConfigError if the run has the objective `meaning`, and its language model is not there."""
+    if config.objectives.meaning.weight:
+        try:
+            language_model.find(config.objectives.meaning.teacher)
+        except ConfigError as error:
+            raise ConfigError(f"objectives: meaning has no teacher: {error}") from error
+
+
 def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
     """The language model's, or one trained on the training captions alone: the test set's words must stay unseen."""
     special = special_names(config.model.modalities)
@@ -159,7 +168,8 @@ def load_corpus(config: PretrainConfig, dataset: ShardDataset, model: Model) -> 
 def teach(learner: Pretraining, config: PretrainConfig) -> None:
     """Ask the language model of the objective `meaning`, if the run has it, about the training concepts.
 
-    A concept's vector is the mean over its captions.  Raises UntaughtError if there is no such model, or no caption.
+    A concept's vector is the mean over its captions.  Raises UntaughtError if there is none, ConfigError for a model
+    that cannot be read.
     """
     if "meaning" not in learner.objectives:
         return
@@ -174,7 +184,7 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
     try:
         vectors = language_model.sentence_vectors(chosen.teacher, [text for _, text in said])
     except ConfigError as error:
-        raise UntaughtError(f"objectives: meaning has no teacher: {error}") from error
+        raise ConfigError(f"objectives: meaning has no teacher: {error}") from error
     names = sorted({concept for concept, _ in said})
     row = {name: i for i, name in enumerate(names)}
     rows = torch.tensor([row[concept] for concept, _ in said])

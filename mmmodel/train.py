@@ -79,6 +79,7 @@ def check(config: PretrainConfig) -> None:
     """Raises ConfigError for what cannot run here, whatever the data."""
     limits.check(config, "config")
     pretraining.check_vocabulary(config)
+    pretraining.check_teacher(config)
     limits.check_device(config.device, "config")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("config: tensorboard is True, expected the package to be there: pip install tensorboard")

@@ -18,7 +18,7 @@ from mmmodel.objectives.views import Views
 
 
 class UntaughtError(ConfigError):
-    """What `meaning` learns from is not there: captions in its language, or the language model."""
+    """The data have nothing that `meaning` learns from: no captions in its language."""
 
 
 class Meaning(nn.Module):

@@ -42,6 +42,14 @@ def test_meaning_is_left_out_where_nothing_teaches_it(small, tmp_path, caplog):
         ablation.run("objectives", tmp_path, only=names[1:2], shared=(), folder=None)
 
 
+def test_a_teacher_that_is_not_there_is_named_before_anything_runs(small, tmp_path):
+    """Wherever its variant stands in the study, and whether or not the data have captions for it."""
+    fields = ("objectives.meaning.teacher=mistyped",)
+    with pytest.raises(ConfigError, match="meaning has no teacher: language model: mistyped is neither a folder"):
+        ablation.run("objectives", tmp_path, only=(), shared=fields, folder=None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_rows_are_kept_where_a_later_variant_fails(small, tmp_path, monkeypatch):
     pretrain = train.pretrain
     monkeypatch.setattr(train, "pretrain", lambda config, out: "masked" not in out.name and pretrain(config, out))

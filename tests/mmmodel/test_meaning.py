@@ -93,7 +93,8 @@ def of_texts(name, texts):
 
 def test_a_run_is_taught_and_read_again_without_the_language_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "sentence_vectors", lambda *args: of_texts(*args).float())
-    config = configs.override(dataclasses.replace(tiny, steps=2), (*MEANING, "objectives.meaning.language=xx"))
+    teacher = f"objectives.meaning.teacher={tmp_path}"
+    config = configs.override(dataclasses.replace(tiny, steps=2), (*MEANING, "objectives.meaning.language=xx", teacher))
     dataset = pretraining.open_data(config)
     learned = pretraining.Pretraining(config, pretraining.make_tokenizer(config, dataset))
     pretraining.teach(learned, config)
@@ -136,8 +137,15 @@ def test_a_language_without_captions_is_named(tiny):
         pretraining.teach(learned, config)
 
 
-def test_a_language_model_that_is_not_there_is_named(tiny):
-    fields = (*MEANING, "objectives.meaning.language=xx", "objectives.meaning.teacher=none-such")
+def test_a_language_model_that_is_not_there_is_named_before_the_data_are_read(tiny, tmp_path):
+    fields = (*MEANING, "data=nowhere", "objectives.meaning.teacher=none-such")
+    with pytest.raises(ConfigError, match="meaning has no teacher: language model: none-such is neither a folder nor"):
+        train.pretrain(configs.override(tiny, fields), tmp_path / "run")
+
+
+def test_a_language_model_that_does_not_read_is_named(tiny, tmp_path):
+    fields = (*MEANING, "objectives.meaning.language=xx", f"objectives.meaning.teacher={tmp_path}")
     _, learned = objective_learner(*fields)
-    with pytest.raises(UntaughtError, match="meaning has no teacher: language model: none-such is neither a folder"):
+    with pytest.raises(ConfigError, match=r"meaning has no teacher: language model: .* has no config\.json") as raised:
         pretraining.teach(learned, configs.override(tiny, fields))
+    assert not isinstance(raised.value, UntaughtError)  # `mmmodel ablate` leaves those out
