@@ -1,8 +1,9 @@
 """Several processes on one batch, by torch.distributed: started with torchrun, else all of this does nothing.
 
-Each rank reads its own samples of every batch; gradients are averaged by DistributedDataParallel or
-FSDP2 (sharding.py), and losses are
-weighted so that the average is the gradient of the loss of the whole batch.   R ranks, N rows.
+Each rank reads its own samples of every batch; gradients are averaged by DistributedDataParallel or FSDP2
+(sharding.py), and losses are weighted so that the average is the gradient of the loss of the whole batch.
+
+R ranks, N rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -58,8 +60,11 @@ def first_alone() -> Iterator[None]:
 
 @contextmanager
 def wrapped(learner: nn.Module) -> Iterator[nn.Module]:
-    """The learner, its gradients averaged over ranks in backward for as long as the context lasts."""
-    if size() == 1:
+    """The learner, its gradients averaged over ranks in backward for as long as the context lasts.
+
+    One that `sharding.shard` has split averages them itself; any other is in DistributedDataParallel.
+    """
+    if size() == 1 or isinstance(learner, FSDPModule):
         yield learner
         return
     # An objective that finds nothing to do in a rank's samples leaves parameters without a gradient there.

@@ -235,7 +235,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
     skipped_in_a_row = 0
     with (
         closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
-        (nullcontext if config.sharded else distributed.wrapped)(learner) as module,
+        distributed.wrapped(learner) as module,
         Progress(config.steps, progress["step"], shown=first) as bar,
         _ahead(make, progress["step"]) as batches,
     ):

@@ -70,7 +70,9 @@ def ranks_step(rank, store, results):
     )
     config, learned, optimizer = split()
     batch, prepared = prepared_batch(learned, SHARES[rank])
-    figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+    with distributed.wrapped(learned) as module:
+        assert module is learned
+        figures, made = train.train_step(module, optimizer, batch, prepared, config)
     held = sum(state["exp_avg"].to_local().numel() for state in optimizer.state.values())
     torch.save((figures, made, gradients_of(learned), weights_of(learned), held), f"{results}.{rank}")
     for _ in range(2):
