@@ -1,6 +1,7 @@
 """A learner whose weights, gradients and optimizer are split over the processes (FSDP2); others are left as they are.
 
-It is whole on every rank while a step's forward and backward run, and 1 / R of every parameter at rest.   R ranks.
+It is whole on every rank while a step's forward and backward run, and 1 / R of every parameter at rest.  Buffers are
+whole, and rank 0's in every step.   R ranks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def shard(learner: nn.Module, device: torch.device) -> None:
     # the blocks in a step, or whether it runs a front end, depends on its samples.  The learner runs once on each rank.
     mesh = init_device_mesh(device.type, (distributed.size(),))
     fully_shard(learner, mesh=mesh, reshard_after_forward=False)
+    if any(True for _ in learner.buffers()):
+        learner.register_forward_pre_hook(_share_buffers)
 
 
 @contextmanager
@@ -73,6 +76,21 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     norm = squared.sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
+
+
+@torch.no_grad()
+def _share_buffers(learner: nn.Module, inputs: tuple) -> None:
+    """Gives every rank rank 0's before a step's forward, as DistributedDataParallel does; validation keeps its own."""
+    if not learner.training:
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in learner.buffers():
+        kinds.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in kinds.values():
+        together = torch.cat([buffer.flatten() for buffer in buffers])  # a ResNet has hundreds: one message
+        dist.broadcast(together, src=0)
+        for buffer, part in zip(buffers, together.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 def _learning(learner: nn.Module) -> list[nn.Parameter]:

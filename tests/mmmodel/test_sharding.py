@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -75,11 +76,14 @@ def ranks_step(rank, store, results):
         figures, made = train.train_step(module, optimizer, batch, prepared, config)
     held = sum(state["exp_avg"].to_local().numel() for state in optimizer.state.values())
     torch.save((figures, made, gradients_of(learned), weights_of(learned), held), f"{results}.{rank}")
-    for _ in range(2):
-        train.train_step(learned, optimizer, batch, prepared, config)
+    with mock.patch.object(dist, "broadcast", None):  # it has no buffers: nothing is sent for them
+        for _ in range(2):
+            train.train_step(learned, optimizer, batch, prepared, config)
     check_ddp_agrees(learned, rank)
     check_one_infinity_stops_both(learned, optimizer, batch, prepared, rank)
     check_checkpoint_reads(store.parent / "checkpoints", learned, optimizer)
+    for sharded in (False, True):
+        check_buffers_of_a_step_are_rank_0s(rank, sharded)
     dist.destroy_process_group()
 
 
@@ -93,6 +97,28 @@ def check_ddp_agrees(learned, rank):
     for name, mine in weights_of(other).items():
         if not name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, of which AdamW makes steps
             torch.testing.assert_close(mine, theirs[name], rtol=0, atol=1e-5, msg=name)
+
+
+def check_buffers_of_a_step_are_rank_0s(rank, sharded):
+    """Those of a BatchNorm, of two dtypes.  Validation goes past DDP, and reads each rank's own."""
+    config, learned = build()
+    norm = learned.model.front_ends["image"].norm = torch.nn.BatchNorm1d(3, affine=False)
+    if sharded:
+        sharding.shard(learned, CPU)
+    optimizer = train.make_optimizer(learned, config)
+    batch, prepared = prepared_batch(learned, SHARES[rank])
+    with distributed.wrapped(learned) as module:
+        for step in range(2):
+            norm.running_var.fill_(3 + rank)
+            norm.num_batches_tracked.fill_(step + 5 * rank)
+            train.train_step(module, optimizer, batch, prepared, config)
+            assert norm.running_var.tolist() == [3, 3, 3]
+            assert norm.num_batches_tracked.item() == step
+        norm.running_var.fill_(3 + rank)
+        learned.eval()
+        with torch.no_grad(), sharding.whole(learned):
+            learned(batch, prepared)
+        assert norm.running_var.tolist() == [3 + rank] * 3
 
 
 def check_one_infinity_stops_both(learned, optimizer, batch, prepared, rank):
