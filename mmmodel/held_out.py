@@ -46,8 +46,7 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
     """
     learner.eval()
     rank, ranks = distributed.rank(), distributed.size()
-    size = min(BATCH, distinct(items))
-    if size < ranks:
+    if not (size := batch_size(items)):
         return {}
     sampler = Sampler(items, batch_size=size, seed=0)
     model, device = learner.model, learner.model.token_table.device
@@ -71,6 +70,12 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
     means = [torch.stack(values).double().mean() for values in found.values()]
     read = torch.stack(means).tolist() if means else []
     return merged(distributed.everyone(dict(zip(found, read, strict=True))))
+
+
+def batch_size(items: Sequence[Item]) -> int:
+    """Of the batches of `figures`, at least a sample for each process; 0 if there are too few."""
+    size = min(max(BATCH, distributed.size()), distinct(items))
+    return size if size >= distributed.size() else 0
 
 
 def distinct(items: Sequence[Item]) -> int:

@@ -203,7 +203,9 @@ def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sam
             "it needs samples that hold both",
             pairs,
         )
-    if config.evaluate_every and (found := held_out.distinct(corpus.split("validation"))) < distributed.size():
+    validation = corpus.split("validation")
+    if config.evaluate_every and not held_out.batch_size(validation):
+        found = held_out.distinct(validation)
         few = f"the split validation has {found} distinct items for {distributed.size()} processes"
         _log("evaluate_every does nothing in this run: %s", few if found else "no sample has the split validation")
 
@@ -216,7 +218,7 @@ def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float
     """
     config, items = learner.config, corpus.split("validation")
     due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
-    if not due or held_out.distinct(items) < distributed.size():
+    if not due or not held_out.batch_size(items):
         return {}
     with autocast(config.device, config.precision), sharding.whole(learner):
         found = held_out.figures(learner, corpus, items, batches=VALIDATION_BATCHES)

@@ -27,6 +27,7 @@ from mmmodel import (
 from mmmodel.batches import Sampler
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
+from mmmodel.features import Item
 
 
 def test_tensorboard_gets_the_figures_of_the_metrics(tiny, tmp_path, monkeypatch):
@@ -117,6 +118,14 @@ def test_fewer_validation_samples_than_processes_are_said_once(tiny, tmp_path, c
     assert train.validate(learned, corpus, 1) == {}
     few = "the split validation has 1 distinct items for 2 processes"
     assert caplog.messages[-1] == f"evaluate_every does nothing in this run: {few}"
+
+
+@pytest.mark.parametrize(("groups", "ranks", "size"), [(9, 1, 9), (90, 1, 64), (90, 65, 65), (64, 65, 0), (0, 1, 0)])
+def test_batches_of_validation_have_a_sample_for_each_process(groups, ranks, size, monkeypatch):
+    """Also for more processes than such a batch has samples otherwise; each group of items counts once."""
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    items = [Item(f"k{i}", f"g{i // 2}", "", "c", "validation", {}) for i in range(2 * groups)]
+    assert held_out.batch_size(items) == size
 
 
 @pytest.mark.parametrize(("modality", "works"), [("image", "masked_image"), ("audio", "masked_audio")])
