@@ -177,12 +177,13 @@ class Evaluate:
     run_folder: Annotated[tuple[Path, ...], tyro.conf.arg(name="run", aliases=("--from",))] = (Path("runs/demo"),)
     """Folder of a run; a benchmark takes several finished ones that differ in their seed."""
     split: Literal["test", "validation", "train"] = "test"
-    """Which concepts to score on; the scores of another split than test go to report-SPLIT.json."""
+    """Which concepts to score on; the scores of another split than test go to report-SPLIT.json. Not for a
+    benchmark."""
     data: str = ""
     """stamps, synthetic, or a folder of shards; empty: what the run was trained on. Scores on other data are printed,
     and the run's report.json stays. Not for a benchmark."""
     require: Literal["none", "demo", "quick"] = "none"
-    """Exit non-zero unless the results clear these bars; none: never."""
+    """Exit non-zero unless the results clear these bars; none: never. Not for a benchmark."""
     benchmark: Literal["none", "stamps"] = "none"
     """stamps: retrieval, new recordings of known things, classifying with few labels; against the untrained model."""
     out: Path | None = None
@@ -213,6 +214,9 @@ class Evaluate:
             sys.exit("below the bar: " + "; ".join(missed))
 
     def _benchmark(self) -> None:
+        alone = ("split", "data", "require", "device", "impl")
+        if given := [f"--{name}" for name in alone if getattr(self, name) != getattr(Evaluate, name)]:
+            sys.exit(f"evaluate: {', '.join(given)} cannot be given with --benchmark, which takes its runs as they are")
         if self.out is None:
             sys.exit("evaluate: a benchmark needs a folder for its parts and its report, --out DIR")
         if not self.budget_minutes >= 0:

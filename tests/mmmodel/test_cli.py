@@ -49,6 +49,10 @@ from mmmodel.limits import RunError
             ["evaluate", "--benchmark", "stamps", "--out", "new", "--budget-minutes", "-1"],
             r"evaluate: budget_minutes is -1.0, expected at least 0",
         ),
+        (
+            ["evaluate", "--benchmark", "stamps", "--out", "new", "--data", "other", "--device", "cuda"],
+            "evaluate: --data, --device cannot be given with --benchmark, which takes its runs as they are",
+        ),
         (["plot", "--run", "missing"], "plot: there is no folder missing"),
         (["plot", "--run", "."], "plot: . holds no steps to draw"),
         (["pretrain", "--from", "other"], "pretrain: --from needs --out, the folder of the new run"),
