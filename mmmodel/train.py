@@ -98,13 +98,14 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
     check_impl(config.model.impl, device, config.precision)  # not in `check`: a rank's GPU is known here
+    saved = checkpoint.saved(checkpoints)
     # first, so that nothing is written of a run that cannot start
-    earlier = start.read(config) if config.start and not checkpoint.saved(checkpoints) else None
+    earlier, loaded = start.read(config) if config.start and not saved else (None, "")
     with distributed.first_alone():
         if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
             atomic.remove_left(checkpoints, older=0)
         dataset = pretraining.open_data(config)
-        learner = _learner(config, out, dataset, earlier and earlier[0], begun=bool(begun))
+        learner = _learner(config, out, dataset, earlier, begun=bool(begun))
         corpus = pretraining.load_corpus(config, dataset, learner.model)
     items = corpus.split("train")
     if not items:
@@ -112,11 +113,11 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
     pretraining.teach(learner, config)
     learner.to(device)
-    if not (found := checkpoint.saved(checkpoints)):
-        if earlier:
-            _log("%s", earlier[1])
-        elif config.language_model and config.load_language_model:
-            _log("%s", language_model.load(learner.model, config.language_model))
+    if not saved:
+        if config.language_model and config.load_language_model:  # then there is no earlier run
+            loaded = str(language_model.load(learner.model, config.language_model))
+        if loaded:
+            _log("%s", loaded)
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
     prepare_modules(learner, config)
@@ -124,8 +125,8 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
         sharding.shard(learner, device)
     optimizer = make_optimizer(learner, config)
     progress = {"step": 0, "skipped": 0}
-    if found:
-        progress = checkpoint.load(found[-1], learner, optimizer, progress)
+    if saved:
+        progress = checkpoint.load(saved[-1], learner, optimizer, progress)
         _log("continuing at step %d of %d", progress["step"], config.steps)
     _tell_of_cores(config, device)
     _tell_what_learns_nothing(learner, corpus, sampler)
