@@ -46,7 +46,8 @@ def main(args: list[str] | None = None) -> None:
 
         if not isinstance(error, UnavailableError):
             raise
-        sys.exit(f"{error}{'; --impl auto takes the fastest that can' * hasattr(command, 'impl')}")
+        hint = "; --impl auto takes the fastest that can" if hasattr(command, "impl") else ""
+        sys.exit(f"{error}{hint}")
     except BrokenPipeError:  # `mmmodel ... | head` has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

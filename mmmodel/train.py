@@ -248,7 +248,7 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
             waited = time.perf_counter() - before
             step = progress["step"]
             rate = set_learning_rate(optimizer, config, step)
-            figures, stepped = train_step(module, optimizer, batch, shared(prepared, device), config)
+            figures, stepped = train_step(module, optimizer, batch, reweighted(prepared, device), config)
             progress["step"] = step + 1
             skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
             progress["skipped"] += not stepped
@@ -259,13 +259,13 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
             figures |= batch_figures(batch, config.model.modalities, learner.model.computed_rows(batch))
             every = distributed.everyone(figures | {"stop": len(stop)})
             line = {"step": step + 1, **merged(every), "lr": rate, "skipped": progress["skipped"]}
-            stopping = line.pop("stop")  # all ranks stop after the same step
+            told_to_stop = line.pop("stop")  # all ranks stop after the same step
             line |= timings(line, time.perf_counter() - before, waited, peak)
             line |= look(step + 1)
             if first:
                 metrics.write(line)
                 bar.advance(line)
-            if stopping:
+            if told_to_stop:
                 break
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
@@ -313,8 +313,8 @@ def prepare_modules(learner: Pretraining, config: PretrainConfig) -> None:
             block.mix = torch.compile(block.mix, dynamic=True)
 
 
-def shared(prepared: Prepared, device: torch.device) -> Prepared:
-    """This rank's weights of the losses that are means over its own hidden tokens or pairs.
+def reweighted(prepared: Prepared, device: torch.device) -> Prepared:
+    """With this rank's weights of the losses that are means over its own hidden tokens or pairs.
 
     Averaged over ranks such a loss becomes the mean over all of theirs.  The contrastive loss needs none: every rank
     computes it from the segments of all.
@@ -376,4 +376,3 @@ def _ahead(make: Callable[[int], Any], step: int) -> Iterator[Iterator[Any]]:
                 yield ready
 
         yield results(pool.submit(make, step), step)
-        pool.shutdown(wait=True, cancel_futures=True)

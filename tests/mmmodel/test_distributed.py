@@ -55,7 +55,9 @@ def ranks_step(rank, store, results, objectives):
     batch, prepared = batch_of(learned, SHARES[rank])
     config = dataclasses.replace(config, clip_norm=0.0)
     with distributed.wrapped(learned) as module:
-        figures, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+        figures, made = train.train_step(
+            module, optimizer, batch, train.reweighted(prepared, torch.device("cpu")), config
+        )
         lines = distributed.everyone(figures)
         torch.save((metrics.merged(lines), gradients_of(learned), made), f"{results}.{rank}")
         # one rank's infinity must stop both, and leave both with the same weights
@@ -63,7 +65,7 @@ def ranks_step(rank, store, results, objectives):
             with torch.no_grad():
                 batch.inputs["audio"][0].fill_(torch.inf)
         before = [p.clone() for p in learned.parameters()]
-        _, made = train.train_step(module, optimizer, batch, train.shared(prepared, torch.device("cpu")), config)
+        _, made = train.train_step(module, optimizer, batch, train.reweighted(prepared, torch.device("cpu")), config)
         assert not made
         assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters(), strict=True))
     dist.destroy_process_group()

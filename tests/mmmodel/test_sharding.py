@@ -49,7 +49,7 @@ def prepared_batch(learned, which):
     items, features = samples(present=PRESENT)
     batch = batch_of(learned, items[which], features)
     prepared = learned.prepare(batch, np.random.default_rng(0))
-    return batch, train.shared(prepared, CPU)
+    return batch, train.reweighted(prepared, CPU)
 
 
 def whole(tensors):
