@@ -35,6 +35,23 @@ def test_gradients_are_the_adjoints(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_plain_gradient_is_not_the_dispatchers(impl):
+    """torch.library's own way takes 60 to 150 us a call.  What the operator registers gives the same."""
+    layout = LAYOUTS["interleaved"]
+    packed = torch.randn(layout.total_tokens, 3, requires_grad=True)
+    rows, bounds = torch.tensor([3, 0, 3]), layout.segment_cu_seqlens
+    for name, where in (("gather_rows", rows), ("segment_mean", bounds)):
+        plain, registered = getattr(op, name)(packed, where, impl), getattr(torch.ops.mm, name)(packed, where, impl)
+        grad = torch.randn_like(plain)
+        assert "Generated" in registered.grad_fn.name()
+        assert "Generated" not in plain.grad_fn.name()
+        assert torch.equal(*(torch.autograd.grad(result, packed, grad)[0] for result in (plain, registered)))
+    streams = streams_of(layout, 3, requires_grad=True)
+    for result in (pack(streams, layout, impl=impl), unpack(packed, layout, impl=impl)[0]):
+        assert "Generated" not in result.grad_fn.name()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_unused_stream_of_unpack_gets_zeros(impl):
     layout = LAYOUTS["interleaved"]
     packed = torch.randn(layout.total_tokens, 3, requires_grad=True)
