@@ -91,7 +91,7 @@ class AttentionProblem:
             return Implementation(name, forward, leaves, self.grad_output, extra=extra | self._pairs(impl))
 
         yield from our_rows("attention", self.q, build)
-        yield from peer_rows(self)
+        yield from peer_rows(self, self.peers)
 
     def check(self, direction: str, results: list[Tensor]) -> str | None:
         expected, heads = self._expected

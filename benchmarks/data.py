@@ -60,7 +60,7 @@ class ShardProblem:
             return {sample.key: (sample.text, sample.image, sample.waveform) for sample in samples}
 
         yield Implementation(PREFIX + "shards", read)
-        yield from peer_rows(self)
+        yield from peer_rows(self, self.peers)
 
     def check(self, direction: str, results: list) -> str | None:
         found = results[0]
@@ -100,7 +100,7 @@ class BatchProblem:
 
     def implementations(self) -> Iterator[Implementation | Missing]:
         yield Implementation(PREFIX + "features", lambda: self.batches(self.stored), packed=self.tensors)
-        yield from peer_rows(self)
+        yield from peer_rows(self, self.peers)
 
     def batches(self, values) -> list:
         """values.get(modality, row) gives features: features.Features, or Prepared."""

@@ -52,7 +52,7 @@ class EmbedProblem:
             return Implementation(name, forward, self.leaves, self.grad_output, extra=extra)
 
         yield from our_rows("modality_embed", self.grad_output, build)
-        yield from peer_rows(self)
+        yield from peer_rows(self, self.peers)
 
     def check(self, direction: str, results: list[Tensor]) -> str | None:
         return close(results, self._expected[:1] if direction == "fwd" else self._expected[1:])

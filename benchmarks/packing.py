@@ -18,7 +18,7 @@ from benchmarks import workloads
 from benchmarks.harness import Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_rows
-from benchmarks.peers import packing_copy, packing_nested, packing_padded, packing_torch
+from benchmarks.peers import packing_copy, packing_nested, packing_padded, packing_torch, peer_rows
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
@@ -79,9 +79,7 @@ class PackingProblem:
 
         without = ("torch",) if self.packed.nbytes > LARGEST_FALLBACK else ()
         yield from our_rows("packing", self.packed, build, without=without)
-        for peer in self.peers:
-            reason = peer.missing(self)
-            yield from [Missing(peer.NAME, reason)] if reason else peer.build(self)
+        yield from peer_rows(self, self.peers)
 
     def check(self, direction: str, results: list) -> str | None:
         expected = self._oracle[:1] if direction == "fwd" else self._oracle[1:]

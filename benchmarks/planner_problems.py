@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.harness import PREFIX, Implementation, Missing, Work
 from benchmarks.peers import (
+    peer_rows,
     planner_argsort,
     planner_bisect,
     planner_karmarkar_karp,
@@ -35,9 +36,8 @@ class _Problem:
     directions: tuple[str, ...] = dataclasses.field(default=("fwd",), init=False)
 
     def _peers(self, peers: tuple[ModuleType, ...]) -> Iterator[Implementation | Missing]:
-        for peer in peers:
-            reason = peer.missing(self)
-            yield Missing(peer.NAME, reason) if reason else self._with_facts(peer.build(self))
+        for row in peer_rows(self, peers):
+            yield row if isinstance(row, Missing) else self._with_facts(row)
 
     def _with_facts(self, implementation: Implementation) -> Implementation:
         found = self.facts(implementation.packed(implementation.forward()))

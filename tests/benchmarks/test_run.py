@@ -164,14 +164,26 @@ def test_wrong_kernel_is_excluded(monkeypatch):
     assert {row["impl"] for row in rows if "checked" in row} == {"sdpa_padded", "sdpa_dense", "sdpa_loop"}
 
 
-def test_failing_peer_is_reported():
-    def build(problem):
-        return Implementation("broken", lambda: torch.zeros(3) @ torch.zeros(4), (), None)
+def fails_when_called(problem):
+    return Implementation("broken", lambda: torch.zeros(3) @ torch.zeros(4), (), None)
 
+
+def fails_when_built(problem):
+    raise ImportError("an undefined symbol:\nbuilt for another torch")
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(fails_when_called, "failed: RuntimeError: "), (fails_when_built, "failed: ImportError: an undefined symbol:")],
+)
+def test_a_peer_that_fails_is_reported_and_the_others_are_timed(build, reason):
     problem = TINY["attention"]()[0]
-    problem.peers = (SimpleNamespace(NAME="broken", missing=lambda p: None, build=build),)
-    rows = [row for row in measure("attention", [problem])["rows"] if row["impl"] == "broken"]
-    assert all(row["skipped"].startswith("failed: RuntimeError") for row in rows)
+    problem.peers = (SimpleNamespace(NAME="broken", missing=lambda p: None, build=build), attention_sdpa_loop)
+    rows = measure("attention", [problem])["rows"]
+    broken = [row for row in rows if row["impl"] == "broken"]
+    assert [row["direction"] for row in broken] == ["fwd", "bwd", "fwd+bwd"]
+    assert all(row["skipped"].startswith(reason) for row in broken)
+    assert {"mm.torch", "sdpa_loop"} <= {row["impl"] for row in rows if "checked" in row}
 
 
 def test_wrong_sample_and_wrong_batch_are_excluded():
