@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import attention_pairs, workloads
 from benchmarks.attention_cases import CUDA_MORE, MASKS, MODALITY_MASKS, Case, cases
-from benchmarks.harness import Deferred, Implementation, Missing, Work, close
+from benchmarks.harness import LEFT_OUT, Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_rows
 from benchmarks.peers import (
@@ -92,6 +92,7 @@ class AttentionProblem:
 
         yield from our_rows("attention", self.q, build)
         yield from peer_rows(self, self.peers)
+        yield from (Missing(peer.NAME, LEFT_OUT) for peer in PEERS if peer not in self.peers)
 
     def check(self, direction: str, results: list[Tensor]) -> str | None:
         expected, heads = self._expected

@@ -35,6 +35,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 # How the reason begins for which somebody who can run was not timed.
 BROKEN = ("wrong", "failed")
+LEFT_OUT = "left out of this case to save time"  # the reason of a row that other cases have
 # Marks, as extra, what is no peer: a plain copy, a sort.  It does less than the problem asks, and bounds it.
 YARDSTICK = {"yardstick": True}
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import PREFIX, Deferred, Implementation, Missing, Work
+from benchmarks.harness import LEFT_OUT, PREFIX, Deferred, Implementation, Missing, Work
 from benchmarks.peers import train_packed
 from benchmarks.peers.train_padded import PaddedModel
 from benchmarks.train_step_cases import Case, cases
@@ -115,19 +115,21 @@ class StepProblem:
             yield self._implementation(f"{PREFIX}packed, compiled", Model, *plain, compiled=True)
             return
         yield from self._packed_peers(*plain)
-        for name, batches in {"vilt_padded": plain, **sorted_pools}.items():
+        padded = {"vilt_padded": plain, **sorted_pools}
+        for name, batches in padded.items():
             if reason := self.sizes.left_out.get(name) or self._too_large(batches[0]):
                 yield Missing(name, reason)
             else:
                 yield self._implementation(name, PaddedModel, *batches, padded=True)
+        loop, behind_ours = "packed_sdpa_loop", ("vilt_padded", f"bucketed_{POOLS[0]}")
         if not self.sizes.every_peer:
+            yield from (Missing(name, LEFT_OUT) for name in (loop, *(f"{n}, our front ends" for n in behind_ours)))
             return
-        loop = functools.partial(train_packed.PackedModel, attend=train_packed.sdpa_loop)
-        yield self._implementation("packed_sdpa_loop", loop, *plain)
+        attend = functools.partial(train_packed.PackedModel, attend=train_packed.sdpa_loop)
+        yield self._implementation(loop, attend, *plain)
         encoder_only = functools.partial(PaddedModel, pads_inputs=False)
-        for name in ("vilt_padded", f"bucketed_{POOLS[0]}"):
-            batches = {"vilt_padded": plain, **sorted_pools}[name]
-            yield self._implementation(f"{name}, our front ends", encoder_only, *batches, padded=True)
+        for name in behind_ours:
+            yield self._implementation(f"{name}, our front ends", encoder_only, *padded[name], padded=True)
 
     def check(self, direction: str, results: list[Step]) -> str | None:
         step = results[0]

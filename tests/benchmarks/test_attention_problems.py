@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import attention, attention_pairs, table
 from benchmarks.attention_cases import MASKS, Case, cases
-from benchmarks.harness import Implementation, built, close
+from benchmarks.harness import LEFT_OUT, Implementation, built, close
 from benchmarks.peers import attention_flex, attention_sdpa_backends, packed
 from mmkernels import dispatch
 from mmkernels.masks import MaskPlan
@@ -86,6 +86,12 @@ def test_quick_cases_on_a_gpu_meet_who_may_be_the_fastest():
     on_cpu = {peer.NAME for peer in attention._peers("quick", Case("stamps", 32, "prefix"), "cpu")}
     assert on_cpu == everyone - {"flex", "flex_with_mask"}
     assert attention._peers("full", Case("stamps", 32, "prefix"), "cpu") == attention.PEERS
+
+
+def test_who_is_left_out_of_a_quick_case_has_a_row_that_says_so():
+    rows = {row.name: row for row in tiny().implementations()}
+    assert {peer.NAME for peer in attention.PEERS} <= rows.keys()
+    assert rows["flex"].reason == rows["flex_with_mask"].reason == LEFT_OUT
 
 
 def test_deferred_problems_are_what_they_say():
