@@ -28,7 +28,6 @@ from mmmodel.data import synthetic
 from mmmodel.data.loader import ShardDataset
 from mmmodel.frontends.text import train_tokenizer
 
-DTYPES_USED: dict[str, list[str]] = {"cpu": [], "cuda": []}
 SECONDS = {"quick": 20, "full": 120}
 SAMPLES = {"quick": 128, "full": 2000}
 BATCH = 32

@@ -21,7 +21,6 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
 PEERS: tuple[ModuleType, ...] = (modality_embed_eager, modality_embed_compiled, modality_embed_liger)
-DTYPES_USED = {"cpu": ["fp32"], "cuda": ["bf16"]}
 
 VOCABULARY = 4096
 TEXT_POSITIONS, GRID_SIDE, AUDIO_POSITIONS = 512, 64, 512

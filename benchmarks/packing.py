@@ -23,7 +23,6 @@ from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
 PEERS: tuple[ModuleType, ...] = (packing_torch, packing_nested, packing_padded, packing_copy)
-DTYPES_USED: dict[str, list[str]] = {"cpu": [], "cuda": []}  # rows are moved, not multiplied: no GEMM limit
 
 # NAME_out writes into warm memory: the page faults of a fresh output can cost more than the copy.
 FUNCTIONS = ("pack_out", "pack", "unpack", "pad", "unpad", "gather_rows", "segment_mean")

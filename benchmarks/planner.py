@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.planner_problems import LayoutProblem, PacksProblem, RanksProblem
 
-DTYPES_USED: dict[str, list[str]] = {"cpu": [], "cuda": []}
 SECONDS = {"quick": 20, "full": 300}
 BUDGET = 8192
 

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import environment, harness, limits, schema, table
 
-# In the order of `all`.  A module benchmarks/NAME.py has problems(shapes, device, seed), DTYPES_USED (whose products
-# are a limit to it, by device) and, where the default budget does not fit, SECONDS.
+# In the order of `all`.  A module benchmarks/NAME.py has problems(shapes, device, seed); where products are a limit to
+# it, DTYPES_USED (of which dtypes, by device); and where the default budget does not fit, SECONDS.
 KNOWN = ("attention", "compat", "modality_embed", "packing", "planner", "data", "train_step")
 OPS = tuple(op for op in KNOWN if importlib.util.find_spec(f"benchmarks.{op}"))
 HOST_OPS = ("planner", "data")  # their work is done on the host, whatever device the others run on
@@ -138,7 +138,7 @@ def _measure_all(op, device, shapes, deadline, seed, record: _Record, problems) 
     """Adds the rows of one operator, and the limits it needs, unless an earlier operator did."""
     module = load(op)
     todo = deque(problems if problems is not None else module.problems(shapes, device, seed))
-    dtypes = sorted({p.dtype for p in todo} & set(module.DTYPES_USED[device.type]))
+    dtypes = sorted({p.dtype for p in todo} & set(getattr(module, "DTYPES_USED", {}).get(device.type, ())))
     new_limits = limits.measure(device, dtypes, known=record.limits)
     table.print_limits(new_limits)
     record.limits |= new_limits

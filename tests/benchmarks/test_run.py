@@ -67,6 +67,8 @@ def test_tiny_run(op):
     document = measure(op, TINY[op]())
     assert schema.errors(document) == []
     assert json.loads(json.dumps(document)) == document
+    multiplies = op in ("attention", "compat")  # to whom else products are no limit, they are not measured
+    assert document["limits"].keys() == {"copy"} | ({"gemm_fp32"} if multiplies else set())
     timed = [row for row in document["rows"] if "checked" in row]
     for case in {(row["case"], row["direction"]) for row in document["rows"]}:
         impls = {row["impl"] for row in timed if (row["case"], row["direction"]) == case}
