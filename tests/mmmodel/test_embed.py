@@ -22,14 +22,6 @@ from mmmodel.finetuning.run import finetune
 from mmmodel.pretraining import Corpus
 
 
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=2), folder)
-    return folder
-
-
 def rows(path):
     table = parquet.read_table(path).to_pydict()
     assert list(table) == ["key", "modality", "vector"]

@@ -10,7 +10,7 @@ import pytest
 from builders import PRESENT, learner, samples
 from PIL import Image
 
-from mmmodel import cli, configs, explain, train
+from mmmodel import cli, configs, explain
 from mmmodel.data import media
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.shards import write_index, write_shard
@@ -19,13 +19,6 @@ from mmmodel.explaining.sample import Sample
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
 from mmmodel.pretraining import Corpus
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explained")
-    train.pretrain(dataclasses.replace(configs.tiny(), data=str(shards), steps=1), folder)
-    return folder
 
 
 class Page(HTMLParser):

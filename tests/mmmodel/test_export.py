@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import re
 
 import pytest
 import torch
-from builders import batch_of, learner, samples
+from builders import Trap, batch_of, learner, samples
 from file_map import ROOT, tracked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -190,16 +189,6 @@ def test_tensors_of_someone_else_are_refused(tmp_path):
         from_pretrained(path)
     with pytest.raises(CheckpointError, match="`mmmodel pretrain` writes"):
         from_pretrained(tmp_path / "nowhere")
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 def test_a_pickle_in_disguise_is_refused_and_never_run(tmp_path):

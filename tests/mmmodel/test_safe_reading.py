@@ -1,25 +1,14 @@
 """A checkpoint to resume from that is damaged, or more than data, is a clear error, and nothing in it runs."""
 
 import io
-import os
 import pickle
 
 import pytest
 import torch
-from builders import learner
+from builders import Trap, learner
 
 from mmmodel import checkpoint, train
 from mmmodel.export import CheckpointError
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture

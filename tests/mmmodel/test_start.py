@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from builders import weights
 from test_language_model import write_model
 
 from mmmodel import cli, configs, language_model, metrics, start, train
@@ -25,16 +25,12 @@ def others(tmp_path_factory):
     return synthetic.prepare(tmp_path_factory.mktemp("others") / "synthetic", samples=40, seed=1)
 
 
-def tensors(run):
-    return load_file(run / "model.safetensors")
-
-
 def test_weights_and_tokenizer_are_the_earlier_runs_on_other_data(run, others, tmp_path, monkeypatch):
     out, loads, load = tmp_path / "next", [], start.load
     monkeypatch.setattr(start, "load", lambda *args: loads.append(args) or load(*args))
     cli.main(["pretrain", "--from", str(run), "--out", str(out), "--set", *STILL, f"data={others}"])
     assert len(loads) == 1  # a second learner would take as much memory again
-    before, after = tensors(run), tensors(out)
+    before, after = weights(run), weights(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (out / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
@@ -50,9 +46,9 @@ def test_it_learns_from_step_0_and_is_resumed_without_the_earlier_run(run, tmp_p
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000003")
     (tmp_path / "stopped" / "model.safetensors").unlink()
     assert train.pretrain(config, tmp_path / "stopped")
-    whole, stopped = tensors(tmp_path / "whole"), tensors(tmp_path / "stopped")
+    whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert not torch.equal(whole["model.blocks.0.qkv.weight"], tensors(run)["model.blocks.0.qkv.weight"])
+    assert not torch.equal(whole["model.blocks.0.qkv.weight"], weights(run)["model.blocks.0.qkv.weight"])
     assert [line["step"] for line in metrics.read(tmp_path / "stopped" / "metrics.jsonl")] == [1, 2, 3]
 
 
@@ -65,7 +61,7 @@ def test_objectives_that_do_not_fit_begin_anew_and_the_log_says_so(run, tmp_path
     line = next(record.message for record in caplog.records if record.message.startswith("from "))
     assert line.endswith(f"; begin anew: {anew}")
     assert "encoder, " in line
-    before, after = tensors(run), tensors(tmp_path)
+    before, after = weights(run), weights(tmp_path)
     assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith(f"objectives.{anew}."))
 
 
@@ -75,11 +71,11 @@ def test_longer_inputs_and_fewer_modalities_keep_what_they_share(run, tmp_path, 
     fields = ("model.modalities=text,image", "model.text.max_tokens=30", "model.image.max_tokens=4")
     train.pretrain(configs.override(start.configured(run), (*STILL, *fields, "objectives.matching.weight=0")), tmp_path)
     line = next(record.message for record in caplog.records if record.message.startswith("from "))
-    side = tensors(run)["model.embedding.position_weights.1.0"].shape[0]
+    side = weights(run)["model.embedding.position_weights.1.0"].shape[0]
     changes = f"positions of text: 24 -> 30; positions of image: {side} -> 5; positions of image: {side} -> 5"
     assert f"; left out: audio; {changes}" in line
     assert "begin anew" not in line
-    before, after = tensors(run), tensors(tmp_path)
+    before, after = weights(run), weights(tmp_path)
     assert {n for n in before if ".front_ends.audio." in n or "position_weights.2" in n} == {
         n for n in before if n.startswith("model.") and n not in after
     }
@@ -92,7 +88,7 @@ def test_longer_inputs_and_fewer_modalities_keep_what_they_share(run, tmp_path, 
 
 def test_modalities_in_another_order_keep_their_own(run, tmp_path):
     train.pretrain(configs.override(start.configured(run), (*STILL, "model.modalities=audio,text")), tmp_path)
-    before, after = tensors(run), tensors(tmp_path)
+    before, after = weights(run), weights(tmp_path)
     for name in ("model.embedding.modality_weight", "objectives.contrastive.heads"):
         assert torch.equal(after[name], before[name][[2, 0]])
     assert torch.equal(after["model.embedding.position_weights.0.0"], before["model.embedding.position_weights.2.0"])
@@ -112,7 +108,7 @@ def test_a_modality_that_the_earlier_run_lacks_is_named(run, tmp_path):
 def test_a_fine_tuned_run_gives_its_encoder(run, tmp_path):
     finetune(run, FinetuneConfig(label="category", epochs=1), tmp_path / "tuned")
     train.pretrain(configs.override(start.configured(tmp_path / "tuned"), STILL), tmp_path / "next")
-    before, after = tensors(tmp_path / "tuned"), tensors(tmp_path / "next")
+    before, after = weights(tmp_path / "tuned"), weights(tmp_path / "next")
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("model."))
 
 
@@ -122,7 +118,7 @@ def test_a_run_that_began_with_a_language_model_may_have_fewer_word_pieces_than_
     assert shaped.model.text.vocab_size < 256
     train.pretrain(dataclasses.replace(shaped, steps=1), tmp_path / "first")
     train.pretrain(configs.override(start.configured(tmp_path / "first"), STILL), tmp_path / "next")
-    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "next")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "next")
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 

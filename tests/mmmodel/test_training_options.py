@@ -140,5 +140,4 @@ def test_flops_agree_with_torchs_counter_where_both_count():
         loss, _ = learned(batch, prepared)
         loss.backward()
     assert 0.75 * counter.get_total_flops() < ours.total <= 1.001 * counter.get_total_flops()
-    blocks = [block for block in learned.model.blocks]
-    assert not any(block._forward_pre_hooks for block in blocks)  # nothing is left behind
+    assert not any(block._forward_pre_hooks for block in learned.model.blocks)  # nothing is left behind

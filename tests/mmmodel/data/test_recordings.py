@@ -36,7 +36,7 @@ def test_the_choice_depends_on_names_alone():
 
 
 def test_an_item_that_was_speech_alone_is_only_held_out():
-    alone = [Item("a", "image1", "es", "c", "train", {"audio": 0}) for _ in range(1)]
+    alone = [Item("a", "image1", "es", "c", "train", {"audio": 0})]
     assert [item.split for item in hold_out(alone, "es:0.999999")] == [RECORDINGS]
 
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from builders import QUICK_FINETUNING
 from PIL import Image
 from pyarrow import parquet
 
@@ -18,9 +19,7 @@ from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.predict import Predictor
 from mmmodel.finetuning.run import finetune
 
-QUICK = FinetuneConfig(
-    epochs=8, batch_size=8, patience=0, lr=1e-2, layer_decay=1.0, augment=False, dropout=0.0, warmup_share=0.05
-)
+QUICK = dataclasses.replace(QUICK_FINETUNING, epochs=8, batch_size=8)
 LABELS = {"classification": "colour", "multilabel": "names", "regression": "size", "qa": "colour"}
 
 
