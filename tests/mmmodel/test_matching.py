@@ -123,15 +123,6 @@ def test_gradients_reach_the_front_ends_but_not_the_scores():
     assert learned.objectives["contrastive"].heads.grad.abs().sum() == 0
 
 
-def test_without_pairs_it_costs_nothing():
-    _, learned = objective_learner()
-    items, features = samples(present=(("image",), ("audio",)))
-    batch = batch_of(learned, items, features)
-    loss, _ = learned(batch, learned.prepare(batch, np.random.default_rng(0)))
-    loss.backward()
-    assert loss.item() == 0
-
-
 @pytest.mark.parametrize("pair", ["image", "image-image", "image-video"])
 def test_pairs_that_cannot_be_are_refused(pair):
     with pytest.raises(ConfigError, match=f"pairs is '{pair}', expected pairs of text, image, audio joined by -"):

@@ -182,7 +182,7 @@ def test_a_share_of_the_batch_is_a_prefix():
     assert torch.isfinite(loss)
 
 
-def test_samples_without_captions_cost_nothing():
+def test_samples_with_nothing_to_align_to_read_or_to_match_cost_nothing():
     _, learned = learner()
     items, features = samples(present=(("image",), ("audio",)))
     batch = batch_of(learned, items, features)

@@ -177,7 +177,7 @@ def test_a_key_that_readers_would_cut_is_refused(tmp_path):
         write_shard(tmp_path / "b.tar", [sample("v1.2/x.y", txt="1")])
 
 
-def test_a_key_is_the_same_however_tar_was_called(tmp_path):
+def test_a_key_is_the_same_however_tar_was_called_and_in_one_shard_alone(tmp_path):
     """`tar -cf a.tar *.txt` and `tar -cf a.tar .`: keys are matched with tables of one's own."""
     write_tar(tmp_path / "a.tar", {"./x.txt": b"1", "./in/y.txt": b"2", "z.txt": b"3"})
     assert [entry.key for entry in read_index(tmp_path)] == ["in/y", "x", "z"]
@@ -209,13 +209,6 @@ def test_a_folder_of_loose_files_is_told_by_some_of_their_names(tmp_path):
     for name in ("a.png", "b.png", "c.png", "d.png", ".hidden"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"but a\.png, b\.png, c\.png and 1 more: uncompressed"):
-        read_index(tmp_path)
-
-
-def test_equal_keys_in_two_shards_are_an_error(tmp_path):
-    for name in ("a.tar", "b.tar"):
-        write_shard(tmp_path / name, [sample("x", txt="1")])
-    with pytest.raises(ValueError, match=r"'x' is in both a\.tar and b\.tar"):
         read_index(tmp_path)
 
 

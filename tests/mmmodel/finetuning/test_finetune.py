@@ -143,8 +143,6 @@ def test_what_needs_the_heads_of_pretraining_says_that_they_are_gone(run, labell
     finetuning.finetune(run, config, tmp_path)
     with pytest.raises(CheckpointError, match="is fine-tuned, the heads of its pretraining are gone; predict, embed,"):
         from_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="is fine-tuned, the heads of its pretraining are gone"):
-        cli.main(["evaluate", "--from", str(tmp_path)])
 
 
 def test_a_model_is_read_whatever_limits_its_training_would_have_today(run, labelled, tmp_path):
