@@ -1,9 +1,11 @@
 """The benchmark on a tiny synthetic run: its form, and that a second call goes on where the first stopped."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
+import torch
 
 from mmmodel import cli, configs, train
 from mmmodel.benchmark import parts, report, stamps
@@ -99,11 +101,28 @@ def test_recordings_that_training_never_heard_ask_for_what_it_saw(runs):
     assert not heard & {item.rows["audio"] for item in recordings}
 
 
-def test_both_arms_of_a_seed_get_the_same_labels_and_the_baseline_its_own_weights(runs):
-    subject = parts.open_subject(open_run(runs[0]), 0)
-    data = parts.labelled(subject, TINY)
+def test_both_arms_of_a_seed_get_the_same_labels_and_the_baseline_its_own_weights(runs, monkeypatch):
+    one, other = (parts.open_subject(open_run(run), number) for number, run in enumerate(runs))
+    data, began, train = parts.labelled(one, TINY), [], parts.train
     assert not {item.concept for item in data.train} & {item.concept for item in data.test}
-    assert len(parts.finetuned(subject, TINY, "image", 2, 0, "baseline")["correct"]) == len(data.test)
+
+    def watched(learner, data, config):
+        began.append(([item.key for item in data.train], learner.model.blocks[0].qkv.weight.detach().clone()))
+        return train(learner, data, config)
+
+    monkeypatch.setattr(parts, "train", watched)
+    for subject, seed, arm in (
+        (one, 0, "pretrained"),
+        (one, 0, "baseline"),
+        (one, 1, "baseline"),
+        (other, 0, "baseline"),
+    ):
+        found = parts.finetuned(subject, TINY, "image", 2, seed, arm)
+        assert len(found["correct"]) == len(data.test)
+    labels, weights = zip(*began, strict=True)
+    assert labels[0] == labels[1] != labels[2]
+    assert torch.equal(weights[0], open_run(runs[0]).tensors["model.blocks.0.qkv.weight"])
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_runs_that_are_not_one_recipe_are_refused(runs, finished, tmp_path):
