@@ -13,6 +13,7 @@ from mmkernels.testing import poisoned_empty
 FEATURES = ({}, {"dropout_p": 0.2, "pair_bias": True}, {})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(2, 2, 16), (4, 2, 8), (3, 1, 24)]
+LONGEST = (12, 12, 12, 12, 12, 40, 150)  # the last is several tiles, bands and panels
 
 
 def _results(case, impl, *, poison=None, sample=None):
@@ -42,8 +43,9 @@ def _results(case, impl, *, poison=None, sample=None):
 def test_samples_are_isolated_bit_for_bit(impl, kind):
     for seed in range(63):
         cross = kind.startswith("cross_")
-        layout = shared_layout(seed, 12)
-        k_layout = shared_layout(seed + 100, 12) if cross else None
+        longest = LONGEST[seed % len(LONGEST)]
+        layout = shared_layout(seed, longest)
+        k_layout = shared_layout(seed + 100, longest) if cross else None
         mask = CROSS_MASKS[kind.removeprefix("cross_")](layout, seed) if cross else MASKS[kind](layout, seed)
         heads, kv_heads, width = SHAPES[seed % len(SHAPES)]
         case = Case(
@@ -56,13 +58,6 @@ def test_samples_are_isolated_bit_for_bit(impl, kind):
             for poison in (3e4 if case.dtype == torch.float16 else 1e30, float("nan")):
                 spoilt = _results(case, impl, poison=poison, sample=sample)
                 assert all(torch.equal(a, b) for a, b in zip(clean, spoilt, strict=True)), (seed, poison)
-
-
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_poison_of_the_largest_floats(impl):
-    case = Case(shared_layout(2, 12), AttentionMask(causal=True, bidirectional=(1,)), heads=4, kv_heads=2)
-    clean, spoilt = (_results(case, impl, poison=poison, sample=1) for poison in (None, 1e30))
-    assert all(torch.equal(a, b) for a, b in zip(clean, spoilt, strict=True))
 
 
 # Equal samples and segments, which may be computed together; ragged ones; a mask with keys in several runs.

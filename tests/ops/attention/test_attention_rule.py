@@ -80,7 +80,7 @@ EDGES = ([[0, 0]], [[0, 0], [1, 0], [0, 0]], [[127, 1], [0, 129]], [[5, 0], [7, 
 CROSS_EDGES = (([0], [3]), ([3], [0]), ([0, 4, 2], [3, 0, 2]), ([9, 1], [2, 1]), ([70], [1]))
 
 
-@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize("features", ["plain", "bias", "all"])
 @pytest.mark.parametrize("impl", [*CPU_IMPLS, "reference"])
 def test_edges(impl, features):
     layouts = [(PackedLayout.from_counts(counts), None) for counts in EDGES]

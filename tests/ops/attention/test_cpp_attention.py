@@ -1,11 +1,14 @@
-"""attention in C++: the error rule over random layouts, isolation, repeats, threads, edges of blocks and vectors."""
+"""attention in C++: the error rule over random layouts, threads, edges of blocks and vectors.
+
+Isolation, repeats and the edges of layouts: test_attention_isolation.py and test_attention_rule.py.
+"""
 
 import pytest
 import torch
 from attention_oracle import CROSS_MASKS, MASKS, NUM_MODALITIES, Case, Pool, check, shared_layout
 
 from mmkernels import AttentionMask, PackedLayout, attention, dispatch
-from mmkernels.testing import poisoned_empty, random_layout
+from mmkernels.testing import poisoned_empty
 
 pytestmark = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="the extension is not built")
 
@@ -157,102 +160,27 @@ def test_panels_between_those_that_a_band_sees(dtype):
     check(layout, AttentionMask.isolated(2), impl="cpp", dtype=dtype, heads=4, kv_heads=2, mass=True, dropout_p=0.1)
 
 
-@pytest.mark.parametrize(
-    "counts", [[[0, 0]], [[0, 0], [1, 0], [0, 0]], [[127, 1], [0, 129]], [[5, 0], [7, 0]]], ids=str
-)
-def test_empty_samples_and_missing_modalities(counts):
-    layout = PackedLayout.from_counts(counts)
-    for mask in (None, AttentionMask(causal=True), AttentionMask.isolated(2)):
-        with poisoned_empty():
-            check(layout, mask, impl="cpp", heads=16, kv_heads=16, pair_bias=True, lse_gradient=True, mass=True)
-
-
-def test_cross_attention_with_nothing_on_one_side():
-    for counts, key_counts in (([[3], [4]], [[0], [0]]), ([[0], [0]], [[3], [4]]), ([[0], [4]], [[5], [0]])):
-        layout, k_layout = PackedLayout.from_counts(counts), PackedLayout.from_counts(key_counts)
-        with poisoned_empty():
-            check(layout, None, k_layout=k_layout, impl="cpp", pair_bias=True, mass=True, lse_gradient=True)
-
-
-def _results(layout, mask, leaves, case, do, **options):
-    q, k, v, bias = case.arguments(leaves)
-    torch.manual_seed(7)
-    out, lse, mass = attention(
-        q,
-        k,
-        v,
-        layout=layout,
-        mask=mask,
-        pair_bias=bias,
-        return_lse=True,
-        return_modality_mass=True,
-        impl="cpp",
-        **options,
-    )
-    loss = (out, torch.where(lse.isinf(), 0, lse))
-    return out.detach(), lse.detach(), mass, torch.autograd.grad(loss, leaves, (do, torch.ones_like(lse)))
-
-
-@pytest.mark.parametrize("poison", [1e30, float("nan")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", MASKS)
-def test_samples_are_isolated_bit_for_bit(kind, dtype, poison):
-    for seed in range(3):
-        layout = random_layout(seed, num_modalities=NUM_MODALITIES, max_length=(12, 40, 150)[seed])
-        mask = MASKS[kind](layout, seed)
-        case = Case(layout, mask, heads=4, kv_heads=2, width=24, dtype=dtype, seed=seed)
-        bounds = layout.cu_seqlens.tolist()
-        keep = slice(bounds[seed % layout.num_samples], bounds[seed % layout.num_samples + 1])
-        clean, do = case.leaves[0], case.gradients[0]
-        pair = []
-        for value in (None, poison):
-            leaf, gradient = clean.clone(), do.clone()
-            if value is not None:
-                for t in (leaf, gradient):
-                    t[: keep.start], t[keep.stop :] = value, value
-            out, lse, mass, (grad,) = _results(
-                layout, mask, [leaf.requires_grad_()], case, gradient, dropout_p=0.2 if seed == 1 else 0.0
-            )
-            pair.append((out[keep], lse[:, keep], mass[keep], grad[keep]))
-        for ours, other in zip(*pair, strict=True):
-            assert torch.equal(ours, other)
-
-
-def _big_case(layout):
-    mask = AttentionMask(causal=True, bidirectional=(1,))
-    case = Case(layout, mask, heads=4, kv_heads=2, width=32, pair_bias=True)
-    return mask, case, [leaf.clone().requires_grad_() for leaf in case.leaves]
-
-
-def test_a_thousand_repeats_are_bit_equal():
-    layout = random_layout(1, num_modalities=NUM_MODALITIES, max_length=30)
-    mask, case, leaves = _big_case(layout)
-    first = _results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1)
-    for _ in range(999):
-        again = _results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1)
-        assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(first[3], again[3], strict=True))
-
-
 @pytest.mark.parametrize("counts", [[[40, 60, 9]] * 5, [[300, 700, 100]]], ids=["samples", "one sample in ranges"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_results_do_not_depend_on_the_number_of_threads(counts, biased):
-    layout = PackedLayout.from_counts(counts)
-    mask, case, leaves = _big_case(layout)
-    if not biased:
-        case = Case(layout, mask, heads=4, kv_heads=2, width=32)
-        leaves = leaves[:1]
-    before = torch.get_num_threads()
-    found = []
+    mask = AttentionMask(causal=True, bidirectional=(1,))
+    case = Case(PackedLayout.from_counts(counts), mask, heads=4, kv_heads=2, width=32, pair_bias=biased)
+    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
+    q, k, v, bias = case.arguments(leaves)
+    before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(_results(layout, mask, leaves, case, case.gradients[0], dropout_p=0.1))
+            torch.manual_seed(7)
+            out, lse, mass = attention(
+                q, k, v, layout=case.layout, mask=mask, pair_bias=bias, dropout_p=0.1, return_lse=True,
+                return_modality_mass=True, impl="cpp",
+            )  # fmt: skip
+            found.append((out, lse, mass, *torch.autograd.grad((out, lse), leaves, case.gradients)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0][:3], other[:3], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(found[0][3], other[3], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_a_sample_does_not_depend_on_its_batch():
