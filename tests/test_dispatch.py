@@ -138,8 +138,6 @@ def test_the_package_works_without_triton():
 
 
 def test_all_that_the_package_exports_is_there_and_listed():
-    import mmkernels
-
     assert {"attention", "pad", "unpad", "KeyIntervals", "ModalityEmbedding"} <= set(mmkernels.__all__)
     assert set(mmkernels.__all__) <= set(dir(mmkernels))
     assert all(callable(getattr(mmkernels, name)) for name in mmkernels.__all__)

@@ -247,6 +247,7 @@ def test_wrong_plan_is_excluded():
 
 def test_spent_budget_skips_with_reason():
     document = run.run("attention", CPU, seconds=0.0, problems=TINY["attention"]())
+    assert document["rows"]
     assert all("budget" in row["skipped"] for row in document["rows"])
     assert schema.errors(document) == []
 

@@ -5,7 +5,6 @@ import torch
 from ops.packing.packing_cases import FLOATS, IMPLS, LAYOUTS, packed_by_index, padded_by_loop, streams_of
 
 from mmkernels.layout import PackedLayout
-from mmkernels.ops.packing import op
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 from mmkernels.testing import poisoned_empty
 
@@ -168,22 +167,3 @@ def test_gather_no_rows(impl):
     packed = torch.randn(6, 9, requires_grad=True)
     gather_rows(packed, torch.zeros(0, dtype=torch.long), impl=impl).sum().backward()
     assert torch.equal(packed.grad, torch.zeros(6, 9))
-
-
-@pytest.mark.skipif("cpp" not in IMPLS, reason="the extension is not built")
-def test_cpp_does_not_depend_on_the_thread_count():
-    layout, threads = LAYOUTS["many"], torch.get_num_threads()
-    packed = torch.randn(layout.total_tokens, 770).bfloat16()
-    rows = torch.randint(layout.total_tokens, (5000,))
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            grad = op.scatter_rows_sum(gather_rows(packed, rows), rows, layout.total_tokens, "cpp")
-            padded, mask = pad(packed, layout, impl="cpp")
-            unpacked = unpack(packed, layout, impl="cpp")
-            results.append((segment_mean(packed, layout, impl="cpp"), grad, padded, mask, *unpacked))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
