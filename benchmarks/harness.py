@@ -288,9 +288,9 @@ def checked_call(problem: Problem, implementation: Implementation, direction: st
         with grad_mode(direction):
             results = call()
         results = [implementation.packed(r) for r in ([results] if direction in ("fwd", "step") else results)]
+        reason = problem.check(direction, results)
     except Exception as error:  # a peer that fails must not end the run; its row says why
         return None, f"failed: {in_a_line(error)}"
-    reason = problem.check(direction, results)
     return (None, reason) if reason is not None else (call, None)
 
 

@@ -20,8 +20,8 @@ from benchmarks.__main__ import main
 from benchmarks.attention_cases import Case
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
-from benchmarks.peers import attention_sdpa_loop, planner_bisect
-from benchmarks.planner_problems import LayoutProblem, PacksProblem, RanksProblem
+from benchmarks.peers import attention_sdpa_loop, planner_bisect, planner_karmarkar_karp
+from benchmarks.planner_problems import OURS, LayoutProblem, PacksProblem, RanksProblem
 from mmkernels.masks import AttentionMask
 
 ROOT = Path(__file__).parents[2]
@@ -170,13 +170,21 @@ def fails_when_called(problem):
     return Implementation("broken", lambda: torch.zeros(3) @ torch.zeros(4), (), None)
 
 
+def returns_nothing(problem):
+    return Implementation("broken", lambda: None, (), None)
+
+
 def fails_when_built(problem):
     raise ImportError("an undefined symbol:\nbuilt for another torch")
 
 
 @pytest.mark.parametrize(
     ("build", "reason"),
-    [(fails_when_called, "failed: RuntimeError: "), (fails_when_built, "failed: ImportError: an undefined symbol:")],
+    [
+        (fails_when_called, "failed: RuntimeError: "),
+        (returns_nothing, "failed: "),
+        (fails_when_built, "failed: ImportError: an undefined symbol:"),
+    ],
 )
 def test_a_peer_that_fails_is_reported_and_the_others_are_timed(build, reason):
     problem = TINY["attention"]()[0]
@@ -186,6 +194,16 @@ def test_a_peer_that_fails_is_reported_and_the_others_are_timed(build, reason):
     assert [row["direction"] for row in broken] == ["fwd", "bwd", "fwd+bwd"]
     assert all(row["skipped"].startswith(reason) for row in broken)
     assert {"mm.torch", "sdpa_loop"} <= {row["impl"] for row in rows if "checked" in row}
+
+
+@pytest.mark.parametrize("build", [fails_when_called, returns_nothing, fails_when_built])
+def test_a_planner_that_fails_is_reported_and_the_others_are_timed(monkeypatch, build):
+    monkeypatch.setattr(planner_karmarkar_karp, "build", build)
+    rows = measure("planner", [TINY["planner"]()[3]])["rows"]
+    (broken,) = [row for row in rows if "skipped" in row]
+    assert broken["skipped"].startswith("failed: ")
+    judged = [row["impl"] for row in rows if "max_over_mean" in row.get("extra", ())]
+    assert judged == [OURS, f"{OURS}_equal_count", "round_robin"]
 
 
 def test_wrong_sample_and_wrong_batch_are_excluded():
