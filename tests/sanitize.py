@@ -1,6 +1,6 @@
 """Runs the tests of the planner and the CPU operators on modules built with ASan and UBSan; any finding ends it.
 
-    PYTHON tests/sanitize.py [PYTEST ARGUMENTS]
+    PYTHON tests/sanitize.py [TEST ...]
 
 `make sanitize` does this.  The modules are built in a copy of the checkout.  Python itself is not instrumented, so the
 sanitizer's library is loaded ahead of it; leaks are not looked for (Python and torch keep what they allocate).
@@ -18,15 +18,24 @@ def main() -> None:
     compiler = os.environ.get("CXX", "g++")
     libraries = [library_of(compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
     with built(MMKERNELS_SANITIZE="1") as tree:
+        reports = tree / "reports"
+        reports.mkdir()
+        to_file = f"log_path={reports}/report"  # pytest keeps what a process writes until the test ends: this one dies
         preload = {
             "LD_PRELOAD": " ".join(libraries),
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "ASAN_OPTIONS": f"detect_leaks=0:abort_on_error=0:exitcode=99:{to_file}",
+            "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:{to_file}",
             "OMP_NUM_THREADS": "2",
         }
-        if not run(tree, "-c", OVERRUN, **preload):
+        if not run(tree, "-c", OVERRUN, **preload) or not list(reports.iterdir()):
             sys.exit("the sanitizer does not see a read past the end: it is not at work")
-        sys.exit(run_tests(tree, tests=sys.argv[1:], **preload))
+        for report in reports.iterdir():
+            report.unlink()
+        two = ("-n", "2", "--dist", "loadfile", "--max-worker-restart", "0")
+        code = run_tests(tree, *two, tests=sys.argv[1:], **preload)
+        for report in sorted(reports.iterdir()):
+            print(report.read_text(), file=sys.stderr)
+        sys.exit(code)
 
 
 # One byte past the end of a block: the sanitizer's own memmove must end this process.
