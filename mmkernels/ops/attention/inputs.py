@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels import tracing
+
 
 class Request(NamedTuple):
     """What a schedule is made for, besides the mask: the key under which it is kept on the plan."""
@@ -44,3 +46,11 @@ class Lowered(NamedTuple):
 def uses_tf32(q: Tensor) -> bool:
     """Whether Triton's products of fp32 inputs are in TF32: only where the user has turned torch's own on."""
     return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def held(**tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors with numbers in memory, which torch's kernels take on trust; ValueError where it was freed."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            tracing.refuse_freed("attention", name, tensor)
+    return [t.clone() if t is not None and t._is_zerotensor() else t for t in tensors.values()]

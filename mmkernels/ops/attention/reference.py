@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.ops.attention.inputs import Lowered
+from mmkernels.ops.attention.inputs import Lowered, held
 from mmkernels.philox import philox_4x32, threshold
 
 
@@ -27,6 +27,7 @@ def schedule(plan, request) -> tuple:
 
 def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered: Lowered) -> None:
     """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
+    q, k, v, pair_bias = held(q=q, k=k, v=v, pair_bias=pair_bias)
     p, exact_lse = _probabilities(q, k, pair_bias, lowered)
     lse.copy_(exact_lse)
     if mass is not None:
@@ -38,6 +39,7 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered: Lowered) -> 
 
 def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered: Lowered) -> None:
     """Fills dq [Tq, H, D], dk and dv [Tk, G, D], dbias.  Takes neither out nor lse: they have been rounded."""
+    do, q, k, v, pair_bias = held(do=do, q=q, k=k, v=v, pair_bias=pair_bias)
     p, _ = _probabilities(q, k, pair_bias, lowered)
     z = _dropout_factor(rng, p.shape, lowered.dropout_p)
     do = do.double()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.attention import torch_blockwise
+from mmkernels.ops.attention.inputs import held
 from mmkernels.ops.attention.torch_runs import CAUSAL, find_runs
 from mmkernels.ops.attention.torch_views import Schedule, runs_of, to_tensors
 
@@ -35,6 +36,7 @@ def schedule(plan, request) -> tuple:
 
 def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
     """Fills out [Tq, H, D], lse [H, Tq] and, where it is not None, mass [Tq, H, Mk]."""
+    q, k, v, pair_bias = held(q=q, k=k, v=v, pair_bias=pair_bias)
     blind = Schedule.of(lowered).blind_queries()
     if blind is not None:
         out[blind], lse[:, blind] = 0, -math.inf
@@ -42,6 +44,7 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
             mass[blind] = 0
     if q.dtype == torch.float16:  # torch's kernel is slower in fp16 than in fp32
         q, k, v = q.float(), k.float(), v.float()
+    q, k, v = _apart(q), _apart(k), _apart(v)
     if pair_bias is not None or lowered.dropout_p or mass is not None:
         torch_blockwise.forward(q, k, v, pair_bias, rng, out, lse, mass, lowered)
         return
@@ -54,7 +57,8 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered) -> None:
 def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias, lowered) -> None:
     """Fills dq [Tq, H, D], dk and dv [Tk, G, D] and, where it is not None, dbias [H, Mq, Mk]."""
     # In fp32 whatever the inputs: torch's kernel is many times slower in half precision, and sums would be rounded.
-    do, q, k, v, out = (t.float() for t in (do, q, k, v, out))
+    *rows, pair_bias, dlse = held(do=do, q=q, k=k, v=v, out=out, pair_bias=pair_bias, dlse=dlse)
+    do, q, k, v, out = (_apart(t.float()) for t in rows)
     plan = Schedule.of(lowered)
     blind = plan.blind_queries()
     if blind is not None:
@@ -76,6 +80,12 @@ def attention_bwd(do, dlse, q, k, v, pair_bias, rng, out, lse, dq, dk, dv, dbias
     if add:
         dk.copy_(dk_sum)
         dv.copy_(dv_sum)
+
+
+def _apart(t: Tensor) -> Tensor:
+    """Rows that do not overlap: of sliding windows torch's products make garbage.  Of one row for all they do not."""
+    windows = 0 < t.stride(0) < t.shape[2] or 0 < t.stride(1) < t.shape[2]
+    return t.contiguous() if windows else t
 
 
 def _options(run, lowered) -> dict:

@@ -1,0 +1,45 @@
+"""attention on tensors out of the ordinary: strides that overlap, zeros without memory, storages that were freed."""
+
+import pytest
+import torch
+
+from mmkernels import PackedLayout, attention
+
+LAYOUT = PackedLayout.from_counts([[5], [1], [2], [40]])
+SHAPE = (48, 2, 16)
+BY_TORCH = ["torch", "reference"]
+ODD = {
+    "one token for all": lambda x: x[:1].expand(SHAPE),
+    "one head for all": lambda x: x[:, :1].expand(SHAPE),
+    "one number for all": lambda x: x[:1, :1, :1].expand(SHAPE),
+    "windows of tokens": lambda x: x.flatten().as_strided(SHAPE, (1, 16, 1)),
+    "windows of heads": lambda x: x.flatten().as_strided(SHAPE, (16, 1, 1)),
+    "zeros without memory": lambda x: torch._efficientzerotensor(SHAPE),
+}
+
+
+def _solved(impl, q, k, v, do):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = attention(*leaves, layout=LAYOUT, impl=impl)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+@pytest.mark.parametrize("at", range(4), ids=["q", "k", "v", "do"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("impl", BY_TORCH)
+def test_numbers_that_share_memory_or_have_none_count_like_any(impl, odd, at):
+    given = list(torch.randn(4, *SHAPE))
+    given[at] = ODD[odd](given[at])
+    plain = [t.clone(memory_format=torch.contiguous_format).double() for t in given]
+    for ours, ref in zip(_solved(impl, *given), _solved("reference", *plain), strict=True):
+        torch.testing.assert_close(ours.double(), ref, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "pair_bias"])
+@pytest.mark.parametrize("impl", BY_TORCH)
+def test_a_storage_that_was_freed_is_named_not_read(impl, name):
+    given = dict.fromkeys("qkv", torch.randn(SHAPE)) | {"pair_bias": torch.zeros(2, 1, 1)}
+    given[name] = given[name].clone()
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"attention: {name} lies in a storage of 0 bytes, expected "):
+        attention(**given, layout=LAYOUT, impl=impl)
