@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mmkernels import tracing
+
 NORM_CODES = {"none": 0, "layernorm": 1, "rmsnorm": 2}  # in the Triton kernels, and enum Norm of csrc
 
 
@@ -27,6 +29,14 @@ class Inputs(NamedTuple):
         """What may have a gradient."""
         own = self.modality_weight, self.token_weight
         return *self.streams, *own, *self.tables, self.norm_weight, self.norm_bias
+
+    def refuse_freed(self) -> None:
+        """ValueError where the storage of one was freed, which torch's kernels would read."""
+        names = [f"stream {m}" for m in range(len(self.streams))]
+        names += ["modality_weight", "token_weight", *["a position table"] * len(self.tables)]
+        for name, leaf in zip((*names, "norm_weight", "norm_bias"), self.leaves, strict=True):
+            if leaf is not None:
+                tracing.refuse_freed("modality_embed", name, leaf)
 
 
 class Options(NamedTuple):

@@ -29,6 +29,7 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[T
 
     Differentiable by torch.
     """
+    inputs.refuse_freed()
     dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     x = _summed(inputs, dtype)
     mean, rstd = x.new_empty(0), x.new_empty(0)
@@ -52,6 +53,7 @@ def backward(
 
     needs  a flag for each of them
     """
+    inputs.refuse_freed()
     dtype = torch.float64 if grad_out.dtype == torch.float64 else torch.float32
     grad = dropped(grad_out.to(dtype), inputs.rng, options.dropout_p)
     dx, d_norm_weight, d_norm_bias = grad, None, None

@@ -15,6 +15,7 @@ from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
     """As in reference.forward."""
+    inputs.refuse_freed()
     x = _summed(_blocks(inputs), inputs)
     mean, rstd = x.new_empty(0), x.new_empty(0)
     if options.centred:
@@ -30,6 +31,7 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
 
 def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, rstd: Tensor, needs: list[bool]):
     """As in reference.backward."""
+    inputs.refuse_freed()
     M, P = len(inputs.streams), len(inputs.tables)
     blocks = _blocks(inputs)
     dx, d_norm_weight, d_norm_bias = dropped(grad_out.float(), inputs.rng, options.dropout_p), None, None

@@ -203,6 +203,17 @@ def test_a_storage_that_was_freed_is_named_not_read(name):
             call()
 
 
+@pytest.mark.parametrize("name", ["modality_weight", "norm_weight", "norm_bias", "token_weight", "stream 1"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_torchs_kernels_are_given_no_storage_that_was_freed(impl, name):
+    streams, tensors = inputs()
+    out = modality_embed(streams, LAYOUT, **tensors, impl=impl)
+    (streams[1] if name == "stream 1" else tensors[name]).untyped_storage().resize_(0)
+    for call in (lambda: modality_embed(streams, LAYOUT, **tensors, impl=impl), out.sum().backward):
+        with pytest.raises(ValueError, match=f"modality_embed: {name} lies in a storage of 0 bytes, expected "):
+            call()
+
+
 def test_ids_whose_storage_was_freed_are_named():
     streams, tensors = inputs()
     streams[0].untyped_storage().resize_(0)
