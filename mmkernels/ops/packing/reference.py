@@ -43,7 +43,7 @@ def unpad(padded: Tensor, bounds: Tensor, out: Tensor) -> None:
 
 def gather_rows(packed: Tensor, rows: Tensor, out: Tensor) -> None:
     """[R, E]: out[r] = packed[rows[r]]."""
-    out.copy_(packed[rows.long()])
+    out.copy_(packed.index_select(0, rows))  # not by [rows]: that misreads negated rows and zeros without memory
 
 
 def scatter_rows_sum(grad: Tensor, rows: Tensor, out: Tensor) -> None:

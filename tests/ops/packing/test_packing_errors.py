@@ -59,6 +59,21 @@ def test_a_storage_that_was_freed_is_named_not_read(impl, rows):
             call()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_may_be_zeros_without_memory_or_a_negated_view(impl):
+    packed, rows = torch.randn(7, 4), torch.tensor([3, 0, 3])
+    for odd, plain in (
+        (torch._efficientzerotensor(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)),
+        (torch._neg_view(-rows), rows),
+    ):
+        leaf = packed.clone().requires_grad_()
+        found = gather_rows(leaf, odd, impl=impl)
+        assert torch.equal(found, packed[plain])
+        expected = torch.zeros(7, 4).index_add_(0, plain, torch.ones(3, 4))
+        assert torch.equal(torch.autograd.grad(found.sum(), leaf)[0], expected)
+        assert torch.equal(gather_rows(packed, odd, impl=impl), packed[plain])
+
+
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])  # which slices
 def test_bounds_that_were_written_over_are_not_followed(impl):
     layout = PackedLayout.from_counts([[3, 4]])
