@@ -73,10 +73,13 @@ def readable(tensor: torch.Tensor) -> bool:
     return not (recorded or mode(kinds.FAKE) is not None or hasattr(tensor, "fake_mode"))
 
 
-def refuse_strict_fakes(who: str, name: str, tensor: torch.Tensor) -> None:
-    """ValueError for a fake tensor whose mode takes no real ones beside it, as layouts and plans hold."""
+def refuse_numberless(who: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a parameter that is not initialised yet, and for a fake tensor whose mode takes no real ones
+    beside it, as layouts and plans hold."""
     if type(tensor) in PLAIN_TENSORS or torch.compiler.is_compiling():
         return
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{who}: {name} is {type(tensor).__name__}, expected one that is initialised")
     if not getattr(getattr(tensor, "fake_mode", None), "allow_non_fake_inputs", True):
         raise ValueError(
             f"{who}: {name} is a fake tensor and the layout holds real ones, expected "
@@ -86,9 +89,13 @@ def refuse_strict_fakes(who: str, name: str, tensor: torch.Tensor) -> None:
 
 def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:
     """ValueError for a sparse or nested tensor.  Before its shape is asked for, which a nested one may not have."""
-    if tensor.is_nested or tensor.layout is not torch.strided:
+    try:
+        if not tensor.is_nested and tensor.layout is torch.strided:
+            return
         kind = "nested" if tensor.is_nested else tensor.layout
-        raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
+    except TypeError:  # where __torch_function__ of a subclass returns NotImplemented
+        kind = f"{type(tensor).__name__}, which does not answer torch's functions"
+    raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
 
 
 def refuse_freed(who: str, name: str, tensor: torch.Tensor) -> None:

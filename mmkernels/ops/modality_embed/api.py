@@ -118,7 +118,7 @@ def _quick(
     if (
         dispatch.cpp_missing() is not None
         or type(layout) is not PackedLayout
-        or not isinstance(modality_weight, Tensor)
+        or type(modality_weight) not in tracing.PLAIN_TENSORS
         or torch.compiler.is_compiling()
         or not modality_weight.is_cpu  # not left to a refusal, which on a GPU would cost every call
         or transforms.active()
@@ -172,7 +172,7 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
     if not isinstance(modality_weight, Tensor):
         raise ValueError(f"modality_embed: modality_weight is {type(modality_weight).__name__}, expected a tensor")
     tracing.refuse_unstrided("modality_embed", "modality_weight", modality_weight)
-    tracing.refuse_strict_fakes("modality_embed", "modality_weight", modality_weight)
+    tracing.refuse_numberless("modality_embed", "modality_weight", modality_weight)
     if modality_weight.ndim != 2 or not modality_weight.shape[1]:
         raise ValueError(
             f"modality_embed: modality_weight is {tuple(modality_weight.shape)}, expected [M, E] with E at least 1"
@@ -189,7 +189,7 @@ def _check_types(streams, layout, modality_weight, token_weight, norm_weight, no
             raise ValueError(f"modality_embed: {name} is {type(value).__name__}, expected a tensor or None")
         if value is not None:
             tracing.refuse_unstrided("modality_embed", name, value)
-            tracing.refuse_strict_fakes("modality_embed", name, value)
+            tracing.refuse_numberless("modality_embed", name, value)
 
 
 def _present(streams: Sequence[Tensor | None], modality_weight: Tensor) -> list[Tensor]:
@@ -226,7 +226,7 @@ def _flatten(
     }
     for name, table in tables.items():
         tracing.refuse_unstrided("modality_embed", name, table)
-        tracing.refuse_strict_fakes("modality_embed", name, table)
+        tracing.refuse_numberless("modality_embed", name, table)
     return tables, [len(own) for own in position_weights]
 
 

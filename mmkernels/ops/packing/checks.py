@@ -49,8 +49,7 @@ def streams(given: Sequence[Tensor | None], layout: PackedLayout) -> list[Tensor
         if not isinstance(stream, Tensor | None):
             raise ValueError(f"pack: stream {m} is {type(stream).__name__}, expected a tensor or None")
         if stream is not None:
-            tracing.refuse_unstrided("pack", f"stream {m}", stream)
-            tracing.refuse_strict_fakes("pack", f"stream {m}", stream)
+            _holds_numbers("pack", f"stream {m}", stream)
     if len(given) != layout.num_modalities:
         raise ValueError(f"pack: got {len(given)} streams, expected {layout.num_modalities} as in the layout")
     present = next((s for s in given if s is not None), None)
@@ -84,7 +83,6 @@ def packed(function: str, tensor: Tensor, layout: PackedLayout) -> None:
         )
     if tensor.device != layout.device:
         raise ValueError(f"{function}: packed is on {tensor.device}, the layout on {layout.device}")
-    tracing.refuse_strict_fakes(function, "packed", tensor)
 
 
 def padded(tensor: Tensor, layout: PackedLayout) -> None:
@@ -99,7 +97,6 @@ def padded(tensor: Tensor, layout: PackedLayout) -> None:
         )
     if tensor.device != layout.device:
         raise ValueError(f"unpad: padded is on {tensor.device}, the layout on {layout.device}")
-    tracing.refuse_strict_fakes("unpad", "padded", tensor)
 
 
 def rows(tensor: Tensor, index: Tensor) -> None:
@@ -140,8 +137,17 @@ def out(
         )
     if not given.is_contiguous():
         raise ValueError(f"{function}: {name} has strides {list(given.stride())}, expected a contiguous tensor")
-    if not torch.compiler.is_compiling() and (given.is_neg() or given.is_conj()):  # which no graph can ask
-        raise ValueError(f"{function}: {name} is a negated or conjugate view, expected memory that holds its values")
+    if not torch.compiler.is_compiling():  # a graph can ask none of this
+        if given.is_neg() or given.is_conj():
+            raise ValueError(
+                f"{function}: {name} is a negated or conjugate view, expected memory that holds its values"
+            )
+        if given._is_zerotensor():
+            raise ValueError(f"{function}: {name} is zeros without memory, expected memory to write into")
+        if given.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{function}: {name} is made under inference mode, expected one made outside, or a call under it too"
+            )
     if torch.is_grad_enabled() and (given.requires_grad or any(x.requires_grad for x in inputs or (like,))):
         raise ValueError(f"{function}: out= has no gradient; leave it out, or call under torch.no_grad()")
     if transforms.has_tangent(*(inputs or (like,))):
@@ -174,4 +180,13 @@ def _is_layout(function: str, layout: PackedLayout) -> None:
 def _is_tensor(function: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}, expected a tensor")
+    _holds_numbers(function, name, tensor)
+
+
+def _holds_numbers(function: str, name: str, tensor: Tensor) -> None:
     tracing.refuse_unstrided(function, name, tensor)
+    tracing.refuse_numberless(function, name, tensor)
+    if tensor.is_quantized:  # its memory alone is not its values
+        raise ValueError(
+            f"{function}: {name} is quantized, {tensor.dtype}, expected plain numbers, as int_repr() gives"
+        )

@@ -52,9 +52,12 @@ def _register(name: str) -> Callable[..., Any]:
             _check(name, count, form, args)
         try:
             result = kernels[impl][form](*args)
-        except RuntimeError:
+        except RuntimeError as error:
             if impl == "cpp":  # it has checked, and cannot raise what a caller of Python expects
                 _check(name, count, form, args)
+            if isinstance(error, NotImplementedError) or "ScalarType" in str(error):
+                dtype = (args[0][0] if listed else args[0]).dtype
+                raise NotImplementedError(f"{name}: impl={impl!r} has no kernel for {dtype}: {error}") from error
             raise
         if form and impl in NATIVE:  # torch's own functions say so by themselves
             torch.autograd.graph.increment_version(_written(args[count:]))

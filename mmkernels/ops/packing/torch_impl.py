@@ -61,7 +61,8 @@ def segment_mean_backward(grad: Tensor, bounds: Tensor, out: Tensor) -> None:
 
 # What index_copy_ has no kernel for, and what has as many bytes.
 _UNKNOWN = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64} | dict.fromkeys(
-    (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz), torch.uint8
+    (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    torch.uint8,
 )
 
 

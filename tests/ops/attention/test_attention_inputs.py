@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmkernels import PackedLayout, attention
+from mmkernels import PackedLayout, attention, attention_qkvpacked
 
 LAYOUT = PackedLayout.from_counts([[5], [1], [2], [40]])
 SHAPE = (48, 2, 16)
@@ -43,3 +43,48 @@ def test_a_storage_that_was_freed_is_named_not_read(impl, name):
     given[name].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"attention: {name} lies in a storage of 0 bytes, expected "):
         attention(**given, layout=LAYOUT, impl=impl)
+
+
+class Refusing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: t.to_sparse(), "{} is torch.sparse_coo, expected a strided tensor"),
+        (lambda t: torch.nested.nested_tensor([t, t]), "{} is nested, expected a strided tensor"),
+        (lambda t: t.as_subclass(Refusing), "{} is Refusing, which does not answer torch's functions, expected a str"),
+        (lambda t: torch.nn.UninitializedParameter(), "{} is UninitializedParameter, expected one that is initialised"),
+        (lambda t: t.to(torch.complex64), "{} is torch.complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "{} is torch.float8_e4m3fn"),
+        (lambda t: torch.empty(t.shape, dtype=torch.float4_e2m1fn_x2), "{} is torch.float4_e2m1fn_x2"),
+        (
+            lambda t: torch.quantize_per_channel(t, torch.ones(len(t)), torch.zeros(len(t)), 0, torch.qint8),
+            "{} is torch.qint8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["q", "pair_bias", "qkv"])
+@pytest.mark.filterwarnings("ignore:torch.quantize|The PyTorch API of nested")
+def test_what_is_no_plain_tensor_of_numbers_is_named(name, make, message):
+    given = dict.fromkeys("qkv", torch.randn(SHAPE)) | {"pair_bias": torch.zeros(2, 1, 1)}
+    if name == "qkv":
+        given, call = {"qkv": torch.randn(48, 3, 2, 16)}, attention_qkvpacked
+    else:
+        call = attention
+    given[name] = make(given[name])
+    # What can be taken apart all the same is refused as q, the first part.
+    pattern = message.format("q(kv)?" if name == "qkv" else name)
+    with pytest.raises(ValueError, match=f"^{call.__name__}: {pattern}"):
+        call(**given, layout=LAYOUT)
+
+
+def test_a_projection_whose_storage_was_freed_is_named():
+    qkv = torch.randn(48, 3, 2, 16)
+    qkv.untyped_storage().resize_(0)
+    for impl in ("auto", *BY_TORCH):
+        with pytest.raises(ValueError, match="attention_qkvpacked: qkv lies in a storage of 0 bytes, expected 18432"):
+            attention_qkvpacked(qkv, layout=LAYOUT, impl=impl)

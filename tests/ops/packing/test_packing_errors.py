@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ops.packing.packing_cases import IMPLS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
@@ -72,6 +73,57 @@ def test_rows_may_be_zeros_without_memory_or_a_negated_view(impl):
         expected = torch.zeros(7, 4).index_add_(0, plain, torch.ones(3, 4))
         assert torch.equal(torch.autograd.grad(found.sum(), leaf)[0], expected)
         assert torch.equal(gather_rows(packed, odd, impl=impl), packed[plain])
+
+
+class Refusing(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+def _inference(t):
+    with torch.inference_mode():
+        return t.clone()
+
+
+ODD = {
+    "quantized, torch.qint8": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "UninitializedParameter": lambda t: torch.nn.UninitializedParameter(),
+    "Refusing, which does not": lambda t: t.as_subclass(Refusing),
+    "a fake tensor": lambda t: FakeTensorMode().from_tensor(t),
+}
+NOT_WRITTEN = {
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape),
+    "made under inference mode": _inference,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("odd", [*ODD, *NOT_WRITTEN])
+def test_what_holds_no_plain_numbers_is_named(impl, odd):
+    calls = [
+        ("out", lambda t: gather_rows(WHOLE, torch.arange(7), out=t, impl=impl)),
+        ("out", lambda t: pack([A, B], LAYOUT, out=t, impl=impl)),
+    ]
+    if odd in ODD:
+        calls += [
+            ("packed", lambda t: unpack(t, LAYOUT, impl=impl)),
+            ("packed", lambda t: gather_rows(t, ROW, impl=impl)),
+            ("packed", lambda t: segment_mean(t, LAYOUT, impl=impl)),
+            ("stream 0", lambda t: pack([t, B], LAYOUT, impl=impl)),
+        ]
+    if odd == "made under inference mode" and impl in ("auto", "cpp"):
+        return  # which may write there
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"^[a-z_]+: {name} is {odd}"):
+            call((ODD | NOT_WRITTEN)[odd](torch.ones(7, 4)))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [*zip(IMPLS, ("uint4", "uint4", "bits8"), strict=False)])
+def test_a_dtype_without_a_kernel_is_named(impl, dtype):
+    with pytest.raises(NotImplementedError, match=f"pad: impl='{impl}' has no kernel for torch.{dtype}"):
+        pad(torch.empty(7, 4, dtype=getattr(torch, dtype)), LAYOUT, impl=impl)
 
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])  # which slices
