@@ -61,6 +61,17 @@ class PackedLayout:
     # What operators keep to recognise a call by: apart from `cache`, on whose keys torch.compile guards.
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        # With a tensor put in by dataclasses.replace it would be two layouts: `segments`, `host` and what `to` and
+        # pickle carry are still of the one that was built.
+        if self._buffer is not None:
+            for name in _TENSORS:
+                if not _is_part(getattr(self, name), self._buffer):
+                    raise ValueError(
+                        f"PackedLayout: {name} was replaced, expected what the layout was built with; build another by "
+                        "from_counts, from_segments or from_cu_seqlens"
+                    )
+
     @classmethod
     @tracing.host_code(_BUILT_OUTSIDE)
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
@@ -149,7 +160,7 @@ class PackedLayout:
             raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
         if device.type == "cpu":
             bounds = cu_seqlens.numpy(force=True)  # also where memory holds their negatives, or zeros lie nowhere
-            layout_tables.check_bounds(bounds, total_tokens, max_seqlen)
+            layout_tables.check_bounds("from_cu_seqlens", bounds, total_tokens, max_seqlen)
             highest = int(modality_ids.max()) if total_tokens else 0
             if highest >= num_modalities:
                 raise ValueError(
@@ -262,8 +273,9 @@ class PackedLayout:
         """For DataLoader(pin_memory=True): the layout in pinned memory, from which `to` needs no copy in between."""
         if self._buffer is None or self.device.type != "cpu" or self._buffer.is_pinned():
             return self
-        buffer = self._buffer.pin_memory()
-        views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
+        with torch.inference_mode(False):  # as in _build
+            buffer = self._buffer.pin_memory()
+            views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
         return replace(self, **views, _buffer=buffer, _host=None, cache={}, calls={})
 
     def __repr__(self) -> str:
@@ -320,6 +332,12 @@ def _counted_streams(layout: PackedLayout) -> tuple[int, ...]:
     rows = np.bincount(modality, weights=length - has_special[modality], minlength=layout.num_modalities)
     counted = layout.cache["stream_lengths"] = tuple(int(n) for n in rows)
     return counted
+
+
+def _is_part(tensor, buffer: Tensor) -> bool:
+    if getattr(tensor, "_base", None) is buffer:
+        return True  # at once; what is made under inference mode knows no base
+    return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == buffer.untyped_storage()._cdata
 
 
 _TENSORS = ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids")

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -309,3 +310,16 @@ def two_tokens(**arguments):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "modality_ids", "positions", "source_rows", "segment_cu_seqlens"])
+def test_a_layout_with_a_tensor_of_another_is_refused(name):
+    """Its segments, its twin on the host and what pickle carries would be of the first."""
+    layout = PackedLayout.from_counts([[3, 2], [4, 0]])
+    for other in (getattr(layout, name).clone(), getattr(layout, name).long(), None):
+        with pytest.raises(ValueError, match=f"PackedLayout: {name} was replaced, expected what the layout was built"):
+            replace(layout, **{name: other})
+    for moved in (layout.to("meta"), pickle.loads(pickle.dumps(layout))):
+        assert replace(moved, cache={}, calls={}).total_tokens == 9
+    with torch.inference_mode():
+        assert replace(pickle.loads(pickle.dumps(layout)), cache={}).to("meta").total_tokens == 9

@@ -128,6 +128,10 @@ def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
         _check_range(where, values.shape[0])
     elif name == "scatter_rows_sum":
         _check_range(where, args[2].shape[0] if form else args[2])
+    elif name not in ("pack", "unpack") and where.is_cpu:  # reading a GPU's would synchronise
+        size = args[2].shape[name == "pad"] if form else args[-1]  # of pad L, of the others T
+        total = values.shape[0] if name in ("pad", "segment_mean") else size
+        _check_bounds(name, where, total, {"pad": size, "unpad": values.shape[1]}.get(name, total))
     if not form:
         return
     if name == "gather_rows":
@@ -149,6 +153,17 @@ def _check_range(rows: Tensor, total: int) -> None:
     low, high = (int(end) for end in torch.aminmax(rows))
     if low < 0 or high >= total:
         raise ValueError(f"gather_rows: rows run from {low} to {high}, expected 0 to {total - 1}")
+
+
+def _check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
+    """A layout's bounds may have been written over, and torch's kernels would follow them anywhere."""
+    lengths = bounds.long().diff()
+    ends = [int(bound) for bound in (*bounds[:1], *bounds[-1:])]
+    if ends != [0, total] or bool(((lengths < 0) | (lengths > longest)).any()):
+        raise ValueError(
+            f"{name}: the layout's bounds are {bounds.dtype} {list(bounds.shape)}, expected values from 0 to {total}, "
+            f"none below the one before or more than {longest} above it"
+        )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -75,7 +75,8 @@ def _tokens_of_rows(stream_lengths: list[int], modality_ids: Tensor, source_rows
     joint = source_rows.long()  # row in the concatenated streams
     for m, rows in enumerate(stream_lengths[:-1]):
         joint += rows * (modality_ids > m)
-    tokens = torch.empty_like(joint).index_copy_(0, joint, torch.arange(len(joint), device=joint.device))
+    # -1, not empty: rows of a table that was written over, of which none is that of some token, are no index then
+    tokens = torch.full_like(joint, -1).index_copy_(0, joint, torch.arange(len(joint), device=joint.device))
     return tokens.split(stream_lengths)
 
 

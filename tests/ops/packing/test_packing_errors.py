@@ -7,6 +7,7 @@ from ops.packing.packing_cases import IMPLS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.layout import PackedLayout
+from mmkernels.masks import MaskPlan
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
 
 LAYOUT = PackedLayout.from_counts([[2, 1], [1, 3]])
@@ -126,12 +127,32 @@ def test_a_dtype_without_a_kernel_is_named(impl, dtype):
         pad(torch.empty(7, 4, dtype=getattr(torch, dtype)), LAYOUT, impl=impl)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])  # which slices
-def test_bounds_that_were_written_over_are_not_followed(impl):
-    layout = PackedLayout.from_counts([[3, 4]])
-    layout.segment_cu_seqlens[-1] = 2**30
-    with pytest.raises((RuntimeError, IndexError)):
-        segment_mean(WHOLE, layout, impl=impl)
+# The end, a start, and a sample whose length passes int32 while the ends are right.
+@pytest.mark.parametrize(("at", "bound"), [(-1, 2**30), (0, -1), (1, 2**31 - 1), (1, -(2**31)), (1, 0)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bounds_that_were_written_over_are_not_followed(impl, at, bound):
+    layout = PackedLayout.from_counts([[2, 1], [1, 3]])
+    layout.cu_seqlens[at] = bound
+    layout.segment_cu_seqlens[at] = 9 if bound == 0 else bound
+    calls = [
+        lambda: segment_mean(WHOLE, layout, impl=impl),
+        lambda: pad(WHOLE, layout, impl=impl),
+        lambda: unpad(PADDED, layout, impl=impl),
+        lambda: unpad(PADDED, layout, out=SPARE, impl=impl),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"the layout's bounds are torch\.int32"):
+            call()
+    with pytest.raises(ValueError, match="MaskPlan: "):
+        MaskPlan.lower(layout)
+
+
+def test_rows_that_were_written_over_lose_no_token():
+    layout = PackedLayout.from_counts([[2, 1], [1, 3]])
+    layout.source_rows[0] = 1  # twice then, and row 0 never; the others read the table of segments
+    for call in (lambda: pack([A, B], layout, impl="torch"), lambda: unpack(WHOLE, layout, impl="torch")):
+        with pytest.raises((RuntimeError, IndexError)):
+            call()
 
 
 @pytest.mark.parametrize(
