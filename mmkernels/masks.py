@@ -332,6 +332,6 @@ _EVERYTHING = AttentionMask()  # of the sample
 
 
 if __name__ == "__main__":
-    from mmkernels.mask_drawing import main
+    from mmkernels.mask_command import main
 
     raise SystemExit(main())

@@ -9,7 +9,7 @@ from file_map import ROOT
 
 from mmkernels import mask_drawing
 from mmkernels.layout import PackedLayout
-from mmkernels.mask_drawing import main
+from mmkernels.mask_command import main
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.testing import random_layout, reference_mask
 
