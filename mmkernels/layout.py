@@ -62,7 +62,7 @@ class PackedLayout:
     calls: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        # With a tensor put in by dataclasses.replace it would be two layouts: `segments`, `host` and what `to` and
+        # With a field put in by dataclasses.replace it would be two layouts: `segments`, `host` and what `to` and
         # pickle carry are still of the one that was built.
         if self._buffer is not None:
             for name in _TENSORS:
@@ -71,6 +71,11 @@ class PackedLayout:
                         f"PackedLayout: {name} was replaced, expected what the layout was built with; build another by "
                         "from_counts, from_segments or from_cu_seqlens"
                     )
+            if self.total_tokens != self.modality_ids.shape[0]:
+                raise ValueError(
+                    f"PackedLayout: total_tokens is {self.total_tokens!r}, expected {self.modality_ids.shape[0]} as "
+                    "modality_ids has"
+                )
 
     @classmethod
     @tracing.host_code(_BUILT_OUTSIDE)
@@ -160,7 +165,7 @@ class PackedLayout:
             raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
         if device.type == "cpu":
             bounds = cu_seqlens.numpy(force=True)  # also where memory holds their negatives, or zeros lie nowhere
-            layout_tables.check_bounds("from_cu_seqlens", bounds, total_tokens, max_seqlen)
+            layout_tables.check_bounds("from_cu_seqlens", "cu_seqlens", bounds, total_tokens, max_seqlen)
             highest = int(modality_ids.max()) if total_tokens else 0
             if highest >= num_modalities:
                 raise ValueError(

@@ -171,8 +171,9 @@ class MaskPlan:
         self._of_host: MaskPlan | None = None
         for side in {layout, k_layout}:
             if side.segments is not None and side.device.type == "cpu":  # a field may have been written over
-                bounds = side.cu_seqlens.numpy(force=True)
-                layout_tables.check_bounds("MaskPlan", bounds, side.total_tokens, side.max_seqlen)
+                for name in ("cu_seqlens", "segment_cu_seqlens"):
+                    bounds = getattr(side, name).numpy(force=True)
+                    layout_tables.check_bounds("MaskPlan", name, bounds, side.total_tokens, side.max_seqlen)
         if self.is_cross:
             mask_lowering.check_cross(layout, k_layout, mask)
         if layout.host is None or k_layout.host is None or (mask.intervals is not None and mask.intervals.on_device):

@@ -319,6 +319,8 @@ def test_a_layout_with_a_tensor_of_another_is_refused(name):
     for other in (getattr(layout, name).clone(), getattr(layout, name).long(), None):
         with pytest.raises(ValueError, match=f"PackedLayout: {name} was replaced, expected what the layout was built"):
             replace(layout, **{name: other})
+    with pytest.raises(ValueError, match="PackedLayout: total_tokens is 8, expected 9 as modality_ids has"):
+        replace(layout, total_tokens=8)
     for moved in (layout.to("meta"), pickle.loads(pickle.dumps(layout))):
         assert replace(moved, cache={}, calls={}).total_tokens == 9
     with torch.inference_mode():

@@ -97,7 +97,7 @@ def _summed(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         if tokens.numel():
             x = x.index_add(0, tokens, picked.to(dtype))
         for table, rows, tokens in _position_rows(m, inputs):
-            x = x.index_add(0, tokens, table[rows].to(dtype))
+            x = x.index_add(0, tokens, table.index_select(0, rows).to(dtype))  # [-1] would wrap
     special = (inputs.source_rows < 0).nonzero().squeeze(1)
     if special.numel():
         x = x.index_add(0, special, inputs.token_weight[-(inputs.source_rows[special].long() + 1)].to(dtype))

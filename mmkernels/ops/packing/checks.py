@@ -33,6 +33,13 @@ def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
             f"{function}: segments of modality {special[0]} start with a special token, whose row is in no stream; "
             "modality_embed packs such a layout"
         )
+    modality, lengths = layout.segments[:, 1], layout.segments[:, 2]
+    tokens, below = int(lengths.sum(dtype=np.int64)), layout.num_modalities
+    if tokens != layout.total_tokens or ((lengths < 0) | (modality < 0) | (modality >= below)).any():
+        raise ValueError(
+            f"{function}: the layout's segments hold {tokens} tokens, expected {layout.total_tokens}, in lengths of at "
+            f"least 0 and modalities below {below}"
+        )
     with torch.inference_mode(False):  # or no call that learns could keep it for its backward
         table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
     if layout.device.type == "cpu":

@@ -1,5 +1,7 @@
 """What the packing operators refuse, and the words for it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -143,8 +145,19 @@ def test_bounds_that_were_written_over_are_not_followed(impl, at, bound):
     for call in calls:
         with pytest.raises(ValueError, match=r"the layout's bounds are torch\.int32"):
             call()
-    with pytest.raises(ValueError, match="MaskPlan: "):
+    with pytest.raises(ValueError, match=r"MaskPlan: (max_seqlen|cu_seqlens|segment_cu_seqlens) "):
         MaskPlan.lower(layout)
+
+
+def test_segments_of_other_tokens_are_named():
+    layout = PackedLayout.from_counts([[2, 1], [1, 3]])
+    for segments in (layout.segments[:-1], layout.segments * [1, 1, -1, 1], layout.segments * [1, 7, 1, 1]):
+        other = replace(layout, segments=segments, cache={})
+        for impl in IMPLS:
+            with pytest.raises(ValueError, match=r"pack: the layout's segments hold .* tokens, expected 7, in lengths"):
+                pack([A, B], other, impl=impl)
+            with pytest.raises(ValueError, match="unpack: the layout's segments hold"):
+                unpack(WHOLE, other, impl=impl)
 
 
 def test_rows_that_were_written_over_lose_no_token():
