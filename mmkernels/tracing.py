@@ -40,10 +40,10 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def below_autograd(compute: Callable, operator: Callable, inputs: tuple, example: torch.Tensor):
+def below_autograd(compute: Callable, operator: Callable, inputs: tuple, *examples: torch.Tensor):
     """operator(*inputs) without its autograd.  Where nobody looks on, straight to what it computes: the dispatcher
     would turn 20 arguments into its own kind and back."""
-    if unwatched(example):
+    if unwatched(*examples):
         return compute(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)

@@ -87,7 +87,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pair_bias, rng, rest):
         inputs = (q, k, v, pair_bias, rng, *rest)
-        output = tracing.below_autograd(_fwd, _fwd_op, inputs, q)
+        output = tracing.below_autograd(_fwd, _fwd_op, inputs, q, k, v)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -110,7 +110,7 @@ def attention_fwd(q, k, v, pair_bias, rng, *rest) -> tuple[Tensor, Tensor, Tenso
         q.requires_grad or k.requires_grad or v.requires_grad or (pair_bias is not None and pair_bias.requires_grad)
     ):
         return _Attention.apply(q, k, v, pair_bias, rng, rest)
-    return tracing.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q)
+    return tracing.below_autograd(_fwd, _fwd_op, (q, k, v, pair_bias, rng, *rest), q, k, v)
 
 
 def _setup_context(ctx, inputs, output):
@@ -142,7 +142,7 @@ def gradients(do, dlse, q, k, v, pair_bias, rng, out, lse, rest: tuple) -> tuple
         # A second-order gradient, of which the operator says that there is none; or many gradients at once.
         dq, dk, dv, dbias = _bwd_op(*inputs)
     else:
-        dq, dk, dv, dbias = tracing.below_autograd(_bwd, _bwd_op, inputs, do)
+        dq, dk, dv, dbias = tracing.below_autograd(_bwd, _bwd_op, inputs, do, q, k, v)
     return dq, dk, dv, None if pair_bias is None else dbias
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from mmkernels import PackedLayout, attention, attention_qkvpacked
 
@@ -88,3 +89,35 @@ def test_a_projection_whose_storage_was_freed_is_named():
     for impl in ("auto", *BY_TORCH):
         with pytest.raises(ValueError, match="attention_qkvpacked: qkv lies in a storage of 0 bytes, expected 18432"):
             attention_qkvpacked(qkv, layout=LAYOUT, impl=impl)
+
+
+class Wrapped(torch.Tensor):
+    """As quantizing and sharding libraries make them: what it holds may lie elsewhere in memory than it says."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def inner(t):
+            return t.inner if isinstance(t, cls) else t
+
+        found = func(*tree_map(inner, args), **tree_map(inner, kwargs or {}))
+        return tree_map(lambda t: cls(t) if isinstance(t, torch.Tensor) else t, found)
+
+
+@pytest.mark.parametrize("impl", BY_TORCH)
+def test_wrapped_tensors_are_computed_with_what_they_hold(impl):
+    q, kv, do = torch.randn(3, *SHAPE).unbind(0)
+    k, v = torch.stack([kv, kv.sin()], 1).unbind(1)
+    expected = _solved(impl, q, k, v, do)
+    leaves = [q.requires_grad_(), Wrapped(k).requires_grad_(), Wrapped(v).requires_grad_()]
+    out = attention(*leaves, layout=LAYOUT, impl=impl)
+    for ours, plain in zip((out, *torch.autograd.grad(out, leaves, do)), expected, strict=True):
+        torch.testing.assert_close(ours.inner.detach() if isinstance(ours, Wrapped) else ours, plain)
