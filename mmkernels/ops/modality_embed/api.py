@@ -14,6 +14,7 @@ from torch import Tensor
 from mmkernels import arguments, dispatch, tracing, transforms
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed import op
+from mmkernels.ops.modality_embed.inputs import Inputs, Options
 
 NORMS = ("layernorm", "rmsnorm", None)
 MAX_TABLES = 3  # the most axes that a layout has
@@ -86,25 +87,12 @@ def modality_embed(
     if not torch.compiler.is_compiling():
         _check_rows(streams, layout)
         _check_indices(streams, layout, token_weight, tables, table_counts)
-    out, _, _ = op.modality_embed_fwd(
-        streams,
-        modality_weight,
-        token_weight,
-        list(tables.values()),
-        table_counts,
-        norm_weight,
-        norm_bias,
-        layout.modality_ids,
-        layout.source_rows,
-        layout.positions,
-        torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None,
-        norm or "none",
-        eps,
-        dropout_p,
-        out_dtype,
-        chosen,
-    )
-    return out
+    rng = torch.randint(2**63 - 1, (2,), device=device) if dropout_p > 0.0 else None
+    inputs = Inputs(
+        streams, modality_weight, token_weight, list(tables.values()), table_counts, norm_weight, norm_bias,
+        layout.modality_ids, layout.source_rows, layout.positions, rng,
+    )  # fmt: skip
+    return op.modality_embed_fwd(inputs, Options(norm or "none", eps, dropout_p), out_dtype, chosen)[0]
 
 
 def _quick(
@@ -149,10 +137,11 @@ def _quick(
             streams.append(stream)
         out_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         rng = torch.randint(2**63 - 1, (2,), device="cpu") if dropout_p > 0.0 else None
-        return op.plain_modality_embed_fwd(
+        inputs = Inputs(
             streams, modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, layout.modality_ids,
-            layout.source_rows, layout.positions, rng, norm or "none", eps, dropout_p, out_dtype, "cpp",
-        )[0]  # fmt: skip
+            layout.source_rows, layout.positions, rng,
+        )  # fmt: skip
+        return op.plain_modality_embed_fwd(inputs, Options(norm or "none", eps, dropout_p), out_dtype, "cpp")[0]
     except RuntimeError:  # C++'s, and a nested tensor's that is asked for its shape
         return None
 

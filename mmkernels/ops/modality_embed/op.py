@@ -8,7 +8,8 @@ empty: [0].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,19 @@ torch.library.define(
     "(Tensor[] d_streams, Tensor d_modality, Tensor d_token, Tensor[] d_tables, "
     "Tensor d_norm_weight, Tensor d_norm_bias)",
 )
-_NUM_INPUTS, _NUM_OPTIONS = len(Inputs._fields), len(Options._fields)
 
 
-def _split(args: tuple) -> tuple[Inputs, Options, tuple]:
-    options = _NUM_INPUTS + _NUM_OPTIONS
-    return Inputs(*args[:_NUM_INPUTS]), Options(*args[_NUM_INPUTS:options]), args[options:]
+def _split(args: Sequence[Any]) -> tuple[Inputs, Options, Sequence[Any]]:
+    """The operator's flat arguments as the implementations take them, and the rest."""
+    first, last = len(Inputs._fields), len(Inputs._fields) + len(Options._fields)
+    return Inputs(*args[:first]), Options(*args[first:last]), args[last:]
+
+
+def _as_inputs(leaves: Sequence[Any], table_counts: list[int], indices: Sequence[Tensor | None]) -> Inputs:
+    """What Inputs.leaves took apart.   indices: modality_ids and what follows it"""
+    M = len(table_counts)
+    modality_weight, token_weight, *tables, norm_weight, norm_bias = leaves[M:]
+    return Inputs(leaves[:M], modality_weight, token_weight, tables, table_counts, norm_weight, norm_bias, *indices)
 
 
 @torch.library.register_fake("mm::modality_embed_fwd")
@@ -58,18 +66,16 @@ def _backward_fake(grad_out, *args):
         torch.empty_like(leaf, memory_format=torch.contiguous_format) if n else grad_out.new_empty(0)
         for leaf, n in zip(inputs.leaves, needs, strict=True)
     ]
-    return _as_results(grads, len(inputs.streams))
+    return _as_results(grads, inputs.table_counts)
 
 
-def _computed(*args):
+def _computed(inputs: Inputs, options: Options, out_dtype, impl):
     """out, mean and rstd by an implementation; None or empty for a statistic that the norm does not have."""
-    inputs, options, (out_dtype, impl) = _split(args)
     return dispatch.load("modality_embed", impl).forward(inputs, options, out_dtype)
 
 
-def _gradients(grad_out, *args):
+def _gradients(grad_out, inputs: Inputs, options: Options, mean, rstd, needs, impl):
     """In the order of `needs`, None where not needed."""
-    inputs, options, (mean, rstd, needs, impl) = _split(args)
     return dispatch.load("modality_embed", impl).backward(grad_out, inputs, options, mean, rstd, needs)
 
 
@@ -79,17 +85,28 @@ def _filled(out: Tensor, *statistics: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _forward(*args):
-    return _filled(*_computed(*args))
+    inputs, options, rest = _split(args)
+    return _filled(*_computed(inputs, options, *rest))
 
 
 def _backward(grad_out, *args):
-    grads = [grad_out.new_empty(0) if grad is None else grad for grad in _gradients(grad_out, *args)]
-    return _as_results(grads, len(args[0]))
+    inputs, options, rest = _split(args)
+    grads = _gradients(grad_out, inputs, options, *rest)
+    return _as_results([grad_out.new_empty(0) if grad is None else grad for grad in grads], inputs.table_counts)
 
 
-def _as_results(grads: list[Tensor], M: int) -> tuple:
+def _as_results(grads: list[Tensor], table_counts: list[int]) -> tuple:
     """As the operator returns them."""
-    return grads[:M], grads[M], grads[M + 1], grads[M + 2 : -2], grads[-2], grads[-1]
+    d = _as_inputs(grads, table_counts, [None] * 4)
+    return d.streams, d.modality_weight, d.token_weight, d.tables, d.norm_weight, d.norm_bias
+
+
+def _dispatched(inputs: Inputs, options: Options, *rest):
+    return _fwd_op(*inputs, *options, *rest)
+
+
+def _dispatched_gradients(grad_out, inputs: Inputs, options: Options, *rest) -> tuple[Tensor, ...]:
+    return _one_by_one(grad_out, *inputs, *options, *rest)
 
 
 def _one_by_one(*args) -> tuple[Tensor, ...]:
@@ -104,91 +121,82 @@ for _device in ("cpu", "cuda"):
 
 
 class _Differentiable(torch.autograd.Function):
-    """args: the operator's, which compute(*args) computes.  leaves: those of them that have gradients, in the order of
-    `needs`; the others stay inside the tuple, since autograd looks at each argument.  statistics: a list that takes
-    mean and rstd."""
+    """call: Inputs, Options, out_dtype and impl, which compute(*call) computes.  leaves: those of the Inputs; the
+    others stay inside the tuple, since autograd looks at each argument.  statistics: a list that takes mean and rstd.
+    """
 
     @staticmethod
-    def forward(ctx, args, compute, statistics, *leaves):
-        out, mean, rstd = compute(*args)
+    def forward(ctx, call, compute, statistics, *leaves):
+        inputs, options, _, ctx.impl = call
+        out, mean, rstd = compute(*call)
         statistics += (mean, rstd)
-        streams, options, ctx.shapes = args[0], args[_NUM_INPUTS:-2], None
-        M = len(streams)
-        if options[0] == "none":
+        streams, ctx.shapes = inputs.streams, None
+        if not options.normed:
             # Backward reads ids and shapes only: do not keep the front ends' outputs alive.
             ctx.shapes = [(s.shape, s.dtype) if s.is_floating_point() else None for s in streams]
             streams = [None if s.is_floating_point() else s for s in streams]
-        ctx.rest = (M, args[4], args[7:_NUM_INPUTS], options, args[-1])
-        ctx.save_for_backward(*streams, *leaves[M:], mean, rstd)
+        ctx.options, ctx.table_counts = options, inputs.table_counts
+        ctx.indices = inputs.modality_ids, inputs.source_rows, inputs.positions, inputs.rng
+        ctx.save_for_backward(*streams, *leaves[len(streams) :], mean, rstd)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         transforms.refuse_batched("modality_embed", grad_out)
-        M, table_counts, indices, options, impl = ctx.rest
-        *leaves, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
-        streams = leaves[:M]
+        *leaves, mean, rstd = ctx.saved_tensors
         if ctx.shapes is not None:
-            # one element that looks like a whole stream
-            streams = [
-                s if like is None else grad_out.new_empty_strided(like[0], (0, 0), dtype=like[1])
-                for s, like in zip(streams, ctx.shapes, strict=True)
-            ]
+            for m, like in enumerate(ctx.shapes):
+                if like is not None:  # one element that looks like a whole stream
+                    leaves[m] = grad_out.new_empty_strided(like[0], (0, 0), dtype=like[1])
         needs = ctx.needs_input_grad[3:]
-        args = (
-            grad_out, streams, leaves[M], leaves[M + 1], leaves[M + 2 :], table_counts, norm_weight, norm_bias,
-            *indices, *options, mean, rstd, needs, impl,
+        call = (
+            grad_out, _as_inputs(leaves, ctx.table_counts, ctx.indices), ctx.options, mean, rstd, needs, ctx.impl
         )  # fmt: skip
         if torch.is_grad_enabled():  # create_graph=True: the operator's own autograd refuses what follows
-            grads = _one_by_one(*args)
+            grads = _dispatched_gradients(*call)
         else:
-            grads = tracing.below_autograd(_gradients, _one_by_one, args, grad_out)
+            grads = tracing.below_autograd(_gradients, _dispatched_gradients, call, grad_out)
         return None, None, None, *(d if n else None for d, n in zip(grads, needs, strict=True))
 
 
 def _transformed_context(ctx, inputs, output):
     own, ctx.options, (_, ctx.impl) = _split(inputs)
-    ctx.counts = len(own.streams), own.table_counts
-    ctx.save_for_backward(*own.streams, *own.tables, *own[1:3], *own[5:], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.table_counts, (_, *statistics) = own.table_counts, output
+    indices = own.modality_ids, own.source_rows, own.positions, own.rng
+    ctx.save_for_backward(*own.leaves, *indices, *statistics)
+    ctx.mark_non_differentiable(*statistics)
 
 
 def _transformed_backward(ctx, grad_out, *_):
-    M, table_counts = ctx.counts
-    P = sum(table_counts)
-    leaves, (*parameters, mean, rstd) = ctx.saved_tensors[: M + P], ctx.saved_tensors[M + P :]
-    streams, tables = list(leaves[:M]), list(leaves[M:])
-    of_streams, modality, token, of_tables, _, *norm = ctx.needs[:7]
-    needs = [*of_streams, modality, token, *of_tables, *norm]
-    grads = _transformed_bwd(
-        grad_out, streams, *parameters[:2], tables, table_counts, *parameters[2:], *ctx.options, mean, rstd, needs,
-        ctx.impl,
-    )  # fmt: skip
-    found = iter([grad if needed else None for grad, needed in zip(grads, needs, strict=True)])
-    d_streams, d_modality, d_token = [next(found) for _ in range(M)], next(found), next(found)
-    d_tables = [next(found) for _ in range(P)]
-    return d_streams, d_modality, d_token, d_tables, None, *found, *(None,) * (len(ctx.needs) - 7)
+    *leaves, modality_ids, source_rows, positions, rng, mean, rstd = ctx.saved_tensors
+    own = _as_inputs(leaves, ctx.table_counts, (modality_ids, source_rows, positions, rng))
+    asked, _, rest = _split(ctx.needs)
+    needs = list(asked.leaves)
+    grads = _transformed_bwd(grad_out, *own, *ctx.options, mean, rstd, needs, ctx.impl)
+    found = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    d = _as_inputs(found, ctx.table_counts, [None] * 4)._replace(table_counts=None)
+    return *d, *(None,) * (len(ctx.options) + len(rest))
 
 
-def _forward_autograd(args: tuple, compute: Callable):
+def _forward_autograd(call: tuple, compute: Callable):
     # At the dispatcher's Autograd key, not by register_autograd: that walks the lists of tensors as trees, which costs
     # 190 us a call, more than the kernel on a short batch.
-    streams, modality_weight, token_weight, tables, _, norm_weight, norm_bias = args[:7]
-    leaves = (*streams, modality_weight, token_weight, *tables, norm_weight, norm_bias)
     if torch.is_grad_enabled():
+        leaves = call[0].leaves
         for leaf in leaves:  # not any(): a generator costs a microsecond
             if leaf is not None and leaf.requires_grad:
                 statistics: list[Tensor | None] = []
-                return _Differentiable.apply(args, compute, statistics, *leaves), *statistics
-    return compute(*args)
+                return _Differentiable.apply(call, compute, statistics, *leaves), *statistics
+    return compute(*call)
 
 
-def _below_autograd(*args):
-    return tracing.below_autograd(_computed, _fwd_op, args, args[1])
+def _below_autograd(*call):
+    return tracing.below_autograd(_computed, _dispatched, call, call[0].modality_weight)
 
 
 def _at_autograd_key(*args):
-    return _filled(*_forward_autograd(args, _below_autograd))
+    inputs, options, rest = _split(args)
+    return _filled(*_forward_autograd((inputs, options, *rest), _below_autograd))
 
 
 def _refuse_second_order(ctx, *grads):
@@ -204,16 +212,17 @@ _transformed_bwd = transforms.Rule(
 )
 
 
-def modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """torch.ops.mm.modality_embed_fwd; eager callers reach its autograd without the dispatcher's conversions, and may
-    find None for a statistic that the norm does not have."""
+def modality_embed_fwd(*call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """torch.ops.mm.modality_embed_fwd of Inputs, Options, out_dtype and impl; eager callers reach its autograd without
+    the dispatcher's conversions, and may find None for a statistic that the norm does not have."""
     if torch.compiler.is_compiling():
-        return _fwd_op(*args)
+        return _dispatched(*call)
     if transforms.active():
-        return _transformed_fwd(*args)
-    return _forward_autograd(args, _below_autograd)
+        inputs, options, *rest = call
+        return _transformed_fwd(*inputs, *options, *rest)
+    return _forward_autograd(call, _below_autograd)
 
 
-def plain_modality_embed_fwd(*args) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def plain_modality_embed_fwd(*call) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """modality_embed_fwd for who has seen that these are plain tensors and nobody looks on."""
-    return _forward_autograd(args, _computed)
+    return _forward_autograd(call, _computed)

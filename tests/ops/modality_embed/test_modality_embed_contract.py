@@ -25,7 +25,7 @@ def fwd_arguments(case, impl, dtype=torch.float32):
 def test_opcheck(name, impl):
     common, rest, grad_out = fwd_arguments(BY_NAME[name], impl)
     torch.library.opcheck(torch.ops.mm.modality_embed_fwd, (*common, *rest))
-    _, mean, rstd = op.modality_embed_fwd(*common, *rest)
+    _, mean, rstd = torch.ops.mm.modality_embed_fwd(*common, *rest)
     # half of the gradients wanted, in turn: both empty and full outputs are checked against the fake
     detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, common)
     present = [
@@ -293,7 +293,7 @@ def test_cpp_never_reads_outside_its_arrays(which):
     *tensors, modality_ids, source_rows, positions, rng = torch.utils._pytree.tree_map_only(
         torch.Tensor, torch.clone, common
     )
-    _, mean, rstd = op.modality_embed_fwd(*common, *rest)
+    _, mean, rstd = torch.ops.mm.modality_embed_fwd(*common, *rest)
     if which == "row":
         source_rows[-1] = 1000
     elif which == "token":
@@ -304,7 +304,7 @@ def test_cpp_never_reads_outside_its_arrays(which):
         modality_ids[1] = 200
     indices = (modality_ids, source_rows, positions, rng)
     with pytest.raises(RuntimeError, match="points outside"):
-        op.modality_embed_fwd(*tensors, *indices, *rest)
+        torch.ops.mm.modality_embed_fwd(*tensors, *indices, *rest)
     needs = [False, True, True, *[True] * (len(tensors[3]) + 4)]
     with pytest.raises(RuntimeError, match="points outside"):
         torch.ops.mm.modality_embed_bwd(grad_out, *tensors, *indices, *rest[:3], mean, rstd, needs, "cpp")

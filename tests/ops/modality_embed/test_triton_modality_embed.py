@@ -10,7 +10,7 @@ import torch
 from embed_cases import MIXED, Case, make, oracle, ragged, run, torch_same
 from triton.runtime import interpreter
 
-from mmkernels.ops.modality_embed import configs, op
+from mmkernels.ops.modality_embed import configs
 from mmkernels.ops.modality_embed.api import modality_embed
 from mmkernels.testing import assert_error_rule
 
@@ -137,7 +137,7 @@ def test_an_index_outside_its_table_reads_zero_and_gets_no_gradient(which):
     inputs = make(BY_NAME["everything"], torch.float32)
     given, options = inputs.operator_arguments()
     given = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), given)
-    clean, mean, rstd = op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    clean, mean, rstd = torch.ops.mm.modality_embed_fwd(*given, *options, torch.float32, "triton")
     if which == "row":
         bad = ((given.modality_ids == 1) & (given.source_rows >= 0)).nonzero()[0].item()
         given.source_rows[bad] = 10**9
@@ -147,7 +147,7 @@ def test_an_index_outside_its_table_reads_zero_and_gets_no_gradient(which):
     else:
         bad = (given.modality_ids == 2).nonzero()[0].item()
         given.positions[:, bad] = -5
-    out, _, _ = op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    out, _, _ = torch.ops.mm.modality_embed_fwd(*given, *options, torch.float32, "triton")
     others = torch.arange(len(out)) != bad
     assert torch.equal(out[others], clean[others])
     assert out[bad].isfinite().all()
@@ -175,7 +175,7 @@ def test_every_index_outside_its_table_reads_the_same_zero(which):
     found = []
     for value in values:
         target[index] = value
-        found.append(op.modality_embed_fwd(*given, *options, torch.float32, "triton")[0])
+        found.append(torch.ops.mm.modality_embed_fwd(*given, *options, torch.float32, "triton")[0])
     assert all(torch.equal(one, found[-1]) for one in found)
 
 
@@ -185,10 +185,10 @@ def test_debug_mode_stops_at_a_token_id_outside_the_table(token_id, monkeypatch)
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
     inputs = make(BY_NAME["everything"], torch.float32)
     given, options = inputs.operator_arguments()
-    op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+    torch.ops.mm.modality_embed_fwd(*given, *options, torch.float32, "triton")
     given.streams[0][0] = token_id
     with pytest.raises(interpreter.InterpreterError, match="a token id is outside the token table"):
-        op.modality_embed_fwd(*given, *options, torch.float32, "triton")
+        torch.ops.mm.modality_embed_fwd(*given, *options, torch.float32, "triton")
 
 
 def test_refusals():
