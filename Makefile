@@ -38,7 +38,7 @@ endif
 $(NATIVE): $(SETUP) setup.py $(CSRC)
 	@$(PY) -m mmkernels.build && touch $@ || echo "going on in pure Python: slower, and explain() says so"
 
-# QUICK=1: a procedural set instead of the stamps, about 90 seconds.
+# QUICK=1: a procedural set instead of the stamps, about a minute.
 demo: setup
 ifeq ($(QUICK),1)
 	$(PY) -m mmmodel demo --quick --out runs/quick

@@ -128,7 +128,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if saved:
         progress = checkpoint.load(saved[-1], learner, optimizer, progress)
         _log("continuing at step %d of %d", progress["step"], config.steps)
-    _tell_of_cores(config, device)
+    _tell_of_hardware(config, device)
     _tell_what_learns_nothing(learner, corpus, sampler)
     if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
         if progress["step"] < config.steps:
@@ -182,7 +182,9 @@ def _learner(
     return earlier or Pretraining(config, load_tokenizer(tokenizer))
 
 
-def _tell_of_cores(config: PretrainConfig, device: torch.device) -> None:
+def _tell_of_hardware(config: PretrainConfig, device: torch.device) -> None:
+    if device.type == "cpu" and torch.cuda.is_available():
+        _log("the CPU computes, though there is a GPU: --set device=cuda takes it")
     cores = os.cpu_count() or 1
     if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
         _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)

@@ -180,6 +180,14 @@ def test_threads_that_are_not_the_cores_are_told(tiny, tmp_path, caplog, monkeyp
     assert [message for message in caplog.messages if " cores" in message] == ([said] if said else [])
 
 
+@pytest.mark.parametrize(("there", "device", "said"), [(True, "cpu", 1), (False, "cpu", 0), (True, "cuda", 0)])
+def test_a_gpu_that_is_not_taken_is_told(tiny, caplog, monkeypatch, there, device, said):
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: there)
+    with caplog.at_level(logging.INFO):
+        train._tell_of_hardware(tiny, torch.device(device))
+    assert len([message for message in caplog.messages if "--set device=cuda" in message]) == said
+
+
 def test_samples_of_one_concept_and_a_modality_that_none_has_are_told(tmp_path, caplog):
     """A `concept` that is the same everywhere: no sample is a wrong answer for another."""
     picture = io.BytesIO()
