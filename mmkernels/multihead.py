@@ -13,7 +13,7 @@ from mmkernels.arguments import KERNEL_FLOATS, one_of
 from mmkernels.compat import kept
 from mmkernels.compat.arguments import FALLBACKS
 from mmkernels.compat.torch_sdpa import TorchCall, compute
-from mmkernels.dispatch import IMPLS
+from mmkernels.dispatch import IMPLS, note
 from mmkernels.ops.attention.api import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 
@@ -22,7 +22,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     With need_weights=False attention goes through compat.torch_sdpa: padding, causal and other expressible masks are
     skipped; padding queries are computed, as torch does.  With need_weights=True (torch's default) every weight is
-    wanted, and nested tensors have no layout of ours: both are torch's own forward.
+    wanted, and nested tensors have no layout of ours: both are torch's own forward, and mmkernels.explain() tells.
 
     fallback  "torch": masks that cannot be expressed go to torch, and mmkernels.explain() tells.  None: they raise
               NotImplementedError
@@ -50,6 +50,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None), with the arguments and shapes of torch.nn.MultiheadAttention.forward."""
         if need_weights or query.is_nested:
+            note(f"MultiheadAttention -> torch: {'need_weights is True' if need_weights else 'nested tensors'}")
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -190,6 +190,16 @@ def test_what_masks_cannot_say_is_refused_or_handed_over():
         ours(q[..., :30], q, q, need_weights=False)
 
 
+def test_weights_that_are_wanted_are_torchs_and_told():
+    """need_weights is True where nothing is said: a model that calls so gains nothing, and its user should see why."""
+    theirs, ours = pair()
+    q = torch.randn(B, L, E)
+    dispatch._NOTES.clear()
+    for own, expected in zip(ours(q, q, q), theirs(q, q, q), strict=True):
+        torch.testing.assert_close(own, expected)
+    assert "MultiheadAttention -> torch: need_weights is True  (1 call)" in dispatch.explain()
+
+
 @pytest.mark.parametrize("options", [{"fallback": "x"}, {"impl": "x"}])
 def test_choices_that_there_are_not_are_refused_at_once(options):
     """Not only where a mask needs them; and the model stays as it was."""
