@@ -80,10 +80,11 @@ class PackedLayout:
     @classmethod
     @tracing.host_code(_BUILT_OUTSIDE)
     def from_counts(cls, counts, *, special_tokens: Sequence[int | None] | None = None) -> PackedLayout:
-        """One segment per present modality, in modality order.  counts [B, M]: rows of each modality per sample.
+        """One segment per present modality, in modality order.  counts [B, M], M 1 to 32: rows of each modality per
+        sample.
 
         A count does not include the special token, which is added to segments of at least one row.  Raises ValueError
-        for counts that are no whole numbers >= 0 of that shape, and for too many tokens for int32.
+        for counts that are no integers >= 0 of that shape, and for too many tokens for int32.
         """
         counts = arguments.host_array("from_counts", "counts", counts)
         if counts.ndim != 2:
@@ -104,7 +105,7 @@ class PackedLayout:
         special_tokens: Sequence[int | None] | None = None,
     ) -> PackedLayout:
         """Any order of segments.  samples: per sample a list of (modality, length); a length may be a grid
-        (rows, cols) or (time, rows, cols).  Lengths do not include the special token.
+        (rows, cols) or (time, rows, cols).  Lengths do not include the special token.  num_modalities is 1 to 32.
 
         Raises ValueError for a modality outside [0, num_modalities), a negative length, or too many tokens for int32.
         """

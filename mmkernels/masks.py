@@ -54,12 +54,14 @@ class AttentionMask:
 
     window         flash-attention's (left, right), in tokens of the sample
     window_scope   "all": the window limits everything; "causal": prefix and bidirectional keys stay visible beyond it
-    prefix         tokens per sample that are seen by all of it, length B
-    bidirectional  modalities whose segments see themselves whole under a causal mask
+    prefix         tokens per sample that are seen by all of it, length B; with causal alone
+    bidirectional  modalities whose segments see themselves whole; with causal alone
     visible        bool [M, M], query modality by key modality; None: all see all
     align          cross-attention only: where query i stands among the keys for causal and window.  "bottom_right": the
                    last query at the last key, as in flash-attention; "top_left": the first at the first
     intervals      KeyIntervals: any further bounds, such as a padding mask's
+
+    Raises ValueError naming the field that is none of this; what does not fit a batch, MaskPlan.lower refuses.
     """
 
     causal: bool = False

@@ -63,7 +63,7 @@ def attention(
     gradients for q, k, v and pair_bias, in reverse mode.
 
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError for masks that cannot
-    be expressed, RuntimeError when `impl` cannot run here.
+    be expressed, UnavailableError (a RuntimeError) when `impl` cannot run here.
     """
     _check_options("attention", deterministic, impl)
     q, k, v = _in_autocasts_dtype(q, k, v)

@@ -31,6 +31,7 @@ def pack(
 
     streams  per modality [N_m, E], one width and dtype (any); None where the batch has no row of it.  Rows may lie
              apart (views of a wider tensor); the copy follows the layout's segment table
+    out      as of every operator here: contiguous memory to write into, apart from the inputs.  No gradient then
 
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for one whose bounds only the device knows (it does not know its streams).
