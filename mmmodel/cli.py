@@ -9,7 +9,10 @@ import os
 import signal
 import sys
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:  # `pip install .` installs this command too, but only what the kernels need
+    sys.exit('mmmodel: tyro is not there; pip install ".[model]" in a checkout brings what mmmodel needs')
 
 from mmmodel import settings
 from mmmodel.commands.training import Ablate, Data, Demo, Evaluate, Finetune, Pretrain

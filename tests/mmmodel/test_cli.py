@@ -1,6 +1,7 @@
 """The command line: a user's mistake is one line and a non-zero exit, not a traceback."""
 
 import errno
+import importlib
 import json
 import os
 import resource
@@ -19,6 +20,14 @@ from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
 from mmmodel.limits import RunError
+
+
+def test_the_command_without_its_packages_says_how_to_get_them(monkeypatch):
+    """`pip install .`, for the kernels alone, installs the command too."""
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.delitem(sys.modules, "mmmodel.cli")
+    with pytest.raises(SystemExit, match=r'pip install "\.\[model\]"'):
+        importlib.import_module("mmmodel.cli")
 
 
 @pytest.mark.parametrize(
