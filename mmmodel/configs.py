@@ -174,7 +174,7 @@ DEMO_MATCHING = MatchingConfig(weight=0.5, begin=0.25, every=2, share=0.16, hard
 
 
 def demo() -> PretrainConfig:
-    """Stamps on two CPU cores in about six minutes: the three languages that are scored, pictures of 36 tokens."""
+    """Stamps on two CPU cores in four to six minutes: the three languages that are scored, pictures of 36 tokens."""
     objectives = ObjectivesConfig(masked_text=MaskedConfig(weight=0.3, every=2), matching=DEMO_MATCHING)
     return PretrainConfig(languages=("fr", "es", "ru"), objectives=objectives, evaluate_every=120)
 
