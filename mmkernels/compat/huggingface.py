@@ -55,9 +55,16 @@ def register(name: str = NAME) -> None:
     built.  The padding mask is read once per forward pass on a CPU, never on a GPU.  Rows of padding may come out as 0
     where eager attention gives what nobody uses.  Registering twice changes nothing.
 
-    Raises ImportError without transformers.  The models then raise NotImplementedError naming the argument for what is
-    not computed here: softcap, attention sinks, position biases, sparse indices, output_attentions.
+    Raises ImportError without transformers, or with one before 5.0.  The models then raise NotImplementedError naming
+    the argument for what is not computed here: softcap, attention sinks, position biases, sparse indices,
+    output_attentions.
     """
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:  # its models call mask functions with other arguments
+        raise ImportError(
+            f"huggingface.register: transformers {transformers.__version__} is installed, expected 5.0 or later"
+        )
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention_forward)

@@ -1,5 +1,7 @@
 """What users do with a Hugging Face model: pack, continue a cache, generate, compile, checkpoint, autocast."""
 
+import sys
+
 import pytest
 import torch
 
@@ -271,3 +273,10 @@ def test_one_mask_serves_layers_of_other_heads():
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, seen, enable_gqa=True).transpose(1, 2)
         out, _ = huggingface.attention_forward(torch.nn.Module(), q, k, k, mask)
         torch.testing.assert_close(out[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformers_that_is_too_old_is_refused_by_name(monkeypatch):
+    # By name: transformers puts another object in its own place when the first model is asked for.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.3")
+    with pytest.raises(ImportError, match=r"transformers 4\.57\.3 is installed, expected 5\.0 or later"):
+        huggingface.register()
