@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,8 @@ class Labels:
                 target[row, [number[name] for name in names if name in number]] = 1.0
             return target
         if self.task == "regression":
-            return (torch.tensor(values, dtype=torch.float32).unsqueeze(1) - self.mean) / self.deviation
+            exact = torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # fp32 knows a time in seconds to 128 s
+            return ((exact - self.mean) / self.deviation).float()
         return torch.tensor([number.get(value, UNSEEN) for value in values], dtype=torch.int64)
 
     def scores(self, outputs: Tensor) -> Tensor:
@@ -86,7 +88,14 @@ def fit(values: Sequence[Any], task: str) -> Labels:
     if task == "retrieval":
         return Labels(task)
     if task == "regression":
-        return Labels(task, mean=float(np.mean(values)), deviation=float(np.std(values)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean, deviation = float(np.mean(values)), float(np.std(values))
+        if not 0 < deviation < math.inf:
+            raise ConfigError(
+                f"finetune: the training labels go from {min(values):g} to {max(values):g}, and their deviation is "
+                f"{deviation:g}, expected one that is finite and above 0; scale them"
+            )
+        return Labels(task, mean=mean, deviation=deviation)
     return Labels(task, classes=tuple(sorted({name for value in values for name in _names(value)})))
 
 
@@ -137,8 +146,10 @@ def _checked(value: Any, task: str, field: str, key: str) -> Any:
         return tuple(str(name) for name in value)
     if task == "regression":
         number = _as_number(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        if isinstance(number, bool) or not isinstance(number, int | float):
             raise wrong("a number")
+        if not abs(number) <= sys.float_info.max:  # nor an int that no float holds, which math.isfinite chokes on
+            raise wrong("a number that is finite and of at most 308 digits")
         return float(number)
     if not isinstance(value, str | int):
         raise wrong("a name or a whole number")
@@ -149,5 +160,5 @@ def _as_number(text: str) -> float | None:
     """What a column of a table holds as text, all of it, because one cell is no number: that cell is to be named."""
     try:
         return float(json.loads(text))  # as tables are read: float() alone would take 1_000 for 1000
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return None

@@ -57,7 +57,7 @@ class Predictor:
             return
         for start in range(0, len(items), CHUNK):
             part = items[start : start + CHUNK]
-            scores = self.labels.scores(predict(self.learner, features, part))
+            scores = self.labels.scores(predict(self.learner, features, part).double())
             yield [(item.key, *self._said(row)) for item, row in zip(part, scores, strict=True)]
 
     def one(self, **raw: str | Path | Image.Image | np.ndarray) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,9 @@ def _finetune(source: Run, config: FinetuneConfig, out: Path, started: float) ->
             raise
         logger.warning("the test samples are not scored: %s", error)
         test = None
+    if undefined := [name for name, value in (test or {}).items() if not math.isfinite(value)]:  # JSON has no NaN
+        logger.warning("the %d test samples have no %s", len(data.test), ", ".join(undefined))
+        test = {name: value for name, value in test.items() if name not in undefined}
     atomic.write_json(out / "finetune.json", asdict(config))  # not before it is done: a mistake leaves the folder free
     with run_folder.writing(out):
         save(out / export.FILE, learner, source.config, config, data.labels)
@@ -203,6 +207,8 @@ def with_questions(
     kept = [item for item in items if asked.get(item.key)]
     if not kept:
         raise ConfigError(f"finetune: no sample has a question {field!r}")
+    if len(kept) < len(items):
+        logger.info("left out: %d samples without a question %r, or with a blank one", len(items) - len(kept), field)
     texts = [model.front_ends["text"].prepare(asked[item.key]) for item in kept]
     stored = Features.of({"text": texts})
     merged = Features({**features.flat, **stored.flat}, {**features.shapes, **stored.shapes})

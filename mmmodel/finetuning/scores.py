@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,18 +29,20 @@ MAIN = {
 def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, float]:
     """outputs [B, C] for samples whose labels are `values`.  A label that the model has no output for counts as wrong.
 
-    classification, qa: accuracy, balanced_accuracy, macro_f1.  multilabel: mean_average_precision and macro over
-    the labels that a sample has, micro_f1 at probability 0.5.  regression, in the label's unit: mae, rmse, r2.
+    classification, qa: accuracy, balanced_accuracy, macro_f1.  multilabel: mean_average_precision over the labels that
+    some sample has, NaN if none has any; micro_f1 at probability 0.5.  regression, in the label's unit: mae, rmse, and
+    r2, NaN of a single sample.
     """
+    outputs = outputs.double()
     if labels.task == "multilabel":
-        return _multilabel(labels.encode(values).numpy(), labels.scores(outputs).numpy())
+        return _multilabel(labels, labels.scores(outputs).numpy(), values)
     if labels.task == "regression":
-        found = labels.scores(outputs.double())[:, 0].numpy()
+        found = labels.scores(outputs)[:, 0].numpy()
         truth = np.asarray(values, np.float64)
         return {
             "mae": float(metrics.mean_absolute_error(truth, found)),
             "rmse": float(metrics.root_mean_squared_error(truth, found)),
-            "r2": float(metrics.r2_score(truth, found)),
+            "r2": float(metrics.r2_score(truth, found)) if len(truth) > 1 else math.nan,
         }
     truth = np.asarray(values)
     found = np.asarray(labels.classes)[outputs.argmax(dim=1).numpy()]
@@ -52,12 +55,17 @@ def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, f
         }
 
 
-def _multilabel(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    present = truth.any(axis=0)  # no order of samples is right or wrong about a label that none of them has
-    precision = metrics.average_precision_score(truth[:, present], found[:, present]) if present.any() else 0.0
+def _multilabel(labels: Labels, found: np.ndarray, values: Sequence[Any]) -> dict[str, float]:
+    """found [B, C]."""
+    names = [*labels.classes, *sorted({name for value in values for name in value} - set(labels.classes))]
+    truth = np.array([[name in value for name in names] for value in values])
+    found = np.pad(found, ((0, 0), (0, len(names) - found.shape[1])))  # what no training sample has: never predicted
+    present = np.flatnonzero(truth.any(axis=0))  # no order of samples is right or wrong about one that none of them has
+    # Label by label and flat: of a table with one column scikit-learn takes 0 and 1 for two classes.
+    precisions = [metrics.average_precision_score(truth[:, i], found[:, i]) for i in present]
     return {
-        "mean_average_precision": float(precision),
-        "micro_f1": float(metrics.f1_score(truth, found >= 0.5, average="micro", zero_division=0)),
+        "mean_average_precision": float(np.mean(precisions)) if precisions else math.nan,
+        "micro_f1": float(metrics.f1_score(truth.ravel(), found.ravel() >= 0.5, zero_division=0)),
     }
 
 

@@ -253,7 +253,6 @@ def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, 
     assert ("they hold text" in caplog.text) == ("question" in fields)
 
 
-@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")
 def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
     """R2 of one number is not defined: no epoch could be better than another."""
     made = [
@@ -264,6 +263,35 @@ def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
     config = dataclasses.replace(QUICK, task="regression", label="size", data=str(tmp_path))
     with pytest.raises(ConfigError, match="r2 of 1 validation samples is nan"):
         finetuning.finetune(run, config, tmp_path / "out")
+
+
+def test_a_test_score_that_is_undefined_is_left_out_of_the_report(run, tmp_path, caplog):
+    splits = ["train"] * 6 + ["validation"] * 3 + ["test"]
+    made = [
+        {"__key__": f"k{i}", "txt": "red", "json": {"size": i % 4, "split": split}} for i, split in enumerate(splits)
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
+    config = dataclasses.replace(QUICK, task="regression", label="size", data=str(tmp_path), epochs=1)
+    report = finetuning.finetune(run, config, tmp_path / "out")
+    assert set(report["test"]) == {"mae", "rmse"}
+    assert "the 1 test samples have no r2" in caplog.text
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_samples_without_a_question_are_left_out_with_a_word(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    made = [
+        {
+            "__key__": f"k{i}",
+            "txt": "red",
+            "json": {"answer": "ab"[i % 2], "split": split, "q": ["who?", " "][i % 3 == 0]},
+        }
+        for i, split in enumerate(["train"] * 8 + ["validation"] * 4)
+    ]
+    write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
+    config = dataclasses.replace(QUICK, task="qa", label="answer", question="q", data=str(tmp_path), epochs=1)
+    assert finetuning.finetune(run, config, tmp_path / "out")["counts"]["train"] == 5
+    assert "left out: 4 samples without a question 'q'" in caplog.text
 
 
 def test_its_curves_show_the_validation_scores(tmp_path, recwarn, monkeypatch):

@@ -42,6 +42,8 @@ def test_of_a_column_that_came_as_text_the_cell_that_is_no_number_is_named():
         ("regression", "nan", "a number"),
         ("regression", True, "a number"),
         ("regression", float("nan"), "a number"),
+        ("regression", 10**400, "a number that is finite"),
+        ("regression", "1" + 400 * "0", "a number"),
     ],
 )
 def test_a_label_of_another_kind_is_named(task, value, expected):
@@ -77,6 +79,12 @@ def test_targets():
 def test_labels_with_nothing_to_learn_are_refused(values, task, shown):
     with pytest.raises(ConfigError, match=f"all {len(values)} training labels are {shown}, nothing to learn"):
         labels.fit(values, task)
+
+
+def test_numbers_whose_deviation_is_none_are_refused():
+    for values in ([1e300 * i for i in range(9)], [0.0, 5e-324]):
+        with pytest.raises(ConfigError, match=r"go from 0 to .*, expected one that is finite and above 0; scale them"):
+            labels.fit(values, "regression")
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "regression", "retrieval"])
