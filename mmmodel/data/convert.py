@@ -251,10 +251,10 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
         if isinstance(row.get(columns.image), str) and row[columns.image]:
             meta["image"] = os.path.normpath(row[columns.image])  # captions of one picture
         for name, value in row.items():
-            if value is None or value == "":
+            if value is None or value == "" or value != value:  # NaN: pandas' missing
                 continue
             if name == columns.text:
-                members["text"] = ("txt", _encoded(str(value), f"{where}: {name}"))
+                members["text"] = ("txt", _caption(value, f"{where}: {name}"))
             elif name in (columns.image, columns.audio):
                 kind = "image" if name == columns.image else "audio"
                 if content := _media(value, kind, path.parent, where):
@@ -263,6 +263,7 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
                 left[f"bytes in the column {name}"] += 1
             elif (value := _plain(value, f"{where}: {name}")) is not None:
                 meta[name] = value
+        key = key.decode(errors="replace") if isinstance(key, bytes) else key
         key = f"row-{number:07d}" if key in (None, "") else _checked_key(str(key), where)
         if sample := _sample(key, members, meta, left):
             yield sample
@@ -273,6 +274,14 @@ def _checked_key(key: str, where: str) -> str:
     if not key.isprintable() or any(part.strip() in ("", ".", "..") for part in parts):
         raise ConfigError(f"convert: {where}: key is {key!r}, expected a name, or names with / between them")
     return _undotted("/".join(parts))
+
+
+def _caption(value: Any, where: str) -> bytes:
+    if isinstance(value, bytes):  # of a parquet file whose writer did not say that they are text
+        return value
+    if isinstance(value, list | dict):
+        raise ConfigError(f"convert: {where} is {type(value).__name__}, expected one text: a row for each caption")
+    return _encoded(str(value), where)
 
 
 def _media(value: Any, kind: str, folder: Path, where: str) -> tuple[str, bytes] | None:

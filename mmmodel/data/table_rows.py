@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -162,5 +162,5 @@ def _number_or_list(cell: str) -> float | list | None:
         value = json.loads(cell)
     except (ValueError, RecursionError):
         return None
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if finite or isinstance(value, list) else None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return value if number or isinstance(value, list) else None

@@ -129,6 +129,20 @@ def test_a_table_of_bytes_and_columns_of_other_names(tmp_path):
     assert samples["7"].waveform is not None
 
 
+def test_captions_that_parquet_does_not_call_text(tmp_path):
+    table = pyarrow.table({"text": [b"caf\xc3\xa9", b"caf\xe9"], "key": [b"a", b"b"], "audio": [sound("FLAC")] * 2})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found = convert.convert(tmp_path / "t.parquet", tmp_path / "out")
+    assert {key: sample.text for key, sample in read(tmp_path / "out").items()} == {"a": "café", "b": None}
+    assert found["left_out"] == {"text that does not read": 1}
+
+
+def test_a_caption_that_is_no_number_is_missing(tmp_path):
+    write(tmp_path, {"t.jsonl": '{"text": NaN, "image": NaN}\n{"text": "a"}\n{"text": 7}'})
+    convert.convert(tmp_path / "t.jsonl", tmp_path / "out")
+    assert [sample.text for sample in read(tmp_path / "out").values()] == ["a", "7"]
+
+
 @pytest.mark.parametrize(
     ("files", "source", "message"),
     [
@@ -150,6 +164,7 @@ def test_a_table_of_bytes_and_columns_of_other_names(tmp_path):
         ({"t.csv": "image\nnone.xyz"}, "t.csv", r"row 1: image is 'none\.xyz', expected one of png"),
         ({"t.csv": "key,text\nk,x\nk,y"}, "t.csv", "the key 'k' comes twice"),
         ({"t.jsonl": "[1]"}, "t.jsonl", r"a line holds \[1\], expected an object"),
+        ({"t.jsonl": '{"text": ["a", "b"]}'}, "t.jsonl", "row 1: text is list, expected one text: a row for each"),
         ({"t.jsonl": '{"image": 3}'}, "t.jsonl", "image is int, expected a path or bytes"),
         ({"t.jsonl": '{"text": "\\ud800"}'}, "t.jsonl", "row 1: text does not encode as UTF-8"),
         ({"t.jsonl": '{"text": "x", "n": ["\\ud800"]}'}, "t.jsonl", "row 1: n does not encode as UTF-8"),
@@ -227,6 +242,12 @@ def test_csv_as_people_write_it(tmp_path):
     first, second = read(tmp_path / "out").values()
     assert (first.text, first.meta) == (long.strip(), {"n": "007", "m": "[" * 9999})
     assert (second.text, second.meta) == ("two\nlines", {"n": "1.5", "m": "1"})
+
+
+def test_a_number_that_no_float_holds_is_text(tmp_path):
+    write(tmp_path, {"t.csv": f"text,n\na,{'9' * 400}\nb,1"})
+    convert.convert(tmp_path / "t.csv", tmp_path / "out")
+    assert [sample.meta["n"] for sample in read(tmp_path / "out").values()] == ["9" * 400, "1"]
 
 
 def test_csvs_own_limit_is_raised_for_no_other_reader(tmp_path):
