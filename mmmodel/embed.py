@@ -200,6 +200,9 @@ def write(
     languages = tuple(languages) or (embedder.config.languages if not data else ())
     dataset = pretraining.open_shards(data or embedder.config.data, languages, split)
     items, features = embedder.prepare(dataset)
+    if not items:
+        known = ", ".join(embedder.model.front_ends)
+        raise ConfigError(f"embed: none of the {len(dataset)} samples of {dataset.path} has any of {known} that reads")
     about = {"run": str(run), "data": str(dataset.path)}
     return tables.write(path, COLUMNS, _rows(embedder, items, features, joint), about)
 

@@ -127,8 +127,9 @@ def scan_shard(path: Path) -> list[Entry]:
                     read = json.loads(file.read(where["json"][1]))
                     if not isinstance(read, dict):
                         raise ValueError(f"it holds a {type(read).__name__}, expected an object")
+                    json.dumps(read, ensure_ascii=False).encode()  # half of a surrogate pair: no index could hold it
                     meta = read
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     logger.warning("%s: %s.json is left out: %s", path.name, key, error)
             entries.append(Entry(key, path.name, where, meta))
     return entries

@@ -56,6 +56,8 @@ class AudioFrontEnd(nn.Module):
         Each mel band of a clip has mean zero, and the clip has deviation one: loudness and microphone drop out.
         """
         mel = log_mel(torch.from_numpy(np.ascontiguousarray(samples, np.float32)), self.mels).numpy()
+        if not np.isfinite(mel).all():
+            raise ValueError(f"its power is beyond fp32, for samples reach {np.abs(samples).max():g}; expected about 1")
         mel = _trimmed(mel)[: self.max_frames]
         mel = mel - mel.mean(axis=0)
         return (mel / (mel.std() + 1e-3)).astype(np.float16)

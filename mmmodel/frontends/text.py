@@ -16,6 +16,9 @@ from mmmodel.data import media
 from mmmodel.data.shards import TEXT
 
 SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
+# Characters of a caption that pieces are learnt from: with the length of one word the time grows squared, and a million
+# would take hours in which not even Ctrl-C is heard.
+LONGEST = 10_000
 
 
 def train_tokenizer(
@@ -23,7 +26,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Byte-level BPE: all 256 bytes are in the vocabulary, so any text in any script can be written.
 
-    Captions are NFC and lower case first: "A flower." and "a flower." should share their pieces.
+    Captions are NFC and lower case first: "A flower." and "a flower." should share their pieces.  Of each the first
+    LONGEST characters are read.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -36,7 +40,7 @@ def train_tokenizer(
         show_progress=False,
     )
     # Sorted and unique: the pieces must not depend on the order in which shards were read.
-    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    tokenizer.train_from_iterator(sorted({caption[:LONGEST] for caption in captions}), trainer)
     return tokenizer
 
 
@@ -91,7 +95,8 @@ class TextFrontEnd(nn.Module):
     def prepare(self, caption: str) -> np.ndarray:
         """Ids, int32 [n], [CLS] first and [SEP], if there is one, last; at most max_tokens."""
         end = [] if self.sep_id is None else [self.sep_id]
-        ids = [self.cls_id, *self.tokenizer.encode(caption).ids]
+        beginning = caption[: max(LONGEST, 100 * self.max_tokens)]  # of a book the rest would be cut in pieces in vain
+        ids = [self.cls_id, *self.tokenizer.encode(beginning).ids]
         return np.array([*ids[: self.max_tokens - len(end)], *end], np.int32)
 
     def shape(self, features: np.ndarray) -> int:

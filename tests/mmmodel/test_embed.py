@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import learner, samples
+from builders import learner, samples, write_tar
 from PIL import Image
 from pyarrow import parquet
 
@@ -159,6 +159,13 @@ def test_what_is_not_there_is_one_line_and_leaves_no_file(run, tmp_path):
     with pytest.raises(SystemExit, match=r"v.xlsx: its suffix is '.xlsx', expected .parquet, .csv, .jsonl"):
         cli.main(["embed", "--from", str(run), "--out", str(tmp_path / "v.xlsx")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_of_which_nothing_reads_is_refused(run, tmp_path):
+    write_tar(tmp_path / "a.tar", {"x.txt": b" ", "y.json": b"{}"})
+    with pytest.raises(ConfigError, match=r"embed: none of the 2 samples of .* has any of text, image, audio"):
+        embed.write(tmp_path / "v.csv", run, str(tmp_path))
+    assert not (tmp_path / "v.csv").exists()
 
 
 def test_a_path_may_be_text(run, shards, tmp_path):
