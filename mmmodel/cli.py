@@ -55,6 +55,7 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a file in a folder's place, no right to write, a full disk
+        command = getattr(command, "command", command)  # of `data` the one inside it
         where = error.filename or (getattr(command, "out", None) if error.errno in FULL else None)
         sys.exit(f"{where}: {error.strerror}" if where else str(error))
     except KeyboardInterrupt as error:

@@ -172,7 +172,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a safetensors file says of itself, and what it holds; opened once, as a run under way replaces it."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; `mmmodel pretrain` writes {FILE} with its first checkpoint")
+        when = "with its first checkpoint, `finetune` at its end"
+        raise CheckpointError(f"{path}: no such file; `mmmodel pretrain` writes {FILE} {when}")
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys() if tensors}  # noqa: SIM118

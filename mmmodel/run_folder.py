@@ -144,6 +144,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (SafetensorError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause.__context__, OSError):  # torch's writer of zip files then also fails as it closes
+            cause = cause.__context__
         if not isinstance(cause, OSError) and "os error" not in str(cause):  # nothing that a disk does
             raise
         free = shutil.disk_usage(folder).free / 1e6

@@ -20,9 +20,11 @@ Append = Callable[[Rows], None]
 
 
 def check(path: Path) -> None:
-    """Raises ConfigError for a suffix that is no format, so that it may be asked before the work is done."""
+    """Raises ConfigError for a suffix that is no format and for a folder; to be asked before the work is done."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"{path}: its suffix is {path.suffix!r}, expected {', '.join(FORMATS)}, which is the format")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, expected the name of a file to write")
 
 
 def write(path: Path, columns: Columns, chunks: Iterable[Rows], about: Mapping[str, str] | None = None) -> int:

@@ -72,10 +72,14 @@ def _multilabel(labels: Labels, found: np.ndarray, values: Sequence[Any]) -> dic
 def score_retrieval(points: dict[str, np.ndarray], items: Sequence[Item]) -> dict[str, float]:
     """Recall at 1, 5 and 10, the mean over every ordered pair of modalities and language that can be asked.
 
-    Raises ConfigError if no pair can be: no label has samples of two modalities.
+    Raises ConfigError if no pair can be.
     """
     outcomes = evaluate.ranks(points, items, evaluate.all_pairs(points))
     if not outcomes:
-        raise ConfigError("finetune: no label has samples of two modalities, nothing to retrieve")
+        labels = len({item.concept for item in items})
+        raise ConfigError(
+            f"finetune: {len(items)} samples of {labels} labels have nothing to retrieve, expected two labels or more "
+            f"that have the same two modalities in one language"
+        )
     rates = [retrieval.recall(outcome.before_hit) for outcome in outcomes.values()]
     return {key: float(np.mean([rate[key] for rate in rates])) for key in rates[0]}

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import mmkernels
 from mmmodel import checkpoint, cli, configs, embed, export, run_folder, train
-from mmmodel.data import stamps
+from mmmodel.data import convert, stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
@@ -212,7 +212,9 @@ def test_a_run_without_a_folder_has_its_presets(monkeypatch, tmp_path):
     assert folders == ["runs/demo", "runs/tiny"]
 
 
-@pytest.mark.parametrize("command", ["embed --from run --out there.csv", "pretrain --out there.csv"])
+@pytest.mark.parametrize(
+    "command", ["embed --from run --out there.csv", "pretrain --out there.csv", "data convert here --out there.csv"]
+)
 def test_a_full_disk_names_what_was_written(monkeypatch, tmp_path, command):
     """A write that fails says no name, where opening a file says one."""
 
@@ -222,6 +224,7 @@ def test_a_full_disk_names_what_was_written(monkeypatch, tmp_path, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "pretrain", fails)
     monkeypatch.setattr(embed, "write", fails)
+    monkeypatch.setattr(convert, "convert", fails)
     assert_one_line("^there.csv: No space left on device$", *command.split())
 
 
@@ -229,6 +232,13 @@ def test_a_fault_in_a_save_is_no_full_disk(tmp_path):
     for fault in (CheckpointException("write", {0: (TypeError("a bug"), [])}), SafetensorError("no such dtype")):
         with pytest.raises(type(fault)), run_folder.writing(tmp_path):
             raise fault
+
+
+def test_a_full_disk_that_torch_finds_as_it_closes_is_no_fault(tmp_path):
+    closing = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    closing.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"could not be written, .*No space left"), run_folder.writing(tmp_path):
+        raise CheckpointException("write", {0: (closing, [])})
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from mmmodel import tables
+from mmmodel.configs import ConfigError
 
 COLUMNS = {"key": "text", "predicted": "names", "score_é": "number", "vector": "vector"}
 ROWS = [
@@ -51,3 +52,9 @@ def test_what_breaks_off_leaves_the_old_file(tmp_path, suffix):
     with pytest.raises(RuntimeError, match="cable"):
         tables.write(path, COLUMNS, chunks())
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(path.name, "old")]
+
+
+def test_a_folder_in_a_tables_place_is_named_before_the_work(tmp_path):
+    (tmp_path / "t.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"t\.csv is a folder, expected the name of a file to write"):
+        tables.check(tmp_path / "t.csv")

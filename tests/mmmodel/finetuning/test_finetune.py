@@ -72,7 +72,7 @@ def test_a_test_split_that_retrieval_cannot_score_costs_no_training(run, shards,
     write_shard(data / "t.tar", made)
     config = dataclasses.replace(QUICK, task="retrieval", label="concept", data=str(data), epochs=1)
     assert finetuning.finetune(run, config, tmp_path / "out")["test"] is None
-    assert "not scored: finetune: no label has samples of two modalities" in caplog.text
+    assert "not scored: finetune: 2 samples of 2 labels have nothing to retrieve, expected two" in caplog.text
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
