@@ -28,6 +28,7 @@ from mmmodel.data import summary
 from mmmodel.data.array_file import ArrayWriter
 from mmmodel.data.loader import MAX_BROKEN_IN_A_ROW, BrokenSampleError, ShardDataset, in_words
 from mmmodel.data.shards import shard_stamps
+from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
 
@@ -117,14 +118,17 @@ class _Table:
         self.dataset, self.name, self.front_end = dataset, name, front_end
         self.sources: list[int] = []
         self.row_of: dict[int, int] = {}
+        self.unlike: list[str] = []  # keys of samples whose own picture is not that of their group
         seen: dict[str, int] = {}
         for i, entry in enumerate(dataset.entries):
-            if entry.member(front_end.members) is None:
+            if (member := entry.member(front_end.members)) is None:
                 continue
             key = entry.group if name == "image" else entry.key
             if key not in seen:
                 seen[key] = len(self.sources)
                 self.sources.append(i)
+            elif member[1] != dataset.entries[self.sources[seen[key]]].member(front_end.members)[1]:
+                self.unlike.append(entry.key)
             self.row_of[i] = seen[key]
 
     def read(self, row: int):
@@ -154,6 +158,10 @@ def _tell(
     members = {name: table.front_end.members for name, table in tables.items()}
     for line in summary.lines(dataset, members, read, full):
         logger.info("%s: %s", dataset.path, line)
+    for table in tables.values():
+        if table.unlike:
+            words = "%s: %d samples name another's `image` but hold a file of another size; the first's is read: %s"
+            logger.warning(words, dataset.path, len(table.unlike), listed(table.unlike))
 
 
 def _prepare_all(table: _Table, threads: int, missing: set[int]) -> Iterator[np.ndarray | None]:

@@ -49,7 +49,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels are 32-bit numbers, expected 8 or 16 bits per channel")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255  # the one value that a PNG may call transparent
+    return Image.fromarray(grey)
 
 
 def limit_area(image: Image.Image, max_area: int) -> Image.Image:

@@ -57,6 +57,19 @@ def test_languages_share_a_picture_and_a_broken_sound_is_left_out(folder, tmp_pa
     assert "cat/es" in caplog.text
 
 
+def test_another_picture_under_the_same_name_is_told(tmp_path, caplog):
+    """A field `image` of file names that repeat from folder to folder: the first picture would stand for all."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"__key__": key, "png": data, "json": {"image": "1.png"}}
+        for key, data in {"a": png(rng), "b": png(rng), "c": png(rng, 48)}.items()
+    ]
+    rows[1]["png"] = rows[0]["png"]
+    write_index(tmp_path, write_shard(tmp_path / "a-00000.tar", rows))
+    prepared(tmp_path, tmp_path / "cache")
+    assert "1 samples name another's `image` but hold a file of another size; the first's is read: c" in caplog.text
+
+
 def test_features_are_read_back_from_the_cache(folder, tmp_path, monkeypatch):
     items, found = prepared(folder, tmp_path / "cache")
     front_ends = learner()[1].model.front_ends

@@ -68,6 +68,12 @@ def test_a_photo_stands_upright(kind, tmp_path):
     assert media.open_image(tmp_path / "photo").size == (16, 48)
 
 
+def test_the_transparent_value_of_a_grey_png_of_16_bits_becomes_white():
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[1000, 40_000]], np.uint16)).save(buffer, "PNG", transparency=1000)
+    assert media.decode_image(buffer.getvalue())[0, :, 0].tolist() == [255, 156]
+
+
 def test_broken_exif_of_a_good_picture_says_nothing():
     data = encoded(Image.new("RGB", (3, 2), "green"), "PNG", exif=b"Exif\0\0nonsense")
     assert media.decode_image(data).shape == (2, 3, 3)
