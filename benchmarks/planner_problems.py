@@ -38,13 +38,14 @@ class _Problem:
 
     def _peers(self, peers: tuple[ModuleType, ...]) -> Iterator[Implementation | Missing]:
         for row in peer_rows(self, peers):
-            yield row if isinstance(row, Missing) else self._with_facts(row)
+            if not isinstance(row, Missing):
+                with contextlib.suppress(Exception):  # who fails here fails again when checked, and its row says so
+                    row = self._with_facts(row)
+            yield row
 
     def _with_facts(self, implementation: Implementation) -> Implementation:
-        with contextlib.suppress(Exception):  # who fails here fails again when checked, and its row says so
-            found = self.facts(implementation.packed(implementation.forward()))
-            return dataclasses.replace(implementation, extra=implementation.extra | found)
-        return implementation
+        found = self.facts(implementation.packed(implementation.forward()))
+        return dataclasses.replace(implementation, extra=implementation.extra | found)
 
     def facts(self, answer: Any) -> dict[str, float]:
         """How good an answer is, for the row."""

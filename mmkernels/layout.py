@@ -64,7 +64,7 @@ class PackedLayout:
     def __post_init__(self) -> None:
         # With a field put in by dataclasses.replace it would be two layouts: `segments`, `host` and what `to` and
         # pickle carry are still of the one that was built.
-        if self._buffer is not None:
+        if self._buffer is not None and not torch.compiler.is_compiling():
             for name in _TENSORS:
                 if not _is_part(getattr(self, name), self._buffer):
                     raise ValueError(
@@ -343,7 +343,11 @@ def _counted_streams(layout: PackedLayout) -> tuple[int, ...]:
 def _is_part(tensor, buffer: Tensor) -> bool:
     if getattr(tensor, "_base", None) is buffer:
         return True  # at once; what is made under inference mode knows no base
-    return isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata == buffer.untyped_storage()._cdata
+    if not isinstance(tensor, Tensor):
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True  # moved inside torch.func.grad, say: there is no storage to look at
+    return tensor.untyped_storage()._cdata == buffer.untyped_storage()._cdata
 
 
 _TENSORS = ("cu_seqlens", "positions", "segment_ids", "source_rows", "segment_cu_seqlens", "modality_ids")

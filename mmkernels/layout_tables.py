@@ -149,11 +149,11 @@ def _whole(value) -> int | None:
 
 
 def check_bounds(function: str, name: str, bounds: np.ndarray, total_tokens: int, max_seqlen: int) -> None:
-    lengths = np.diff(bounds.astype(np.int64))
-    if bounds[0] != 0 or bounds[-1] != total_tokens or (lengths < 0).any():
+    if bounds[0] != 0 or bounds[-1] != total_tokens or (bounds[1:] < bounds[:-1]).any():
         raise ValueError(
             f"{function}: {name} runs from {bounds[0]} to {bounds[-1]}, expected non-decreasing values from 0 "
             f"to total_tokens {total_tokens}"
         )
+    lengths = np.diff(bounds)
     if lengths.max(initial=0) > max_seqlen:
         raise ValueError(f"{function}: max_seqlen is {max_seqlen}, but a sample has {lengths.max()} tokens")

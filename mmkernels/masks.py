@@ -171,7 +171,7 @@ class MaskPlan:
         self._visible_pairs: int | None = None
         self._is_host = False
         self._of_host: MaskPlan | None = None
-        for side in {layout, k_layout}:
+        for side in (layout, k_layout) if self.is_cross else (layout,):
             if side.segments is not None and side.device.type == "cpu":  # a field may have been written over
                 for name in ("cu_seqlens", "segment_cu_seqlens"):
                     bounds = getattr(side, name).numpy(force=True)

@@ -93,8 +93,9 @@ def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:
         if not tensor.is_nested and tensor.layout is torch.strided:
             return
         kind = "nested" if tensor.is_nested else tensor.layout
-    except TypeError:  # where __torch_function__ of a subclass returns NotImplemented
+    except TypeError as error:  # where __torch_function__ of a subclass returns NotImplemented
         kind = f"{type(tensor).__name__}, which does not answer torch's functions"
+        raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor") from error
     raise ValueError(f"{who}: {name} is {kind}, expected a strided tensor")
 
 

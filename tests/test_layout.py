@@ -325,3 +325,15 @@ def test_a_layout_with_a_tensor_of_another_is_refused(name):
         assert replace(moved, cache={}, calls={}).total_tokens == 9
     with torch.inference_mode():
         assert replace(pickle.loads(pickle.dumps(layout)), cache={}).to("meta").total_tokens == 9
+
+
+def test_a_layout_moves_inside_transforms_and_graphs():
+    layout = PackedLayout.from_counts([[3, 2], [4, 0]])
+
+    def moved(x):
+        return (x * layout.to("meta").total_tokens).sum()
+
+    x = torch.ones(3)
+    assert torch.func.grad(moved)(x).tolist() == [9, 9, 9]
+    assert torch.vmap(moved)(x).tolist() == [9, 9, 9]
+    assert torch.compile(moved, fullgraph=True, backend="eager")(x) == 27

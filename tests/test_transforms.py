@@ -113,14 +113,15 @@ def test_a_layout_may_be_made_inside():
     torch.testing.assert_close(torch.func.grad(function)(x), torch.autograd.grad(function(x.requires_grad_()), x)[0])
 
 
+@pytest.mark.parametrize("impl", ["cpp", "torch", "reference"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_many_gradients_at_once(name):
+def test_many_gradients_at_once(name, impl):
     """torch.autograd.grad(is_grads_batched=True): right, or refused where lists of tensors go through."""
     function, shape = OPERATORS[name]
     lists = name in ("pack", "unpack") or name.startswith("modality_embed")
     for _ in range(2):  # attention's second call goes a shorter way
         x = drawn(*shape).requires_grad_()
-        out = function(x, "cpp")
+        out = function(x, impl)
         out = out[0] if isinstance(out, list) else out
         grads = drawn(3, *out.shape)
         if lists:

@@ -113,7 +113,8 @@ def attention_qkvpacked(
     try:
         q, k, v = qkv.unbind(1)
     except RuntimeError:  # of a freed storage, or of numbers that are quantized by token
-        _refuse_projection(name, qkv)
+        _refuse_tensor(name, qkv)
+        raise
     if plain and (out := quick.attend(q, k, v, layout, mask, scale, deterministic, impl)) is not None:
         return out
     return _attend_checked(
@@ -289,13 +290,18 @@ def _checked_bias(who: str, pair_bias: Tensor, q: Tensor, layout: PackedLayout, 
 
 def _refuse_projection(who: str, qkv) -> NoReturn:
     if isinstance(qkv, Tensor):
-        tracing.refuse_unstrided(who, "qkv", qkv)
-        tracing.refuse_numberless(who, "qkv", qkv)
-        if qkv.dtype not in arguments.FLOATS:
-            raise ValueError(f"{who}: qkv is {qkv.dtype}, expected {arguments.FLOAT_NAMES}")
-        tracing.refuse_freed(who, "qkv", qkv)
+        _refuse_tensor(who, qkv)
     came = tuple(qkv.shape) if isinstance(qkv, Tensor) else type(qkv).__name__
     raise ValueError(f"{who}: qkv is {came}, expected a tensor [T, 3, heads, head width]")
+
+
+def _refuse_tensor(who: str, qkv: Tensor) -> None:
+    """ValueError for what is no plain tensor of floats, whatever its shape."""
+    tracing.refuse_unstrided(who, "qkv", qkv)
+    tracing.refuse_numberless(who, "qkv", qkv)
+    if qkv.dtype not in arguments.FLOATS:
+        raise ValueError(f"{who}: qkv is {qkv.dtype}, expected {arguments.FLOAT_NAMES}")
+    tracing.refuse_freed(who, "qkv", qkv)
 
 
 def _check_options(who: str, deterministic, impl) -> None:

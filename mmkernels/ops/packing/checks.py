@@ -35,10 +35,15 @@ def _segments_anew(function: str, layout: PackedLayout) -> Tensor:
         )
     modality, lengths = layout.segments[:, 1], layout.segments[:, 2]
     tokens, below = int(lengths.sum(dtype=np.int64)), layout.num_modalities
-    if tokens != layout.total_tokens or ((lengths < 0) | (modality < 0) | (modality >= below)).any():
+    if tokens != layout.total_tokens or (lengths < 0).any():
         raise ValueError(
-            f"{function}: the layout's segments hold {tokens} tokens, expected {layout.total_tokens}, in lengths of at "
-            f"least 0 and modalities below {below}"
+            f"{function}: the layout's segments hold {tokens} tokens, the shortest {lengths.min(initial=0)}, expected "
+            f"{layout.total_tokens}, the shortest at least 0"
+        )
+    if ((modality < 0) | (modality >= below)).any():
+        raise ValueError(
+            f"{function}: the layout's segments have modalities from {modality.min()} to {modality.max()}, expected 0 "
+            f"to {below - 1}"
         )
     with torch.inference_mode(False):  # or no call that learns could keep it for its backward
         table = layout.cache["segment_table"] = torch.from_numpy(np.array(layout.segments))
@@ -151,10 +156,6 @@ def out(
             )
         if given._is_zerotensor():
             raise ValueError(f"{function}: {name} is zeros without memory, expected memory to write into")
-        if given.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"{function}: {name} is made under inference mode, expected one made outside, or a call under it too"
-            )
     if torch.is_grad_enabled() and (given.requires_grad or any(x.requires_grad for x in inputs or (like,))):
         raise ValueError(f"{function}: out= has no gradient; leave it out, or call under torch.no_grad()")
     if transforms.has_tangent(*(inputs or (like,))):

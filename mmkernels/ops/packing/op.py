@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,8 @@ def _register(name: str) -> Callable[..., Any]:
             kernels[impl] = _kernels(name, impl)
         if impl != "cpp":
             _check(name, count, form, args)
+        if form and impl not in NATIVE:
+            _refuse_inference(name, _written(args[count:]))
         try:
             result = kernels[impl][form](*args)
         except RuntimeError as error:
@@ -67,11 +70,14 @@ def _register(name: str) -> Callable[..., Any]:
     for device in ("cpu", "cuda"):
         torch.library.impl(f"mm::{name}", device, compute)
         torch.library.impl(f"mm::{name}_out", device, compute_out)
+    differentiable = type(name, (_Differentiable,), {})  # by whose name profiles and anomaly mode know it
     registered, registered_out = (getattr(torch.ops.mm, form).default for form in (name, f"{name}_out"))
 
     def call(*args, out=None):
         tensors = args[0] if listed else args[:1]
+        # Of many gradients at once the registered operator is called one by one.
         direct = not torch.compiler.is_compiling() and tracing.unwatched(*tensors)
+        direct = direct and not any(map(transforms.is_batched, tensors))
         if out is not None:
             outputs = out if paired else (out,)
             (compute_out if direct and not _recorded(tensors) else registered_out)(*args[:count], *outputs, args[-1])
@@ -80,7 +86,7 @@ def _register(name: str) -> Callable[..., Any]:
             return (_transformed[name] if transforms.active() else registered)(*args)
         if not _recorded(tensors):
             return compute(*args)
-        result = _Differentiable.apply(_transformed[name], compute, args, *tensors)
+        result = differentiable.apply(_transformed[name], compute, args, *tensors)
         return list(result) if lists else result
 
     return call
@@ -143,6 +149,12 @@ def _check(name: str, count: int, form: int, args: Sequence[Any]) -> None:
         raise ValueError(f"{name}: the outputs share memory, expected memory of their own")
 
 
+def _refuse_inference(name: str, written: Sequence[Tensor]) -> None:
+    """What torch itself refuses to write, in words that say which tensor."""
+    if not torch.is_inference_mode_enabled() and any(target.is_inference() for target in written):
+        raise ValueError(f"{name}: out is made under inference mode, expected one made outside, or a call under it too")
+
+
 def _written(outputs: Sequence[Any]) -> list[Tensor]:
     return [tensor for out in outputs for tensor in ([out] if isinstance(out, Tensor) else out)]
 
@@ -157,9 +169,9 @@ def _check_range(rows: Tensor, total: int) -> None:
 
 def _check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
     """A layout's bounds may have been written over, and torch's kernels would follow them anywhere."""
-    lengths = bounds.long().diff()
-    ends = [int(bound) for bound in (*bounds[:1], *bounds[-1:])]
-    if ends != [0, total] or bool(((lengths < 0) | (lengths > longest)).any()):
+    ends = bounds.long().numpy(force=True)
+    lengths = np.diff(ends)
+    if not len(ends) or ends[0] != 0 or ends[-1] != total or ((lengths < 0) | (lengths > longest)).any():
         raise ValueError(
             f"{name}: the layout's bounds are {bounds.dtype} {list(bounds.shape)}, expected values from 0 to {total}, "
             f"none below the one before or more than {longest} above it"
