@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmmodel import atomic, configs, evaluate, language_model, stopping, train
+from mmmodel import atomic, configs, evaluate, language_model, pretraining, run_folder, stopping, train
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.objectives.meaning import UntaughtError
 from mmmodel.progress import Console
@@ -64,6 +64,9 @@ def run(study: str, out: Path, *, only: tuple[str, ...], shared: tuple[str, ...]
     asked, left = {name: _config(variants[name], shared, start) for name in only or variants}, {}
     for config in asked.values():  # now: those that go first take hours
         train.check(config)
+    for name, config in asked.items():
+        if not run_folder.finished(_place(out, name), config):
+            pretraining.check_teacher(config)
     for name, config in asked.items():
         place = _place(out, name)
         try:

@@ -79,7 +79,6 @@ def check(config: PretrainConfig) -> None:
     """Raises ConfigError for what cannot run here, whatever the data."""
     limits.check(config, "config")
     pretraining.check_vocabulary(config)
-    pretraining.check_teacher(config)
     limits.check_device(config.device, "config")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("config: tensorboard is True, expected the package to be there: pip install tensorboard")
@@ -97,6 +96,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     if begun and run_folder.finished(out, config):
         _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
+    pretraining.check_teacher(config)  # not in `check`: a finished run asks it nothing
     check_impl(config.model.impl, device, config.precision)  # not in `check`: a rank's GPU is known here
     saved = checkpoint.saved(checkpoints)
     # first, so that nothing is written of a run that cannot start

@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from mmmodel import ablation, configs, objectives, train
+from mmmodel import ablation, configs, language_model, objectives, train
 from mmmodel.configs import ConfigError
 
 
@@ -34,12 +35,13 @@ def test_a_study_runs_its_variants_once_and_writes_what_it_found(small, tmp_path
 def test_meaning_is_left_out_where_nothing_teaches_it(small, tmp_path, caplog):
     """The shards have no English captions: the rows before it and behind it are kept."""
     names = ("alignment alone", "with the meaning of captions", "with masked text")
-    ablation.run("objectives", tmp_path, only=names, shared=(), folder=None)
+    teacher = (f"objectives.meaning.teacher={tmp_path}",)  # a folder that is there, which nobody comes to read
+    ablation.run("objectives", tmp_path, only=names, shared=teacher, folder=None)
     written = json.loads((tmp_path / "objectives.json").read_text())
     assert [row["name"] for row in written["variants"]] == ["alignment alone", "with masked text"]
     assert "left out: with the meaning of captions: objectives: meaning has no captions to read" in caplog.text
     with pytest.raises(ConfigError, match="meaning has no captions to read"):
-        ablation.run("objectives", tmp_path, only=names[1:2], shared=(), folder=None)
+        ablation.run("objectives", tmp_path, only=names[1:2], shared=teacher, folder=None)
 
 
 def test_a_teacher_that_is_not_there_is_named_before_anything_runs(small, tmp_path):
@@ -48,6 +50,18 @@ def test_a_teacher_that_is_not_there_is_named_before_anything_runs(small, tmp_pa
     with pytest.raises(ConfigError, match="meaning has no teacher: language model: mistyped is neither a folder"):
         ablation.run("objectives", tmp_path, only=(), shared=fields, folder=None)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_finished_study_asks_no_teacher(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language_model, "sentence_vectors", lambda _, texts: torch.eye(len(texts), 384))
+    (tmp_path / "teacher").mkdir()
+    fields = ("objectives.meaning.language=xx", f"objectives.meaning.teacher={tmp_path / 'teacher'}")
+    name = "with the meaning of captions"
+    ablation.run("objectives", tmp_path, only=(name,), shared=fields, folder=None)
+    (tmp_path / "teacher").rmdir()
+    capsys.readouterr()
+    ablation.run("objectives", tmp_path, only=(name,), shared=fields, folder=None)
+    assert "R@10 in percent" in capsys.readouterr().out
 
 
 def test_rows_are_kept_where_a_later_variant_fails(small, tmp_path, monkeypatch):

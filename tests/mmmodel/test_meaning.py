@@ -93,7 +93,8 @@ def of_texts(name, texts):
 
 def test_a_run_is_taught_and_read_again_without_the_language_model(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "sentence_vectors", lambda *args: of_texts(*args).float())
-    teacher = f"objectives.meaning.teacher={tmp_path}"
+    (tmp_path / "teacher").mkdir()
+    teacher = f"objectives.meaning.teacher={tmp_path / 'teacher'}"
     config = configs.override(dataclasses.replace(tiny, steps=2), (*MEANING, "objectives.meaning.language=xx", teacher))
     dataset = pretraining.open_data(config)
     learned = pretraining.Pretraining(config, pretraining.make_tokenizer(config, dataset))
@@ -112,6 +113,8 @@ def test_a_run_is_taught_and_read_again_without_the_language_model(tiny, tmp_pat
 
     assert train.pretrain(config, tmp_path / "run")
     monkeypatch.setattr(language_model, "sentence_vectors", None)
+    (tmp_path / "teacher").rmdir()
+    assert train.pretrain(config, tmp_path / "run")  # it is finished, whoever taught it
     trained = from_pretrained(tmp_path / "run")
     assert not torch.equal(trained.objectives["meaning"].map, meaning.map)
     # What is held out has no vectors: its figures leave the objective out, and are the same each time.
