@@ -57,6 +57,8 @@ class AudioFrontEnd(nn.Module):
         """
         mel = log_mel(torch.from_numpy(np.ascontiguousarray(samples, np.float32)), self.mels).numpy()
         if not np.isfinite(mel).all():
+            if not np.isfinite(samples).all():
+                raise ValueError("not all of its samples are finite")
             raise ValueError(f"its power is beyond fp32, for samples reach {np.abs(samples).max():g}; expected about 1")
         mel = _trimmed(mel)[: self.max_frames]
         mel = mel - mel.mean(axis=0)

@@ -180,6 +180,9 @@ def test_any_clip_gives_between_one_frame_and_the_limit(front_ends, samples):
 def test_sound_whose_power_is_no_number_is_told(front_ends):
     with pytest.raises(ValueError, match=r"beyond fp32, for samples reach 1e\+30; expected about 1"):
         front_ends["audio"].prepare(np.full(1000, 1e30, np.float32))
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"^not all of its samples are finite$"):
+            front_ends["audio"].prepare(np.array([0.1] * 999 + [wrong], np.float32))
 
 
 @pytest.mark.parametrize("name", MAKERS)
