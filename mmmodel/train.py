@@ -184,7 +184,7 @@ def _learner(
 
 def _tell_of_hardware(config: PretrainConfig, device: torch.device) -> None:
     if device.type == "cpu" and torch.cuda.is_available():
-        _log("the CPU computes, though there is a GPU: --set device=cuda takes it")
+        _log("the CPU computes, though there is a GPU: pretrain --set device=cuda takes it")
     cores = os.cpu_count() or 1
     if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
         _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)

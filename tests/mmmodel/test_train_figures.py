@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_taken_is_told(tiny, caplog, monkeypatch, there, devic
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: there)
     with caplog.at_level(logging.INFO):
         train._tell_of_hardware(tiny, torch.device(device))
-    assert len([message for message in caplog.messages if "--set device=cuda" in message]) == said
+    assert len([message for message in caplog.messages if "pretrain --set device=cuda" in message]) == said
 
 
 def test_samples_of_one_concept_and_a_modality_that_none_has_are_told(tmp_path, caplog):
