@@ -149,7 +149,7 @@ def _checked(value: Any, task: str, field: str, key: str) -> Any:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise wrong("a number")
         if not abs(number) <= sys.float_info.max:  # nor an int that no float holds, which math.isfinite chokes on
-            raise wrong("a number that is finite and of at most 308 digits")
+            raise wrong("a number that is finite and that a float holds")
         return float(number)
     if not isinstance(value, str | int):
         raise wrong("a name or a whole number")

@@ -42,7 +42,7 @@ def test_of_a_column_that_came_as_text_the_cell_that_is_no_number_is_named():
         ("regression", "nan", "a number"),
         ("regression", True, "a number"),
         ("regression", float("nan"), "a number"),
-        ("regression", 10**400, "a number that is finite"),
+        ("regression", 10**400, "a number that is finite and that a float holds"),
         ("regression", "1" + 400 * "0", "a number"),
     ],
 )
