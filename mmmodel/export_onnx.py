@@ -35,7 +35,7 @@ class PlainEncoder(nn.Module):
     modalities  those that the sample has, in the model's order.  With one of them the view is that of the contrastive
                 objective, and `point` [P] comes out too where the model has that head.
     tuned       of a fine-tuned run: its learner and labels.  `scores` [C] comes out too, as `Labels.scores` has them,
-                and the modalities see each other only if they did in the fine-tuning.
+                float64 of regression, and the modalities see each other only if they did in the fine-tuning.
 
     Inputs, of the modalities given: text int64 [n], [CLS] first; image float or uint8 [1, 3, h, w], sides multiples of
     16, values 0 to 255; audio float [F, mels].  As each front end's `prepare` gives them.

@@ -44,17 +44,17 @@ class Labels:
                 target[row, [number[name] for name in names if name in number]] = 1.0
             return target
         if self.task == "regression":
-            exact = torch.tensor(values, dtype=torch.float64).unsqueeze(1)  # fp32 knows a time in seconds to 128 s
+            exact = torch.tensor(values, dtype=torch.float64).unsqueeze(1)
             return ((exact - self.mean) / self.deviation).float()
         return torch.tensor([number.get(value, UNSEEN) for value in values], dtype=torch.int64)
 
     def scores(self, outputs: Tensor) -> Tensor:
         """What the model's outputs [B, C] say.  classification, qa: probabilities that add up to 1.  multilabel: the
-        probability of each label.  regression: the number, in the label's unit."""
+        probability of each label.  regression: the number, in the label's unit, in fp64."""
         if self.task == "multilabel":
             return outputs.sigmoid()
         if self.task == "regression":
-            return outputs * self.deviation + self.mean
+            return outputs.double() * self.deviation + self.mean  # fp32 knows a time in seconds to 128 s
         return outputs.softmax(dim=-1)
 
 

@@ -148,6 +148,23 @@ def test_a_fine_tuned_model_gives_the_scores_of_predict(task, visibility):
         np.testing.assert_allclose(found.numpy(), scores.numpy(), atol=1e-5)
 
 
+def test_a_number_is_no_coarser_in_the_graph(tmp_path):
+    """Times in seconds: fp32 would know them to 128 s."""
+    _, learned = learner()
+    items, features = samples()
+    rule = Labels("regression", mean=1.7e9, deviation=10.0)
+    tuned = FineTuned(learned.model, 1, visibility="full", dropout=0.0).eval()
+    torch.nn.init.normal_(tuned.head.weight)
+    export_onnx(tmp_path / "a.onnx", learned, ("text",), (tuned, rule))
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    few = [dataclasses.replace(item, rows={"text": item.rows["text"]}) for item in with_all(items, ("text",))]
+    found = [session.run(["scores"], fed(item, features, ("text",)))[0][0] for item in few]
+    with torch.no_grad():
+        expected_numbers = rule.scores(predict(tuned, features, few))[:, 0].numpy()
+    np.testing.assert_allclose(found, expected_numbers, rtol=0, atol=1e-3)
+    assert len(set(found)) > 1
+
+
 def test_the_command_exports_fine_tuned_runs(run, labelled, tmp_path, capsys):
     for task, label, outputs in (("classification", "colour", "scores"), ("retrieval", "concept", "point")):
         config = FinetuneConfig(task=task, label=label, epochs=1, modalities=() if task == "retrieval" else ("text",))
