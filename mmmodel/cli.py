@@ -4,7 +4,6 @@ A command is a frozen dataclass whose fields are its flags and whose `run` does 
 decoders are imported in `run`, so that --help answers at once.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -18,10 +17,9 @@ from mmmodel import settings
 from mmmodel.commands.training import Ablate, Data, Demo, Evaluate, Finetune, Pretrain
 from mmmodel.commands.using import Complexity, Embed, Explain, Export, Plot, Predict
 from mmmodel.configs import ConfigError
-from mmmodel.limits import RunError
+from mmmodel.limits import FULL, RunError
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell gives it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which names no file
 
 Command = Data | Pretrain | Finetune | Predict | Evaluate | Embed | Plot | Explain | Complexity | Export | Ablate | Demo
 

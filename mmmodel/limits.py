@@ -5,11 +5,14 @@ A field says its kind by its annotation: `steps: Count = 480`, `schedule: Litera
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which names no file
 
 
 class ConfigError(ValueError):

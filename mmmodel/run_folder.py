@@ -20,7 +20,7 @@ from mmmodel import atomic, checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
 from mmmodel.export import FILE, CheckpointError, written_step
-from mmmodel.limits import listed
+from mmmodel.limits import FULL, listed
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +144,9 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (SafetensorError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if isinstance(cause.__context__, OSError):  # torch's writer of zip files then also fails as it closes
-            cause = cause.__context__
+        met = cause.__context__
+        if isinstance(cause, RuntimeError) and isinstance(met, OSError) and met.errno in FULL:
+            cause = met  # torch's writer of zip files then also fails as it closes
         if not isinstance(cause, OSError) and "os error" not in str(cause):  # nothing that a disk does
             raise
         free = shutil.disk_usage(folder).free / 1e6

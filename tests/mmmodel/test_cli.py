@@ -229,7 +229,11 @@ def test_a_full_disk_names_what_was_written(monkeypatch, tmp_path, command):
 
 
 def test_a_fault_in_a_save_is_no_full_disk(tmp_path):
-    for fault in (CheckpointException("write", {0: (TypeError("a bug"), [])}), SafetensorError("no such dtype")):
+    full, gone = OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(errno.ENOENT, "No such file")
+    causes = [TypeError("a bug"), TypeError("while a full disk was handled"), RuntimeError("while a file was sought")]
+    causes[1].__context__, causes[2].__context__ = full, gone
+    faults = [CheckpointException("write", {0: (cause, [])}) for cause in causes]
+    for fault in (*faults, SafetensorError("no such dtype")):
         with pytest.raises(type(fault)), run_folder.writing(tmp_path):
             raise fault
 
