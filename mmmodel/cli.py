@@ -8,17 +8,23 @@ import os
 import signal
 import sys
 
+from mmmodel.limits import FULL, MISSING, RunError
+
 try:
     import tyro
-except ModuleNotFoundError:  # `pip install .` installs this command too, but only what the kernels need
-    sys.exit('mmmodel: tyro is not there; pip install ".[model]" in a checkout brings what mmmodel needs')
+except ModuleNotFoundError as error:  # `pip install .` installs this command too, but only what the kernels need
+    sys.exit(MISSING % error.name)
 
 from mmmodel import settings
 from mmmodel.commands.training import Ablate, Data, Demo, Evaluate, Finetune, Pretrain
 from mmmodel.commands.using import Complexity, Embed, Explain, Export, Plot, Predict
 from mmmodel.configs import ConfigError
-from mmmodel.limits import FULL, RunError
 
+# What the packages of .[model] are imported as, but for tyro.
+PACKAGES = (
+    "tokenizers", "safetensors", "PIL", "soundfile", "soxr", "webdataset", "resvg_py", "rich", "matplotlib", "sklearn",
+    "pyarrow",
+)  # fmt: skip
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell gives it
 
 Command = Data | Pretrain | Finetune | Predict | Evaluate | Embed | Plot | Explain | Complexity | Export | Ablate | Demo
@@ -49,6 +55,10 @@ def main(args: list[str] | None = None) -> None:
             raise
         hint = "; --impl auto takes the fastest that can" if hasattr(command, "impl") else ""
         sys.exit(f"{error}{hint}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in PACKAGES:
+            raise
+        sys.exit(MISSING % error.name)
     except BrokenPipeError:  # `mmmodel ... | head` has read enough; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which names no file
+MISSING = 'mmmodel: %s is not there; pip install ".[model]" in a checkout brings what mmmodel needs'
 
 
 class ConfigError(ValueError):

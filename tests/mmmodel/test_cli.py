@@ -8,6 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -24,10 +26,32 @@ from mmmodel.limits import RunError
 
 def test_the_command_without_its_packages_says_how_to_get_them(monkeypatch):
     """`pip install .`, for the kernels alone, installs the command too."""
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, "mmmodel.cli")
-    with pytest.raises(SystemExit, match=r'pip install "\.\[model\]"'):
-        importlib.import_module("mmmodel.cli")
+    for name in ("tyro", "docstring_parser"):  # which tyro imports
+        for there in [there for there in sys.modules if there.split(".")[0] in (name, "tyro")]:
+            monkeypatch.delitem(sys.modules, there)
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, "mmmodel.cli", raising=False)
+        with pytest.raises(SystemExit, match=rf'^mmmodel: {name} is not there; pip install "\.\[model\]"'):
+            importlib.import_module("mmmodel.cli")
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", cli.PACKAGES)
+def test_a_command_without_one_of_its_packages_says_which(monkeypatch, tmp_path, name):
+    def needs(*_):
+        importlib.import_module(name)
+
+    monkeypatch.setattr(train, "pretrain", needs)
+    monkeypatch.setitem(sys.modules, name, None)
+    start = ("pretrain", "--preset", "tiny", "--out", tmp_path)
+    assert_one_line(f'^mmmodel: {name} is not there; pip install "', *start)
+
+
+def test_the_packages_are_those_of_pyproject():
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    modules = {"pillow": "PIL", "scikit-learn": "sklearn", "resvg-py": "resvg_py"}
+    named = {modules.get(name, name) for name in extras["optional-dependencies"]["model"]}
+    assert named == {"tyro", *cli.PACKAGES}
 
 
 @pytest.mark.parametrize(
