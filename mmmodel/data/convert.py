@@ -24,7 +24,7 @@ from mmmodel.configs import ConfigError
 from mmmodel.data import media, table_rows
 from mmmodel.data.concepts import SPLITS
 from mmmodel.data.loader import MAX_BROKEN_IN_A_ROW, in_words
-from mmmodel.data.shards import AUDIO, IMAGE, TEXT, VALIDATION, Entry, write_index, write_shard
+from mmmodel.data.shards import AUDIO, DEEPEST, IMAGE, TEXT, VALIDATION, Entry, too_deep, write_index, write_shard
 from mmmodel.limits import listed
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
         raise ConfigError(f"convert: {path} does not read as JSON: {error}") from error
     if not isinstance(meta, dict):
         raise ConfigError(f"convert: {path} holds a {type(meta).__name__}, expected an object")
+    if too_deep(meta):
+        raise ConfigError(f"convert: {path} is nested deeper than {DEEPEST} levels")
     return _plain(meta, str(path))
 
 
@@ -245,6 +247,8 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
             left["rows that are not UTF-8"] += 1
             continue
         in_a_row = 0
+        if too_deep(row):
+            raise ConfigError(f"convert: {where} is nested deeper than {DEEPEST} levels")
         key = row.pop(columns.key, None)
         members: Members = {}
         meta = {}

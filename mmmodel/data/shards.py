@@ -29,6 +29,7 @@ INDEX_VERSION = 3
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4|z))?|tgz|tbz2?|txz|tzst|zip|7z|rar)$", re.IGNORECASE)
 SHOWN = 3  # names of what is not read, at most
+DEEPEST = 100  # levels of lists and objects in a KEY.json: readers and writers of JSON recurse, and Python ends that
 VALIDATION = ("val", "valid", "dev")  # what others call the split "validation"
 
 
@@ -127,12 +128,20 @@ def scan_shard(path: Path) -> list[Entry]:
                     read = json.loads(file.read(where["json"][1]))
                     if not isinstance(read, dict):
                         raise ValueError(f"it holds a {type(read).__name__}, expected an object")
+                    if too_deep(read):
+                        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
                     json.dumps(read, ensure_ascii=False).encode()  # half of a surrogate pair: no index could hold it
                     meta = read
                 except (ValueError, RecursionError) as error:
                     logger.warning("%s: %s.json is left out: %s", path.name, key, error)
             entries.append(Entry(key, path.name, where, meta))
     return entries
+
+
+def too_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether lists and objects in one another are more than `levels`."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return parts is not None and (levels == 0 or any(too_deep(part, levels - 1) for part in parts))
 
 
 def _files(path: Path) -> list[tarfile.TarInfo]:
@@ -183,7 +192,7 @@ def read_index(folder: Path | str) -> list[Entry]:
                 Entry(key, shard, {extension: (offset, size) for extension, (offset, size) in members.items()}, meta)
                 for key, shard, members, meta in content["samples"]
             ]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         pass
     entries = [entry for shard in sorted(stamps) for entry in sorted(scan_shard(folder / shard), key=lambda e: e.key)]
     seen: dict[str, str] = {}

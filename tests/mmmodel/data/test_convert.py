@@ -39,6 +39,10 @@ def write(folder, files):
     return folder
 
 
+def deep(levels):
+    return '{"text": "x", "n": ' + "[" * levels + "]" * levels + "}"
+
+
 def read(folder):
     dataset = ShardDataset(folder)
     return {sample.key: sample for sample in (dataset[i] for i in range(len(dataset)))}
@@ -169,6 +173,9 @@ def test_a_caption_that_is_no_number_is_missing(tmp_path):
         ({"t.jsonl": '{"text": "\\ud800"}'}, "t.jsonl", "row 1: text does not encode as UTF-8"),
         ({"t.jsonl": '{"text": "x", "n": ["\\ud800"]}'}, "t.jsonl", "row 1: n does not encode as UTF-8"),
         ({"t.jsonl": "[" * 9999}, "t.jsonl", "does not read as jsonl"),
+        ({"a.txt": "x", "a.json": deep(500)}, ".", r"a\.json is nested deeper than 100 levels"),
+        ({"t.jsonl": '{"text": "a", "n": 1}\n' + deep(500)}, "t.jsonl", "row 2 is nested deeper than 100 levels"),
+        ({"t.csv": f"text,n\na,{'[' * 500}{']' * 500}"}, "t.csv", "row 1 is nested deeper than 100 levels"),
         ({"t.csv": "text,text\na,b"}, "t.csv", "does not read as csv: it has the column text twice"),
         ({"t.csv": "text,n"}, "t.csv", "holds no sample$"),
         ({"t.csv": "key,text\n./x,e\nx,f"}, "t.csv", "the key 'x' comes twice"),

@@ -230,6 +230,24 @@ def test_a_folder_without_shards_is_named(tmp_path):
         read_index(tmp_path / "train" / "a.tar")
 
 
+@pytest.mark.parametrize("levels", [100, 500, *range(880, 1000, 10)])
+def test_fields_however_deep_are_left_out_or_read_again(tmp_path, levels):
+    """Where Python ends a recursion depends on who called: an index must be read wherever it was written."""
+    write_tar(tmp_path / "a.tar", {"x.txt": b"t", "x.json": b'{"n": ' + b"[" * levels + b"]" * levels + b"}"})
+    assert [entry.meta for entry in read_index(tmp_path)] == [{}]
+    write_tar(tmp_path / "a.tar", {"x.txt": b"t", "x.json": b'{"n": ' + b"[" * 99 + b"]" * 99 + b"}"})
+    (before,), (again,) = read_index(tmp_path), read_index(tmp_path)
+    assert before.meta == again.meta != {}
+
+
+def test_an_index_that_is_deeper_than_it_is_read_is_made_anew(tmp_path):
+    write_tar(tmp_path / "a.tar", {"x.txt": b"t"})
+    write_index(tmp_path, scan_shard(tmp_path / "a.tar"))
+    content = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(content.replace("{}", "[" * 5000 + "]" * 5000))
+    assert [entry.meta for entry in read_index(tmp_path)] == [{}]
+
+
 def test_index_is_json_without_surprises(tmp_path):
     write_index(tmp_path, write_shard(tmp_path / "a.tar", [sample("x", txt="1")]))
     status = (tmp_path / "a.tar").stat()
