@@ -267,10 +267,20 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
                 left[f"bytes in the column {name}"] += 1
             elif (value := _plain(value, f"{where}: {name}")) is not None:
                 meta[name] = value
-        key = key.decode(errors="replace") if isinstance(key, bytes) else key
-        key = f"row-{number:07d}" if key in (None, "") else _checked_key(str(key), where)
+        if isinstance(key, bytes) and (key := _decoded(raw := key)) is None:
+            raise ConfigError(f"convert: {where}: key is {raw!r}, expected UTF-8")
+        missing = key in (None, "") or key != key
+        key = f"row-{number:07d}" if missing else _checked_key(str(key), where)
         if sample := _sample(key, members, meta, left):
             yield sample
+
+
+def _decoded(data: bytes) -> str | None:
+    """None for what is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _checked_key(key: str, where: str) -> str:

@@ -200,6 +200,16 @@ def test_what_is_refused_leaves_nothing(tmp_path, files, source, message):
     assert not out.exists()
 
 
+def test_keys_of_parquet(tmp_path):
+    """NaN is pandas' missing; two keys that are not UTF-8 must not become one."""
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "key": [float("nan"), 2.0]}), tmp_path / "t.parquet")
+    convert.convert(tmp_path / "t.parquet", tmp_path / "out")
+    assert sorted(read(tmp_path / "out")) == ["2_0", "row-0000000"]
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "key": [b"a", b"caf\xe9"]}), tmp_path / "u.parquet")
+    with pytest.raises(ConfigError, match=r"u\.parquet, row 2: key is b'caf\\xe9', expected UTF-8"):
+        convert.convert(tmp_path / "u.parquet", tmp_path / "other")
+
+
 def test_what_does_not_decode_is_left_out_whatever_its_decoder_raises(tmp_path, monkeypatch):
     files = {"a.txt": "x", "a.bmp": picture("BMP")[:200], "b.txt": "y", "b.gif": picture("GIF")}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # a picture of 200 is a bomb
