@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 OTHER_IMAGE = ("bmp", "gif", "tif", "tiff")
 OTHER_AUDIO = ("mp3", "aif", "aiff", "au", "opus", "w64")
 KINDS = {"text": TEXT, "image": (*IMAGE, *OTHER_IMAGE), "audio": (*AUDIO, *OTHER_AUDIO), "fields": ("json",)}
+READ = ("split", "lang", "concept", "image")  # fields that a run reads as text
 SHOWN = 5  # names of columns, at most
 
 Sample = dict[str, Any]  # as write_shard takes it
@@ -255,6 +256,8 @@ def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
         if isinstance(row.get(columns.image), str) and row[columns.image]:
             meta["image"] = os.path.normpath(row[columns.image])  # captions of one picture
         for name, value in row.items():
+            if isinstance(value, bytes) and name in READ and name not in own:
+                value = value if (text := _decoded(value)) is None else text
             if value is None or value == "" or value != value:  # NaN: pandas' missing
                 continue
             if name == columns.text:

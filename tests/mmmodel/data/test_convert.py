@@ -141,6 +141,21 @@ def test_captions_that_parquet_does_not_call_text(tmp_path):
     assert found["left_out"] == {"text that does not read": 1}
 
 
+def test_fields_that_parquet_does_not_call_text(tmp_path):
+    """A row that is held out stays so."""
+    said = {"split": [b"train", b"test"], "lang": [b"en", b"caf\xe9"], "concept": [b"x", b""], "image": [b"1", b"2"]}
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "picture": [picture()] * 2, **said}), tmp_path / "t.parquet")
+    columns = convert.Columns(image="picture")
+    found = convert.convert(tmp_path / "t.parquet", tmp_path / "out", columns=columns)
+    assert found["splits"] == {"train": 1, "test": 1}
+    assert found["left_out"] == {"bytes in the column lang": 1}
+    metas = [sample.meta for sample in read(tmp_path / "out").values()]
+    assert metas == [
+        {"split": "train", "lang": "en", "concept": "x", "image": "1"},
+        {"split": "test", "image": "2"},
+    ]
+
+
 def test_a_caption_that_is_no_number_is_missing(tmp_path):
     write(tmp_path, {"t.jsonl": '{"text": NaN, "image": NaN}\n{"text": "a"}\n{"text": 7}'})
     convert.convert(tmp_path / "t.jsonl", tmp_path / "out")
