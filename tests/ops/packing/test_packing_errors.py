@@ -134,6 +134,12 @@ def test_a_dtype_without_a_kernel_is_named(impl, dtype):
         pad(torch.empty(7, 4, dtype=getattr(torch, dtype)), LAYOUT, impl=impl)
 
 
+def test_a_dtype_that_has_kernels_is_not_blamed_for_another():
+    with pytest.raises(NotImplementedError) as raised:
+        torch.ops.mm.segment_mean(WHOLE, torch.tensor([0, 3, 7], dtype=torch.uint32), "torch")
+    assert "no kernel for torch.float32" not in str(raised.value)
+
+
 # The end, a start, and a sample whose length passes int32 while the ends are right.
 @pytest.mark.parametrize(("at", "bound"), [(-1, 2**30), (0, -1), (1, 2**31 - 1), (1, -(2**31)), (1, 0)])
 @pytest.mark.parametrize("impl", IMPLS)
