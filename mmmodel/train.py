@@ -187,7 +187,8 @@ def _tell_of_hardware(config: PretrainConfig, device: torch.device) -> None:
         _log("the CPU computes, though there is a GPU: pretrain --set device=cuda takes it")
     cores = os.cpu_count() or 1
     if device.type == "cpu" and distributed.size() == 1 and cores > config.threads:
-        _log("%d of %d cores compute: a large model is faster with --set threads=%d", config.threads, cores, cores)
+        faster = "a large model is faster with pretrain --set threads"
+        _log("%d of %d cores compute: %s=%d", config.threads, cores, faster, cores)
     elif device.type == "cpu" and cores < config.threads:
         _log("%d threads wait for each other on %d cores: it is faster with fewer", config.threads, cores)
 

@@ -168,7 +168,7 @@ def test_captions_and_pictures_that_are_samples_of_their_own_are_warned_of(apart
 @pytest.mark.parametrize(
     ("threads", "said"),
     [
-        (1, "1 of 2 cores compute: a large model is faster with --set threads=2"),
+        (1, "1 of 2 cores compute: a large model is faster with pretrain --set threads=2"),
         (3, "3 threads wait for each other on 2 cores: it is faster with fewer"),
         (2, None),
     ],
