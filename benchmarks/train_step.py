@@ -28,7 +28,7 @@ from benchmarks.peers.train_padded import PaddedModel
 from benchmarks.train_step_cases import Case, cases
 from benchmarks.train_step_data import Samples, bucketed, spread, vocabulary
 from benchmarks.train_step_memory import peak_memory
-from mmmodel import configs, train
+from mmmodel import configs, update
 from mmmodel.batches import Batch
 from mmmodel.configs import PretrainConfig
 from mmmodel.flops import StepFlops
@@ -61,7 +61,7 @@ class Step:
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.optimizer = train.make_optimizer(self.learner, dataclasses.replace(self.config, lr=0.0))
+        self.optimizer = update.make_optimizer(self.learner, dataclasses.replace(self.config, lr=0.0))
 
     def __call__(self) -> Step:
         measured = max(self.batches, key=lambda pair: pair[0].layout.total_tokens)
@@ -80,7 +80,7 @@ class Step:
             for layout in (batch.layout, *([prepared.masked.layout] if prepared.masked else [])):
                 layout.cache.clear()
                 layout.host.cache.clear()
-        figures, made = train.train_step(self.learner, self.optimizer, batch, prepared, self.config)
+        figures, made = update.train_step(self.learner, self.optimizer, batch, prepared, self.config)
         if not made:
             raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")
         self.losses.append(figures["loss"])
@@ -159,7 +159,7 @@ class StepProblem:
         Nobody asks for its gradients: it holds no activations, which in fp32 would be twice those of what is timed.
         """
         learner = copy.deepcopy(self.learner)
-        train.prepare_modules(learner, dataclasses.replace(self.config, checkpointing=True, compile=False))
+        update.prepare_modules(learner, dataclasses.replace(self.config, checkpointing=True, compile=False))
         return learner
 
     @functools.cached_property
@@ -203,7 +203,7 @@ class StepProblem:
         if make_model is not Model:
             learner.model = make_model(self.config.model, self.learner.model.tokenizer)
             learner.to(self.device).load_state_dict(self.learner.state_dict())
-        train.prepare_modules(learner, dataclasses.replace(self.config, compile=compiled))
+        update.prepare_modules(learner, dataclasses.replace(self.config, compile=compiled))
         batches = [self._made(chosen) for chosen in timed]
         known = [self._exactly(chosen, pair) for chosen, pair in zip(timed, batches, strict=True)]
         expected, flops = [loss for loss, _ in known], sum(flops for _, flops in known)

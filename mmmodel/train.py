@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib.util
 import logging
-import math
 import os
 import signal
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mmmodel import (
     atomic,
@@ -37,19 +35,19 @@ from mmmodel import (
     sharding,
     start,
     stopping,
+    update,
 )
-from mmmodel.batches import Batch, Sampler
+from mmmodel.batches import Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.flops import StepFlops, gemm_rate
+from mmmodel.flops import gemm_rate
 from mmmodel.frontends.text import load_tokenizer
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
 from mmmodel.model import autocast, check_impl, parameter_counts
 from mmmodel.plot import plot_run
-from mmmodel.pretraining import Corpus, Prepared, Pretraining
+from mmmodel.pretraining import Corpus, Pretraining
 from mmmodel.progress import Progress
-from mmmodel.recompute import Recompute, wrap_front_ends
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +118,10 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             _log("%s", loaded)
         counts = parameter_counts(learner.model)
         _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    prepare_modules(learner, config)
+    update.prepare_modules(learner, config)
     if config.sharded:
         sharding.shard(learner, device)
-    optimizer = make_optimizer(learner, config)
+    optimizer = update.make_optimizer(learner, config)
     progress = {"step": 0, "skipped": 0}
     if saved:
         progress = checkpoint.load(saved[-1], learner, optimizer, progress)
@@ -250,8 +248,8 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
             batch, prepared = next(batches)
             waited = time.perf_counter() - before
             step = progress["step"]
-            rate = set_learning_rate(optimizer, config, step)
-            figures, stepped = train_step(module, optimizer, batch, reweighted(prepared, device), config)
+            rate = update.set_learning_rate(optimizer, config, step)
+            figures, stepped = update.train_step(module, optimizer, batch, update.reweighted(prepared, device), config)
             progress["step"] = step + 1
             skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
             progress["skipped"] += not stepped
@@ -272,93 +270,6 @@ def _run(config, out, learner, optimizer, progress, make: Callable, save: Callab
                 break
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
                 save()
-
-
-def train_step(
-    learner: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, prepared: Prepared, config: PretrainConfig
-) -> tuple[dict[str, float], bool]:
-    """One update; (figures, whether it was made): not when the loss or a gradient is not finite on some rank.
-
-    learner: Pretraining, split or not, or that in DistributedDataParallel.  "tflop" is what forward and backward take.
-    """
-    learner.train()
-    device = next(learner.parameters()).device
-    with autocast(config.device, config.precision), StepFlops(learner) as flops:
-        loss, figures = learner(batch.to(device), prepared)
-    optimizer.zero_grad(set_to_none=True)
-    sharding.backward(learner, loss)
-    parameters = [p for p in learner.parameters() if p.grad is not None]
-    norm = sharding.clip(parameters, config.clip_norm or math.inf)
-    figures = _read({"loss": loss.detach(), "grad_norm": norm, **figures}, device)
-    wrong = not (math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"]))
-    (wrong,) = distributed.summed([wrong], device)
-    if not wrong:
-        optimizer.step()
-    return figures | {"tflop": flops.total / 1e12}, not wrong
-
-
-def _read(figures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """All in one copy, before the optimizer's kernels are asked for: each read lets a GPU run dry."""
-    values = torch.stack([value.to(device) for value in figures.values()]).tolist()
-    return dict(zip(figures, values, strict=True))
-
-
-def prepare_modules(learner: Pretraining, config: PretrainConfig) -> None:
-    """What is computed again in backward, and what is compiled."""
-    model = learner.model
-    model.recompute = Recompute(config.chunk_tokens, config.checkpointing)
-    if model.recompute != Recompute():
-        wrap_front_ends(model.front_ends)
-    if config.compile:
-        # The parts around attention, which is one operator and takes a layout, whose numbers change with every batch.
-        for block in model.blocks:
-            block.project = torch.compile(block.project, dynamic=True)
-            block.mix = torch.compile(block.mix, dynamic=True)
-
-
-def reweighted(prepared: Prepared, device: torch.device) -> Prepared:
-    """With this rank's weights of the losses that are means over its own hidden tokens or pairs.
-
-    Averaged over ranks such a loss becomes the mean over all of theirs.  The contrastive loss needs none: every rank
-    computes it from the segments of all.
-    """
-    if distributed.size() == 1:
-        return prepared
-    masked = prepared.masked.targets if prepared.masked is not None else {}
-    own = {f"masked_{modality}": len(targets) for modality, targets in masked.items()}
-    if "matching" in prepared.weights:
-        own["matching"] = sum(len(anchors.first) for anchors in prepared.inputs["matching"])
-    total = dict(zip(own, distributed.summed(list(own.values()), device), strict=True))
-    weights = {
-        name: weight * distributed.size() * own[name] / max(1, total[name]) if name in own else weight
-        for name, weight in prepared.weights.items()
-    }
-    return dataclasses.replace(prepared, weights=weights)
-
-
-def make_optimizer(learner: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices, not on norms, biases, scales and embedding tables."""
-    decayed, free = [], []
-    for name, parameter in learner.named_parameters():
-        (decayed if parameter.ndim > 1 and ".embedding." not in name else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
-
-
-def learning_rate(config: PretrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to zero, or wsd: constant, then linear to zero over the last fifth."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = step / config.steps
-    if config.schedule == "cosine":
-        return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * min(warm, 5 * (1 - done))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int) -> float:
-    rate = learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def _log(message: str, *values: Any) -> None:

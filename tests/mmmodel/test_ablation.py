@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mmmodel import ablation, configs, language_model, objectives, train
+from mmmodel import ablation, configs, language_model, objectives, train, update
 from mmmodel.configs import ConfigError
 
 
@@ -27,7 +27,7 @@ def test_a_study_runs_its_variants_once_and_writes_what_it_found(small, tmp_path
         assert all(0 <= task["pretrained"]["r10"] <= 1 for task in row["tasks"])
     assert "alignment alone" in capsys.readouterr().out
     # Done variants train no further step, and stay in the table when others are asked for.
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(update, "train_step", None)
     ablation.run("objectives", tmp_path, only=names[:1], shared=("lr=0.001",), folder=None)
     assert len(json.loads((tmp_path / "objectives.json").read_text())["variants"]) == 2
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 import mmkernels
-from mmmodel import checkpoint, cli, configs, embed, export, run_folder, train
+from mmmodel import checkpoint, cli, configs, embed, export, run_folder, train, update
 from mmmodel.data import convert, stamps
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
@@ -210,7 +210,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault(command):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("before", [(train, "train_step"), (checkpoint, "write")], ids=["checkpoint", "export"])
+@pytest.mark.parametrize("before", [(update, "train_step"), (checkpoint, "write")], ids=["checkpoint", "export"])
 def test_a_full_disk_is_one_line(monkeypatch, shards, tmp_path, full, before):
     """torch raises no Exception at all there, but a BaseException with what each process met."""
     original = getattr(*before)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from builders import assert_same_run, learner, samples
 
-from mmmodel import checkpoint, distributed, metrics, train
+from mmmodel import checkpoint, distributed, metrics, train, update
 from mmmodel.batches import collate
 from mmmodel.configs import ConfigError, MaskedConfig, ObjectiveConfig, ObjectivesConfig
 from mmmodel.pretraining import Pretraining
@@ -49,12 +49,12 @@ def ranks_step(rank, store, results, objectives):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     config, learned = build(objectives)
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     batch, prepared = batch_of(learned, SHARES[rank])
     config = dataclasses.replace(config, clip_norm=0.0)
     with distributed.wrapped(learned) as module:
-        figures, made = train.train_step(
-            module, optimizer, batch, train.reweighted(prepared, torch.device("cpu")), config
+        figures, made = update.train_step(
+            module, optimizer, batch, update.reweighted(prepared, torch.device("cpu")), config
         )
         lines = distributed.everyone(figures)
         torch.save((metrics.merged(lines), gradients_of(learned), made), f"{results}.{rank}")
@@ -63,7 +63,7 @@ def ranks_step(rank, store, results, objectives):
             with torch.no_grad():
                 batch.inputs["audio"][0].fill_(torch.inf)
         before = [p.clone() for p in learned.parameters()]
-        _, made = train.train_step(module, optimizer, batch, train.reweighted(prepared, torch.device("cpu")), config)
+        _, made = update.train_step(module, optimizer, batch, update.reweighted(prepared, torch.device("cpu")), config)
         assert not made
         assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters(), strict=True))
     dist.destroy_process_group()

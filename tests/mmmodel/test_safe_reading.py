@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import Trap, learner
 
-from mmmodel import checkpoint, train
+from mmmodel import checkpoint, update
 from mmmodel.export import CheckpointError
 
 
@@ -15,7 +15,7 @@ from mmmodel.export import CheckpointError
 def saved(tmp_path):
     """A checkpoint, and what it was saved from: weights and averages that are not the initial ones."""
     config, learned = learner(seed=1)
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     for parameter in learned.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -25,7 +25,7 @@ def saved(tmp_path):
 
 def resume(folder):
     config, fresh = learner(seed=2)
-    optimizer = train.make_optimizer(fresh, config)
+    optimizer = update.make_optimizer(fresh, config)
     return checkpoint.load(folder, fresh, optimizer, {"step": 0, "skipped": 0}), fresh, optimizer
 
 
@@ -81,7 +81,7 @@ def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
     config, wider = learner(mlp_width=48)
     message = "step-00000007: of another model: Size mismatch .*; choose another --out$"
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load(folder, wider, train.make_optimizer(wider, config), {"step": 0, "skipped": 0})
+        checkpoint.load(folder, wider, update.make_optimizer(wider, config), {"step": 0, "skipped": 0})
     (folder / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"not a checkpoint, it has no \.metadata"):
         resume(folder)

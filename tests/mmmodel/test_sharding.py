@@ -15,7 +15,7 @@ from builders import assert_same_run, batch_of, learner, samples, weights
 from test_distributed import assert_close, run, run_until_stopped
 from torch.distributed.tensor import DTensor
 
-from mmmodel import checkpoint, configs, distributed, sharding, train
+from mmmodel import checkpoint, configs, distributed, sharding, train, update
 from mmmodel.configs import MaskedConfig, MatchingConfig, ObjectiveConfig, ObjectivesConfig
 from mmmodel.pretraining import Pretraining
 
@@ -42,14 +42,14 @@ def build():
 def split():
     config, learned = build()
     sharding.shard(learned, CPU)
-    return config, learned, train.make_optimizer(learned, config)
+    return config, learned, update.make_optimizer(learned, config)
 
 
 def prepared_batch(learned, which):
     items, features = samples(present=PRESENT)
     batch = batch_of(learned, items[which], features)
     prepared = learned.prepare(batch, np.random.default_rng(0))
-    return batch, train.reweighted(prepared, CPU)
+    return batch, update.reweighted(prepared, CPU)
 
 
 def whole(tensors):
@@ -73,12 +73,12 @@ def ranks_step(rank, store, results):
     batch, prepared = prepared_batch(learned, SHARES[rank])
     with distributed.wrapped(learned) as module:
         assert module is learned
-        figures, made = train.train_step(module, optimizer, batch, prepared, config)
+        figures, made = update.train_step(module, optimizer, batch, prepared, config)
     held = sum(state["exp_avg"].to_local().numel() for state in optimizer.state.values())
     torch.save((figures, made, gradients_of(learned), weights_of(learned), held), f"{results}.{rank}")
     with mock.patch.object(dist, "broadcast", None):  # it has no buffers: nothing is sent for them
         for _ in range(2):
-            train.train_step(learned, optimizer, batch, prepared, config)
+            update.train_step(learned, optimizer, batch, prepared, config)
     check_ddp_agrees(learned, rank)
     check_one_infinity_stops_both(learned, optimizer, batch, prepared, rank)
     check_checkpoint_reads(store.parent / "checkpoints", learned, optimizer)
@@ -89,10 +89,10 @@ def ranks_step(rank, store, results):
 
 def check_ddp_agrees(learned, rank):
     config, other = build()
-    optimizer = train.make_optimizer(other, config)
+    optimizer = update.make_optimizer(other, config)
     with distributed.wrapped(other) as module:
         for _ in range(3):
-            train.train_step(module, optimizer, *prepared_batch(other, SHARES[rank]), config)
+            update.train_step(module, optimizer, *prepared_batch(other, SHARES[rank]), config)
     theirs = weights_of(learned)
     for name, mine in weights_of(other).items():
         if not name.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, of which AdamW makes steps
@@ -105,13 +105,13 @@ def check_buffers_of_a_step_are_rank_0s(rank, sharded):
     norm = learned.model.front_ends["image"].norm = torch.nn.BatchNorm1d(3, affine=False)
     if sharded:
         sharding.shard(learned, CPU)
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     batch, prepared = prepared_batch(learned, SHARES[rank])
     with distributed.wrapped(learned) as module:
         for step in range(2):
             norm.running_var.fill_(3 + rank)
             norm.num_batches_tracked.fill_(step + 5 * rank)
-            train.train_step(module, optimizer, batch, prepared, config)
+            update.train_step(module, optimizer, batch, prepared, config)
             assert norm.running_var.tolist() == [3, 3, 3]
             assert norm.num_batches_tracked.item() == step
         norm.running_var.fill_(3 + rank)
@@ -124,7 +124,7 @@ def check_buffers_of_a_step_are_rank_0s(rank, sharded):
 def check_one_infinity_stops_both(learned, optimizer, batch, prepared, rank):
     before = weights_of(learned)
     wrong = dataclasses.replace(prepared, weights=prepared.weights | ({"contrastive": math.inf} if rank else {}))
-    _, made = train.train_step(learned, optimizer, batch, wrong, learned.config)
+    _, made = update.train_step(learned, optimizer, batch, wrong, learned.config)
     assert not made
     assert all(torch.equal(before[name], after) for name, after in weights_of(learned).items())
 
@@ -148,8 +148,8 @@ def test_a_split_learner_takes_the_step_of_a_whole_one(tmp_path, one_thread):
     """Also where a modality is on one rank alone or on none: what no rank's loss reaches stays as it is."""
     config, learned = build()
     start = weights_of(learned)
-    optimizer = train.make_optimizer(learned, config)
-    figures, _ = train.train_step(learned, optimizer, *prepared_batch(learned, slice(None)), config)
+    optimizer = update.make_optimizer(learned, config)
+    figures, _ = update.train_step(learned, optimizer, *prepared_batch(learned, slice(None)), config)
     expected = gradients_of(learned)
     unreached = start.keys() - expected.keys()
     assert "objectives.masked_audio.head.weight" in unreached

@@ -26,6 +26,7 @@ from mmmodel import (
     evaluate,
     metrics,
     train,
+    update,
 )
 from mmmodel.data.shards import write_shard
 
@@ -56,7 +57,7 @@ def test_a_run_leaves_what_the_readme_promises(unbroken):
 def stopped_after(number, monkeypatch, by=signal.SIGTERM):
     """A signal in the step of that number; the list grows with each step."""
     steps = []
-    original = train.train_step
+    original = update.train_step
 
     def stopping(*args):
         steps.append(1)
@@ -64,7 +65,7 @@ def stopped_after(number, monkeypatch, by=signal.SIGTERM):
             os.kill(os.getpid(), by)
         return original(*args)
 
-    monkeypatch.setattr(train, "train_step", stopping)
+    monkeypatch.setattr(update, "train_step", stopping)
     return steps
 
 
@@ -191,18 +192,18 @@ def test_a_parameter_that_its_first_gradient_reaches_after_a_checkpoint_learns_t
 
 def test_checkpoint_restores_weights_and_optimizer_exactly(tmp_path):
     config, learned = learner()
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     items, features = samples()
     batch = batch_of(learned, items, features)
 
     def step(learned, optimizer):
-        return train.train_step(learned, optimizer, batch, learned.prepare(batch, _rng()), config)
+        return update.train_step(learned, optimizer, batch, learned.prepare(batch, _rng()), config)
 
     for _ in range(3):
         step(learned, optimizer)
     checkpoint.save(tmp_path, 3, learned, optimizer, {"step": 3, "skipped": 1}, keep=1)
     _, other = learner(seed=5)
-    other_optimizer = train.make_optimizer(other, config)
+    other_optimizer = update.make_optimizer(other, config)
     progress = checkpoint.load(checkpoint.saved(tmp_path)[-1], other, other_optimizer, {"step": 0, "skipped": 0})
     assert progress == {"step": 3, "skipped": 1}
     # the next step tells whether moments and step counts came along
@@ -217,13 +218,13 @@ def _rng():
 
 def test_a_step_that_is_not_finite_changes_nothing():
     config, learned = learner()
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     items, features = samples()
     batch = batch_of(learned, items, features)
     prepared = learned.prepare(batch, _rng())
     before = {name: p.clone() for name, p in learned.named_parameters()}
     batch.inputs["audio"][0][3] = math.inf
-    figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+    figures, made = update.train_step(learned, optimizer, batch, prepared, config)
     assert not made
     assert not math.isfinite(figures["grad_norm"])
     assert all(torch.equal(before[name], p) for name, p in learned.named_parameters())
@@ -252,12 +253,12 @@ class Reads(TorchDispatchMode):
 def test_a_step_asks_the_device_for_its_figures_alone():
     """Each other question lets a GPU run dry, since nothing is queued behind the answer."""
     config, learned = learner()
-    optimizer = train.make_optimizer(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     batch = batch_of(learned, *samples())
     prepared = learned.prepare(batch, _rng())
     assert {"contrastive", "masked_text", "matching"} <= prepared.weights.keys()
     with Reads() as reads:
-        figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+        figures, made = update.train_step(learned, optimizer, batch, prepared, config)
     assert made
     assert len(figures) > 8
     assert reads.found == []
@@ -266,7 +267,7 @@ def test_a_step_asks_the_device_for_its_figures_alone():
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_learning_rate_warms_up_and_ends_near_zero(schedule):
     config = dataclasses.replace(configs.tiny(), schedule=schedule, steps=100, warmup_steps=10, lr=1.0)
-    rates = [train.learning_rate(config, step) for step in range(100)]
+    rates = [update.learning_rate(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == max(rates)
     assert rates[-1] < 0.06

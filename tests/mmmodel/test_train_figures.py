@@ -23,6 +23,7 @@ from mmmodel import (
     plot,
     pretraining,
     train,
+    update,
 )
 from mmmodel.batches import Sampler
 from mmmodel.configs import ConfigError
@@ -51,8 +52,8 @@ def test_tensorboard_has_the_figures_of_all_steps_before_an_error(tiny, tmp_path
     from torch.utils.tensorboard import SummaryWriter
 
     closed, updated = [], iter([True, True, False])
-    original, close = train.train_step, SummaryWriter.close
-    monkeypatch.setattr(train, "train_step", lambda *args: (original(*args)[0], next(updated)))
+    original, close = update.train_step, SummaryWriter.close
+    monkeypatch.setattr(update, "train_step", lambda *args: (original(*args)[0], next(updated)))
     monkeypatch.setattr(train, "MAX_SKIPPED_IN_A_ROW", 0)
     # else what its thread has not written is lost with the process
     monkeypatch.setattr(SummaryWriter, "close", lambda self: (closed.append(self), close(self)))

@@ -9,7 +9,7 @@ import torch
 from builders import batch_of, learner, samples
 
 from mmkernels.layout import PackedLayout
-from mmmodel import recompute, train
+from mmmodel import recompute, update
 from mmmodel.configs import MatchingConfig, ObjectivesConfig
 from mmmodel.flops import StepFlops
 from mmmodel.recompute import Recompute
@@ -23,11 +23,11 @@ def step(seed=0, **fields):
     config, learned = learner(seed)
     config = dataclasses.replace(config, objectives=OBJECTIVES, **fields)
     learned.config = config
-    train.prepare_modules(learned, config)
-    optimizer = train.make_optimizer(learned, config)
+    update.prepare_modules(learned, config)
+    optimizer = update.make_optimizer(learned, config)
     batch = batch_of(learned, *samples())
     prepared = learned.prepare(batch, np.random.default_rng(0))
-    figures, made = train.train_step(learned, optimizer, batch, prepared, config)
+    figures, made = update.train_step(learned, optimizer, batch, prepared, config)
     assert made
     gradients = {name: p.grad.clone() for name, p in learned.named_parameters() if p.grad is not None}
     return figures, gradients
