@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,6 +42,16 @@ def rank() -> int:
 
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own(samples: list[Any]) -> list[Any]:
+    """This rank's of a batch's samples."""
+    return samples[rank() :: size()]
+
+
+def generator(*seed: int) -> np.random.Generator:
+    """Draws of this rank alone; rank 0's are those of a single process."""
+    return np.random.default_rng([*seed, *([rank()] if rank() else [])])
 
 
 def wait() -> None:

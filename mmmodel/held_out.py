@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -45,18 +44,16 @@ def figures(learner: Pretraining, corpus: Corpus, items: Sequence[Item], *, batc
     samples than processes.
     """
     learner.eval()
-    rank, ranks = distributed.rank(), distributed.size()
     if not (size := batch_size(items)):
         return {}
     sampler = Sampler(items, batch_size=size, seed=0)
     model, device = learner.model, learner.model.token_table.device
     found: dict[str, list[Tensor]] = {}
     for number in range(batches):
-        rng = np.random.default_rng([number, 6, *([rank] if rank else [])])
         everyone = [items[i] for i in sampler.batch(number)]
-        own = everyone[rank::ranks]
+        own = distributed.own(everyone)
         batch = collate(own, corpus.features, model.front_ends, model.special_tokens)
-        prepared = learner.prepare(batch, rng, None)
+        prepared = learner.prepare(batch, distributed.generator(number, 6), None)
         # alike on all ranks: alignment's points go round among them
         weights = {
             name: weight

@@ -195,7 +195,7 @@ def teach(learner: Pretraining, config: PretrainConfig) -> None:
 
 def make_step(learner: Pretraining, corpus: Corpus, items: list[Item], step: int) -> tuple[Batch, Prepared]:
     """The batch of a step, augmented, and the objectives' draws: all randomness comes from (seed, step, rank)."""
-    config, model, rank = learner.config, learner.model, distributed.rank()
-    rng = np.random.default_rng([config.seed, step, 2, *([rank] if rank else [])])
+    config, model = learner.config, learner.model
+    rng = distributed.generator(config.seed, step, 2)
     batch = collate(items, corpus.features, model.front_ends, model.special_tokens, rng if config.augment else None)
     return batch, learner.prepare(batch, rng, step)

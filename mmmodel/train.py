@@ -137,7 +137,7 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
     _log("ready after %.1f s", time.perf_counter() - started)
 
     def make(step: int):
-        chosen = [items[i] for i in sampler.batch(step)[distributed.rank() :: distributed.size()]]
+        chosen = distributed.own([items[i] for i in sampler.batch(step)])
         return pretraining.make_step(learner, corpus, chosen, step)
 
     def save() -> None:

@@ -146,3 +146,17 @@ def test_a_batch_that_leaves_a_process_without_samples_is_refused(tiny, tmp_path
     monkeypatch.setattr(distributed, "size", lambda: 5)
     with pytest.raises(ConfigError, match="batch_size is 4, expected at least a sample for each of the 5 processes"):
         train.pretrain(tiny, tmp_path)
+
+
+def test_ranks_share_a_batch_and_draw_apart(monkeypatch):
+    """Together they have each sample once; rank 0 draws what a single process does."""
+    alone = distributed.generator(3, 7).random()
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    shares, drawn = [], []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.own(list(range(8))))
+        drawn.append(distributed.generator(3, 7).random())
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert drawn[0] == alone
+    assert len(set(drawn)) == 3
