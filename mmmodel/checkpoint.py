@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule
 
 from mmmodel import atomic
-from mmmodel.export import CheckpointError
+from mmmodel.limits import CheckpointError
 from mmmodel.safe_reading import OtherModelError, SafePlanner, SafeReader, read_index
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # of module and optimizer, by the names of parameters

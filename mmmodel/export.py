@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmmodel import atomic, configs, limits
-from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.configs import PretrainConfig
 from mmmodel.frontends.text import load_tokenizer
-from mmmodel.limits import listed
+from mmmodel.limits import CheckpointError, listed
 from mmmodel.pretraining import Pretraining
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 FILE = "model.safetensors"
 SCALE = "objectives.contrastive.log_scale"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-
-
-class CheckpointError(ConfigError):
-    """A file that is no checkpoint, is damaged, or does not fit the model."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kinds of values that fields of a configuration take, and the one function that checks them.
+"""The kinds of values that fields of a configuration take, the one function that checks them, and mmmodel's errors.
 
 A field says its kind by its annotation: `steps: Count = 480`, `schedule: Literal["cosine", "wsd"] = "cosine"`.
 """
@@ -18,6 +18,10 @@ MISSING = 'mmmodel: %s is not there; pip install ".[model]" in a checkout brings
 
 class ConfigError(ValueError):
     """A configuration that cannot be: the command line prints it as one line."""
+
+
+class CheckpointError(ConfigError):
+    """A file that is no checkpoint, is damaged, or does not fit the model."""
 
 
 class RunError(RuntimeError):

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmmodel import atomic, checkpoint, configs, metrics, pretraining
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
-from mmmodel.export import FILE, CheckpointError, written_step
-from mmmodel.limits import FULL, listed
+from mmmodel.export import FILE, written_step
+from mmmodel.limits import FULL, CheckpointError, listed
 
 logger = logging.getLogger(__name__)
 

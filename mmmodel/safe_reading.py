@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mmmodel.export import CheckpointError
+from mmmodel.limits import CheckpointError
 
 INDEX = ".metadata"
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmmodel import configs, export
 from mmmodel.configs import ConfigError, PretrainConfig
-from mmmodel.export import CheckpointError, Run
+from mmmodel.export import Run
 from mmmodel.finetuning import weights
+from mmmodel.limits import CheckpointError
 from mmmodel.pretraining import Pretraining
 
 POSITIONS = re.compile(r"model\.embedding\.position_weights\.(\d+)\.(\d+)")  # modality, axis

@@ -22,7 +22,7 @@ from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
 from mmmodel.data.recordings import draw
 from mmmodel.data.shards import shard_stamps
-from mmmodel.export import CheckpointError, Run
+from mmmodel.export import Run
 from mmmodel.features import Features, Item
 from mmmodel.finetuning import labels as label_rules
 from mmmodel.finetuning import weights
@@ -32,6 +32,7 @@ from mmmodel.finetuning.learner import Aligned, FineTuned
 from mmmodel.finetuning.loop import Labelled, evaluate_on, train
 from mmmodel.finetuning.scores import MAIN
 from mmmodel.finetuning.weights import Loaded
+from mmmodel.limits import CheckpointError
 from mmmodel.model import check_impl
 
 logger = logging.getLogger(__name__)

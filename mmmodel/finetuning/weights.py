@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mmmodel import export
-from mmmodel.export import CheckpointError, Run
-from mmmodel.limits import listed
+from mmmodel.export import Run
+from mmmodel.limits import CheckpointError, listed
 from mmmodel.pretraining import Pretraining
 
 

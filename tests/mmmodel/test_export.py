@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from mmmodel import configs, train
 from mmmodel import export as exporting
-from mmmodel.export import CheckpointError, export, from_pretrained, load_weights, misfits, open_run
+from mmmodel.export import export, from_pretrained, load_weights, misfits, open_run
+from mmmodel.limits import CheckpointError
 
 
 @pytest.fixture(scope="module")

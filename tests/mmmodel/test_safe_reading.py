@@ -8,7 +8,7 @@ import torch
 from builders import Trap, learner
 
 from mmmodel import checkpoint, update
-from mmmodel.export import CheckpointError
+from mmmodel.limits import CheckpointError
 
 
 @pytest.fixture

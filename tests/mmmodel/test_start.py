@@ -12,9 +12,9 @@ from test_language_model import write_model
 from mmmodel import cli, configs, language_model, metrics, start, train
 from mmmodel.configs import ConfigError
 from mmmodel.data import synthetic
-from mmmodel.export import CheckpointError
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
+from mmmodel.limits import CheckpointError
 
 STILL = ("lr=1e-30", "weight_decay=0", "steps=1")  # a step that changes nothing: what was loaded is what is written
 

@@ -12,9 +12,10 @@ from mmmodel.benchmark import parts, report, stamps
 from mmmodel.benchmark.protocol import INPUTS, Protocol
 from mmmodel.configs import ConfigError
 from mmmodel.data.recordings import RECORDINGS
-from mmmodel.export import CheckpointError, export, from_pretrained, open_run
+from mmmodel.export import export, from_pretrained, open_run
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.run import finetune
+from mmmodel.limits import CheckpointError
 
 TINY = Protocol(
     language="xx",

@@ -14,11 +14,12 @@ from matplotlib import pyplot
 from mmmodel import cli, plot
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_index, write_shard
-from mmmodel.export import CheckpointError, from_pretrained, open_run
+from mmmodel.export import from_pretrained, open_run
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
 from mmmodel.finetuning.loop import evaluate_on
+from mmmodel.limits import CheckpointError
 from mmmodel.model import Model
 
 

@@ -6,8 +6,8 @@ from builders import learner
 from torch import nn
 
 from mmmodel import export
-from mmmodel.export import CheckpointError
 from mmmodel.finetuning import weights
+from mmmodel.limits import CheckpointError
 
 
 @pytest.fixture
