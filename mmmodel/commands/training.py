@@ -159,11 +159,12 @@ class Pretrain:
         config = configs.override(config, (*chain(*self.set), *given))
         from torch import distributed
 
-        from mmmodel import complexity, stopping, train
+        from mmmodel import complexity, pretraining, stopping, train
 
         train.check(config)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if not (out / "config.json").exists() and not distributed.is_torchelastic_launched():
+            pretraining.check_teacher(config)  # a mistake is told before the table
             complexity.show(complexity.complexity(config))
         if not train.pretrain(config, out):
             sys.exit(stopping.STOPPED)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import batch_of, objective_learner, samples
 
-from mmmodel import configs, held_out, language_model, pretraining, train
+from mmmodel import cli, configs, held_out, language_model, pretraining, train
 from mmmodel.batches import concept_number
 from mmmodel.configs import ConfigError
 from mmmodel.data.shards import write_shard
@@ -144,6 +144,13 @@ def test_a_language_model_that_is_not_there_is_named_before_the_data_are_read(ti
     fields = (*MEANING, "data=nowhere", "objectives.meaning.teacher=none-such")
     with pytest.raises(ConfigError, match="meaning has no teacher: language model: none-such is neither a folder nor"):
         train.pretrain(configs.override(tiny, fields), tmp_path / "run")
+
+
+def test_the_command_names_it_before_its_table(tmp_path, capsys):
+    fields = ("--set", *MEANING, "objectives.meaning.teacher=none-such", "--out", str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="meaning has no teacher: language model: none-such is neither a folder nor"):
+        cli.main(["pretrain", "--preset", "tiny", *fields])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_language_model_that_does_not_read_is_named(tiny, tmp_path):
