@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,22 @@ def reweighted(prepared: Prepared, device: torch.device) -> Prepared:
 
 
 def make_optimizer(learner: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices, not on norms, biases, scales and embedding tables."""
+    """AdamW, in one group what decays, in another what does not."""
     decayed, free = [], []
     for name, parameter in learner.named_parameters():
-        (decayed if parameter.ndim > 1 and ".embedding." not in name else free).append(parameter)
+        (decayed if decays(name, parameter) else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    return adamw([{**group, "lr": config.lr} for group in groups])
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it has weight decay: matrices, not norms, biases, scales and embedding tables."""
+    return parameter.ndim > 1 and ".embedding." not in name
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """groups: of parameters, each with its learning rate and weight decay."""
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -98,6 +109,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int) -> float:
+    """The same for all groups: that of a step, which it returns."""
     rate = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = rate

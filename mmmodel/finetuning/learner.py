@@ -13,6 +13,7 @@ from mmkernels.ops.packing.api import segment_mean
 from mmmodel.batches import Batch
 from mmmodel.finetuning.labels import UNSEEN, Labels
 from mmmodel.model import Model
+from mmmodel.update import decays
 
 
 class FineTuned(nn.Module):
@@ -94,13 +95,12 @@ def make_loss(labels: Labels, values: list, *, balance: bool) -> Callable[[Tenso
 
 def parameter_groups(learner: nn.Module, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict]:
     """AdamW groups: rate lr * layer_decay ** (layers above), the output layer at lr, and the front ends and the
-    embedding below the first block.  Weight decay on matrices alone, as in pretraining."""
+    embedding below the first block.  Weight decay on what decays in pretraining."""
     layers = learner.model.config.layers
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and ".embedding." not in name
-            groups.setdefault((_depth(name, layers), decayed), []).append(parameter)
+            groups.setdefault((_depth(name, layers), decays(name, parameter)), []).append(parameter)
     return [
         {
             "params": parameters,

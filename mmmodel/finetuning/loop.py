@@ -28,6 +28,7 @@ from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile
 from mmmodel.model import autocast
+from mmmodel.update import adamw
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def _train(
 ) -> Outcome:
     groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    optimizer = adamw(groups)
     steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
     steps = config.epochs * steps_per_epoch
     history: list[dict[str, float]] = []
