@@ -6,20 +6,20 @@ A step's batch and draws depend on (seed, step) alone, so the state is weights, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmmodel import (
     atomic,
@@ -37,7 +37,7 @@ from mmmodel import (
     stopping,
     update,
 )
-from mmmodel.batches import Sampler
+from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
 from mmmodel.data.loader import ShardDataset
 from mmmodel.flops import gemm_rate
@@ -46,7 +46,7 @@ from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile, batch_figures, merged, timings
 from mmmodel.model import autocast, check_impl, parameter_counts
 from mmmodel.plot import plot_run
-from mmmodel.pretraining import Corpus, Pretraining
+from mmmodel.pretraining import Corpus, Prepared, Pretraining
 from mmmodel.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -89,82 +89,163 @@ def _pretrain(config: PretrainConfig, out: Path, device: torch.device) -> bool:
             f"pretrain: batch_size is {config.batch_size}, expected at least a sample for each of the "
             f"{distributed.size()} processes"
         )
-    checkpoints = out / "checkpoints"
     begun = run_folder.begun(out, config)
     if begun and run_folder.finished(out, config):
         _log("%s is finished: all of its %d steps are done", out, config.steps)
         return True
     pretraining.check_teacher(config)  # not in `check`: a finished run asks it nothing
     check_impl(config.model.impl, device, config.precision)  # not in `check`: a rank's GPU is known here
-    saved = checkpoint.saved(checkpoints)
-    # first, so that nothing is written of a run that cannot start
-    earlier, loaded = start.read(config) if config.start and not saved else (None, "")
-    with distributed.first_alone():
-        if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
-            atomic.remove_left(checkpoints, older=0)
-        dataset = pretraining.open_data(config)
-        learner = _learner(config, out, dataset, earlier, begun=bool(begun))
-        corpus = pretraining.load_corpus(config, dataset, learner.model)
-    items = corpus.split("train")
-    if not items:
-        raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
-    sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
-    pretraining.teach(learner, config)
-    learner.to(device)
-    if not saved:
-        if config.language_model and config.load_language_model:  # then there is no earlier run
-            loaded = str(language_model.load(learner.model, config.language_model))
-        if loaded:
-            _log("%s", loaded)
-        counts = parameter_counts(learner.model)
-        _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    update.prepare_modules(learner, config)
-    if config.sharded:
-        sharding.shard(learner, device)
-    optimizer = update.make_optimizer(learner, config)
-    progress = {"step": 0, "skipped": 0}
-    if saved:
-        progress = checkpoint.load(saved[-1], learner, optimizer, progress)
-        _log("continuing at step %d of %d", progress["step"], config.steps)
+    training = Training.open(config, out, device, begun=bool(begun))
     _tell_of_hardware(config, device)
-    _tell_what_learns_nothing(learner, corpus, sampler)
-    if not distributed.rank():  # not before all of it stands: a mistake leaves the folder free
-        if progress["step"] < config.steps:
-            run_folder.note_data(out, dataset, begun=bool(begun))
-            if begun and (changed := run_folder.differences(asdict(begun), asdict(config))):
-                _log("going on with other %s", changed)
-        atomic.write_json(out / "config.json", asdict(config))
+    _tell_what_learns_nothing(training.learner, training.corpus, training.sampler)
+    training.note(begun)
     _log("ready after %.1f s", time.perf_counter() - started)
-
-    def make(step: int):
-        chosen = distributed.own([items[i] for i in sampler.batch(step)])
-        return pretraining.make_step(learner, corpus, chosen, step)
-
-    def save() -> None:
-        state = checkpoint.state(learner, optimizer)  # of every rank, which has the same weights or a part of them
-        if not distributed.rank():
-            with run_folder.writing(checkpoints):
-                checkpoint.write(checkpoints, progress["step"], state, progress, keep=config.keep_checkpoints)
-            with run_folder.writing(out):  # what is there may be used before the end
-                export.write(out / export.FILE, state[0], config, learner.model.tokenizer, step=str(progress["step"]))
-        distributed.wait()
-
     stop: list[int] = []
-    if progress["step"] < config.steps:
-        look = functools.partial(validate, learner, corpus)
+    if not training.done:
         with stopping.signals() as stop:
-            _run(config, out, learner, optimizer, progress, make, save, look, stop)
-    save()
+            training.run(stop)
+    training.save()
     if not distributed.rank():
         plot_run(out)
     distributed.wait()
-    if progress["step"] < config.steps:
-        message = stopping.message(progress["step"], config.steps)
-        if signal.SIGINT in stop:
-            raise KeyboardInterrupt("" if distributed.rank() else message)  # the same Ctrl-C came to every rank
-        _log("%s", message)
-        return False
-    return True
+    if training.done:
+        return True
+    message = stopping.message(training.step, config.steps)
+    if signal.SIGINT in stop:
+        raise KeyboardInterrupt("" if distributed.rank() else message)  # the same Ctrl-C came to every rank
+    _log("%s", message)
+    return False
+
+
+@dataclass
+class Training:
+    """A run under way: what it consists of, and how far it came.  Every rank has one, and rank 0 writes."""
+
+    config: PretrainConfig
+    out: Path
+    dataset: ShardDataset  # of which the corpus was made
+    learner: Pretraining
+    corpus: Corpus
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # how many are done
+    skipped: int = 0  # of these, how many changed no weight
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def open(cls, config: PretrainConfig, out: Path, device: torch.device, *, begun: bool) -> Training:
+        """As the last checkpoint in `out` has it, or before its first step.  Nothing of it is written but a tokenizer.
+
+        begun: whether `out` holds steps of this run.
+        """
+        saved = checkpoint.saved(out / "checkpoints")
+        # first, so that nothing is written of a run that cannot start
+        earlier, loaded = start.read(config) if config.start and not saved else (None, "")
+        with distributed.first_alone():
+            if not distributed.rank():  # alone in the folder: a checkpoint that was cut may be as large as a whole one
+                atomic.remove_left(out / "checkpoints", older=0)
+            dataset = pretraining.open_data(config)
+            learner = _learner(config, out, dataset, earlier, begun=begun)
+            corpus = pretraining.load_corpus(config, dataset, learner.model)
+        if not (items := corpus.split("train")):
+            raise ConfigError(f"pretrain: {config.data} has no samples of the split train")
+        sampler = Sampler(items, batch_size=config.batch_size, seed=config.seed)
+        pretraining.teach(learner, config)
+        learner.to(device)
+        if not saved:
+            if config.language_model and config.load_language_model:  # then there is no earlier run
+                loaded = str(language_model.load(learner.model, config.language_model))
+            _tell_of_weights(learner, loaded)
+        update.prepare_modules(learner, config)
+        if config.sharded:
+            sharding.shard(learner, device)
+        optimizer = update.make_optimizer(learner, config)
+        progress = {"step": 0, "skipped": 0}
+        if saved:
+            progress = checkpoint.load(saved[-1], learner, optimizer, progress)
+            _log("continuing at step %d of %d", progress["step"], config.steps)
+        return cls(config, out, dataset, learner, corpus, sampler, optimizer, **progress)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.steps
+
+    def note(self, begun: PretrainConfig | None) -> None:
+        """Make `out` this run's.  begun: the configuration of the steps that it holds."""
+        if distributed.rank():
+            return
+        if not self.done:
+            run_folder.note_data(self.out, self.dataset, begun=bool(begun))
+            if begun and (changed := run_folder.differences(asdict(begun), asdict(self.config))):
+                _log("going on with other %s", changed)
+        atomic.write_json(self.out / "config.json", asdict(self.config))
+
+    def run(self, stop: Sequence[int]) -> None:
+        """Steps to the last, or until a signal is in some rank's `stop`."""
+        first, config = not distributed.rank(), self.config
+        board = self.out / "tensorboard" if config.tensorboard else None
+        metrics = MetricsFile(self.out / "metrics.jsonl", from_step=self.step, tensorboard=board) if first else None
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        peak = distributed.size() * gemm_rate(self.device, dtype)
+        with (
+            closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
+            distributed.wrapped(self.learner) as module,
+            Progress(config.steps, self.step, shown=first) as bar,
+            _ahead(self.batch, self.step) as batches,
+        ):
+            while not self.done:
+                before = time.perf_counter()
+                batch, prepared = next(batches)
+                waited = time.perf_counter() - before
+                line = self.advance(module, batch, prepared, stop)
+                told_to_stop = line.pop("stop")  # all ranks stop after the same step
+                line |= timings(line, time.perf_counter() - before, waited, peak)
+                line |= validate(self.learner, self.corpus, self.step)
+                if first:
+                    metrics.write(line)
+                    bar.advance(line)
+                if told_to_stop:
+                    break
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not self.done:
+                    self.save()
+
+    def batch(self, step: int) -> tuple[Batch, Prepared]:
+        """What this rank computes in a step; on the host."""
+        items = [self.sampler.items[i] for i in self.sampler.batch(step)]
+        return pretraining.make_step(self.learner, self.corpus, distributed.own(items), step)
+
+    def advance(self, module: nn.Module, batch: Batch, prepared: Prepared, stop: Sequence[int]) -> dict[str, float]:
+        """One step by all ranks; its figures, and as "stop" how many signals they have in all.
+
+        module: the learner as `distributed.wrapped` gives it.  Raises RunError where no step makes an update any more.
+        """
+        rate = update.set_learning_rate(self.optimizer, self.config, self.step)
+        prepared = update.reweighted(prepared, self.device)
+        figures, made = update.train_step(module, self.optimizer, batch, prepared, self.config)
+        self.step += 1
+        self.skipped += not made
+        self.skipped_in_a_row = 0 if made else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise RunError(f"train: more than {MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite")
+        figures |= batch_figures(batch, self.config.model.modalities, self.learner.model.computed_rows(batch))
+        every = distributed.everyone(figures | {"stop": len(stop)})
+        return {"step": self.step, **merged(every), "lr": rate, "skipped": self.skipped}
+
+    def save(self) -> None:
+        """A checkpoint, and the model as it is: it may be used before the end."""
+        state = checkpoint.state(self.learner, self.optimizer)  # of every rank: all have the same weights, or a part
+        if not distributed.rank():
+            checkpoints, progress = self.out / "checkpoints", {"step": self.step, "skipped": self.skipped}
+            with run_folder.writing(checkpoints):
+                checkpoint.write(checkpoints, self.step, state, progress, keep=self.config.keep_checkpoints)
+            with run_folder.writing(self.out):
+                tokenizer = self.learner.model.tokenizer
+                export.write(self.out / export.FILE, state[0], self.config, tokenizer, step=str(self.step))
+        distributed.wait()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.learner.parameters()).device
 
 
 def _learner(
@@ -178,6 +259,13 @@ def _learner(
         with atomic.replacing(tokenizer) as partial:
             made.save(str(partial))
     return earlier or Pretraining(config, load_tokenizer(tokenizer))
+
+
+def _tell_of_weights(learner: Pretraining, loaded: str) -> None:
+    if loaded:
+        _log("%s", loaded)
+    counts = parameter_counts(learner.model)
+    _log("%d parameters: %s", counts.pop("total"), ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 
 def _tell_of_hardware(config: PretrainConfig, device: torch.device) -> None:
@@ -229,49 +317,6 @@ def validate(learner: Pretraining, corpus: Corpus, step: int) -> dict[str, float
     return {f"validation/{name}": value for name, value in found.items() if held_out.is_score(name)}
 
 
-def _run(config, out, learner, optimizer, progress, make: Callable, save: Callable, look: Callable, stop: list) -> None:
-    """Steps until config.steps or a signal is in stop; progress counts them.  look: figures to add after a step."""
-    first = not distributed.rank()
-    device = next(learner.parameters()).device
-    board = out / "tensorboard" if config.tensorboard else None
-    metrics = MetricsFile(out / "metrics.jsonl", from_step=progress["step"], tensorboard=board) if first else None
-    peak = distributed.size() * gemm_rate(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    skipped_in_a_row = 0
-    with (
-        closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
-        distributed.wrapped(learner) as module,
-        Progress(config.steps, progress["step"], shown=first) as bar,
-        _ahead(make, progress["step"]) as batches,
-    ):
-        while progress["step"] < config.steps:
-            before = time.perf_counter()
-            batch, prepared = next(batches)
-            waited = time.perf_counter() - before
-            step = progress["step"]
-            rate = update.set_learning_rate(optimizer, config, step)
-            figures, stepped = update.train_step(module, optimizer, batch, update.reweighted(prepared, device), config)
-            progress["step"] = step + 1
-            skipped_in_a_row = 0 if stepped else skipped_in_a_row + 1
-            progress["skipped"] += not stepped
-            if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                raise RunError(
-                    f"train: more than {MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite"
-                )
-            figures |= batch_figures(batch, config.model.modalities, learner.model.computed_rows(batch))
-            every = distributed.everyone(figures | {"stop": len(stop)})
-            line = {"step": step + 1, **merged(every), "lr": rate, "skipped": progress["skipped"]}
-            told_to_stop = line.pop("stop")  # all ranks stop after the same step
-            line |= timings(line, time.perf_counter() - before, waited, peak)
-            line |= look(step + 1)
-            if first:
-                metrics.write(line)
-                bar.advance(line)
-            if told_to_stop:
-                break
-            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                save()
-
-
 def _log(message: str, *values: Any) -> None:
     if not distributed.rank():
         logger.info(message, *values)
@@ -282,7 +327,7 @@ def _ahead(make: Callable[[int], Any], step: int) -> Iterator[Iterator[Any]]:
     """make(step), make(step + 1), ... with the next one under way in a thread."""
     with ThreadPoolExecutor(1) as pool:
 
-        def results(future: Future, step: int):
+        def results(future: Future, step: int) -> Iterator[Any]:
             while True:
                 ready = future.result()
                 step += 1
