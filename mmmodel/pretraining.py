@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mmmodel import distributed, features, language_model, objectives, settings
@@ -32,7 +33,7 @@ BYTES = 256  # of which any text is made; all are in the vocabulary
 class Pretraining(nn.Module):
     """Model and objectives, initialised from config.seed."""
 
-    def __init__(self, config: PretrainConfig, tokenizer) -> None:
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
@@ -151,7 +152,7 @@ def check_teacher(config: PretrainConfig) -> None:
             raise ConfigError(f"objectives: meaning has no teacher: {error}") from error
 
 
-def make_tokenizer(config: PretrainConfig, dataset: ShardDataset):
+def make_tokenizer(config: PretrainConfig, dataset: ShardDataset) -> Tokenizer:
     """The language model's, or one trained on the training captions alone: the test set's words must stay unseen."""
     special = special_names(config.model.modalities)
     if folder := config.language_model or config.model.text.encoder:
