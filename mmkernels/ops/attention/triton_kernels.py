@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 
+from mmkernels.devices import on_device
 from mmkernels.ops.attention import configs, tuned
 from mmkernels.ops.attention.triton_forward import attention_fwd_kernel
 from mmkernels.ops.attention.triton_launch import (
     LOG2E,
     descriptors,
     dropout_scalars,
-    on_device,
     options,
     precision,
     strides,

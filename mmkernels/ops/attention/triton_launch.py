@@ -1,11 +1,9 @@
-"""What each launch of the Triton attention kernels shares: device, precision, strides, dropout and descriptors."""
+"""What each launch of the Triton attention kernels shares: precision, strides, dropout and descriptors."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -15,14 +13,6 @@ from mmkernels.ops.attention.inputs import uses_tf32
 from mmkernels.philox import threshold
 
 LOG2E = triton_tiles.LOG2E.value
-NOWHERE_ELSE = contextlib.nullcontext()
-
-
-def on_device(q: Tensor):
-    """Triton launches on the current device, which need not be the tensors'."""
-    if not q.is_cuda or torch.cuda.current_device() == q.get_device():
-        return NOWHERE_ELSE
-    return torch.cuda.device(q.device)
 
 
 def precision(q: Tensor) -> str:

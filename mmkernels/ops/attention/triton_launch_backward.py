@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from mmkernels.devices import on_device
 from mmkernels.ops.attention import configs
 from mmkernels.ops.attention.triton_backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from mmkernels.ops.attention.triton_fused import attention_bwd_delta_kernel, attention_bwd_fused_kernel
@@ -16,7 +17,6 @@ from mmkernels.ops.attention.triton_launch import (
     descriptor,
     descriptors,
     dropout_scalars,
-    on_device,
     options,
     precision,
     strides,

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmkernels.devices import on_device
 from mmkernels.ops.modality_embed import configs
 from mmkernels.ops.modality_embed.inputs import NORM_CODES, Inputs, Options
 from mmkernels.ops.modality_embed.triton_backward import (
@@ -32,17 +33,18 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype):
         return out, mean, rstd
     config = configs.forward(E, out.element_size(), options.normed)
     grid = (min(triton.cdiv(T, config.rows), config.walks) * triton.cdiv(E, config.columns),)
-    modality_embed_fwd_kernel[grid](
-        **_shared(inputs, options, read_streams=True),
-        norm_bias_ptr=_contiguous(inputs.norm_bias),
-        out_ptr=out,
-        mean_ptr=mean if options.centred else None,
-        rstd_ptr=rstd if options.normed else None,
-        eps=options.eps,
-        R=config.rows,
-        COLUMNS=config.columns,
-        num_warps=config.warps,
-    )
+    with on_device(out):
+        modality_embed_fwd_kernel[grid](
+            **_shared(inputs, options, read_streams=True),
+            norm_bias_ptr=_contiguous(inputs.norm_bias),
+            out_ptr=out,
+            mean_ptr=mean if options.centred else None,
+            rstd_ptr=rstd if options.normed else None,
+            eps=options.eps,
+            R=config.rows,
+            COLUMNS=config.columns,
+            num_warps=config.warps,
+        )
     return out, mean, rstd
 
 
@@ -75,34 +77,37 @@ def backward(grad_out: Tensor, inputs: Inputs, options: Options, mean: Tensor, r
     # Half the bits are half the passes of the sort.
     few = first[-1] + (0 if inputs.token_weight is None else inputs.token_weight.shape[0]) < 2**15
     keys = grad_out.new_empty((slots, T), dtype=torch.int16 if few else torch.int32) if keyed else None
-    if T and E:
-        shared = _shared(inputs, options, read_streams=options.normed)
-        written = [d is not None and d.numel() > 0 for d in d_streams]
-        modality_embed_bwd_rows_kernel[(walks * triton.cdiv(E, config.columns),)](
-            **shared,
-            grad_ptr=grad_out,
-            mean_ptr=mean if options.centred else None,
-            rstd_ptr=rstd if options.normed else None,
-            d_streams=tuple(  # one that is not written has the type of its stream all the same
-                d if w else s for s, d, w in zip(shared["streams"], d_streams, written, strict=True)
-            ),
-            dx_ptr=dx,
-            partial_ptr=partial,
-            keys_ptr=keys,
-            WANTED=tuple(int(w) for w in written),
-            NORM_SUMS=int(need_norm),
-            MODALITY_SUMS=int(need_modality),
-            FIRST=first,
-            TILES=tiles,
-            R=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.warps,
-            maxnreg=config.registers,
-        )
-        if keyed:
-            _sum_tables(grad_out if dx is None else dx, keys, d_summed, first)
+    with on_device(grad_out):
+        if T and E:
+            shared = _shared(inputs, options, read_streams=options.normed)
+            written = [d is not None and d.numel() > 0 for d in d_streams]
+            modality_embed_bwd_rows_kernel[(walks * triton.cdiv(E, config.columns),)](
+                **shared,
+                grad_ptr=grad_out,
+                mean_ptr=mean if options.centred else None,
+                rstd_ptr=rstd if options.normed else None,
+                d_streams=tuple(  # one that is not written has the type of its stream all the same
+                    d if w else s for s, d, w in zip(shared["streams"], d_streams, written, strict=True)
+                ),
+                dx_ptr=dx,
+                partial_ptr=partial,
+                keys_ptr=keys,
+                WANTED=tuple(int(w) for w in written),
+                NORM_SUMS=int(need_norm),
+                MODALITY_SUMS=int(need_modality),
+                FIRST=first,
+                TILES=tiles,
+                R=config.rows,
+                COLUMNS=config.columns,
+                num_warps=config.warps,
+                maxnreg=config.registers,
+            )
+            if keyed:
+                _sum_tables(grad_out if dx is None else dx, keys, d_summed, first)
 
-    d_norm_weight, d_norm_bias, d_modality = _sum_walks(partial, inputs.modality_weight, M, need_norm, need_modality)
+        d_norm_weight, d_norm_bias, d_modality = _sum_walks(
+            partial, inputs.modality_weight, M, need_norm, need_modality
+        )
     grads = (*d_streams, d_modality, d_summed[-1] if needs[M + 1] else None, *d_summed[:P], d_norm_weight, d_norm_bias)
     return [grad.to(leaf.dtype) if n else None for grad, leaf, n in zip(grads, inputs.leaves, needs, strict=True)]
 

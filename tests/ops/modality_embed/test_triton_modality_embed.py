@@ -3,6 +3,7 @@
 bf16 is owed to a GPU: the interpreter computes it wrongly, and dispatch refuses it.
 """
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from embed_cases import MIXED, Case, make, oracle, ragged, run, torch_same
 from triton.runtime import interpreter
 
-from mmkernels.ops.modality_embed import configs
+from mmkernels.ops.modality_embed import configs, triton_kernels
 from mmkernels.ops.modality_embed.api import modality_embed
 from mmkernels.testing import assert_error_rule
 
@@ -55,6 +56,33 @@ def test_values_and_gradients(case, dtype, monkeypatch):
     monkeypatch.setattr(configs, "CHUNK", CHUNK)
     inputs = make(case, dtype)
     check(inputs, run(inputs, "triton"))
+
+
+def test_kernels_are_launched_on_the_tensors_own_gpu(monkeypatch):
+    """Which need not be the current one: Triton would launch them there."""
+    entered, launched = [], []
+
+    @contextlib.contextmanager
+    def on_device(tensor):
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            assert entered, self.kernel.__name__
+            launched.append(self.kernel.__name__)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(triton_kernels, "on_device", on_device)
+    kernels = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
+    for name in kernels:
+        monkeypatch.setattr(triton_kernels, name, Watched(getattr(triton_kernels, name)))
+    run(make(BY_NAME["everything"], torch.float32), "triton")
+    assert sorted(launched) == sorted(kernels)
 
 
 def test_fp32_parameters_with_fp16_streams():
