@@ -269,7 +269,7 @@ class PackedLayout:
             tensors = {name: getattr(self, name) for name in _TENSORS}
             return {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
         buffer = self._buffer
-        if device.type == "cuda" and not buffer.is_pinned():
+        if device.type == "cuda" and self.device.type == "cpu" and not buffer.is_pinned():
             buffer = buffer.pin_memory()
         buffer = buffer.to(device, non_blocking=non_blocking)
         views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)

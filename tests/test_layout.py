@@ -197,6 +197,15 @@ def test_pin_memory_pins_the_one_buffer(monkeypatch):
         assert getattr(moved, name).untyped_storage().data_ptr() == pinned[0].untyped_storage().data_ptr()
 
 
+def test_a_layout_goes_from_one_gpu_to_another(monkeypatch):
+    """Nothing is pinned, as only the host's memory can be.  "meta" stands for the first; `to` does not move."""
+    moved = PackedLayout.from_counts([[3, 2]]).to("meta")
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: asked.append(device) or self)
+    assert moved.to("cuda:1").host is moved.host
+    assert asked == [torch.device("cuda:1")]
+
+
 def test_bounds_may_be_a_negated_view_or_zeros_that_lie_nowhere():
     negated = torch._neg_view(torch.tensor([0, -1, -2], dtype=torch.int32))
     layout = PackedLayout.from_cu_seqlens(
