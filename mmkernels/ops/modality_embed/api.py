@@ -369,13 +369,17 @@ def _extents(layout: PackedLayout) -> list[list[int]] | None:
     if host is None or host.segments is None:
         return None
     extents = host.cache.get("position_extents")
-    if extents is None:
-        table = np.zeros((host.num_modalities, host.axes), np.int64)
-        kept = host.segments[:, 2] > 0
-        if kept.any():
-            with torch._C._DisableFuncTorch():  # under torch.func what a layout makes has no data that numpy could read
-                starts, positions = host.segment_cu_seqlens.numpy()[:-1][kept], host.positions.numpy()
-            longest = np.maximum.reduceat(positions, starts, axis=1).T + 1  # [segments, A]
-            np.maximum.at(table, host.segments[kept, 1], longest)
-        extents = host.cache["position_extents"] = table.tolist()
+    return _extents_anew(host) if extents is None else extents
+
+
+@tracing.host_code("modality_embed: what a layout asks of position tables is not looked at in a graph")
+def _extents_anew(host: PackedLayout) -> list[list[int]]:
+    table = np.zeros((host.num_modalities, host.axes), np.int64)
+    kept = host.segments[:, 2] > 0
+    if kept.any():
+        with torch._C._DisableFuncTorch():  # under torch.func what a layout makes has no data that numpy could read
+            starts, positions = host.segment_cu_seqlens.numpy()[:-1][kept], host.positions.numpy()
+        longest = np.maximum.reduceat(positions, starts, axis=1).T + 1  # [segments, A]
+        np.maximum.at(table, host.segments[kept, 1], longest)
+    extents = host.cache["position_extents"] = table.tolist()
     return extents

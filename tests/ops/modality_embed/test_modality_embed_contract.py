@@ -267,6 +267,16 @@ def test_ids_are_not_read_where_a_trace_or_a_fake_tensor_stands_for_them(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_layout_that_is_new_meets_a_fake_tensor(impl):
+    """numpy ended the process: what the layout's positions are read by would itself be fake."""
+    layout = PackedLayout.from_segments([[(0, 3), (1, (2, 2))]], num_modalities=2, special_tokens=(1, None))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        streams = [torch.zeros(3, 8), torch.zeros(4, 8)]
+        out = modality_embed(**{**GOOD, "streams": streams, "layout": layout, "impl": impl})
+    assert out.shape == (8, 8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_ids_are_read_under_a_flop_counter(impl):
     """The reference would take -1 as the last row of the table."""
     with (
