@@ -284,6 +284,12 @@ class PackedLayout:
             views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
         return replace(self, **views, _buffer=buffer, _host=None, cache={}, calls={})
 
+    def without_caches(self) -> PackedLayout:
+        """The same layout, which holds nothing that was kept on this one."""
+        bare = object.__new__(type(self))
+        bare.__dict__.update(self.__dict__, cache={}, calls={})
+        return bare
+
     def __repr__(self) -> str:
         segments = "unknown" if self.segment_cu_seqlens is None else self.num_segments
         return (

@@ -16,15 +16,15 @@ def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarr
     """int32 [4, Tq]: kv_lo, kv_hi, q_bits, q_modality; int32 [4, Tk]: q_lo, q_hi, k_bits, k_modality."""
     q_table = np.empty((4, layout.total_tokens), np.int32)
     k_table = np.empty((4, k_layout.total_tokens), np.int32)
-    q_table[0], q_table[1] = _intervals(layout, k_layout, mask)
+    lo, hi = q_table[0], q_table[1] = _intervals(layout, k_layout, mask)
     # Both bounds are monotone, so the queries with kv_lo <= j < kv_hi are an interval, and counting finds its ends.
-    q_hi = _at_most(q_table[0], k_layout.total_tokens)  # first query whose kv_lo > j
-    k_table[0] = np.minimum(_at_most(q_table[1], k_layout.total_tokens), q_hi)  # first query whose kv_hi > j
+    q_hi = _at_most(lo, k_layout.total_tokens)  # first query whose kv_lo > j
+    np.minimum(_at_most(hi, k_layout.total_tokens), q_hi, out=k_table[0])  # first query whose kv_hi > j
     k_table[1] = q_hi
     q_modality, k_modality = layout.modality_ids.numpy(), k_layout.modality_ids.numpy()
-    q_table[2] = visible_bits(mask, layout.num_modalities, k_layout.num_modalities)[q_modality].view(np.int32)
+    q_table[2] = visible_bits(mask, layout.num_modalities, k_layout.num_modalities).view(np.int32)[q_modality]
     q_table[3], k_table[3] = q_modality, k_modality
-    k_table[2] = (np.uint32(1) << k_modality.astype(np.uint32)).view(np.int32)
+    np.left_shift(1, k_table[3], out=k_table[2])
     return q_table, k_table
 
 
@@ -59,7 +59,7 @@ def joined(tiles: np.ndarray, spans: np.ndarray, most: int) -> tuple[np.ndarray,
 
 def _at_most(bounds: np.ndarray, num_keys: int) -> np.ndarray:
     """For each key j, how many of the bounds are at most j."""
-    return np.cumsum(np.bincount(bounds, minlength=num_keys + 1)[:num_keys])
+    return np.bincount(bounds, minlength=num_keys + 1)[:num_keys].cumsum(dtype=np.int32)
 
 
 def count_pairs(q_table: np.ndarray, k_table: np.ndarray, num_modalities: int, has_visible: bool) -> int:
@@ -133,19 +133,20 @@ def refuse_interval(name: str, bound, num_queries: int) -> None:
 def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.ndarray, np.ndarray]:
     """kv_lo and kv_hi [Tq] of the mask without its modality visibility."""
     cu_q, cu_k = layout.cu_seqlens.numpy().astype(np.int64), k_layout.cu_seqlens.numpy().astype(np.int64)
-    sample = np.repeat(np.arange(layout.num_samples), np.diff(cu_q))
-    start, stop = cu_k[:-1][sample], cu_k[1:][sample]
-    # Where the query stands among the keys: itself in self-attention.
-    own = np.arange(layout.total_tokens, dtype=np.int64) - cu_q[:-1][sample] + start
-    if mask.align == "bottom_right":
-        own += (np.diff(cu_k) - np.diff(cu_q))[sample]
+    sample = np.arange(layout.num_samples).repeat(cu_q[1:] - cu_q[:-1])
+    start, stop = cu_k[:-1].take(sample), cu_k[1:].take(sample)
+    own = np.arange(layout.total_tokens)  # where the query stands among the keys
+    if k_layout is not layout:
+        own += (cu_k[1:] - cu_q[1:] if mask.align == "bottom_right" else cu_k[:-1] - cu_q[:-1])[sample]
     left, right = mask.window
     lo, hi = start, stop
     if mask.causal:
         segment_lo, segment_hi, prefix_hi = own, own + 1, start
         if mask.bidirectional:
             check_bidirectional(mask, layout.num_modalities)
-            whole = np.isin(layout.modality_ids.numpy(), mask.bidirectional)
+            chosen = np.zeros(layout.num_modalities, bool)
+            chosen[list(mask.bidirectional)] = True
+            whole = chosen[layout.modality_ids.numpy()]
             bounds = layout.segment_cu_seqlens.numpy().astype(np.int64)
             segment = layout.segment_ids.numpy()
             segment_lo = np.where(whole, bounds[:-1][segment], segment_lo)
@@ -168,8 +169,8 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[np.n
     if mask.intervals is not None:
         given_lo, given_hi = _given(mask.intervals, layout, k_layout)
         lo, hi = np.maximum(lo, start + given_lo), np.minimum(hi, start + given_hi)
-    lo, hi = np.clip(lo, start, stop), np.clip(hi, start, stop)
-    return lo, np.maximum(lo, hi)
+    lo = np.minimum(np.maximum(lo, start), stop)  # np.clip takes three times as long
+    return lo, np.minimum(np.maximum(hi, lo), stop)
 
 
 def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[np.ndarray, np.ndarray]:

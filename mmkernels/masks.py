@@ -8,7 +8,7 @@ are an interval too, [q_lo[j], q_hi[j]), and backward has bounds as exact as for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -129,14 +129,15 @@ class MaskPlan:
     mask: AttentionMask
     q_table: Tensor  # int32 [4, Tq]: its rows are kv_lo, kv_hi, q_bits, q_modality
     k_table: Tensor  # int32 [4, Tk]: its rows are q_lo, q_hi, k_bits, k_modality
-    kv_lo: Tensor  # int32 [Tq]
-    kv_hi: Tensor
-    q_bits: Tensor  # int32 [Tq]: modalities that the query sees
-    q_modality: Tensor
-    q_lo: Tensor  # int32 [Tk]
-    q_hi: Tensor
-    k_bits: Tensor  # int32 [Tk]: the key's modality, one bit
-    k_modality: Tensor
+    # Made when asked for: kernels take the tables whole, and eight views cost as much as a tenth of lowering.
+    kv_lo = property(lambda self: self.q_table[0])  # int32 [Tq]
+    kv_hi = property(lambda self: self.q_table[1])
+    q_bits = property(lambda self: self.q_table[2])  # int32 [Tq]: modalities that the query sees
+    q_modality = property(lambda self: self.q_table[3])
+    q_lo = property(lambda self: self.k_table[0])  # int32 [Tk]
+    q_hi = property(lambda self: self.k_table[1])
+    k_bits = property(lambda self: self.k_table[2])  # int32 [Tk]: the key's modality, one bit
+    k_modality = property(lambda self: self.k_table[3])
 
     @classmethod
     def lower(
@@ -163,7 +164,7 @@ class MaskPlan:
         self.is_cross = k_layout is not layout
         # Without the caches, of which one holds this plan: what holds itself stays until the cyclic collector runs, and
         # training loops turn that off.
-        self.layout, self.mask = replace(layout, cache={}, calls={}), mask
+        self.layout, self.mask = layout.without_caches(), mask
         self.k_layout = k_layout if self.is_cross else self.layout
         self.has_visible = mask.visible is not None
         self.cache: dict[Any, Any] = {}  # what operators derive from the plan
@@ -187,8 +188,6 @@ class MaskPlan:
         else:
             self._of_host = host = MaskPlan.lower(layout.host, mask, k_layout.host if self.is_cross else None)
             self.q_table, self.k_table = (t.to(layout.device, non_blocking=True) for t in (host.q_table, host.k_table))
-        self.kv_lo, self.kv_hi, self.q_bits, self.q_modality = self.q_table.unbind(0)
-        self.q_lo, self.q_hi, self.k_bits, self.k_modality = self.k_table.unbind(0)
 
     @property
     def _host_plan(self) -> MaskPlan | None:

@@ -408,3 +408,16 @@ def test_device_side_bounds_refuse_what_would_sync():
         plan.cost("token", 16, 16)
     with pytest.raises(NotImplementedError, match="would sync"):
         _ = plan.visible_pairs
+
+
+def test_a_new_mask_takes_few_calls():
+    """Layouts are new in every step, and so are their plans: each of numpy's functions in Python costs 2 to 10 us."""
+    layout, mask = PackedLayout.from_counts(np.full((4, 2), 40)), AttentionMask(causal=True, bidirectional=(1,))
+    MaskPlan(layout, mask)
+    made = []
+    sys.setprofile(lambda frame, event, of: made.append(event))
+    try:
+        MaskPlan(layout, mask)
+    finally:
+        sys.setprofile(None)
+    assert made.count("call") + made.count("c_call") < 110, made
