@@ -171,8 +171,9 @@ def _check_range(rows: Tensor, total: int) -> None:
 def _check_bounds(name: str, bounds: Tensor, total: int, longest: int) -> None:
     """A layout's bounds may have been written over, and torch's kernels would follow them anywhere."""
     ends = bounds.long().numpy(force=True)
-    lengths = np.diff(ends)
-    if not len(ends) or ends[0] != 0 or ends[-1] != total or ((lengths < 0) | (lengths > longest)).any():
+    wrong = not len(ends) or ends[0] != 0 or ends[-1] != total
+    # count_nonzero, not any: this is run in every call
+    if wrong or np.count_nonzero(ends[1:] < ends[:-1]) or np.count_nonzero(ends[1:] - ends[:-1] > longest):
         raise ValueError(
             f"{name}: the layout's bounds are {bounds.dtype} {list(bounds.shape)}, expected values from 0 to {total}, "
             f"none below the one before or more than {longest} above it"
