@@ -33,7 +33,8 @@ class PackedLayout:
                                    cols) or (time, rows, cols) on the last two or three
     segment_ids     int32 [T]      segment of each token
     source_rows     int32 [T]      row in the token's stream; negative: special token, id -(row + 1) of the token table
-    segments        host int32 [N, 4]  sample, modality, length, first source row; None if only device bounds are known
+    segments        host int32 [N, 4], read-only: sample, modality, length, first source row; None if only device bounds
+                                   are known
     total_tokens, max_seqlen, num_modalities   Python ints: nothing is ever read back from the device
     special_tokens  per modality: the token id that opens each of its segments, or None.  It counts in the segment's
                     length, sits at position 0, and shifts the others by one on the axes that the segment uses
@@ -56,6 +57,7 @@ class PackedLayout:
     special_tokens: tuple[int | None, ...] | None = None
     segment_cu_seqlens: Tensor | None = None
     _buffer: Tensor | None = field(default=None, repr=False)
+    _segments: np.ndarray | None = field(default=None, repr=False)  # what the buffer was built from
     _host: PackedLayout | None = field(default=None, repr=False)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # lowered masks and their tiles
     # What operators keep to recognise a call by: apart from `cache`, on whose keys torch.compile guards.
@@ -65,12 +67,15 @@ class PackedLayout:
         # With a field put in by dataclasses.replace it would be two layouts: `segments`, `host` and what `to` and
         # pickle carry are still of the one that was built.
         if self._buffer is not None and not torch.compiler.is_compiling():
+            replaced = None if self.segments is self._segments else "segments"
             for name in _TENSORS:
                 if not _is_part(getattr(self, name), self._buffer):
-                    raise ValueError(
-                        f"PackedLayout: {name} was replaced, expected what the layout was built with; build another by "
-                        "from_counts, from_segments or from_cu_seqlens"
-                    )
+                    replaced = name
+            if replaced is not None:
+                raise ValueError(
+                    f"PackedLayout: {replaced} was replaced, expected what the layout was built with; build another by "
+                    "from_counts, from_segments or from_cu_seqlens"
+                )
             if self.total_tokens != self.modality_ids.shape[0]:
                 raise ValueError(
                     f"PackedLayout: total_tokens is {self.total_tokens!r}, expected {self.modality_ids.shape[0]} as "
@@ -257,6 +262,7 @@ class PackedLayout:
         return PackedLayout(
             **moved,
             segments=self.segments,
+            _segments=self._segments,
             total_tokens=self.total_tokens,
             max_seqlen=self.max_seqlen,
             num_modalities=self.num_modalities,
@@ -332,6 +338,7 @@ class PackedLayout:
             num_modalities=num_modalities,
             special_tokens=tuple(None if s < 0 else s for s in special.tolist()) if (special >= 0).any() else None,
             _buffer=buffer,
+            _segments=segments,
         )
 
 

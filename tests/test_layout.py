@@ -1,5 +1,6 @@
 """PackedLayout against a token-by-token construction."""
 
+import copy
 import itertools
 import pickle
 import sys
@@ -328,6 +329,10 @@ def test_a_layout_with_a_tensor_of_another_is_refused(name):
     for other in (getattr(layout, name).clone(), getattr(layout, name).long(), None):
         with pytest.raises(ValueError, match=f"PackedLayout: {name} was replaced, expected what the layout was built"):
             replace(layout, **{name: other})
+    for moved in (layout, copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout)).to("meta")):
+        assert not moved.segments.flags.writeable
+        with pytest.raises(ValueError, match="PackedLayout: segments was replaced, expected what the layout was built"):
+            replace(moved, segments=moved.segments[::-1])  # as many tokens: nothing else would notice
     with pytest.raises(ValueError, match="PackedLayout: total_tokens is 8, expected 9 as modality_ids has"):
         replace(layout, total_tokens=8)
     for moved in (layout.to("meta"), pickle.loads(pickle.dumps(layout))):
