@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import attention_pairs, workloads
 from benchmarks.attention_cases import CUDA_MORE, MASKS, MODALITY_MASKS, Case, cases
-from benchmarks.harness import LEFT_OUT, Deferred, Implementation, Missing, Work, close
+from benchmarks.harness import LEFT_OUT, MAKES_MASK, PREFIX, Deferred, Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_rows
 from benchmarks.peers import (
@@ -90,7 +90,10 @@ class AttentionProblem:
             forward = functools.partial(attention, *leaves, layout=self.layout, mask=self.mask, impl=impl)
             return Implementation(name, forward, leaves, self.grad_output, extra=extra | self._pairs(impl))
 
-        yield from our_rows("attention", self.q, build)
+        ours = list(our_rows("attention", self.q, build))
+        yield from ours
+        if attention_flex.FLEX_WITH_MASK in self.peers:
+            yield from (self._with_mask(row) for row in ours if isinstance(row, Implementation) and "auto" in row.extra)
         yield from peer_rows(self, self.peers)
         yield from (Missing(peer.NAME, LEFT_OUT) for peer in PEERS if peer not in self.peers)
 
@@ -124,6 +127,20 @@ class AttentionProblem:
         """The same problem on a layout that nothing has been lowered on yet."""
         return replace(self, layout=copy.copy(self.layout.host).to(self.q.device))
 
+    def _with_mask(self, kept: Implementation) -> Implementation:
+        """The row whose plan is kept, with all of it in the time: layout, mask plan and tiles, from host lengths."""
+        samples, device = self._segments(0, self.layout.num_samples), self.q.device
+        impl = kept.name.removeprefix(PREFIX)
+
+        def forward() -> Tensor:
+            layout = PackedLayout.from_segments(samples, num_modalities=self.layout.num_modalities)
+            layout = layout.to(device, non_blocking=True)
+            return attention(*kept.leaves, layout=layout, mask=self.mask, impl=impl)
+
+        extra = {name: fact for name, fact in kept.extra.items() if name != "auto"} | MAKES_MASK
+        directions = attention_flex.with_mask_directions(device)
+        return replace(kept, name=f"{kept.name}_with_mask", forward=forward, extra=extra, directions=directions)
+
     @functools.cached_property
     def _expected(self) -> tuple[list[Tensor], slice]:
         scores = 8 * self.layout.max_seqlen**2 * self.q.shape[1]
@@ -139,12 +156,17 @@ class AttentionProblem:
                 yield first, last
                 first = last
 
-    def _some(self, first: int, last: int) -> tuple[PackedLayout, AttentionMask | None]:
-        """Layout and mask of samples [first, last) by themselves."""
+    def _segments(self, first: int, last: int) -> list[list[tuple[int, int]]]:
+        """(modality, length) of the segments of samples [first, last)."""
         own: list[list[tuple[int, int]]] = [[] for _ in range(last - first)]
         for sample, modality, length, _ in self.layout.host.segments:
             if first <= sample < last:
                 own[int(sample) - first].append((int(modality), int(length)))
+        return own
+
+    def _some(self, first: int, last: int) -> tuple[PackedLayout, AttentionMask | None]:
+        """Layout and mask of samples [first, last) by themselves."""
+        own = self._segments(first, last)
         layout = PackedLayout.from_segments(own, num_modalities=self.layout.num_modalities)
         mask = self.mask
         if mask is not None and mask.prefix is not None:

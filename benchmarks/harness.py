@@ -38,6 +38,8 @@ BROKEN = ("wrong", "failed")
 LEFT_OUT = "left out of this case to save time"  # the reason of a row that other cases have
 # Marks, as extra, what is no peer: a plain copy, a sort.  It does less than the problem asks, and bounds it.
 YARDSTICK = {"yardstick": True}
+# Marks, as extra, who makes its mask anew in each call.  Such rows are measured by one another, not by who keeps it.
+MAKES_MASK = {"makes_mask": True}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class Deferred:
     dtype: str
     directions: tuple[str, ...]
     build: Callable[[], Problem]
+
+
+def makes_mask(row: dict) -> bool:
+    return row.get("extra", {}).get("makes_mask", False)
 
 
 def built(problem: Problem | Deferred) -> Problem:

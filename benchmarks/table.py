@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import PREFIX, may_be_equal
+from benchmarks.harness import PREFIX, makes_mask, may_be_equal
 
 COLUMNS = ("dir", "dtype", "implementation", "ms", "spread %", "rate", "% of limit", "times as fast as", "notes")
 NUMBERS = ("ms", "spread %", "rate", "% of limit")
@@ -83,6 +83,7 @@ def _cells(row: dict, beside: list[dict]) -> list[str]:
     extra = dict(row.get("extra", {}))
     name = row["impl"] + (" (auto)" if extra.pop("auto", False) else "")  # what impl="auto" takes
     name += " (yardstick)" if extra.pop("yardstick", False) else ""
+    extra.pop("makes_mask", None)  # the name says it
     percent = row["percent_of_limit"]
     return [
         row["direction"],
@@ -108,7 +109,8 @@ def ratio(row: dict, other: dict) -> str:
 
 
 def _ratios(row: dict, beside: list[dict]) -> list[str]:
-    """Of our rows, against each peer; the JSON has every pair."""
+    """Of our rows, against each peer of their kind (its mask kept, or made anew); the JSON has every pair."""
     if not row["impl"].startswith(PREFIX):
         return []
-    return [ratio(row, other) for other in beside if not other["impl"].startswith(PREFIX)]
+    peers = [other for other in beside if not other["impl"].startswith(PREFIX)]
+    return [ratio(row, peer) for peer in peers if makes_mask(peer) == makes_mask(row)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import schema
-from benchmarks.harness import PREFIX
+from benchmarks.harness import MAKES_MASK, PREFIX, makes_mask
 from benchmarks.run import HOST_OPS
 
 
@@ -81,11 +81,19 @@ class Case:
 
     @property
     def best(self) -> dict | None:
-        return self.peers[0] if self.peers else None
+        """The fastest of those that keep their masks, as `ours` does."""
+        return next((peer for peer in self.peers if not makes_mask(peer)), None)
 
-    def ratio(self, peer: dict) -> float:
+    def like(self, peer: dict) -> dict | None:
+        """Our row to measure a peer by: for who makes its mask in each call, ours that does so too, if it was timed."""
+        if not makes_mask(peer):
+            return self.ours
+        return next((row for row in self.others if makes_mask(row)), None)
+
+    def ratio(self, peer: dict) -> float | None:
         """How many times as fast as the peer ours is; by rate, as their calls need not hold equal work."""
-        return self.ours["rate"] / peer["rate"]
+        like = self.like(peer)
+        return None if like is None else like["rate"] / peer["rate"]
 
 
 def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
@@ -105,8 +113,16 @@ def load(paths: Iterable[Path]) -> tuple[list[Document], list[str]]:
     names = _names([(path, of_stage) for path, of_stage, _ in found])
     documents = []
     for name, (_, _, content) in zip(names, found, strict=True):
-        documents += _by_device(Document(name, content["environment"], content["limits"], content["rows"]))
+        rows = [_marked(row) for row in content["rows"]]
+        documents += _by_device(Document(name, content["environment"], content["limits"], rows))
     return sorted(documents, key=lambda d: d.environment["date"], reverse=True), left_out
+
+
+def _marked(row: dict) -> dict:
+    """The row as it would be written today: who makes its mask anew had no mark in files before 2026-11-29."""
+    if row["impl"] != "flex_with_mask" or "skipped" in row:
+        return row
+    return row | {"extra": row.get("extra", {}) | MAKES_MASK}
 
 
 def _by_device(document: Document) -> list[Document]:
@@ -127,7 +143,8 @@ def cases(rows: list[dict]) -> list[Case]:
     found = []
     for key, members in groups.items():
         own = [row for row in members if row["impl"].startswith(PREFIX)]
-        own.sort(key=lambda row: not row.get("extra", {}).get("auto", False))  # stable: the first is the fastest meant
+        # stable: the first is the fastest meant
+        own.sort(key=lambda row: (makes_mask(row), not row.get("extra", {}).get("auto", False)))
         rest = [row for row in members if not row["impl"].startswith(PREFIX)]
         rest.sort(key=lambda row: -row["rate"])
         yardsticks = [row for row in rest if row.get("extra", {}).get("yardstick", False)]

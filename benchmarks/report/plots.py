@@ -59,7 +59,7 @@ def _figures(document: Document, op: str, pyplot, style: dict) -> Iterator[tuple
                 yield f"length-{name}", _length_figure(pyplot, lengths, direction)
             if any(case.ours and case.ours["percent_of_limit"] for case in those):
                 yield f"limit-{name}", _limit_figure(pyplot, those, direction)
-            if any(case.ours and case.peers for case in those):
+            if any(case.ours and any(map(case.like, case.peers)) for case in those):
                 yield f"ratio-{name}", _ratio_figure(pyplot, those, direction)
 
 
@@ -129,13 +129,14 @@ def _limit_figure(pyplot, found: list[Case], direction: str):
 
 
 def _ratio_figure(pyplot, found: list[Case], direction: str):
-    """Rows: cases; columns: the peers that any case of the same block has."""
+    """Rows: cases; columns: the peers of the same block's cases that a row of ours compares with."""
     from matplotlib.colors import TwoSlopeNorm
 
     blocks: dict[tuple[str, ...], list[Case]] = {}
     for case in found:
-        if case.ours and case.peers:
-            blocks.setdefault(tuple(sorted(peer["impl"] for peer in case.peers)), []).append(case)
+        peers = [peer["impl"] for peer in case.peers if case.like(peer)] if case.ours else []
+        if peers:
+            blocks.setdefault(tuple(sorted(peers)), []).append(case)
     groups = [
         (peers[i : i + MAX_CELLS], those) for peers, those in blocks.items() for i in range(0, len(peers), MAX_CELLS)
     ]

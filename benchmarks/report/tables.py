@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
+from benchmarks.harness import makes_mask
 from benchmarks.report.documents import Case, Document, cases
 from benchmarks.table import SHORT, number, ratio
 
@@ -91,16 +92,27 @@ def body(document: Document, op: str) -> list[list[str]]:
                 f"{100 * ours['spread']:.0f}",
                 f"{number(ours['rate'])} {ours['rate_unit']}",
                 "" if percent is None else f"{percent:.0f}",
-                ", ".join(ratio(ours, peer) for peer in [*case.peers, *case.others]),
+                ", ".join([*(against(case, peer) for peer in case.peers), *(ratio(ours, row) for row in case.others)]),
                 notes(case),
             ]
         )
     return rows
 
 
+def against(case: Case, peer: dict) -> str:
+    """How many times as fast as the peer; whose ratio it is where that is not the row's own, or not of one kind."""
+    like = case.like(peer)
+    if like is None:
+        return f"{ratio(case.ours, peer)} (makes its mask, ours kept its own)"
+    return ratio(like, peer) if like is case.ours else f"{ratio(like, peer)} (by {like['impl']})"
+
+
 def notes(case: Case) -> str:
-    extra = {k: v for k, v in case.ours.get("extra", {}).items() if k not in ("auto", "yardstick")}
+    extra = {k: v for k, v in case.ours.get("extra", {}).items() if k not in ("auto", "yardstick", "makes_mask")}
     parts = [f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items() if isinstance(v, int | float)]
+    # On a GPU a mask is made on the host or on the GPU: `ms` alone would leave out the one and count the other.
+    both = [row for row in [*case.others, *case.peers] if makes_mask(row) and "host_ms" in row["extra"]]
+    parts += [f"{row['impl']} host ms {row['extra']['host_ms']:.5g}" for row in both]
     parts += [f"{row['impl']} takes {row['median_ms']:.4g} ms" for row in case.yardsticks]
     return ", ".join(parts)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, attention_pairs, table
+from benchmarks import attention, attention_pairs, harness, table
 from benchmarks.attention_cases import MASKS, Case, cases
 from benchmarks.harness import LEFT_OUT, Implementation, built, close
 from benchmarks.peers import attention_flex, attention_sdpa_backends, packed
@@ -151,6 +151,31 @@ def test_flex_adapter(mask):
         assert flex.directions == ("fwd",)
         result = flex.packed(flex.forward())
         assert close([result], problem.oracle()[:1]) is None
+
+
+@pytest.mark.parametrize("mask", ["full", "prefix", "visible"])
+def test_beside_flex_with_mask_is_a_row_of_ours_that_makes_its_own(mask, monkeypatch):
+    """Like with like: its layout and plan are new in each call, and what it computes is right."""
+    problem = tiny(mask)
+    assert not any(row.name.endswith("_with_mask") and row.name.startswith("mm.") for row in problem.implementations())
+    problem.peers = (attention_flex.FLEX_WITH_MASK,)
+    rows = {row.name: row for row in problem.implementations() if isinstance(row, Implementation)}
+    (kept,) = [row for row in rows.values() if "auto" in row.extra]
+    anew = rows[f"{kept.name}_with_mask"]
+    assert anew.directions == rows["flex_with_mask"].directions == ("fwd",)  # a CPU's FlexAttention has no backward
+    assert [harness.makes_mask(vars(row)) for row in (kept, anew, rows["flex_with_mask"])] == [False, True, True]
+    assert problem.check("fwd", [kept.forward().detach()]) is None  # lowers what the oracle needs, and kept's own
+    lowered, made = [], MaskPlan.__init__
+
+    def counted(plan, layout, *rest):
+        lowered.append(layout)
+        made(plan, layout, *rest)
+
+    monkeypatch.setattr(MaskPlan, "__init__", counted)
+    for row, times in ((anew, 3), (kept, 0)):
+        lowered.clear()
+        assert [harness.checked_call(problem, row, "fwd")[1] for _ in range(3)] == [None] * 3
+        assert len({id(layout) for layout in lowered}) == len(lowered) == times
 
 
 def test_varlen_adapter_drops_empty_samples():

@@ -75,6 +75,30 @@ def test_load(files):
     assert "text.json: no JSON" in text
 
 
+def test_who_makes_its_mask_is_measured_by_ours_that_does(tmp_path, capsys):
+    """In files from before there was such a row, the ratio says what it compares."""
+    case = "stamps 3 prefix T9 H1 D8"
+    old = [row("attention", case, "mm.cpp", 1.0, auto=True), row("attention", case, "flex", 4.0)]
+    old.append(row("attention", case, "flex_with_mask", 12.0, host_ms=0.5))
+    new = [*old[:2], row("attention", case, "mm.cpp_with_mask", 3.0, makes_mask=True, host_ms=0.25)]
+    new.append(row("attention", case, "flex_with_mask", 12.0, makes_mask=True, host_ms=0.5))
+    cells = {}
+    for name, members in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(document(rows=members)))
+        (read,), _ = documents.load([tmp_path / f"{name}.json"])
+        ((*_, cells[name, "ratios"], cells[name, "notes"]),) = tables.body(read, "attention")
+        (found,) = documents.cases(read.timed("attention"))
+        assert (found.ours["impl"], found.best["impl"]) == ("mm.cpp", "flex")
+    assert cells["old", "ratios"] == "4.00 flex, 12.00 flex_with_mask (makes its mask, ours kept its own)"
+    assert cells["new", "ratios"] == "4.00 flex, 4.00 flex_with_mask (by mm.cpp_with_mask), 3.00 mm.cpp_with_mask"
+    assert cells["new", "notes"] == "mm.cpp_with_mask host ms 0.25, flex_with_mask host ms 0.5"
+    table.print_rows(new)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "mm.cpp" in line]
+    assert "4.00 flex" in shown[0]
+    assert "flex_with_mask" not in shown[0]
+    assert "4.00 flex_with_mask" in shown[1]
+
+
 def test_two_files_of_one_name(tmp_path):
     """Each run has plots of its own; a file that is named twice is one run."""
     paths = [tmp_path / folder / "packing.json" for folder in ("before", "after")]
