@@ -33,10 +33,10 @@ def build(problem) -> Implementation:
             heapq.heappush(heap, (parts[-1][0] - parts[0][0], tie, parts))
         return [items for _, items in heap[0][2]]
 
-    def packed(parts: list[list[int]]) -> np.ndarray:
+    def packed(parts: list[list[int]]) -> tuple[np.ndarray, bool]:
         rank_of = np.empty(len(problem.costs), np.int64)
         for rank, items in enumerate(parts):
             rank_of[items] = rank
-        return rank_of
+        return rank_of, False  # counts are as they come
 
     return Implementation(NAME, plan, packed=packed)

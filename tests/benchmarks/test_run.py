@@ -21,7 +21,7 @@ from benchmarks.attention_cases import Case
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
 from benchmarks.peers import attention_sdpa_loop, planner_bisect, planner_karmarkar_karp
-from benchmarks.planner_problems import OURS, LayoutProblem, PacksProblem, RanksProblem
+from benchmarks.planner_problems import EVENED, OURS, LayoutProblem, PacksProblem, RanksProblem
 from mmkernels.masks import AttentionMask
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +261,39 @@ def test_wrong_plan_is_excluded():
     assert "exactly once" in problem.check("fwd", [(order[:-1], offsets)])
     assert "budget" in problem.check("fwd", [(order, np.array([0, len(order)]))])
     assert "packs where" in problem.check("fwd", [(order, np.arange(len(order) + 1))])
+
+
+def test_packs_that_cost_more_than_was_promised_are_excluded():
+    """Only of who was to even the costs out."""
+    problem = TINY["planner"]()[1]
+    ours, plain, *_ = problem.implementations()
+    assert problem.check("fwd", [ours.packed(ours.forward())]) is None
+    order, offsets = plain.packed(plain.forward())
+    assert problem.check("fwd", [(order, offsets)]) is None
+    assert "a pack costs" in problem.check("fwd", [(order, offsets, EVENED)])
+
+
+def test_wrong_ranks_are_excluded():
+    """A rank that is not there, unequal counts where equal ones were asked, and loads that anybody has evener."""
+    one, three = TINY["planner"]()[3:5]
+    for problem in (one, three):
+        for row in problem.implementations():
+            if isinstance(row, Implementation):
+                assert problem.check("fwd", [row.packed(row.forward())]) is None, row.name
+        free, equal, *_ = problem.implementations()
+        ranks, asked = equal.packed(equal.forward())
+        assert asked
+        assert not free.packed(free.forward())[1]
+        assert "below 4" in problem.check("fwd", [(ranks + 1, True)])
+        moved = np.where(np.arange(len(ranks)) == np.argmax(ranks == 0), 1, ranks)
+        assert "49 to 51 items" in problem.check("fwd", [(moved, True)])
+        by_size = np.argsort(np.argsort(problem.costs.reshape(len(ranks), -1)[:, 0], kind="stable")) * 4 // len(ranks)
+        for asked in (True, False):
+            assert "the costliest rank costs" in problem.check("fwd", [(by_size, asked)])
+    # one cost has a bound of its own, below what ranks in turn may take of items that come in an unlucky order
+    unlucky = RanksProblem("unlucky", np.array([9.0, 1.0, 9.0, 1.0, 9.0, 1.0]), 2)
+    assert unlucky.check("fwd", [(np.array([0, 1, 0, 1, 0, 1]), True)]) is None
+    assert "expected at most 1.6000" in unlucky.check("fwd", [(np.array([0, 1, 0, 1, 0, 1]), False)])
 
 
 def test_spent_budget_skips_with_reason():
