@@ -78,8 +78,9 @@ class Step:
     def _step(self, batch: Batch, prepared: Prepared) -> None:
         if not self.padded:
             for layout in (batch.layout, *([prepared.masked.layout] if prepared.masked else [])):
-                layout.cache.clear()
-                layout.host.cache.clear()
+                for side in (layout, layout.host):
+                    side.cache.clear()
+                    side.calls.clear()  # by which a call that was met before goes past its plan
         figures, made = update.train_step(self.learner, self.optimizer, batch, prepared, self.config)
         if not made:
             raise FloatingPointError(f"the loss or a gradient is not finite: {figures}")

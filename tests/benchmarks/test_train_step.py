@@ -68,6 +68,17 @@ def test_right_ones_pass_with_room(workload):
     assert {"mm.packed", "vilt_padded", "bucketed_8", "bucketed_50", "packed_sdpa_loop"} < set(seen)
 
 
+def test_a_packed_step_finds_nothing_of_the_step_before(longtail):
+    """What is kept on a layout would spare the second step the lowering that each step of a run pays."""
+    (packed,) = [i for i in longtail.implementations() if i.name == "mm.packed"]
+    batch, prepared = packed.forward.batches[0]
+    layouts = batch.layout, prepared.masked.layout
+    for layout in layouts:
+        layout.cache["left behind"] = layout.calls["left behind"] = 1
+    packed.forward._step(batch, prepared)
+    assert not any("left behind" in kept for layout in layouts for kept in (layout.cache, layout.calls))
+
+
 def test_compiled_blocks_are_ours_too(monkeypatch):
     """By the compiler's own stand-in, whose graphs are cut where the real one's are."""
     compiled = []
