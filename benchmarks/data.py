@@ -2,6 +2,10 @@
 
 The data are the synthetic set, written to a temporary folder, so the files are in the page cache: what is measured is
 reading, decoding and collating, not a disk.   One sample: a caption, a PNG, a FLAC, any of them missing.
+
+A call is an epoch of a run under way.  What can be kept from one epoch to the next is there before the clock starts,
+for everybody: open files, our index, tarfile's lists of members, features in memory.  webdataset keeps nothing: its
+pipeline opens the archives and reads their headers in each epoch, of a run too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""webdataset's own pipeline over the same shards, decoding with its image handler and soundfile."""
+"""webdataset's own pipeline over the same shards, decoding with its image handler and soundfile.
+
+Archives are opened and their headers read in each call: it has no form that keeps them.
+"""
 
 from __future__ import annotations
 

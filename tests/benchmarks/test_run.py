@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import tarfile
 import time
 import weakref
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.__main__ import main
 from benchmarks.attention_cases import Case
 from benchmarks.compat_huggingface import BertProblem, HuggingFaceProblem
 from benchmarks.harness import Implementation
-from benchmarks.peers import attention_sdpa_loop, planner_bisect, planner_karmarkar_karp
+from benchmarks.peers import attention_sdpa_loop, data_tarfile, planner_bisect, planner_karmarkar_karp
 from benchmarks.planner_problems import EVENED, OURS, LayoutProblem, PacksProblem, RanksProblem
 from mmkernels.masks import AttentionMask
 
@@ -221,6 +222,23 @@ def test_wrong_sample_and_wrong_batch_are_excluded():
     assert batches.check("fwd", [found]) is None
     found[0] = found[0].clone().add_(1)
     assert batches.check("fwd", [found]) == "wrong: tensor 0 of the batches"
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_no_archive_is_opened_within_the_time(monkeypatch, shuffled):
+    """In either order, ours and tarfile: an epoch of a run under way.  webdataset's pipeline opens its own."""
+    shards = list(data.build(4, 0))[shuffled]
+    shards.peers = (data_tarfile,)
+    rows = list(shards.implementations())
+    assert [row.name for row in rows] == ["mm.shards", "tarfile"]
+    assert [shards.check("fwd", [row.forward()]) for row in rows] == [None, None]
+
+    def refuse(*_, **__):
+        raise AssertionError("opened within the time")
+
+    monkeypatch.setattr(tarfile, "open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    assert [len(row.forward()) for row in rows] == [4, 4]
 
 
 def test_all_shares_one_document(tmp_path):
