@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmkernels import locks
@@ -68,6 +69,19 @@ def once(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
             if len(results) > MAX_RESULTS:  # a mask kept for good, of which each call takes another part
                 del results[next(iter(results))]
     return found
+
+
+def once_per_graph(tensor: Tensor, content: Hashable, build: Callable[[], Any]) -> Any:
+    """`once`, of a tensor that build() does not read but computes with on its device.
+
+    A graph that is captured has to hold that itself: its replays meet other values in the same tensor, and what was
+    made in its memory is nobody else's to use.
+    """
+    return build() if captures(tensor.device) else once(tensor, content, build)
+
+
+def captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _forget(number: int) -> Callable[[weakref.ref], None]:

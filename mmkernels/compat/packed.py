@@ -82,7 +82,8 @@ def _planned(name: str, whose: str, tokens: Tensor, bounds: Tensor, longest: int
             raise ValueError(f"{name}: the bounds of {whose}: {error}") from None
 
     with torch._C._DisableFuncTorch():  # as in plans.plan
-        return kept.once(bounds, ("packed", total, tokens.device, longest if isinstance(longest, int) else None), build)
+        content = ("packed", total, tokens.device, longest if isinstance(longest, int) else None)
+        return kept.once_per_graph(bounds, content, build)
 
 
 @tracing.host_code(NO_SEQUSED)
@@ -109,7 +110,7 @@ def seqused_mask(
         intervals = _used_intervals(mask.window, layout, seqused.to(layout.device).long())
         return replace(mask, window=(-1, -1), intervals=intervals), layout, keys  # beside it, so their ids stay theirs
 
-    return kept.once(seqused, ("seqused", mask, id(layout), id(keys)), build)[0]
+    return kept.once_per_graph(seqused, ("seqused", mask, id(layout), id(keys)), build)[0]
 
 
 def _check_used(name: str, seqused: Tensor, keys: PackedLayout) -> None:

@@ -69,7 +69,7 @@ def _plan(seen: Seen, shape: Shape, device: torch.device, by_head: bool) -> Padd
 
     if seen.mask is not None:
         return kept.once(seen.mask, content, build)
-    if content not in kept.plans and _captures(device):
+    if content not in kept.plans and kept.captures(device):
         return Refused(
             "lengths on the host, or none, cannot be planned while a graph is captured; give them on the device, or "
             "call once before"
@@ -118,12 +118,8 @@ def _checked(name: str, values, batch: int, most: int, mask: Tensor | None) -> L
     return tuple(found)
 
 
-def _captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
-    if _captures(device):
+    if kept.captures(device):
         return Refused("attn_mask cannot be read while a graph is captured; give lengths, or call once before")
     read = mask_reading.read(seen.mask.expand(*seen.mask.shape[:3], shape.keys), shape.batch, shape.heads)
     if isinstance(read, str):
@@ -155,8 +151,10 @@ def _per_sample(bounds: Bounds, like: Bounds) -> Bounds:
     return Bounds(*(np.repeat(part, repeats, 0) for part in bounds[:2]))
 
 
-def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan:
+def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head: bool) -> PaddedPlan | Refused:
     """Lengths of which one is on the device at least are not read there, so nothing waits for them."""
+    if kept.captures(device) and any(isinstance(n, tuple) for n in (lengths, key_lengths)):
+        return Refused("lengths on the host cannot go to the device while a graph is captured; give both on the device")
     tensors = [n for n in (lengths, key_lengths) if isinstance(n, Tensor)]
     owner = next((n for n in tensors if n.device.type != "cpu"), tensors[0])
     other = key_lengths if owner is lengths else lengths
@@ -172,4 +170,4 @@ def _device_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
         samples = shape.batch * shape.heads if by_head else shape.batch
         return plan_device_bounds(lo, hi, samples, shape.keys, by_head), other if apart else None
 
-    return (build() if unversioned else kept.once(owner, content, build))[0]
+    return (build() if unversioned else kept.once_per_graph(owner, content, build))[0]

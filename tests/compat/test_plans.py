@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dense import attention as dense
 from padded_batch import KEYS, B, D, H, L, heads
 
+from mmkernels import PackedLayout
 from mmkernels.compat import kept, mask_reading, plans, torch_sdpa
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
 
@@ -92,6 +93,29 @@ def test_capture_and_compiled_regions_on_a_gpu_refuse_by_name(monkeypatch):
     q = torch.empty(B, H, L, D, device="meta")
     assert torch_sdpa._refused(q, q, KEYS, 0.0, None, True, None).startswith("attn_mask cannot be read inside")
     assert torch_sdpa._refused(q, q, None, 0.0, None, True, None) is None
+
+
+def test_a_graph_that_is_captured_plans_lengths_on_a_device_itself(monkeypatch):
+    """Its replays meet other lengths in the same tensor.  With tensors that happen to be on the CPU."""
+    shape, cpu = plans.Shape(2, H, H, 9, 9), torch.device("cpu")
+    lengths = torch.tensor([3, 9])
+
+    def plan(key_lengths=lengths, shape=shape):
+        seen = plans.Seen(False, (-1, -1), False, lengths, key_lengths, None)
+        return plans._device_plan(seen, lengths, key_lengths, shape, cpu, False)
+
+    before = plan()
+    assert plan() is before
+    monkeypatch.setattr(kept, "captures", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    monkeypatch.setattr(PackedLayout, "to", None)  # nor does it copy from the host
+    captured = plan()
+    assert captured is not before
+    assert plan() is not captured
+    assert plan(shape=shape._replace(keys=12)).k_layout.total_tokens == 24
+    assert plan((3, 9)).reason.startswith("lengths on the host cannot go to the device")
+    monkeypatch.undo()
+    assert plan() is before
 
 
 def test_kept_plans_do_not_keep_masks_alive_nor_grow():

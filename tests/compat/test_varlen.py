@@ -11,7 +11,7 @@ from dense import attention as dense
 from dense import check
 
 from mmkernels import AttentionMask, PackedLayout, dispatch
-from mmkernels.compat import kept, packed, plans
+from mmkernels.compat import kept, packed
 from mmkernels.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -267,8 +267,23 @@ def test_flash_scales_are_numbers():
             call()
 
 
+def test_a_graph_that_is_captured_lays_out_bounds_itself(monkeypatch):
+    """Its replays meet other bounds in the same tensor."""
+    q, cu, used = torch.randn(30, 4, D), bounds([13, 17]), torch.tensor([5, 9])
+    masks = lambda layout: packed.seqused_mask("f", AttentionMask(), layout, layout, used)  # noqa: E731
+    make = lambda: packed.layouts("f", q, q, cu, cu, 17, 17)[0]  # noqa: E731
+    layout = make()
+    mask = masks(layout)
+    assert (make(), masks(layout)) == (layout, mask)
+    monkeypatch.setattr(kept, "captures", lambda device: True)
+    assert make() not in (layout, make())
+    assert masks(layout) not in (mask, masks(layout))
+    monkeypatch.undo()
+    assert (make(), masks(layout)) == (layout, mask)
+
+
 def test_what_is_not_planned_before_a_capture_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(plans, "_captures", lambda device: True)
+    monkeypatch.setattr(kept, "captures", lambda device: True)
     x = torch.randn(1, 37, 3, 2, D)
     for call in (lambda: flash_attn_qkvpacked_func(x, window_size=(31, 0)),
                  lambda: flash_attn_func(*x.unbind(2), window_size=(31, 0))):  # fmt: skip
