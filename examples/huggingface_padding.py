@@ -10,9 +10,13 @@ planning may take longer than what is saved: docs/drop_in.md has what larger one
 import time
 
 import torch
-from transformers import BertConfig, BertModel
 
 from mmkernels.compat import huggingface
+
+try:
+    from transformers import BertConfig, BertModel
+except ImportError as error:
+    raise SystemExit(f"huggingface_padding.py: {error}; pip install 'transformers>=5.0'") from None
 
 LENGTHS = (128, 90, 41, 17)
 

@@ -5,10 +5,14 @@
 Needs timm, and torchvision beside the torch that is installed.  Random weights: nothing is downloaded.
 """
 
-import timm
 import torch
 
 from mmkernels.compat import timm as mm_timm
+
+try:
+    import timm
+except ImportError as error:
+    raise SystemExit(f"timm_naflex.py: {error}; pip install timm, and the torchvision of your torch") from None
 
 GRIDS = ((8, 8), (4, 8), (3, 5))  # patches of each image, rows by columns
 

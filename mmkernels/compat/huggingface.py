@@ -59,8 +59,10 @@ def register(name: str = NAME) -> None:
     the argument for what is not computed here: softcap, attention sinks, position biases, sparse indices,
     output_attentions.
     """
-    import transformers
-
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ImportError(f"huggingface.register: {error}; pip install 'transformers>=5.0'") from error
     if int(transformers.__version__.split(".")[0]) < 5:  # its models call mask functions with other arguments
         raise ImportError(
             f"huggingface.register: transformers {transformers.__version__} is installed, expected 5.0 or later"

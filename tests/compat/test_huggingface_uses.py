@@ -280,3 +280,6 @@ def test_a_transformers_that_is_too_old_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.3")
     with pytest.raises(ImportError, match=r"transformers 4\.57\.3 is installed, expected 5\.0 or later"):
         huggingface.register()
+    monkeypatch.setitem(sys.modules, "transformers", None)  # its import fails then
+    with pytest.raises(ImportError, match=r"^huggingface.register: .*; pip install 'transformers>=5.0'$"):
+        huggingface.register()
