@@ -111,3 +111,24 @@ def test_the_fallback_runs_inside_a_compiled_region():
     run = torch.compile(lambda *t: ours(*t, fallback="torch"), fullgraph=True, backend="eager")
     torch.testing.assert_close(run(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
     assert torch_sdpa._refused(q, v, mask, 0.0, None, True, None) is None
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_padding_holds_reaches_no_further_than_in_torch(name, impl):
+    """NaN in padding rows: where torch's result and gradients of real rows are finite under the mask, so are ours."""
+
+    def finite(attend):
+        torch.manual_seed(0)
+        tensors = dict(zip("qkv", heads("projection"), strict=True))
+        hole = torch.where(REAL[:, None, :, None], tensors[name], torch.nan)
+        leaves = [t.clone().requires_grad_() for t in (tensors | {name: hole}).values()]
+        out = attend(*leaves)
+        out.backward(torch.zeros_like(out).masked_fill(REAL[:, None, :, None], 1.0))
+        return [bool(t.transpose(1, 2)[REAL].isfinite().all()) for t in (out, *(leaf.grad for leaf in leaves))]
+
+    torchs = finite(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, KEYS))
+    for options in ({"attn_mask": KEYS}, {"lengths": LENGTHS}, {"key_lengths": LENGTHS}):
+        assert all(
+            a or not b for a, b in zip(finite(lambda *t, o=options: ours(*t, **o, impl=impl)), torchs, strict=True)
+        )
