@@ -1,4 +1,4 @@
-"""torch SDPA on a batch padded to its longest sample, with the smallest mask that does: key padding, or is_causal.
+"""torch SDPA on a batch padded to its longest sample, with the smallest mask that does: key padding, is_causal, none.
 
 What most training code does where the mask allows it.  The batch is already padded and the mask already built when the
 clock starts: only SDPA is timed.  Masks that need more are attention_sdpa_dense's.
@@ -24,7 +24,7 @@ def build(problem) -> Implementation:
     options = {"enable_gqa": q.shape[1] != k.shape[1]}
     if packed.plain_mask(problem) == "causal":  # the padding is on the right, where causal rows do not look
         options["is_causal"] = True
-    else:
+    elif slots > problem.layout.total_tokens:  # else nothing is padded, and a mask would only cost time
         options["attn_mask"] = dense_masks.additive(dense_masks.key_padding(problem.plan), q.dtype)
     computed = slots * ((q.shape[2] + 1) / 2 if "is_causal" in options else q.shape[2])
     return Implementation(

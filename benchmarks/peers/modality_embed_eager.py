@@ -1,4 +1,8 @@
-"""The eager chain: embedding, position adds, cat, gather, modality add, LayerNorm.  Indices are built beforehand."""
+"""The eager chain: embedding, position adds, modality add, cat, gather, LayerNorm.  Indices are built beforehand.
+
+The modality's row is added to a stream as a whole, before the streams are joined: a look-up for each packed token, with
+its gradient, takes longer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,6 @@ def chain(
     tables: list[list[Tensor]],
     positions: list[list[Tensor]],
     joint: Tensor,
-    modality: Tensor,
     token_weight: Tensor | None,
     modality_weight: Tensor,
     norm: bool,
@@ -38,13 +41,13 @@ def chain(
 ) -> Tensor:
     """tables, positions: per modality.  A function of its tensors alone: torch.compile can keep what it made."""
     parts = []
-    for stream, own_tables, own_positions in zip(streams, tables, positions, strict=True):
+    rows_of = modality_weight.unbind()
+    for stream, own_tables, own_positions, own_row in zip(streams, tables, positions, rows_of, strict=True):
         rows = stream if stream.is_floating_point() else F.embedding(stream, token_weight)
         for table, position in zip(own_tables, own_positions, strict=True):
             rows = rows + F.embedding(position, table)
-        parts.append(rows)
+        parts.append(rows + own_row)
     packed = torch.cat(parts).index_select(0, joint)
-    packed = packed + F.embedding(modality, modality_weight)
     return layer_norm(packed, packed.shape[-1:], norm_weight, norm_bias) if norm else packed
 
 
@@ -64,7 +67,6 @@ def arguments(problem) -> tuple:
         tables,
         positions,
         joint,
-        layout.modality_ids.long(),
         tensors.get("token_weight"),
         tensors["modality_weight"],
         tensors["norm"] is not None,

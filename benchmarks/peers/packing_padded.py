@@ -1,7 +1,8 @@
-"""Between packed and padded as Python code does it: pad_sequence, a boolean index, and flash-attn's unpad_input.
+"""Between packed and padded as Python code does it: pad_sequence, a boolean index, rows by number, flash-attn's unpad.
 
-The last is written here after its published description (sum, nonzero, max, cumsum, an expanded gather per call), so
-that it is in the table where flash-attn is not installed.
+Rows by number (index_copy, index_select): the numbers are there before the clock starts, as our layout is.  The unpad
+of flash-attn is written here after its published description (sum, nonzero, max, cumsum, an expanded gather per call),
+so that it is in the table where flash-attn is not installed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ def missing(problem) -> str | None:
 
 def build(problem) -> Iterator[Implementation]:
     layout, places, grad_output = problem.layout, problem.leaves, problem.grad_output
+    if problem.function not in ("pad", "unpad"):
+        return
     lengths = layout.cu_seqlens.diff()
+    mask = torch.arange(layout.max_seqlen, device=layout.device) < lengths[:, None]
+    rows = mask.flatten().nonzero().flatten()
     if problem.function == "pad":
         sizes = lengths.tolist()
         yield Implementation(
@@ -31,12 +36,20 @@ def build(problem) -> Iterator[Implementation]:
             places,
             grad_output,
         )
-    elif problem.function == "unpad":
-        mask = torch.arange(layout.max_seqlen, device=layout.device) < lengths[:, None]
+        yield Implementation("index_copy", lambda: _pad_rows(problem.packed, rows, mask), places, grad_output)
+    else:
         yield Implementation("padded[mask]", lambda: problem.padded[mask], places, grad_output)
         yield Implementation(
             "flash-attn style unpad", lambda: _unpad_input(problem.padded, mask)[0], places, grad_output
         )
+        yield Implementation(
+            "index_select", lambda: problem.padded.flatten(0, 1).index_select(0, rows), places, grad_output
+        )
+
+
+def _pad_rows(packed: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    flat = packed.new_zeros(mask.numel(), packed.shape[1])
+    return flat.index_copy_(0, rows, packed).view(*mask.shape, -1)
 
 
 def _unpad_input(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

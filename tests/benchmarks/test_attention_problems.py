@@ -10,7 +10,7 @@ import torch
 from benchmarks import attention, attention_pairs, harness, table
 from benchmarks.attention_cases import MASKS, Case, cases
 from benchmarks.harness import LEFT_OUT, Implementation, built, close
-from benchmarks.peers import attention_flex, attention_sdpa_backends, packed
+from benchmarks.peers import attention_flex, attention_sdpa_backends, attention_sdpa_padded, packed
 from mmkernels import dispatch
 from mmkernels.masks import MaskPlan
 from mmkernels.ops.attention.api import attention as attend
@@ -176,6 +176,22 @@ def test_beside_flex_with_mask_is_a_row_of_ours_that_makes_its_own(mask, monkeyp
         lowered.clear()
         assert [harness.checked_call(problem, row, "fwd")[1] for _ in range(3)] == [None] * 3
         assert len({id(layout) for layout in lowered}) == len(lowered) == times
+
+
+@pytest.mark.parametrize(("case", "masked"), [(Case("stamps", 3), True), (Case("uniform", 3, length=8), False)])
+def test_padded_sdpa_has_no_mask_where_nothing_is_padded(monkeypatch, case, masked):
+    """With one it would be held to kernels that take masks."""
+    problem, given = attention.from_case(case, CPU, 0), []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, **options):
+        given.append(options.get("attn_mask"))
+        return sdpa(*tensors, **options)
+
+    padded = attention_sdpa_padded.build(problem)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    assert harness.checked_call(problem, padded, "fwd")[1] is None
+    assert [mask is not None for mask in given] == [masked]
 
 
 def test_varlen_adapter_drops_empty_samples():

@@ -241,6 +241,16 @@ def test_no_archive_is_opened_within_the_time(monkeypatch, shuffled):
     assert [len(row.forward()) for row in rows] == [4, 4]
 
 
+@pytest.mark.parametrize(("function", "peer"), [("pad", "index_copy"), ("unpad", "index_select")])
+def test_peers_of_padding_know_their_rows_too(monkeypatch, function, peer):
+    """As our layout does, before the clock starts."""
+    problem = packing.build(function, "stamps", 3, 24, "fp32", CPU, 0)
+    (row,) = [row for row in problem.implementations() if row.name == peer]
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)
+    for direction in problem.directions:
+        assert harness.checked_call(problem, row, direction)[1] is None
+
+
 def test_all_shares_one_document(tmp_path):
     """What is there after each case is saved; an operator that cannot be imported has a row that says so."""
     saved = []
