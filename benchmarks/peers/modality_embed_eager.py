@@ -27,6 +27,12 @@ def build(problem) -> Implementation:
     return Implementation(NAME, functools.partial(chain, *arguments(problem)), problem.leaves, problem.grad_output)
 
 
+def looked_up(problem) -> Implementation:
+    """The same with a look-up of the modality for each packed token: what the error rule of `gpu` measures ours by."""
+    forward = functools.partial(chain, *arguments(problem), modality=problem.layout.modality_ids.long())
+    return Implementation(NAME, forward, problem.leaves, problem.grad_output)
+
+
 def chain(
     streams: list[Tensor],
     tables: list[list[Tensor]],
@@ -38,6 +44,7 @@ def chain(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     layer_norm: Callable = F.layer_norm,
+    modality: Tensor | None = None,
 ) -> Tensor:
     """tables, positions: per modality.  A function of its tensors alone: torch.compile can keep what it made."""
     parts = []
@@ -46,8 +53,10 @@ def chain(
         rows = stream if stream.is_floating_point() else F.embedding(stream, token_weight)
         for table, position in zip(own_tables, own_positions, strict=True):
             rows = rows + F.embedding(position, table)
-        parts.append(rows + own_row)
+        parts.append(rows + own_row if modality is None else rows)
     packed = torch.cat(parts).index_select(0, joint)
+    if modality is not None:
+        packed = packed + F.embedding(modality, modality_weight)
     return layer_norm(packed, packed.shape[-1:], norm_weight, norm_bias) if norm else packed
 
 
