@@ -16,11 +16,22 @@ from benchmarks import workloads
 from benchmarks.harness import Implementation, Missing, Work, close
 from benchmarks.limits import DTYPES
 from benchmarks.ours import our_rows
-from benchmarks.peers import modality_embed_compiled, modality_embed_eager, modality_embed_liger, peer_rows
+from benchmarks.peers import (
+    modality_embed_compiled,
+    modality_embed_eager,
+    modality_embed_eager_streams,
+    modality_embed_liger,
+    peer_rows,
+)
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.modality_embed.api import modality_embed
 
-PEERS: tuple[ModuleType, ...] = (modality_embed_eager, modality_embed_compiled, modality_embed_liger)
+PEERS: tuple[ModuleType, ...] = (
+    modality_embed_eager,
+    modality_embed_eager_streams,
+    modality_embed_compiled,
+    modality_embed_liger,
+)
 
 VOCABULARY = 4096
 TEXT_POSITIONS, GRID_SIDE, AUDIO_POSITIONS = 512, 64, 512

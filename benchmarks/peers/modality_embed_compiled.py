@@ -1,4 +1,4 @@
-"""torch.compile of the eager chain.  Shapes are dynamic, so that one compilation serves every batch of a form."""
+"""torch.compile of the eager chain by stream.  Shapes are dynamic: one compilation serves every batch of a form."""
 
 from __future__ import annotations
 

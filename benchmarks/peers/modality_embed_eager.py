@@ -1,8 +1,4 @@
-"""The eager chain: embedding, position adds, modality add, cat, gather, LayerNorm.  Indices are built beforehand.
-
-The modality's row is added to a stream as a whole, before the streams are joined: a look-up for each packed token, with
-its gradient, takes longer.
-"""
+"""The eager chain: embedding, position adds, cat, gather, modality add, LayerNorm.  Indices are built beforehand."""
 
 from __future__ import annotations
 
@@ -24,11 +20,6 @@ def missing(problem) -> str | None:
 
 
 def build(problem) -> Implementation:
-    return Implementation(NAME, functools.partial(chain, *arguments(problem)), problem.leaves, problem.grad_output)
-
-
-def looked_up(problem) -> Implementation:
-    """The same with a look-up of the modality for each packed token: what the error rule of `gpu` measures ours by."""
     forward = functools.partial(chain, *arguments(problem), modality=problem.layout.modality_ids.long())
     return Implementation(NAME, forward, problem.leaves, problem.grad_output)
 
@@ -46,7 +37,10 @@ def chain(
     layer_norm: Callable = F.layer_norm,
     modality: Tensor | None = None,
 ) -> Tensor:
-    """tables, positions: per modality.  A function of its tensors alone: torch.compile can keep what it made."""
+    """tables, positions: per modality.  modality: of each packed token; None to add its row to a stream as a whole.
+
+    A function of its tensors alone: torch.compile can keep what it made.
+    """
     parts = []
     rows_of = modality_weight.unbind()
     for stream, own_tables, own_positions, own_row in zip(streams, tables, positions, rows_of, strict=True):

@@ -1,4 +1,4 @@
-"""The eager chain with Liger's fused LayerNorm, where liger-kernel is installed and there is a GPU."""
+"""The eager chain by stream with Liger's fused LayerNorm, where liger-kernel is installed and there is a GPU."""
 
 from __future__ import annotations
 
