@@ -119,17 +119,20 @@ def plan_device_bounds(
         return part.repeat_interleave(samples // max(part.shape[0], 1), 0)
 
     intervals = KeyIntervals(spread(lo).view(-1), spread(hi).view(-1))
+
+    def unmarked(length: int) -> Tensor:
+        return torch.zeros(samples, length, dtype=torch.uint8, device=device)
+
     # Layouts of what the device has: a graph that is captured takes no copy from the host.
-    plain = torch.zeros(samples, max(queries, keys), dtype=torch.uint8, device=device)
     if hidden is None:
-        mask, modalities, marks = AttentionMask(intervals=intervals), 1, plain[:, :keys]
+        mask, modalities, marks = AttentionMask(intervals=intervals), 1, unmarked(keys)
     else:
         mask = AttentionMask(intervals=intervals, visible=((True, False), (True, False)))  # modality 1 is hidden
         modalities, marks = 2, spread(hidden).to(torch.uint8)
     k_layout = _marked_on_device(marks, modalities)
     if queries == keys:
         return PaddedPlan(k_layout, None, mask, by_head, None)
-    return PaddedPlan(_marked_on_device(plain[:, :queries], modalities), k_layout, mask, by_head, None)
+    return PaddedPlan(_marked_on_device(unmarked(queries), modalities), k_layout, mask, by_head, None)
 
 
 def _plan(samples: int, queries: int, keys: int, device, intervals, by_head: bool, plain: str | None) -> PaddedPlan:
@@ -154,4 +157,4 @@ def _marked_on_device(marks: Tensor, modalities: int) -> PackedLayout:
     """The same for modalities that must not be read."""
     samples, length = marks.shape
     cu_seqlens = torch.arange(samples + 1, dtype=torch.int32, device=marks.device) * length
-    return PackedLayout._from_device_bounds(cu_seqlens, marks.numel(), length, marks.reshape(-1), modalities)
+    return PackedLayout._from_device_bounds(cu_seqlens, marks.numel(), length, marks.view(-1), modalities)
