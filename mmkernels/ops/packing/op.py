@@ -223,10 +223,11 @@ def _pad_context(ctx, inputs, output):
     packed, bounds, _, ctx.impl = inputs
     ctx.total = packed.shape[0]
     ctx.save_for_backward(bounds)
+    ctx.set_materialize_grads(False)  # no zeros for the mask
 
 
 def _pad_backward(ctx, grad, _):
-    return unpad(grad, *ctx.saved_tensors, ctx.total, ctx.impl), None, None, None
+    return None if grad is None else unpad(grad, *ctx.saved_tensors, ctx.total, ctx.impl), None, None, None
 
 
 def _unpad_context(ctx, inputs, output):
