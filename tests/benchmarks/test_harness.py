@@ -17,14 +17,27 @@ def test_turns_change(monkeypatch):
     monkeypatch.setattr(harness, "MIN_ROUNDS", 24)
     monkeypatch.setattr(harness, "SETTLED", -1.0)
     order = []
-    calls = {name: lambda n=name: (order.append(n), time.sleep(0.001)) for name in "abcd"}
+    calls = {name: lambda n=name: (order.append(n), time.sleep(0.002)) for name in "abcd"}
     samples = harness.time_calls(calls, 0.0, CPU)
     assert {name: len(s) for name, s in samples.items()} == dict.fromkeys("abcd", 24)
-    rounds = [order[-4 * 24 :][i : i + 4] for i in range(0, 4 * 24, 4)]
+    turns = order[-3 * 4 * 24 :: 3]  # two calls before the one that counts
+    rounds = [turns[i : i + 4] for i in range(0, 4 * 24, 4)]
     assert all(sorted(turns) == list("abcd") for turns in rounds)
     assert [turns[0] for turns in rounds] == list("abcd") * 6
     followed = {pair for turns in rounds for pair in itertools.pairwise(turns)}
     assert followed == {(a, b) for a in "abcd" for b in "abcd" if a != b}
+
+
+def test_what_another_left_does_not_count():
+    """A call that is slow while caches and the allocator are as another left them, and the call after it."""
+    last = []
+
+    def call(name):
+        last[:] = [*(n for n in last if n == name), name]
+        time.sleep(0.02 if len(last) < 3 else 0.001)
+
+    samples = harness.time_calls({name: lambda n=name: call(n) for name in "ab"}, 0.0, CPU)
+    assert max(samples["a"] + samples["b"]) < 10
 
 
 def test_forward_is_timed_without_autograd():
