@@ -6,48 +6,32 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmmodel import checkpoint, stopping
-from mmmodel.batches import Batch
 from mmmodel.configs import ConfigError
-from mmmodel.embed import make_batch, sample_vectors, segment_vectors
-from mmmodel.features import Features, Item
 from mmmodel.finetuning import scores
 from mmmodel.finetuning.config import FinetuneConfig
-from mmmodel.finetuning.labels import Labels
-from mmmodel.finetuning.learner import Aligned, FineTuned, make_loss, parameter_groups
+from mmmodel.finetuning.learner import Aligned, FineTuned, parameter_groups
+from mmmodel.finetuning.tasks import Labelled, Task, evaluate_on, make_task, predict, relabelled
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile
-from mmmodel.model import autocast
 from mmmodel.update import adamw
+
+# Of tasks.py what belongs to `train`: who trains and who scores needs no other file.
+__all__ = ["Labelled", "Outcome", "evaluate_on", "predict", "relabelled", "train"]
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0  # least time from one checkpoint to the next: an epoch may take milliseconds
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Samples of the splits that learn and choose, with their labels."""
-
-    features: Features
-    train: list[Item]
-    validation: list[Item]
-    test: list[Item]  # may be empty; never seen before the end
-    values: dict[str, Any]  # key -> label, as labels.read gives it
-    labels: Labels
-
-    def of(self, items: Sequence[Item]) -> list[Any]:
-        return [self.values[item.key] for item in items]
+OURS = ("step", "epoch", "loss", "lr", "seconds")  # of an epoch's figures; the others are its scores
 
 
 @dataclass(frozen=True)
@@ -76,186 +60,154 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
-        learner.model.requires_grad_(config.freeze != "encoder")
-        feed, validate = (_retrieval if isinstance(learner, Aligned) else _outputs)(learner, data, config)
+        training = Training.open(learner, data, config, checkpoints)
         with stopping.signals() if checkpoints else nullcontext(()) as stop:
-            return _train(learner, data, config, feed, validate, checkpoints, curve, stop)
+            training.run(curve, stop)
+        return training.outcome()
 
 
-def _train(
-    learner: FineTuned | Aligned,
-    data: Labelled,
-    config: FinetuneConfig,
-    feed: Callable[[int, int], Iterator[Tensor]],
-    validate: Callable[[], dict[str, float]],
-    checkpoints: Path | None,
-    curve: Path | None,
-    stop: Sequence[int],
-) -> Outcome:
-    groups = parameter_groups(learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay)
-    rates = [group["lr"] for group in groups]
-    optimizer = adamw(groups)
-    steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
-    steps = config.epochs * steps_per_epoch
-    history: list[dict[str, float]] = []
-    losses: list[Tensor] = []  # of the steps in the epoch under way
-    main, weights = scores.MAIN[config.task], _trained(learner)
-    if checkpoints is not None and (found := checkpoint.saved(checkpoints)):
-        progress = {"history": "", "losses": "", "best": weights, "dropout": torch.get_rng_state()}
-        progress = checkpoint.load(found[-1], learner, optimizer, progress)
-        history = json.loads(progress["history"])
-        losses = list(torch.tensor(json.loads(progress["losses"]), device=config.device))
-        torch.set_rng_state(progress["dropout"])
-        logger.info("continuing at step %d of %d", len(history) * steps_per_epoch + len(losses), steps)
-    log = MetricsFile(curve, from_step=0) if curve is not None else None
-    for line in history if log else ():  # not what the file had: it may be another's, or of epochs done again
-        log.write(line)
+@dataclass
+class Training:
+    """A fine-tuning under way: what it consists of, and how far it came."""
 
-    def keep() -> None:
-        so_far = json.dumps([float(loss) for loss in losses])
-        progress = {"history": json.dumps(history), "losses": so_far, "best": weights, "dropout": torch.get_rng_state()}
-        done = len(history) * steps_per_epoch + len(losses)
-        checkpoint.save(checkpoints, done, learner, optimizer, progress, keep=1)
-        if stop and done < steps:
-            stopping.end(stop, stopping.message(done, steps))
+    learner: FineTuned | Aligned
+    data: Labelled
+    config: FinetuneConfig
+    checkpoints: Path | None
+    task: Task
+    optimizer: torch.optim.Optimizer
+    rates: list[float]  # of the optimizer's groups, at the top of the schedule
+    best_weights: dict[str, Tensor]
+    history: list[dict[str, float]] = field(default_factory=list)  # of the epochs that ended
+    losses: list[Tensor] = field(default_factory=list)  # of the steps in the epoch under way
 
-    kept = time.monotonic()
-    for epoch in range(len(history), config.epochs):
-        learner.train()
-        started = time.perf_counter()
-        for loss in feed(epoch, len(losses)):
-            factor = _schedule(epoch * steps_per_epoch + len(losses), steps, config.warmup_share)
-            _step(learner, optimizer, loss, [rate * factor for rate in rates], config.clip_norm)
-            losses.append(loss.detach())
-            if stop and len(losses) < steps_per_epoch:
-                keep()
-        mean_loss, losses = float(torch.stack(losses).mean()), []
-        if not math.isfinite(mean_loss):
-            raise RunError(f"finetune: the loss of epoch {epoch + 1} is not finite; try a lower lr than {config.lr:g}")
-        found = validate()
+    @classmethod
+    def open(
+        cls, learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig, checkpoints: Path | None
+    ) -> Training:
+        """As the last checkpoint has it, or before its first step."""
+        learner.model.requires_grad_(config.freeze != "encoder")
+        task = make_task(learner, data, config)
+        groups = parameter_groups(
+            learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay
+        )
+        rates = [group["lr"] for group in groups]
+        training = cls(learner, data, config, checkpoints, task, adamw(groups), rates, _trained(learner))
+        if checkpoints is not None and (saved := checkpoint.saved(checkpoints)):
+            training.restore(saved[-1])
+        return training
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.history) * self.steps_per_epoch + len(self.losses)
+
+    @property
+    def main(self) -> str:
+        """The score that chooses."""
+        return scores.MAIN[self.config.task]
+
+    @property
+    def best(self) -> int:
+        """Number, from 0, of the epoch with the best score; of equals the first."""
+        return max(range(len(self.history)), key=lambda epoch: self.history[epoch][self.main], default=0)
+
+    @property
+    def done(self) -> bool:
+        ended, patience = len(self.history), self.config.patience
+        return ended == self.config.epochs or 0 < patience < ended - self.best
+
+    def run(self, curve: Path | None, stop: Sequence[int]) -> None:
+        """Steps to the last, or until a signal is in `stop`: then it saves, and raises what a command ends with."""
+        kept = time.monotonic()
+        with closing(MetricsFile(curve, from_step=0)) if curve is not None else nullcontext() as log:
+            for line in self.history if log else ():  # not what the file had: it may be another's, or done again
+                log.write(line)
+            while not self.done:
+                started = time.perf_counter()
+                self.learner.train()
+                for rows in _order(len(self.data.train), self.config, len(self.history))[len(self.losses) :]:
+                    self.advance(rows)
+                    if stop:
+                        break
+                if len(self.losses) == self.steps_per_epoch:
+                    self.end_epoch(started)
+                    if log:
+                        log.write(self.history[-1])
+                if self.checkpoints is not None and (stop or time.monotonic() - kept >= CHECKPOINT_SECONDS):
+                    self.save()
+                    kept = time.monotonic()
+                    if stop and not self.done:
+                        stopping.end(stop, stopping.message(self.step, self.steps))
+        if len(self.history) < self.config.epochs:
+            logger.info("no better for %d epochs: stopping", self.config.patience)
+
+    def advance(self, rows: np.ndarray) -> None:
+        """One step, on these rows of data.train."""
+        config, place = self.config, [len(self.history), len(self.losses)]
+        loss = self.task.loss(rows, np.random.default_rng([config.seed, *place, 4]) if config.augment else None)
+        factor = _schedule(self.step, self.steps, config.warmup_share)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.losses.append(loss.detach())
+
+    def end_epoch(self, started: float) -> None:
+        """Its figures, and its weights if it is the best so far.  started: when, by time.perf_counter."""
+        epoch, loss = len(self.history) + 1, float(torch.stack(self.losses).mean())
+        if not math.isfinite(loss):
+            rate = f"{self.config.lr:g}"
+            raise RunError(f"finetune: the loss of epoch {epoch} is not finite; try a lower lr than {rate}")
+        found, main = self.task.validate(), self.main
         if not math.isfinite(found[main]):
-            count = len(data.validation)
+            count = len(self.data.validation)
             raise ConfigError(
                 f"finetune: {main} of {count} validation samples is {found[main]}: no epoch can be chosen"
             )
-        line = {"step": (epoch + 1) * steps_per_epoch, "epoch": epoch + 1, "loss": mean_loss, "lr": config.lr * factor}
-        history.append({**line, **found, "seconds": time.perf_counter() - started})
-        if log:
-            log.write(history[-1])
-        best = _best(history, main)
-        if best == epoch:
-            weights = _trained(learner)
-        logger.info(
-            "epoch %d/%d  loss %.4f  %s %.4f (best %.4f)",
-            epoch + 1,
-            config.epochs,
-            mean_loss,
-            main,
-            found[main],
-            history[best][main],
-        )
-        if config.patience and epoch - best >= config.patience:
-            logger.info("no better for %d epochs: stopping", config.patience)
-            break
-        if checkpoints is not None and (stop or time.monotonic() - kept >= CHECKPOINT_SECONDS):
-            keep()
-            kept = time.monotonic()
-    if log:
-        log.close()
-    best = _best(history, main)
-    learner.load_state_dict(weights, strict=False)
-    ours = ("step", "epoch", "loss", "lr", "seconds")
-    return Outcome(history, best + 1, {name: value for name, value in history[best].items() if name not in ours})
+        rate = self.optimizer.param_groups[-1]["lr"]  # of the output layer
+        line = {"step": self.step, "epoch": epoch, "loss": loss, "lr": rate, **found}
+        self.history.append({**line, "seconds": time.perf_counter() - started})
+        self.losses = []
+        if self.best == epoch - 1:
+            self.best_weights = _trained(self.learner)
+        best = self.history[self.best][main]
+        words = "epoch %d/%d  loss %.4f  %s %.4f (best %.4f)"
+        logger.info(words, epoch, self.config.epochs, loss, main, found[main], best)
 
+    def save(self) -> None:
+        checkpoint.save(self.checkpoints, self.step, self.learner, self.optimizer, self.progress(), keep=1)
 
-def _step(
-    learner: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rates: Sequence[float], clip_norm: float
-) -> None:
-    """rates: of the optimizer's groups."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip_norm:
-        nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
-    optimizer.step()
+    def restore(self, path: Path) -> None:
+        """What `save` kept."""
+        progress = checkpoint.load(path, self.learner, self.optimizer, self.progress())
+        self.history = json.loads(progress["history"])
+        self.losses = list(torch.tensor(json.loads(progress["losses"]), device=self.config.device))
+        self.best_weights = progress["best"]
+        torch.set_rng_state(progress["dropout"])
+        logger.info("continuing at step %d of %d", self.step, self.steps)
 
+    def progress(self) -> dict[str, str | Tensor | dict[str, Tensor]]:
+        """What a checkpoint holds besides the learner and its optimizer."""
+        losses = json.dumps([float(loss) for loss in self.losses])
+        history, dropout = json.dumps(self.history), torch.get_rng_state()
+        return {"history": history, "losses": losses, "best": self.best_weights, "dropout": dropout}
 
-def evaluate_on(learner: FineTuned | Aligned, data: Labelled, items: Sequence[Item]) -> dict[str, float]:
-    """Scores of the task on items that have labels."""
-    learner.eval()
-    if isinstance(learner, Aligned):
-        vectors = segment_vectors(learner.model, items, data.features, learner.points)
-        return scores.score_retrieval(vectors, relabelled(items, data.values))
-    return scores.score(data.labels, predict(learner, data.features, items), data.of(items))
-
-
-def predict(learner: FineTuned, features: Features, items: Sequence[Item]) -> Tensor:
-    """Outputs of the items, float32 [len(items), C]: logits, or the number in units of the training deviation."""
-    learner.eval()
-    return torch.from_numpy(sample_vectors(learner.model, items, features, learner))
-
-
-def relabelled(items: Sequence[Item], values: dict[str, Any]) -> list[Item]:
-    """Items whose concept is their label: what retrieval counts as the same thing."""
-    return [replace(item, concept=values[item.key]) for item in items]
-
-
-def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig):
-    """Losses of an epoch from its batch `first` on, and validation.
-
-    A frozen encoder reads each sample once, not augmented.
-    """
-    loss = make_loss(data.labels, data.of(data.train), balance=config.balance)
-    device = next(learner.parameters()).device
-    targets = data.labels.encode(data.of(data.train)).to(device)
-    expected = data.of(data.validation)
-    if config.freeze == "encoder":
-        learner.eval()
-        train, validation = (
-            torch.from_numpy(sample_vectors(learner.model, items, data.features, learner.pooled)).to(device)
-            for items in (data.train, data.validation)
-        )
-
-        def feed(epoch: int, first: int) -> Iterator[Tensor]:
-            for rows in _order(len(train), config, epoch)[first:]:
-                yield loss(learner.outputs(train[rows]), targets[rows])
-
-        @torch.no_grad()
-        def validate() -> dict[str, float]:
-            learner.eval()
-            return scores.score(data.labels, learner.outputs(validation).cpu(), expected)
-
-        return feed, validate
-
-    def feed_batches(epoch: int, first: int) -> Iterator[Tensor]:
-        for rows, batch in _batches(learner, data.train, data.features, config, epoch, first):
-            with autocast(config.device, config.precision):
-                outputs = learner(batch)
-            yield loss(outputs.float(), targets[rows])
-
-    return feed_batches, lambda: evaluate_on(learner, data, data.validation)
-
-
-def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig):
-    """As `_outputs`, for points."""
-    items = relabelled(data.train, data.values)
-
-    def feed(epoch: int, first: int) -> Iterator[Tensor]:
-        for _, batch in _batches(learner, items, data.features, config, epoch, first):
-            with autocast(config.device, config.precision):
-                loss = learner(batch)
-            yield loss
-
-    return feed, lambda: evaluate_on(learner, data, data.validation)
-
-
-def _batches(
-    learner: nn.Module, items: Sequence[Item], features: Features, config: FinetuneConfig, epoch: int, first: int
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    for number, rows in enumerate(_order(len(items), config, epoch)[first:], first):
-        rng = np.random.default_rng([config.seed, epoch, number, 4]) if config.augment else None
-        yield rows, make_batch(learner.model, [items[i] for i in rows], features, rng)
+    def outcome(self) -> Outcome:
+        self.learner.load_state_dict(self.best_weights, strict=False)
+        found = {name: value for name, value in self.history[self.best].items() if name not in OURS}
+        return Outcome(self.history, self.best + 1, found)
 
 
 def _order(count: int, config: FinetuneConfig, epoch: int) -> list[np.ndarray]:
@@ -268,11 +220,6 @@ def _schedule(step: int, steps: int, warmup_share: float) -> float:
     """Linear warm-up, then cosine to zero."""
     warm = min(1.0, (step + 1) / max(1.0, warmup_share * steps))
     return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _best(history: Sequence[dict[str, float]], main: str) -> int:
-    """Number of the epoch with the best score; of equals the first."""
-    return max(range(len(history)), key=lambda epoch: history[epoch][main])
 
 
 def _trained(learner: nn.Module) -> dict[str, Tensor]:
