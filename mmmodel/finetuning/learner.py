@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,15 @@ def sample_mean(packed: Tensor, layout: PackedLayout) -> Tensor:
     means = segment_mean(packed, layout)
     sample = torch.from_numpy(layout.segments[:, 0].astype("int64"))
     counts = torch.bincount(sample, minlength=len(layout.cu_seqlens) - 1).clamp_min(1)
-    sums = means.new_zeros(len(counts), means.shape[1]).index_add(0, sample.to(means.device), means)
-    return sums / counts.to(means).unsqueeze(1)
+    sample = sample.to(means.device, non_blocking=True)
+    sums = means.new_zeros(len(counts), means.shape[1]).index_add(0, sample, means)
+    return sums / counts.to(means.device, means.dtype, non_blocking=True).unsqueeze(1)
 
 
-def make_loss(labels: Labels, values: list, *, balance: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """loss(outputs [B, C], targets as `Labels.encode`).
+def make_loss(
+    labels: Labels, values: list, *, balance: bool, device: torch.device | str = "cpu"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """loss(outputs [B, C], targets as `Labels.encode`).  device: where both will be.
 
     classification, qa: cross entropy, with balance weighted by 1 / count of the class among the training labels
     `values`.  multilabel: binary cross entropy.  regression: mean squared error.
@@ -84,13 +88,8 @@ def make_loss(labels: Labels, values: list, *, balance: bool) -> Callable[[Tenso
     weight = None
     if balance:
         counts = torch.bincount(labels.encode(values), minlength=labels.outputs)
-        weight = len(values) / (labels.outputs * counts.clamp_min(1).float())
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        per_class = None if weight is None else weight.to(outputs)
-        return F.cross_entropy(outputs, targets, weight=per_class, ignore_index=UNSEEN)
-
-    return loss
+        weight = (len(values) / (labels.outputs * counts.clamp_min(1).float())).to(device)
+    return partial(F.cross_entropy, weight=weight, ignore_index=UNSEEN)
 
 
 def parameter_groups(learner: nn.Module, *, lr: float, layer_decay: float, weight_decay: float) -> list[dict]:

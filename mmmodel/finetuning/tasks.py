@@ -91,7 +91,7 @@ def _probe(learner: FineTuned, data: Labelled, config: FinetuneConfig) -> Task:
     )
 
     def loss(rows: np.ndarray, rng: np.random.Generator | None) -> Tensor:
-        return compare(learner.outputs(train[rows]), rows)
+        return compare(learner.outputs(_chosen(train, rows)), rows)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
@@ -116,7 +116,12 @@ def _against_labels(
     learner: FineTuned, data: Labelled, config: FinetuneConfig
 ) -> Callable[[Tensor, np.ndarray], Tensor]:
     """loss(outputs [B, C], rows of data.train)."""
-    values = data.of(data.train)
-    loss = make_loss(data.labels, values, balance=config.balance)
-    targets = data.labels.encode(values).to(next(learner.parameters()).device)
-    return lambda outputs, rows: loss(outputs, targets[rows])
+    values, device = data.of(data.train), next(learner.parameters()).device
+    loss = make_loss(data.labels, values, balance=config.balance, device=device)
+    targets = data.labels.encode(values).to(device)
+    return lambda outputs, rows: loss(outputs, _chosen(targets, rows))
+
+
+def _chosen(table: Tensor, rows: np.ndarray) -> Tensor:
+    """table[rows], which on a GPU would wait for it."""
+    return table.index_select(0, torch.from_numpy(rows).to(table.device, non_blocking=True))
