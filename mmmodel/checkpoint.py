@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,17 @@ def saved(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    *,
+    optional: Sequence[str] = (),
+) -> dict[str, Any]:
     """Restore module and optimizer in place; returns the progress that was saved.  `progress` names its fields.
+
+    optional: those of them that stay as they are given where the checkpoint lacks them.
 
     Raises CheckpointError for one of another model, and for one that is damaged or holds more than data; of these it
     says what deleting it would do, for a step back is the user's to choose.
@@ -73,6 +83,9 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progre
         # What no gradient reached, as of a modality that the data lacks, had nothing to save; torch makes it up.
         saved_names, averages = read_index(path).state_dict_metadata, optimizer_state["state"]
         made_up = {n: averages.pop(n) for n in list(averages) if f"optimizer.state.{n}.step" not in saved_names}
+        for name in optional:
+            if f"progress.{name}" not in saved_names:
+                state["progress"].pop(name, None)
         _read(path, state)
     except OtherModelError as error:
         raise CheckpointError(f"{path}: of another model: {error}; choose another --out") from error
@@ -85,7 +98,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progre
     parameters = dict(module.named_parameters())
     for name in made_up:
         del optimizer.state[parameters[name]]
-    return state["progress"]
+    return progress | state["progress"]
 
 
 def _read(path: Path, state: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def train(
     samples have no score, as R2 of a single number has none.  With checkpoints, SIGTERM and Ctrl-C finish the step in
     progress and keep one: then it raises SystemExit with status 143, or KeyboardInterrupt.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_gpus(config)):
         torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
         training = Training.open(learner, data, config, checkpoints)
         with stopping.signals() if checkpoints else nullcontext(()) as stop:
@@ -191,23 +191,37 @@ class Training:
 
     def restore(self, path: Path) -> None:
         """What `save` kept."""
-        progress = checkpoint.load(path, self.learner, self.optimizer, self.progress())
+        optional = ["dropout_gpu"]  # one of a CPU, or of an earlier version, has none: then the masks are others
+        progress = checkpoint.load(path, self.learner, self.optimizer, self.progress(), optional=optional)
         self.history = json.loads(progress["history"])
         self.losses = list(torch.tensor(json.loads(progress["losses"]), device=self.config.device))
         self.best_weights = progress["best"]
         torch.set_rng_state(progress["dropout"])
+        for gpu in _gpus(self.config):
+            torch.cuda.set_rng_state(progress["dropout_gpu"], gpu)
         logger.info("continuing at step %d of %d", self.step, self.steps)
 
     def progress(self) -> dict[str, str | Tensor | dict[str, Tensor]]:
         """What a checkpoint holds besides the learner and its optimizer."""
-        losses = json.dumps([float(loss) for loss in self.losses])
-        history, dropout = json.dumps(self.history), torch.get_rng_state()
-        return {"history": history, "losses": losses, "best": self.best_weights, "dropout": dropout}
+        progress = {
+            "history": json.dumps(self.history),
+            "losses": json.dumps([float(loss) for loss in self.losses]),
+            "best": self.best_weights,
+            "dropout": torch.get_rng_state(),
+        }
+        for gpu in _gpus(self.config):
+            progress["dropout_gpu"] = torch.cuda.get_rng_state(gpu)
+        return progress
 
     def outcome(self) -> Outcome:
         self.learner.load_state_dict(self.best_weights, strict=False)
         found = {name: value for name, value in self.history[self.best].items() if name not in OURS}
         return Outcome(self.history, self.best + 1, found)
+
+
+def _gpus(config: FinetuneConfig) -> list[torch.device]:
+    """The one, if any, whose generator draws dropout beside the CPU's."""
+    return [device for device in [torch.device(config.device)] if device.type == "cuda"]
 
 
 def _order(count: int, config: FinetuneConfig, epoch: int) -> list[np.ndarray]:

@@ -103,6 +103,58 @@ def test_sigterm_and_ctrl_c_save_the_step_and_the_same_command_goes_on_to_the_sa
     assert epochs(tmp_path / "stopped") == epochs(tmp_path / "unbroken")
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A generator that stands for a GPU's, as there is none here: dropout draws from it, and torch seeds it too."""
+    generator, seed = torch.Generator(), torch.manual_seed
+    monkeypatch.setattr(loop, "_gpus", lambda config: [torch.device("cuda")])
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generator.set_state(state))
+    monkeypatch.setattr(torch, "manual_seed", lambda number: generator.manual_seed(number) and seed(number))
+
+    def dropped(self, x):
+        return x * (torch.rand(x.shape, generator=generator) > self.p) / (1 - self.p) if self.training else x
+
+    monkeypatch.setattr(torch.nn.Dropout, "forward", dropped)
+    return generator
+
+
+def test_dropout_that_a_gpu_draws_goes_on_where_it_stopped(run, labelled, tmp_path, stopping, gpu, monkeypatch):
+    """And the training leaves the GPU's generator as it was."""
+
+    def train(*args):
+        before = gpu.get_state()
+        outcome = loop.train(*args)
+        assert torch.equal(gpu.get_state(), before)
+        return outcome
+
+    monkeypatch.setattr(finetuning, "train", train)
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=4, dropout=0.5, freeze="encoder")
+    finetuning.finetune(run, config, tmp_path / "unbroken")
+    stopping["epoch"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        finetuning.finetune(run, config, tmp_path / "stopped")
+    stopping["epoch"] = None
+    finetuning.finetune(run, config, tmp_path / "stopped")
+    assert epochs(tmp_path / "stopped") == epochs(tmp_path / "unbroken")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "unbroken")
+
+
+def test_what_was_stopped_on_a_cpu_or_by_an_earlier_version_goes_on_on_a_gpu(
+    run, labelled, tmp_path, stopping, gpu, monkeypatch, caplog
+):
+    config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=3, dropout=0.5, freeze="encoder")
+    stopping["epoch"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gpus", lambda config: [])
+        with pytest.raises(KeyboardInterrupt):
+            finetuning.finetune(run, config, tmp_path)
+    stopping["epoch"] = None
+    with caplog.at_level("INFO"):
+        assert finetuning.finetune(run, config, tmp_path)["epochs"] == 3
+    assert "continuing at step 4 of 6" in caplog.text
+
+
 def test_a_stopped_fine_tuning_has_the_curve_of_its_epochs(run, labelled, tmp_path, stopping, monkeypatch):
     """Of the third epoch, which has no checkpoint, the line goes when it is done again; and no one's lines stay."""
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), freeze="encoder", epochs=5)
