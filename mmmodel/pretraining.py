@@ -37,7 +37,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # not the GPUs' too, as torch.manual_seed
             self.model = Model(config.model, tokenizer)
             self.objectives = objectives.build(config, self.model)
 

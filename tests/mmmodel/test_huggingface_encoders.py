@@ -1,10 +1,12 @@
 """Hugging Face encoders as front ends: the same states as theirs, nothing from a neighbour, and a run through each."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from builders import assert_same_run
 from test_language_model import CAPTIONS, write_model
 
 from mmmodel import configs, frontends, train
@@ -155,6 +157,22 @@ def test_a_run_trains_through_it_and_comes_back(folders, kind, tiny, tmp_path):
     features = [front_end.prepare(text) for text in raw(kind)]
     with torch.no_grad():
         assert torch.equal(front_end(*front_end.collate(features)), again(*again.collate(features)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "wav2vec2"])
+def test_a_stopped_run_goes_on_with_the_dropout_of_its_steps(folders, kind, tiny, tmp_path):
+    """Their encoders drop in training (wav2vec2 whole layers too): by the step, whatever was drawn before."""
+    config = dataclasses.replace(tiny, steps=4, checkpoint_every=2, model=swapped(folders, kind))
+    for out in ("unbroken", "stopped"):
+        before = torch.get_rng_state()
+        assert train.pretrain(config, tmp_path / out)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(7)
+    assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000004")
+    (tmp_path / "stopped" / "model.safetensors").unlink()
+    assert train.pretrain(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
 
 
 def test_what_cannot_be_is_named(folders, tmp_path):
