@@ -37,7 +37,7 @@ def _load_nothing(op: str, impl: str) -> SimpleNamespace:
     return NOTHING
 
 
-NOTHING = SimpleNamespace(attention_fwd=_nothing, attention_bwd=_nothing)
+NOTHING = SimpleNamespace(attention_fwd=_nothing, attention_bwd=_nothing, can_replay=lambda: False)
 
 
 def run(device: torch.device, *, seed: int = 0) -> dict:

@@ -10,6 +10,8 @@ import torch
 from benchmarks import attention_host
 from benchmarks.__main__ import main
 from mmkernels import dispatch
+from mmkernels.layout import PackedLayout
+from mmkernels.ops.attention import quick
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -38,6 +40,14 @@ def test_stub_computes_nothing_and_real_calls_compute():
 
     attention_host.best_times({"a stub": (call, False), "a": (call, True)}, 1, torch.device("cpu"))
     assert filled == [True] * attention_host.CALLS + [False] * attention_host.CALLS
+
+
+def test_the_stub_keeps_no_call(monkeypatch):
+    """Where a Triton of another version replays no launch, each call asks it again whether it may be kept."""
+    q, layout = torch.zeros(3, 1, 8), PackedLayout.from_segments([[(0, 3)]], num_modalities=1)
+    with attention_host.without_implementation():
+        quick.remember(q, q, q, layout, None, None, None, "auto", False, ("triton",))
+    assert not layout.calls
 
 
 @pytest.mark.parametrize("option", [["--case", "stamps"], ["--budget-seconds", "5"], ["--shapes", "full"]])
