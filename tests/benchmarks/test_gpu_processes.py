@@ -203,6 +203,14 @@ def _ends_with_one_row(folder, **other):
         return stages._run_stage("packing", stages.Context(CPU, folder, 600.0, True))
 
 
+def test_a_sanitizer_may_take_longer_than_its_share(tmp_path, monkeypatch):
+    """It is all or nothing, and the share of a run of nine minutes is what it took on an H100."""
+    monkeypatch.setattr(subprocesses.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocesses, "_ran", lambda command, seconds, tool: (True, {"seconds": seconds}))
+    _, result = subprocesses.sanitized(CPU, 36.0, dry_run=False)
+    assert 36.0 + 20.0 < result["seconds"] < 36.0 + stages.GRACE
+
+
 def test_what_a_sanitizer_started_ends_with_it(tmp_path, monkeypatch):
     """Else it would go on, on the device, under the stages that time."""
     monkeypatch.setattr(subprocesses, "LEAST", 1.0)
