@@ -25,6 +25,7 @@ SECONDS = {"quick": 60, "full": 600}  # default budget of one operator; its modu
 # Of `all`, in seconds: shared in proportion to the operators' own budgets, and what one leaves goes to the next.
 ALL_SECONDS = {"quick": 240, "full": 2400}
 MAX_SECONDS_PER_DIRECTION = 4.0  # beyond it more rounds no longer move a median
+NOT_REACHED = "the time budget was spent before this case"  # the reason of a case that nobody was tried on
 
 
 def run(
@@ -147,7 +148,7 @@ def _measure_all(op, device, shapes, deadline, seed, record: _Record, problems) 
         problem = todo.popleft()  # let go of each when it is done: inputs and oracles are large
         left = deadline - time.perf_counter()
         if left <= 0:
-            new = _skipped(problem, "the time budget was spent before this case")
+            new = _skipped(problem, NOT_REACHED)
         else:
             # Half of the share is for timing; checking takes the rest.
             seconds_each = min(left * share / len(problem.directions) / 2, MAX_SECONDS_PER_DIRECTION)

@@ -3,7 +3,8 @@
 A stage's file: {"stage", "ok", "dry_run", "seconds", "environment", "result"}, or "error" in place of "result".
 The timing stages also write what they have after each case, so that a stage that is ended on the way is not lost.
 Speed is not measured while correctness is red: the timing stages read OUT/correctness.json first.  A second run into
-the same folder goes on where the first stopped; a stage that is named is run again.  Each GPU has a folder of its own.
+the same folder goes on where the first stopped, also with the cases that a stage had no time for; a stage that is named
+is run again.  Each GPU has a folder of its own.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use.  A dry run has the CPU, other implementations than Triton, and tiny problems."""
+    """What a stage may use.  A dry run has the CPU, other implementations than Triton, and tiny problems.
+
+    anew: cases that were timed in an earlier run into OUT are timed again.
+    """
 
     device: torch.device
     out: Path
     seconds: float
     dry_run: bool
+    anew: bool = False
 
     def path(self, stage: str) -> Path:
         return self.out / f"{stage}.json"
@@ -192,7 +197,8 @@ def run_all(
     deadline = time.perf_counter() + seconds
     todo, failed = [], []
     for name in [n for n in STAGES if not names or n in names]:
-        if not names and _earlier(Context(device, out, 0.0, dry_run), name).get("ok"):
+        earlier = {} if names else _earlier(Context(device, out, 0.0, dry_run), name)
+        if earlier.get("ok") and not _not_reached(earlier):
             print(f"gpu: {name}: ok in {out} already, for these sources and versions", flush=True)
         else:
             todo.append(name)
@@ -203,7 +209,7 @@ def run_all(
             failed += todo[index:]
             break
         share = left * STAGES[name].share / sum(STAGES[n].share for n in todo[index:])
-        context = Context(device, out, share, dry_run)
+        context = Context(device, out, share, dry_run, anew=bool(names))
         if device.type == "cuda" if apart is None else apart:
             record = processes.run(_run_stage, (name, context), context.path(name), share + GRACE)
         else:
@@ -264,7 +270,8 @@ def _timed(
     every peer (`benchmarks OP --shapes full`) it takes half an hour, most of it to compile them.  Ok where ours was
     timed and never found wrong.
 
-    The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.
+    The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.  Of an
+    earlier run that was ok, but had no time for some cases, these alone are timed.
     """
     op = op or stage
     if green:
@@ -272,9 +279,19 @@ def _timed(
     if problems is None and context.dry_run:
         problems = dry_problems.of(op)
     facts, start = _facts(stage, context), time.perf_counter()
-    before = _timed_rows(_earlier(context, stage).get("result", {}))
+    earlier = _earlier(context, stage)
+    before = _timed_rows(earlier.get("result", {}))
+    kept: dict = {"limits": {}, "rows": []}
+    if earlier.get("ok") and not context.anew and (left := _not_reached(earlier)):
+        known, everything = earlier["result"], problems or run.load(op).problems("quick", context.device, SEED)
+        problems = [problem for problem in everything if (problem.op, problem.case, problem.dtype) in left]
+        kept = known | {"rows": [row for row in known["rows"] if _case(row) not in left]}
+
+    def whole(document: dict) -> dict:
+        return document | {"limits": kept["limits"] | document["limits"], "rows": kept["rows"] + document["rows"]}
 
     def save(document: dict) -> None:
+        document = whole(document)
         if _timed_rows(document) < before:
             return  # what an earlier run had when it was cut off stays until this one has more
         cut_off = {"ok": False, "cut_off": True, "error": "cut off while it ran", "result": document}
@@ -282,12 +299,25 @@ def _timed(
         files.write(facts | cut_off | {"seconds": seconds}, context.path(stage))
         print(f"  {stage}: {seconds:.0f} s so far", flush=True)
 
+    if kept["rows"]:
+        save(kept | {"rows": []})  # as cut off: where this run is ended in its first case, they are not lost
     document = run.run(
         op, context.device, shapes="quick", seconds=context.seconds, seed=SEED, problems=problems, save=save
     )
+    document = whole(document)
     ours = [row for row in document["rows"] if row["impl"].startswith(PREFIX) or row["impl"] == "all"]
     wrong = [row for row in ours if row.get("skipped", "").startswith(BROKEN)]
     return any("checked" in row for row in ours) and not wrong, document
+
+
+def _not_reached(record: dict) -> set[tuple]:
+    """The cases for which a stage that times had no time."""
+    rows = record.get("result", {}).get("rows", ())
+    return {_case(row) for row in rows if row.get("skipped") == run.NOT_REACHED}
+
+
+def _case(row: dict) -> tuple:
+    return row["op"], row["case"], row["dtype"]
 
 
 def _timed_rows(document: dict) -> int:

@@ -173,6 +173,49 @@ def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch
     assert kept in capsys.readouterr().out
 
 
+def test_a_second_run_times_the_cases_that_an_earlier_one_had_no_time_for(tmp_path, monkeypatch, capsys):
+    """And those alone; what is there by then stays, also where the second run is ended in its first case."""
+    monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
+    monkeypatch.setattr(stages, "STAGES", {"packing": stages.STAGES["packing"]})
+    path, measured, most, cases = tmp_path / "packing.json", run._measured, [2], []
+
+    def short(problem, *rest):
+        most[0] -= 1
+        if most[0] < 0:
+            return run._skipped(problem, run.NOT_REACHED)
+        cases.append(problem.case)
+        return measured(problem, *rest)
+
+    def goes_away(problem, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_measured", short)
+    assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
+    first = json.loads(path.read_text())
+    assert stages._not_reached(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_measured", goes_away)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_all(tmp_path, None, 600, dry_run=True)
+    ended = json.loads(path.read_text())
+    assert ended["cut_off"]
+    assert stages._timed_rows(ended["result"]) == stages._timed_rows(first["result"]) > 0
+    path.write_text(json.dumps(first))
+    most[0] = 100
+    assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
+    result = json.loads(path.read_text())["result"]
+    assert len(cases) == len(set(cases)) == len({row["case"] for row in result["rows"]})  # each timed once
+    assert result["rows"][: stages._timed_rows(first["result"])] == [
+        row for row in first["result"]["rows"] if row.get("skipped") != run.NOT_REACHED
+    ]
+    assert not stages._not_reached({"result": result})
+    capsys.readouterr()
+    assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
+    assert "packing: ok in" in capsys.readouterr().out
+    assert stages.run_all(tmp_path, ["packing"], 600, dry_run=True) == 0  # named: all of them again
+    assert len(cases) == 2 * len(set(cases))
+
+
 def test_a_second_run_that_ends_with_fewer_rows_keeps_those_of_a_process_of_its_own(tmp_path, capfd):
     path = _cut_off_with_three_rows(tmp_path)
     record = processes.run(_ends_with_one_row, (tmp_path,), path, 60.0)
