@@ -20,6 +20,8 @@ from torch import Tensor
 from benchmarks.gpu.attention_calls import FEATURES, MASKS, Call, M, Mode, fresh, make, modes, solve, torch_way
 from benchmarks.limits import DTYPES
 from mmkernels import testing
+from mmkernels.compat.torch_sdpa import scaled_dot_product_attention
+from mmkernels.compat.torch_varlen import varlen_attn
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask
 from mmkernels.ops.attention.api import attention, attention_qkvpacked
@@ -66,6 +68,7 @@ def all_checks(
         if index < 2:
             name = f"attention {dtype} D{width}"
             yield f"{name}: graph", lambda t=dtype, w=width: check_graph(device, t, w, impl)
+            yield f"{name}: drop-in graph", lambda t=dtype, w=width: check_drop_in_graph(device, t, w, impl)
     yield "attention: memory", lambda: check_memory(device, impl)
 
 
@@ -203,6 +206,36 @@ def check_graph(device: torch.device, dtype: str, width: int, impl: str) -> None
         eager = step(bounds.to(device), modalities.to(device), impl)
         for name, a, b in zip("oqkv", replay(), eager, strict=True):
             assert torch.equal(a, b), f"{name} of a replay differs from the same layout run eagerly"
+
+
+def check_drop_in_graph(device: torch.device, dtype: str, width: int, impl: str) -> None:
+    """One captured graph of the drop-ins for varlen_attn and padded SDPA serves bounds and lengths on the device."""
+    cases = [_bounds_of_equal_length(seed)[0] for seed in range(GRAPH_LAYOUTS)]
+    longest = max(int(bounds.diff().max()) for bounds in cases)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> list[Tensor]:
+        return [torch.randn(*shape, generator=generator).to(device, DTYPES[dtype]) for _ in range(4)]
+
+    *packed, packed_do = draw(GRAPH_TOKENS, 2, width)
+    *padded, padded_do = draw(GRAPH_SAMPLES, 2, longest, width)
+    leaves = [t.requires_grad_() for t in (*packed, *padded)]
+    options = {"deterministic": True, "impl": impl}
+
+    def step(bounds: Tensor, lengths: Tensor) -> list[Tensor]:
+        ragged = varlen_attn(*packed, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+        square = scaled_dot_product_attention(*padded, is_causal=True, lengths=lengths, **options)
+        found = torch.autograd.grad([ragged, square], leaves, [packed_do, padded_do])
+        return [ragged.detach(), square.detach(), *found]
+
+    bounds, lengths = cases[0].to(device), cases[0].diff().to(device)
+    replay = captured(lambda: step(bounds, lengths), device)
+    for case in cases:
+        bounds.copy_(case)
+        lengths.copy_(case.diff())
+        eager = step(case.to(device), case.diff().to(device))
+        for index, (a, b) in enumerate(zip(replay(), eager, strict=True)):
+            assert torch.equal(a, b), f"result {index} of a replay differs from the same lengths run eagerly"
 
 
 def check_memory(device: torch.device, impl: str) -> None:

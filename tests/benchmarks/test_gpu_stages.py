@@ -34,7 +34,8 @@ def test_dry_run_of_every_stage(tmp_path, capsys):
         assert schema.errors(records[name]["result"]) == []
     checks = records["correctness"]["result"]["checks"]
     kinds = {check["name"].split(": ")[1] for check in checks}
-    assert kinds == {"error rule", "isolation", "isolation, NaN", "repeats", "no sync", "graph", "memory", "met before"}
+    alone = {"isolation", "isolation, NaN", "repeats", "no sync", "graph", "drop-in graph", "memory", "met before"}
+    assert kinds == {"error rule", *alone}
     for feature in attention_calls.FEATURES:
         assert any(f"D32 {feature}, " in check["name"] for check in checks), feature
     assert {check["name"].split()[0].rstrip(":") for check in checks} == set(correctness.OPS)
