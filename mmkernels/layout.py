@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import arguments, layout_tables, planner, tracing
+from mmkernels import arguments, devices, layout_tables, planner, tracing
 
 _BUILT_OUTSIDE = "PackedLayout: a layout is built on the host, outside of a graph"
 
@@ -274,10 +274,7 @@ class PackedLayout:
         if self._buffer is None:
             tensors = {name: getattr(self, name) for name in _TENSORS}
             return {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
-        buffer = self._buffer
-        if device.type == "cuda" and self.device.type == "cpu" and not buffer.is_pinned():
-            buffer = buffer.pin_memory()
-        buffer = buffer.to(device, non_blocking=non_blocking)
+        buffer = devices.ready(self._buffer, device).to(device, non_blocking=non_blocking)
         views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
         return {**views, "_buffer": buffer}
 

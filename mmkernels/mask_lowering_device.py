@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels import devices
 from mmkernels.layout import PackedLayout
 from mmkernels.mask_lowering import check_bidirectional, prefix_lengths, refuse_gap, refuse_interval, visible_bits
 
@@ -107,7 +108,7 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
             segment_lo, segment_hi = _segments(layout, mask.bidirectional, sample, own)
         if mask.prefix is not None:
             lengths = torch.from_numpy(prefix_lengths(mask.prefix, layout.num_samples))
-            prefix_hi = start + lengths.to(device, non_blocking=True)[sample]
+            prefix_hi = start + devices.ready(lengths, device).to(device, non_blocking=True)[sample]
         hi = torch.maximum(torch.maximum(own + 1, segment_hi), prefix_hi)
         if mask.window_scope == "causal":
             if left >= 0:
@@ -136,7 +137,9 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[Ten
         whole = not (bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool)
         if bound.shape != (layout.total_tokens,) or not whole:
             refuse_interval(name, bound, layout.total_tokens)
-        bounds.append(bound.to(layout.device, torch.int64).clamp(0, k_layout.total_tokens))
+        # The dtype after the copy: both at once go through memory that is not pinned.
+        bound = devices.ready(bound.contiguous(), layout.device).to(layout.device, non_blocking=True)
+        bounds.append(bound.to(torch.int64).clamp(0, k_layout.total_tokens))
     return bounds[0], bounds[1]
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmkernels.devices import on_device
+from mmkernels.devices import on_device, ready
 
 
 @pytest.mark.parametrize(("index", "entered"), [(0, []), (1, ["cuda:1"])])
@@ -18,3 +18,17 @@ def test_the_tensors_gpu_is_made_the_current_one(index, entered, monkeypatch):
     assert asked == entered
     with on_device(torch.zeros(1)):
         pass
+
+
+def test_only_memory_of_the_host_is_pinned_and_only_for_a_gpu(monkeypatch):
+    """Without a GPU nothing can be pinned, so a copy stands for it."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in pinned))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    tensor, elsewhere = torch.arange(3), torch.zeros(3, device="meta")
+    assert ready(tensor, torch.device("cpu")) is tensor
+    assert ready(elsewhere, torch.device("cuda:1")) is elsewhere
+    found = ready(tensor, torch.device("cuda"))
+    assert torch.equal(found, tensor)
+    assert len(pinned) == 1
+    assert ready(found, torch.device("cuda")) is found is pinned[0]

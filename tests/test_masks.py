@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmkernels import mask_lowering_device
+from mmkernels import devices, mask_lowering_device
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import MOST_KEY_LAYOUTS, MOST_PLANS, AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import assert_tile_order, random_layout, reference_mask
@@ -346,6 +346,31 @@ def test_lowering_on_the_device_equals_the_host(seed):
     assert torch.equal(on_device.segment_ids.diff() != 0, layout.segment_ids.diff() != 0)
     assert torch.equal(host.q_table, device.q_table), mask
     assert torch.equal(host.k_table, device.k_table), mask
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_lowering_on_the_device_sends_nothing_that_a_graph_capture_refuses(kind, monkeypatch):
+    """Every tensor from the host goes through `ready`, which pins it for a GPU, and changes its dtype there alone."""
+    layout = PackedLayout.from_counts([[4], [3]])
+    lo, hi = np.zeros(7, kind), np.full(7, 3, kind)
+    mask = AttentionMask(causal=True, prefix=(2, 1), intervals=KeyIntervals(lo, hi))
+    sent, pinned = [], []
+    monkeypatch.setattr(devices, "ready", lambda tensor, device: pinned.append(tensor.clone()) or pinned[-1])
+    to = torch.Tensor.to
+
+    def recorded(self, *args, **options):
+        if any(isinstance(arg, torch.device) for arg in args):
+            sent.append((self, args, options))
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    found = mask_lowering_device.tables(device_bounds(layout), device_bounds(layout), mask)
+    assert [t.tolist() for t in pinned] == [[2, 1], lo.tolist(), hi.tolist()]
+    for (tensor, args, options), memory in zip(sent, pinned, strict=True):
+        assert tensor is memory
+        assert (args, options) == ((layout.device,), {"non_blocking": True})
+    monkeypatch.undo()
+    assert torch.equal(found[0], MaskPlan.lower(layout, mask).q_table)
 
 
 @pytest.mark.parametrize("seed", range(100))
