@@ -105,7 +105,7 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
         segment_lo, segment_hi, prefix_hi = own, own + 1, start
         if mask.bidirectional:
             check_bidirectional(mask, layout.num_modalities)
-            segment_lo, segment_hi = _segments(layout, mask.bidirectional, sample, own)
+            segment_lo, segment_hi = _segments(layout, mask.bidirectional, own)
         if mask.prefix is not None:
             lengths = torch.from_numpy(prefix_lengths(mask.prefix, layout.num_samples))
             prefix_hi = start + devices.ready(lengths, device).to(device, non_blocking=True)[sample]
@@ -143,20 +143,14 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[Ten
     return bounds[0], bounds[1]
 
 
-def _segments(layout: PackedLayout, modalities, sample: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _segments(layout: PackedLayout, modalities, own: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of each token's segment if its modality is among `modalities`, else of the token alone.
 
-    The layout knows no segments: a stretch of one modality in one sample is taken for one.
+    Of bounds alone the layout knows no segments: a stretch of one modality in one sample is one to it.
     """
-    modality = layout.modality_ids.long()
-    if own.numel() == 0:
-        return own, own + 1
-    changes = torch.ones_like(own, dtype=torch.bool)
-    changes[1:] = (modality[1:] != modality[:-1]) | (sample[1:] != sample[:-1])
-    begin = torch.where(changes, own, 0).cummax(0).values
-    ends = torch.roll(changes, -1)  # the last token's successor is the first token, which is a change
-    end = torch.where(ends, own + 1, own.numel()).flip(0).cummin(0).values.flip(0)
-    whole = torch.zeros_like(changes)
+    ids, modality = layout.segment_ids, layout.modality_ids.long()
+    begin, end = torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True)
+    whole = torch.zeros_like(modality, dtype=torch.bool)
     for m in modalities:
         whole |= modality == m
     return torch.where(whole, begin, own), torch.where(whole, end, own + 1)

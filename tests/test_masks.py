@@ -72,6 +72,16 @@ def test_given_intervals_join_the_rest(seed):
         assert torch.equal(found, expected)
 
 
+def test_segments_that_touch_stay_apart_beside_intervals_on_the_device():
+    """Two images in a row, on a layout whose segments are known though the mask is lowered on the device."""
+    layout = PackedLayout.from_segments([[(1, 3), (1, 2), (0, 1)], [(1, 2)]], num_modalities=2)
+    mask = AttentionMask(causal=True, bidirectional=(1,))
+    q_table, k_table = mask_lowering_device.tables(layout, layout, mask)
+    plan = MaskPlan.lower(layout, mask)
+    assert torch.equal(q_table, plan.q_table)
+    assert torch.equal(k_table, plan.k_table)
+
+
 def test_intervals_that_fall_or_do_not_fit_are_named():
     layout = PackedLayout.from_counts([[2], [3]])
     with pytest.raises(ValueError, match=r"intervals\.hi falls at query 3"):
