@@ -75,6 +75,13 @@ def host_array(function: str, name: str, values, kinds: str = "iu") -> np.ndarra
     return array
 
 
+def numbers(function: str, name: str, tensor: torch.Tensor) -> np.ndarray:
+    """What a tensor on the CPU holds, also where memory holds the negatives, or zeros lie nowhere."""
+    if hasattr(tensor, "fake_mode"):  # in whose memory there is nothing
+        raise ValueError(f"{function}: {name} is a fake tensor, expected one with numbers")
+    return tensor.numpy(force=True)
+
+
 def _odd_row(values) -> int:
     """The first row of a list of lists that is of another length than row 0; 0 where there is none."""
     if not isinstance(values, list | tuple) or not all(isinstance(row, list | tuple) for row in values):

@@ -139,7 +139,8 @@ class PackedLayout:
         modality_ids               uint8 [T]; None: all of modality 0
 
         Raises ValueError for arguments of another kind, dtype, shape or device, and on the CPU for bounds that do not
-        run from 0 to T, a sample longer than max_seqlen, or a modality that num_modalities leaves out.
+        run from 0 to T, a sample longer than max_seqlen, or a modality that num_modalities leaves out.  There both are
+        read: a fake tensor is refused.
         """
         if not isinstance(cu_seqlens, Tensor):
             raise ValueError(f"from_cu_seqlens: cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor")
@@ -159,31 +160,36 @@ class PackedLayout:
         if not isinstance(modality_ids, Tensor | None):
             raise ValueError(f"from_cu_seqlens: modality_ids is {type(modality_ids).__name__}, expected a uint8 tensor")
         device = cu_seqlens.device
+        if modality_ids is not None:
+            tracing.refuse_unstrided("from_cu_seqlens", "modality_ids", modality_ids)
+            if modality_ids.dtype != torch.uint8 or tuple(modality_ids.shape) != (total_tokens,):
+                raise ValueError(
+                    f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "
+                    f"expected uint8 [{total_tokens}]"
+                )
+            if modality_ids.device != device:
+                raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
+        if device.type == "cpu":
+            return cls._from_host_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
         if modality_ids is None:
             modality_ids = torch.zeros(total_tokens, dtype=torch.uint8, device=device)
-        tracing.refuse_unstrided("from_cu_seqlens", "modality_ids", modality_ids)
-        if modality_ids.dtype != torch.uint8 or tuple(modality_ids.shape) != (total_tokens,):
-            raise ValueError(
-                f"from_cu_seqlens: modality_ids is {modality_ids.dtype} {tuple(modality_ids.shape)}, "
-                f"expected uint8 [{total_tokens}]"
-            )
-        if modality_ids.device != device:
-            raise ValueError(f"from_cu_seqlens: modality_ids is on {modality_ids.device}, cu_seqlens on {device}")
-        if device.type == "cpu":
-            bounds = cu_seqlens.numpy(force=True)  # also where memory holds their negatives, or zeros lie nowhere
-            layout_tables.check_bounds("from_cu_seqlens", "cu_seqlens", bounds, total_tokens, max_seqlen)
-            highest = int(modality_ids.max()) if total_tokens else 0
-            if highest >= num_modalities:
-                raise ValueError(
-                    f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
-                    f"is {num_modalities}"
-                )
-            return cls._from_host_bounds(bounds, modality_ids.numpy(force=True), num_modalities)
         return cls._from_device_bounds(cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities)
 
     @classmethod
     @tracing.host_code(_BUILT_OUTSIDE)
-    def _from_host_bounds(cls, bounds: np.ndarray, modality_ids: np.ndarray, num_modalities: int) -> PackedLayout:
+    def _from_host_bounds(cls, cu_seqlens, total_tokens, max_seqlen, modality_ids, num_modalities) -> PackedLayout:
+        bounds = arguments.numbers("from_cu_seqlens", "cu_seqlens", cu_seqlens)
+        layout_tables.check_bounds("from_cu_seqlens", "cu_seqlens", bounds, total_tokens, max_seqlen)
+        if modality_ids is None:
+            modality_ids = np.zeros(total_tokens, np.uint8)
+        else:
+            modality_ids = arguments.numbers("from_cu_seqlens", "modality_ids", modality_ids)
+        highest = int(modality_ids.max(initial=0))
+        if highest >= num_modalities:
+            raise ValueError(
+                f"from_cu_seqlens: modality_ids has {highest}, expected 0 to {num_modalities - 1}: num_modalities "
+                f"is {num_modalities}"
+            )
         special = layout_tables.special_ids("from_cu_seqlens", None, num_modalities)
         segments, grids = layout_tables.run_tables(bounds, modality_ids, num_modalities)
         return cls._build(segments, grids, special, len(bounds) - 1, num_modalities, 1)

@@ -233,11 +233,16 @@ class MaskPlan:
         if self._host_plan is not self:
             return self._host_plan.visible_pairs
         if self._visible_pairs is None:
-            self._visible_pairs = mask_lowering.count_pairs(
-                self.q_table.numpy(), self.k_table.numpy(), self.k_layout.num_modalities, self.has_visible
-            )
+            self._visible_pairs = self._counted()
         return self._visible_pairs
 
+    @tracing.host_code("MaskPlan.visible_pairs: in one graph they must have been asked for before, outside")
+    def _counted(self) -> int:
+        return mask_lowering.count_pairs(
+            self.q_table.numpy(), self.k_table.numpy(), self.k_layout.num_modalities, self.has_visible
+        )
+
+    @tracing.host_code("MaskPlan.tiles: in one graph they must have been asked for before, outside")
     def _schedule(self, rows: str, block_rows: int, block_cols: int, schedule: str, joined: int) -> TileSchedule:
         if self._host_plan is None:
             if schedule == "sample":

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.layout import PackedLayout
 from mmkernels.testing import random_layout
@@ -205,6 +206,22 @@ def test_a_layout_goes_from_one_gpu_to_another(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: asked.append(device) or self)
     assert moved.to("cuda:1").host is moved.host
     assert asked == [torch.device("cuda:1")]
+
+
+def test_bounds_are_read_under_fake_tensors_too():
+    """Real ones: numpy was given memory in which nothing is."""
+    bounds, ids = torch.tensor([0, 3, 7], dtype=torch.int32), torch.zeros(7, dtype=torch.uint8)
+    expected = PackedLayout.from_cu_seqlens(bounds, total_tokens=7, max_seqlen=4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = PackedLayout.from_cu_seqlens(bounds, total_tokens=7, max_seqlen=4)
+        fake = mode.from_tensor(bounds)
+        with pytest.raises(ValueError, match="from_cu_seqlens: cu_seqlens is a fake tensor, expected one with numbers"):
+            PackedLayout.from_cu_seqlens(fake, total_tokens=7, max_seqlen=4)
+        with pytest.raises(ValueError, match="from_cu_seqlens: modality_ids is a fake tensor"):
+            PackedLayout.from_cu_seqlens(
+                bounds, total_tokens=7, max_seqlen=4, modality_ids=mode.from_tensor(ids), num_modalities=1
+            )
+    assert torch.equal(found._buffer, expected._buffer)
 
 
 def test_bounds_may_be_a_negated_view_or_zeros_that_lie_nowhere():

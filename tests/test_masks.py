@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels import devices, mask_lowering_device
 from mmkernels.layout import PackedLayout
@@ -443,6 +444,19 @@ def test_device_side_bounds_refuse_what_would_sync():
         plan.cost("token", 16, 16)
     with pytest.raises(NotImplementedError, match="would sync"):
         _ = plan.visible_pairs
+
+
+@pytest.mark.parametrize("real_beside_fake", [True, False])
+def test_a_plan_is_counted_under_fake_tensors(real_beside_fake):
+    """By the host's tables: numpy was given memory in which nothing is."""
+    layout = PackedLayout.from_counts([[3, 2], [1, 4]])
+    mask = AttentionMask(causal=True, visible=[[True, False], [True, True]])
+    with FakeTensorMode(allow_non_fake_inputs=real_beside_fake):
+        plan = MaskPlan.lower(layout, mask)
+        found = plan.visible_pairs, plan.cost("sample", 4, 4), plan.tiles("query", 4, 4, joined=64)
+    plan = MaskPlan(layout, mask)
+    assert found[:2] == (plan.visible_pairs, plan.cost("sample", 4, 4))
+    assert torch.equal(found[2].spans, plan.tiles("query", 4, 4, joined=64).spans)
 
 
 def test_a_new_mask_takes_few_calls():
