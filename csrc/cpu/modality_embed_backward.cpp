@@ -1,6 +1,7 @@
 // Backward of modality_embed.h, in two stages per block of rows; no result depends on the number of threads.
 // 1. Rows, in chunks: the gradient dx of each row before the norm, which is the stream's gradient; chunk c of every
-//    block adds to partial sum c of the modalities and of the norm.
+//    block adds to partial sum c of the modalities and of the norm.  Of a modality it adds sums of few rows: one row
+//    after the other would round further than torch's own sum of a stream.
 // 2. Table rows: each is the sum of dx over the tokens that read it, in token order, and has one owner.
 // Letters as in modality_embed.h; K table rows in all, numbered through.
 #include <atomic>
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kChunks = 32;
 constexpr int64_t kChunkRows = 32;                  // at least, where there are so many
+constexpr int32_t kSumRows = 32;                    // that are added one after the other
 constexpr int64_t kBlockBytes = int64_t{16} << 20;  // of dx: still cached when the second stage reads it
 constexpr int64_t kColumns = 256, kKeyRanges = 16;  // a task of the second stage is one of 16 ranges, 256 columns
 constexpr int64_t kRowsAhead = 2;                   // that the first stage asks for before it needs them
@@ -158,9 +160,25 @@ MM_INLINE void row_without_norm(int64_t E, const float* g, float* dx, float* d_m
   }
 }
 
+// Of a modality in one chunk, a few rows at a time: the first go to the partial sum itself, while that is zero.
+struct Sum {
+  float *partial, *few, *to;  // to: one of the others, where the next row goes; `few` is zero while it is not that
+  int32_t rows;               // that are in `to`
+
+  MM_INLINE void settle(int64_t stride) {
+    for (int64_t e = 0; to == few && e < stride; e += kLanes) {
+      store(partial + e, load(partial + e) + load(few + e));
+      store(few + e, splat(0.0f));
+    }
+    to = few;
+    rows = 0;
+  }
+};
+
 // Where chunks keep what they work on: scratch holds three rows.
 struct Chunk {
   float *scratch, *partials;  // partials: rows of `stride` floats, M for the modalities, then norm weight, norm bias
+  Sum* sums;                  // [M], of the modalities
   float* kept;                // where rows go that have no fp32 tensor, or null
 };
 
@@ -184,7 +202,7 @@ MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, C
     chunk.kept += stride;
   }
   if (block.dx) block.dx[t - block.start] = dx;
-  float* d_modality = chunk.partials + m * stride;
+  float* d_modality = chunk.sums[m].to;
   if (in.norm == Norm::kNone) {
     row_without_norm(E, g, dx, d_modality, soon);
   } else {
@@ -192,6 +210,7 @@ MM_INLINE void backward_row(const Block& block, int64_t t, const Token& token, C
     row_through_norm(block, t, g, x, dx, chunk.partials + M * stride, chunk.partials + (M + 1) * stride, d_modality,
                      soon);
   }
+  if (++chunk.sums[m].rows == kSumRows) chunk.sums[m].settle(stride);
   if (!direct && token.stream_row >= 0 && grads.streams[m].data != nullptr) {
     store_row<false>(grads.streams[m], token.stream_row, dx, E);
   }
@@ -204,6 +223,10 @@ MM_CLONES int64_t chunk_of_rows(const Block& block, Chunk chunk, int64_t begin, 
   for (int64_t t = begin; t < end; ++t) {
     if (!locate(block.in, t, token)) return t;
     backward_row(block, t, token, chunk, row_soon(block, std::min(t + kRowsAhead, end - 1), token));
+  }
+  const int64_t M = block.in.streams.size();
+  for (int64_t m = 0; m < M; ++m) {
+    if (chunk.sums[m].rows > 0) chunk.sums[m].settle(block.stride);
   }
   return -1;
 }
@@ -288,8 +311,23 @@ void sum_tables(const Readers& readers, const float* const* dx, int64_t E, bool 
   });
 }
 
-MM_CLONES void add_rows(float* to, const float* from, int64_t n) {
-  for (int64_t e = 0; e < n; ++e) to[e] += from[e];
+// to [E] = the sum of `count` rows, padded, that begin `pitch` apart: every fourth in one sum.
+MM_CLONES void sum_partials(float* to, int64_t E, const float* from, int64_t pitch, int64_t count) {
+  for (int64_t e = 0; e < E; e += kLanes) {
+    F32x8 sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    for (int64_t c = 0; c < count; c += 4) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) {
+        if (c + i < count) sums[i] += load(from + (c + i) * pitch + e);
+      }
+    }
+    const F32x8 total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (e + kLanes <= E) {
+      store(to + e, total);
+    } else {
+      store_tail(to + e, total, E - e);
+    }
+  }
 }
 
 }  // namespace
@@ -321,7 +359,8 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
     }
     // The lists of readers are one more chunk.
     parallel(own + any_table, grain, [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(3 * stride);
+      std::vector<float> scratch((3 + M) * stride);
+      std::vector<Sum> sums(M);
       for (int64_t c = first; c < last; ++c) {
         const int64_t begin = block.start + c * chunk_rows, end = std::min(begin + chunk_rows, stop);
         int64_t found;
@@ -332,7 +371,11 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
           float* own_partials = partials.get() + c * slots * stride;
           // here, not by who asks: in the caches of the thread that adds to them
           if (block.start == 0) std::fill_n(own_partials, slots * stride, 0.0f);
-          found = chunk_of_rows(block, {scratch.data(), own_partials, own_kept}, begin, end);
+          for (int64_t m = 0; m < M; ++m) {
+            float *partial = own_partials + m * stride, *few = scratch.data() + (3 + m) * stride;
+            sums[m] = {partial, few, block.start == 0 ? partial : few, 0};
+          }
+          found = chunk_of_rows(block, {scratch.data(), own_partials, sums.data(), own_kept}, begin, end);
         }
         if (found >= 0) bad = found;
       }
@@ -349,9 +392,7 @@ std::string backward(const Inputs& in, const Grads& grads, const Parallel& paral
   for (int64_t slot = 0; slot < slots; ++slot) {
     float* to = slot < M ? (grads.modality ? grads.modality + slot * E : nullptr)
                          : (slot == M ? grads.norm_weight : grads.norm_bias);
-    if (to == nullptr) continue;
-    std::fill_n(to, E, 0.0f);
-    for (int64_t c = 0; c < chunks; ++c) add_rows(to, partials.get() + (c * slots + slot) * stride, E);
+    if (to != nullptr) sum_partials(to, E, partials.get() + slot * stride, slots * stride, chunks);
   }
   return "";
 }

@@ -56,6 +56,31 @@ def test_fp32_parameters_with_half_streams(dtype, impl):
     check(inputs, results)
 
 
+# one stream and three; the last in blocks, of which each adds to what those before have summed
+@pytest.mark.parametrize(("rows", "streams", "width"), [(20000, 1, 64), (20000, 3, 64), (5000, 1, 4096)])
+@pytest.mark.parametrize("impl", IMPLS[1:])  # the reference adds one row after the other
+def test_the_sum_of_many_rows_is_as_exact_as_torchs(impl, rows, streams, width):
+    layout = PackedLayout.from_counts(np.full((5, streams), rows // (5 * streams)))
+    weight, table = torch.zeros(streams, width, requires_grad=True), torch.zeros(rows, width, requires_grad=True)
+    grad = torch.randn(layout.total_tokens, width)
+    out = modality_embed(
+        [torch.zeros(n, width) for n in layout.stream_lengths],
+        layout,
+        modality_weight=weight,
+        position_weights=[table if width == 4096 else None, *[None] * (streams - 1)],
+        norm=None,
+        impl=impl,
+    )
+    (ours,) = torch.autograd.grad(out, weight, grad)
+    of = [grad[layout.modality_ids == m] for m in range(streams)]
+    assert_error_rule(
+        "d modality_weight",
+        ours,
+        torch.stack([part.double().sum(0) for part in of]),
+        torch.stack([part.sum(0) for part in of]),
+    )
+
+
 def test_reference_backward_by_finite_differences():
     inputs = make(Case("small", ragged(3, 2, "pgp", 4), 5, **MIXED), torch.float64)
     leaves = inputs.leaves
