@@ -94,12 +94,26 @@ def define(namespace: str, *, suffix: str = "", symbolic: bool = False) -> None:
         torch.library.define(f"{namespace}::{name}", f"({sized}{suffix}) -> {operator.outputs}")
         written = _WRITTEN[operator.outputs]
         torch.library.define(f"{namespace}::{name}_out", f"({operator.inputs}, {written}{suffix}) -> ()")
-        torch.library.register_fake(f"{namespace}::{name}", _fake(operator, skipped))
-        torch.library.register_fake(f"{namespace}::{name}_out", lambda *args: None)
+        for form in (name, f"{name}_out"):
+            fake = _fake(f"{namespace}::{form}", operator, None if form == name else written, skipped)
+            torch.library.register_fake(f"{namespace}::{form}", fake)
 
 
-def _fake(operator: Operator, skipped: int) -> Callable[..., Any]:
-    return lambda *args: operator.new(new_empty, *args[: len(args) - skipped])
+def _fake(who: str, operator: Operator, written: str | None, skipped: int) -> Callable[..., Any]:
+    names = [argument.split()[1] for argument in f"{operator.inputs}, {written or ''}".strip(", ()").split(", ")]
+
+    def fake(*args):
+        # A meta tensor brings a call here that has real ones too, whose result would stay as the memory was.
+        given = list(zip(names, args, strict=False))
+        tensors = [(name, t) for name, arg in given for t in (arg if isinstance(arg, list) else [arg])]
+        name, first = tensors[0]
+        for other, t in tensors:
+            on_host = other == "segments" and not t.is_meta  # as always, wherever the rest is
+            if t.is_meta != first.is_meta and not on_host:
+                raise ValueError(f"{who}: {other} is on {t.device}, {name} on {first.device}")
+        return operator.new(new_empty, *args[: len(args) - skipped]) if written is None else None
+
+    return fake
 
 
 def native_kernels(namespace: str) -> dict[str, tuple[Callable, Callable]]:

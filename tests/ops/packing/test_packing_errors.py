@@ -302,3 +302,28 @@ def test_layouts_without_a_segment_table_serve_what_needs_none():
     with pytest.raises(ValueError, match=r"segment_mean: .* several modalities and does not know its segments"):
         segment_mean(packed, several)
     assert torch.equal(unpad(pad(packed, layout)[0], layout), packed)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "message"),
+    [
+        ("gather_rows", lambda real, meta: (real(3, 4), meta(2).long()), "rows is on meta, packed on cpu"),
+        ("gather_rows_out", lambda real, meta: (real(3, 4), real(2).long(), meta(2, 4)), "out is on meta, packed on"),
+        ("pad", lambda real, meta: (meta(3, 4), real(2).int(), 3), "bounds is on cpu, packed on meta"),
+        (
+            "pack",
+            lambda real, meta: ([real(1, 4), meta(2, 4)], real(2, 4).int(), real(3).byte(), real(3).int(), 3),
+            "streams is on meta, streams on cpu",
+        ),
+        (
+            "unpack_out",
+            lambda real, meta: (real(3, 4), meta(1, 4).int(), real(3).byte(), real(3).int(), [real(3, 4)]),
+            "segments is on meta, packed on cpu",
+        ),
+    ],
+)
+def test_operators_refuse_meta_tensors_beside_real_ones(operator, arguments, message):
+    """Torch sends such a call to the function of shapes: what it returned, or was given, nobody had written."""
+    given = arguments(torch.zeros, lambda *shape: torch.zeros(shape, device="meta"))
+    with pytest.raises(ValueError, match=f"mm::{operator}: {message}"):
+        getattr(torch.ops.mm, operator)(*given, "torch")
