@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmkernels import arguments
 from mmkernels.layout import PackedLayout
 
 
@@ -124,6 +125,14 @@ def refuse_gap(begins: str = "begins") -> None:
     )
 
 
+def host_interval(name: str, value, num_queries: int, num_keys: int) -> np.ndarray:
+    """int64 [Tq]: a bound that is not on a device, cut to what there are of keys."""
+    array = arguments.host_array("AttentionMask", f"intervals.{name}", value, "biufc")
+    if array.shape != (num_queries,) or array.dtype.kind not in "iu":
+        refuse_interval(name, array, num_queries)
+    return np.clip(array, 0, num_keys).astype(np.int64)  # who means "unlimited" may say what int64 cannot add to
+
+
 def refuse_interval(name: str, bound, num_queries: int) -> None:
     raise ValueError(
         f"AttentionMask: intervals.{name} is {bound.dtype} {tuple(bound.shape)}, expected whole numbers [{num_queries}]"
@@ -177,17 +186,13 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[np.
     bounds = []
     first = layout.cu_seqlens.numpy()[:-1]
     for name, value in (("lo", intervals.lo), ("hi", intervals.hi)):
-        array = np.asarray(value)
-        if array.dtype.kind in "iu":
-            array = np.clip(array, 0, k_layout.total_tokens)  # who means "unlimited" may say what int64 cannot add to
-        if array.shape != (layout.total_tokens,) or array.dtype.kind not in "iu":
-            refuse_interval(name, array, layout.total_tokens)
-        falls = np.diff(array.astype(np.int64), prepend=0) < 0
+        array = host_interval(name, value, layout.total_tokens, k_layout.total_tokens)
+        falls = np.diff(array, prepend=0) < 0
         falls[first[first < len(falls)]] = False  # another sample begins
         if falls.any():
             raise ValueError(
                 f"AttentionMask: intervals.{name} falls at query {int(np.argmax(falls))}, expected bounds that never "
                 "decrease within a sample"
             )
-        bounds.append(array.astype(np.int64))
+        bounds.append(array)
     return bounds[0], bounds[1]

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mmkernels import devices
 from mmkernels.layout import PackedLayout
-from mmkernels.mask_lowering import check_bidirectional, prefix_lengths, refuse_gap, refuse_interval, visible_bits
+from mmkernels.mask_lowering import (
+    check_bidirectional,
+    host_interval,
+    prefix_lengths,
+    refuse_gap,
+    refuse_interval,
+    visible_bits,
+)
 
 
 def tables(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tensor, Tensor]:
@@ -133,13 +140,14 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[Ten
     """Both bounds, int64 [Tq].  Their values stay unread, so that falling ones pass."""
     bounds = []
     for name, value in (("lo", intervals.lo), ("hi", intervals.hi)):
-        bound = torch.as_tensor(value)
-        whole = not (bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool)
-        if bound.shape != (layout.total_tokens,) or not whole:
-            refuse_interval(name, bound, layout.total_tokens)
-        # The dtype after the copy: both at once go through memory that is not pinned.
-        bound = devices.ready(bound.contiguous(), layout.device).to(layout.device, non_blocking=True)
-        bounds.append(bound.to(torch.int64).clamp(0, k_layout.total_tokens))
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+            if value.shape != (layout.total_tokens,) or not whole:
+                refuse_interval(name, value, layout.total_tokens)
+            bounds.append(value.to(layout.device, torch.int64).clamp(0, k_layout.total_tokens))
+        else:
+            bound = torch.from_numpy(host_interval(name, value, layout.total_tokens, k_layout.total_tokens))
+            bounds.append(devices.ready(bound, layout.device).to(layout.device, non_blocking=True))
     return bounds[0], bounds[1]
 
 

@@ -91,10 +91,29 @@ def test_intervals_that_fall_or_do_not_fit_are_named():
         MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals([0] * 4, [2] * 5)))
 
 
+def test_intervals_of_the_host_mean_the_same_on_device_side_bounds():
+    """Beyond int64, where "unlimited" became nothing, and arrays that run backwards, which torch does not take."""
+    layout = PackedLayout.from_counts([[2], [3]])
+    mask = AttentionMask(intervals=KeyIntervals(np.zeros(5, int)[::-1], np.full(5, 2**64 - 1, np.uint64)))
+    plan = MaskPlan.lower(layout, mask)
+    assert plan.kv_hi.tolist() == [2, 2, 5, 5, 5]
+    assert torch.equal(MaskPlan.lower(device_bounds(layout), mask).q_table, plan.q_table)
+
+
+@pytest.mark.parametrize("lower", [MaskPlan.lower, lambda layout, mask: MaskPlan.lower(device_bounds(layout), mask)])
+@pytest.mark.parametrize("bound", [None, [[1], [1, 2]], torch.zeros(2, requires_grad=True)])
+def test_intervals_that_are_no_numbers_are_named(bound, lower):
+    mask = AttentionMask(intervals=KeyIntervals(bound, [2, 2]))
+    with pytest.raises(ValueError, match=r"AttentionMask: intervals\.lo"):
+        lower(PackedLayout.from_counts([[2]]), mask)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("bound", [torch.tensor([2]), torch.full((5,), 1.7), torch.ones(5, dtype=torch.bool)])
-def test_intervals_are_never_stretched_or_rounded_on_device_side_bounds(bound):
+def test_intervals_are_never_stretched_or_rounded_on_device_side_bounds(bound, device):
+    bound = bound.to(device)
     layout, zeros = device_bounds(PackedLayout.from_counts([[2], [3]])), torch.zeros(5, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"intervals\.hi is torch\..* expected whole numbers \[5\]"):
+    with pytest.raises(ValueError, match=r"intervals\.hi is .* expected whole numbers \[5\]"):
         MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals(zeros, bound)))
 
 
@@ -359,11 +378,10 @@ def test_lowering_on_the_device_equals_the_host(seed):
     assert torch.equal(host.k_table, device.k_table), mask
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.int64])
-def test_lowering_on_the_device_sends_nothing_that_a_graph_capture_refuses(kind, monkeypatch):
-    """Every tensor from the host goes through `ready`, which pins it for a GPU, and changes its dtype there alone."""
+def test_lowering_on_the_device_sends_nothing_that_a_graph_capture_refuses(monkeypatch):
+    """Every tensor from the host goes through `ready`, which pins it for a GPU, and keeps its dtype on the way."""
     layout = PackedLayout.from_counts([[4], [3]])
-    lo, hi = np.zeros(7, kind), np.full(7, 3, kind)
+    lo, hi = np.zeros(7, np.int32), np.full(7, 3)
     mask = AttentionMask(causal=True, prefix=(2, 1), intervals=KeyIntervals(lo, hi))
     sent, pinned = [], []
     monkeypatch.setattr(devices, "ready", lambda tensor, device: pinned.append(tensor.clone()) or pinned[-1])
