@@ -33,6 +33,8 @@ from mmkernels.layout import PackedLayout
 from mmkernels.masks import AttentionMask, MaskPlan
 from mmkernels.ops.attention.api import attention
 
+SECONDS = {"quick": 120, "full": 600}  # of its 42 directions each has a second, for 20 samples
+
 
 class Peer(Protocol):
     NAME: str

@@ -28,6 +28,7 @@ SETTLED_EVERY = 8  # rounds between two looks
 SLOW_MS = 500.0  # one warm-up call of that length has warmed everything; checking was another
 MIN_SAMPLE_MS = 1.0  # CPU: shorter calls are repeated within a sample, or the clock shows
 LONG_MS = 30.0  # CPU: what another left in caches and in the allocator does not show in a call of that length
+UNCOUNTED = 2  # CPU: calls, or more, before a sample of shorter ones
 CYCLES_PER_MS = 2e6  # GPU: of the fastest clocks
 FIRST_LEAD_MS, LEAD, MAX_LEAD_MS = 1.0, 1.5, 5.0  # GPU: how long it is held up before a call, times the host's time
 # Relative RMS error that an implementation may have; far above rounding, far below a lost key or a wrong modality.
@@ -194,8 +195,11 @@ def time_calls(
     """
     if not calls:
         return {}
-    sample = _sample_cuda(device, {} if host is None else host) if device.type == "cuda" else _sample_cpu()
-    repeats = {name: warm_up(call, device) for name, call in calls.items()}
+    sample = _sample_cuda(device, {} if host is None else host) if device.type == "cuda" else _sample_cpu
+    warm = {name: warm_up(call, device) for name, call in calls.items()}
+    repeats = {name: repeats_of(milliseconds, device) for name, milliseconds in warm.items()}
+    short = {name for name in calls if device.type == "cpu" and warm[name] < LONG_MS}
+    uncounted = {name: max(UNCOUNTED, repeats[name]) if name in short else 0 for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start, allowance = time.perf_counter(), 1e3 * max(seconds, SLOW_SECONDS)
     for round_index in range(MAX_ROUNDS):
@@ -205,8 +209,10 @@ def time_calls(
         if round_index and round_index % SETTLED_EVERY == 0 and all(notch(s) < SETTLED for s in samples.values()):
             break
         # A call that has used up all the time by itself sits out the rest, lest one slow peer starve later cases.
-        names = [n for n, s in samples.items() if len(s) < slow_rounds or sum(s) * repeats[n] < allowance]
-        for name, milliseconds in sample([(n, calls[n], repeats[n]) for n in _turns(names, round_index)]):
+        names = [
+            n for n, s in samples.items() if len(s) < slow_rounds or sum(s) * (repeats[n] + uncounted[n]) < allowance
+        ]
+        for name, milliseconds in sample([(n, calls[n], repeats[n], uncounted[n]) for n in _turns(names, round_index)]):
             samples[name].append(milliseconds)
     return samples
 
@@ -234,8 +240,8 @@ def may_be_equal(row: dict, other: dict) -> bool:
     return abs(math.log(row["rate"] / other["rate"])) < uncertain
 
 
-def warm_up(call: Callable, device: torch.device) -> int:
-    """Calls until compilation, allocator and caches are warm; returns how many calls make one sample."""
+def warm_up(call: Callable, device: torch.device) -> float:
+    """Calls until compilation, allocator and caches are warm; returns the milliseconds of the last."""
     milliseconds = 0.0
     for _ in range(2):
         if milliseconds > SLOW_MS:
@@ -245,25 +251,22 @@ def warm_up(call: Callable, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         milliseconds = 1e3 * (time.perf_counter() - start)
+    return milliseconds
+
+
+def repeats_of(milliseconds: float, device: torch.device) -> int:
+    """How many calls of that length make one sample."""
     return 1 if device.type == "cuda" else max(1, round(MIN_SAMPLE_MS / max(milliseconds, 1e-3)))
 
 
-def _sample_cpu():
-    def sample(round_calls) -> Iterator[tuple[str, float]]:
-        for name, call, repeats in round_calls:
-            milliseconds = timed(call, 1)
-            if milliseconds < LONG_MS:
-                timed(call, repeats)  # with the first: two or more calls that do not count
-                milliseconds = timed(call, repeats)
-            yield name, milliseconds
-
-    def timed(call: Callable, repeats: int) -> float:
+def _sample_cpu(round_calls) -> Iterator[tuple[str, float]]:
+    for name, call, repeats, uncounted in round_calls:
+        for _ in range(uncounted):
+            call()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        return 1e3 * (time.perf_counter() - start) / repeats
-
-    return sample
+        yield name, 1e3 * (time.perf_counter() - start) / repeats
 
 
 def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
@@ -274,7 +277,7 @@ def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
 
     def sample(round_calls) -> Iterator[tuple[str, float]]:
         events = []
-        for name, call, _ in round_calls:
+        for name, call, *_ in round_calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             # The GPU is held up until the host has asked for all of the call: the time between the events is that of

@@ -23,7 +23,7 @@ OPS = tuple(op for op in KNOWN if importlib.util.find_spec(f"benchmarks.{op}"))
 HOST_OPS = ("planner", "data")  # their work is done on the host, whatever device the others run on
 SECONDS = {"quick": 60, "full": 600}  # default budget of one operator; its module may hold its own
 # Of `all`, in seconds: shared in proportion to the operators' own budgets, and what one leaves goes to the next.
-ALL_SECONDS = {"quick": 240, "full": 2400}
+ALL_SECONDS = {"quick": 300, "full": 2400}
 MAX_SECONDS_PER_DIRECTION = 4.0  # beyond it more rounds no longer move a median
 NOT_REACHED = "the time budget was spent before this case"  # the reason of a case that nobody was tried on
 

@@ -45,7 +45,7 @@ def test_speed(benchmark, op, device, shapes, index, direction):
     assert wrong is None, wrong
     call = finished(call, device)
     with harness.grad_mode(direction):
-        repeats = harness.warm_up(call, device)
+        repeats = harness.repeats_of(harness.warm_up(call, device), device)
         start = time.perf_counter()
         call()
         rounds = min(max(int(SECONDS / repeats / (time.perf_counter() - start)), harness.MIN_ROUNDS), MAX_ROUNDS)

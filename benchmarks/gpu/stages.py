@@ -251,7 +251,7 @@ def _fuller(record: dict, context: Context) -> dict:
         row["impl"].startswith(PREFIX) and row.get("skipped", "").startswith("wrong")
         for row in record.get("result", {}).get("rows", ())
     )
-    if wrong or not kept.get("cut_off") or had <= has:
+    if wrong or had <= has or ("result" in record and not kept.get("cut_off")):
         return record
     why = f"kept the {had} timed rows of a run that was cut off, as the one that ended later has {has}"
     print(f"  {stage}: {why}", flush=True)
@@ -270,8 +270,8 @@ def _timed(
     every peer (`benchmarks OP --shapes full`) it takes half an hour, most of it to compile them.  Ok where ours was
     timed and never found wrong.
 
-    The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.  Of an
-    earlier run that was ok, but had no time for some cases, these alone are timed.
+    The file has the rows so far after each case, marked as cut off, in case the machine goes away meanwhile.  Cases
+    that an earlier run has done are not timed again.
     """
     op = op or stage
     if green:
@@ -282,10 +282,10 @@ def _timed(
     earlier = _earlier(context, stage)
     before = _timed_rows(earlier.get("result", {}))
     kept: dict = {"limits": {}, "rows": []}
-    if earlier.get("ok") and not context.anew and (left := _not_reached(earlier)):
+    if not context.anew and (done := _done(earlier)):
         known, everything = earlier["result"], problems or run.load(op).problems("quick", context.device, SEED)
-        problems = [problem for problem in everything if (problem.op, problem.case, problem.dtype) in left]
-        kept = known | {"rows": [row for row in known["rows"] if _case(row) not in left]}
+        problems = [problem for problem in everything if (problem.op, problem.case, problem.dtype) not in done]
+        kept = known | {"rows": [row for row in known["rows"] if _case(row) in done]}
 
     def whole(document: dict) -> dict:
         return document | {"limits": kept["limits"] | document["limits"], "rows": kept["rows"] + document["rows"]}
@@ -314,6 +314,13 @@ def _not_reached(record: dict) -> set[tuple]:
     """The cases for which a stage that times had no time."""
     rows = record.get("result", {}).get("rows", ())
     return {_case(row) for row in rows if row.get("skipped") == run.NOT_REACHED}
+
+
+def _done(record: dict) -> set[tuple]:
+    """The other cases that it has, however it ended; none where a kernel of ours was wrong or failed."""
+    rows = record.get("result", {}).get("rows", ())
+    broken = any(row["impl"].startswith(PREFIX) and row.get("skipped", "").startswith(BROKEN) for row in rows)
+    return set() if broken else {_case(row) for row in rows} - _not_reached(record)
 
 
 def _case(row: dict) -> tuple:

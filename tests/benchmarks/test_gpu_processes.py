@@ -148,7 +148,7 @@ def test_rows_are_on_disk_after_each_case(tmp_path, monkeypatch):
 
 
 def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch, capsys):
-    """It begins the stage anew, and may be cut off earlier, or end with fewer."""
+    """Named, it begins the stage anew, and may be cut off earlier, or end with fewer."""
     monkeypatch.setattr(stages, "_require_green", lambda context, op: None)
     path, measured, most = tmp_path / "packing.json", run._measured, [3]
 
@@ -165,7 +165,9 @@ def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch
             stages.run_all(tmp_path, ["packing"], 600, dry_run=True)
         rows.append(stages._timed_rows(json.loads(path.read_text())["result"]))
     assert rows[0] == rows[1] < rows[2]
-    record = stages._run_stage("packing", stages.Context(CPU, tmp_path, 0.0, True))  # ends, by its budget, with none
+    record = stages._run_stage(
+        "packing", stages.Context(CPU, tmp_path, 0.0, True, anew=True)
+    )  # ends, by its budget, with none
     assert record == json.loads(path.read_text())
     assert stages._timed_rows(record["result"]) == rows[2]
     kept = f"kept the {rows[2]} timed rows of a run that was cut off, as the one that ended later has 0"
@@ -200,7 +202,6 @@ def test_a_second_run_times_the_cases_that_an_earlier_one_had_no_time_for(tmp_pa
     ended = json.loads(path.read_text())
     assert ended["cut_off"]
     assert stages._timed_rows(ended["result"]) == stages._timed_rows(first["result"]) > 0
-    path.write_text(json.dumps(first))
     most[0] = 100
     assert stages.run_all(tmp_path, None, 600, dry_run=True) == 0
     result = json.loads(path.read_text())["result"]
@@ -243,7 +244,7 @@ def _ends_with_one_row(folder, **other):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environment, "sources", lambda: "the same")  # the fixture's is not of a process of its own
         patch.setitem(stages.STAGES, "packing", stages.Stage(lambda context: (True, {"rows": rows}), 1))
-        return stages._run_stage("packing", stages.Context(CPU, folder, 600.0, True))
+        return stages._run_stage("packing", stages.Context(CPU, folder, 600.0, True, anew=True))
 
 
 def test_a_sanitizer_may_take_longer_than_its_share(tmp_path, monkeypatch):

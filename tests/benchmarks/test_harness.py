@@ -40,6 +40,20 @@ def test_what_another_left_does_not_count():
     assert max(samples["a"] + samples["b"]) < 10
 
 
+def test_whether_calls_come_before_a_sample_is_decided_once(monkeypatch):
+    """Not by a call that another made slow: of who allocates more, some samples would be such calls."""
+    monkeypatch.setattr(harness, "LONG_MS", 12.0)
+    last = []
+
+    def call(name):
+        last[:] = [*(n for n in last if n == name), name]
+        time.sleep(0.015 if len(last) < 3 else 0.003)
+
+    monkeypatch.setattr(harness, "warm_up", lambda call, device: 3.0)
+    samples = harness.time_calls({name: lambda n=name: call(n) for name in "ab"}, 0.0, CPU)
+    assert max(samples["a"] + samples["b"]) < 12
+
+
 def test_forward_is_timed_without_autograd():
     """Under no_grad for forward, recording for the others, and as before afterwards."""
     seen = {}
@@ -94,7 +108,7 @@ def test_settled_medians_end_the_rounds(monkeypatch):
     for name, ms in sampled.items():
         counter = iter(range(1000))
         times = lambda calls, n=counter, ms=ms: [(name, ms(next(n))) for name, *_ in calls]  # noqa: E731
-        monkeypatch.setattr(harness, "_sample_cpu", lambda times=times: times)
+        monkeypatch.setattr(harness, "_sample_cpu", times)
         samples = harness.time_calls({name: lambda: None}, 600.0, CPU)[name]
         assert len(samples) == (harness.SETTLED_EVERY if name == "same" else harness.MAX_ROUNDS)
 
