@@ -19,8 +19,8 @@ from mmmodel.data.media import encode_png
 from mmmodel.data.shards import write_shard
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import limited_to
-from mmmodel.finetuning.loop import predict
 from mmmodel.finetuning.run import finetune, load, read_labelled
+from mmmodel.finetuning.tasks import predict
 from mmmodel.train import pretrain
 
 TOPICS = {

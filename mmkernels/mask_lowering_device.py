@@ -114,8 +114,12 @@ def _intervals(layout: PackedLayout, k_layout: PackedLayout, mask) -> tuple[Tens
             check_bidirectional(mask, layout.num_modalities)
             segment_lo, segment_hi = _segments(layout, mask.bidirectional, own)
         if mask.prefix is not None:
-            lengths = torch.from_numpy(prefix_lengths(mask.prefix, layout.num_samples))
-            prefix_hi = start + devices.ready(lengths, device).to(device, non_blocking=True)[sample]
+            lengths = prefix_lengths(mask.prefix, layout.num_samples)
+            if len(set(mask.prefix)) == 1:
+                prefix_hi = start + mask.prefix[0]  # a number in the kernel's arguments, which a captured graph keeps
+            else:
+                lengths = torch.from_numpy(lengths)
+                prefix_hi = start + devices.sent("AttentionMask: prefix lengths", lengths, device)[sample]
         hi = torch.maximum(torch.maximum(own + 1, segment_hi), prefix_hi)
         if mask.window_scope == "causal":
             if left >= 0:
@@ -147,7 +151,7 @@ def _given(intervals, layout: PackedLayout, k_layout: PackedLayout) -> tuple[Ten
             bounds.append(value.to(layout.device, torch.int64).clamp(0, k_layout.total_tokens))
         else:
             bound = torch.from_numpy(host_interval(name, value, layout.total_tokens, k_layout.total_tokens))
-            bounds.append(devices.ready(bound, layout.device).to(layout.device, non_blocking=True))
+            bounds.append(devices.sent(f"AttentionMask: intervals.{name}", bound, layout.device))
     return bounds[0], bounds[1]
 
 

@@ -58,7 +58,8 @@ def _weights(block: Block) -> int:
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a large matrix product, the best of repeated trials: what utilisation is a share of."""
     size = GEMM_SIZE[device.type]
-    a, b = (torch.empty(size, size, device=device).uniform_(-1, 1).to(dtype) for _ in range(2))
+    draws = torch.Generator(device).manual_seed(0)  # not torch's own, which the caller may be drawing from
+    a, b = (torch.empty(size, size, device=device).uniform_(-1, 1, generator=draws).to(dtype) for _ in range(2))
     best = float("inf")
     torch.mm(a, b)
     deadline = time.perf_counter() + seconds

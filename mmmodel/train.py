@@ -186,14 +186,14 @@ class Training:
         board = self.out / "tensorboard" if config.tensorboard else None
         metrics = MetricsFile(self.out / "metrics.jsonl", from_step=self.step, tensorboard=board) if first else None
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        peak = distributed.size() * gemm_rate(self.device, dtype)
         with (
             closing(metrics) if first else nullcontext(),  # after an error too: figures wait for TensorBoard's thread
             distributed.wrapped(self.learner) as module,
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            update.dropout_apart(self.device),
             Progress(config.steps, self.step, shown=first) as bar,
             _ahead(self.batch, self.step) as batches,
         ):
-            peak = distributed.size() * gemm_rate(self.device, dtype)
             while not self.done:
                 before = time.perf_counter()
                 batch, prepared = next(batches)
@@ -220,8 +220,8 @@ class Training:
 
         module: the learner as `distributed.wrapped` gives it.  Raises RunError where no step makes an update any more.
         """
-        # Of dropout, which encoders of others have; the rest draws from generators of its own.
-        torch.manual_seed(int(distributed.generator(self.config.seed, self.step, 7).integers(2**63)))
+        # For encoders of others, which have dropout; all else draws from generators of its own.
+        update.seed_dropout(int(distributed.generator(self.config.seed, self.step, 7).integers(2**63)), self.device)
         rate = update.set_learning_rate(self.optimizer, self.config, self.step)
         prepared = update.reweighted(prepared, self.device)
         figures, made = update.train_step(module, self.optimizer, batch, prepared, self.config)

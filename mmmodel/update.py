@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -106,6 +107,24 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     if config.schedule == "cosine":
         return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * min(warm, 5 * (1 - done))
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Of the generators that dropout draws from: the CPU's and the device's, no other GPU's."""
+    torch.default_generator.manual_seed(seed)
+    for gpu in gpus(device):
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(seed)
+
+
+def dropout_apart(device: torch.device) -> AbstractContextManager[None]:
+    """As long as it lasts, these generators are the caller's to seed and to draw from; then they are as before."""
+    return torch.random.fork_rng(devices=gpus(device))
+
+
+def gpus(device: torch.device) -> list[torch.device]:
+    """The one, if any, whose generator draws dropout beside the CPU's."""
+    return [device] if device.type == "cuda" else []
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: PretrainConfig, step: int) -> float:

@@ -402,6 +402,20 @@ def test_lowering_on_the_device_sends_nothing_that_a_graph_capture_refuses(monke
     assert torch.equal(found[0], MaskPlan.lower(layout, mask).q_table)
 
 
+def test_what_a_captured_graph_would_read_from_the_host_again_is_refused(monkeypatch):
+    """Its memory is somebody else's by the time of a replay.  A prefix of one length is a number, which stays."""
+    layout = device_bounds(PackedLayout.from_counts([[4], [3]]))
+    monkeypatch.setattr(devices, "captures", lambda device: True)
+    found = mask_lowering_device.tables(layout, layout, AttentionMask(causal=True, prefix=(2, 2)))
+    assert torch.equal(found[0], MaskPlan.lower(layout, AttentionMask(causal=True, prefix=(2, 2))).q_table)
+    for mask, what in (
+        (AttentionMask(causal=True, prefix=(2, 1)), "prefix lengths"),
+        (AttentionMask(intervals=KeyIntervals(np.zeros(7, int), np.full(7, 3))), "intervals.lo"),
+    ):
+        with pytest.raises(ValueError, match=f"AttentionMask: {what} are on the host, from where a graph"):
+            mask_lowering_device.tables(layout, layout, mask)
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_a_prefix_and_a_window_are_refused_where_they_leave_a_gap_alone(seed):
     layout = merged(random_layout(seed, max_length=9))

@@ -166,16 +166,18 @@ struct Sum {
   int32_t rows;               // that are in `to`
 
   MM_INLINE void settle(int64_t stride) {
-    for (int64_t e = 0; to == few && e < stride; e += kLanes) {
-      store(partial + e, load(partial + e) + load(few + e));
-      store(few + e, splat(0.0f));
+    if (to == few) {
+      for (int64_t e = 0; e < stride; e += kLanes) {
+        store(partial + e, load(partial + e) + load(few + e));
+        store(few + e, splat(0.0f));
+      }
     }
     to = few;
     rows = 0;
   }
 };
 
-// Where chunks keep what they work on: scratch holds three rows.
+// Where chunks keep what they work on: scratch holds three rows, and one for each of `sums` (`few`).
 struct Chunk {
   float *scratch, *partials;  // partials: rows of `stride` floats, M for the modalities, then norm weight, norm bias
   Sum* sums;                  // [M], of the modalities

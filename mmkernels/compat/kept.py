@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmkernels import locks
 from mmkernels.compat.padded import PaddedPlan
+from mmkernels.devices import captures
 
 MAX_RESULTS = 8  # kept per tensor
 MAX_PLANS, MAX_PLANNED_TOKENS = 64, 1 << 22  # kept: enough for all layers of a step, and a few hundred MB at most
@@ -78,10 +78,6 @@ def once_per_graph(tensor: Tensor, content: Hashable, build: Callable[[], Any]) 
     made in its memory is nobody else's to use.
     """
     return build() if captures(tensor.device) else once(tensor, content, build)
-
-
-def captures(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _forget(number: int) -> Callable[[weakref.ref], None]:

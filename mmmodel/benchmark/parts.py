@@ -24,8 +24,9 @@ from mmmodel.embed import segment_vectors
 from mmmodel.export import Run
 from mmmodel.features import Item
 from mmmodel.finetuning import labels, weights
-from mmmodel.finetuning.loop import Labelled, predict, train
+from mmmodel.finetuning.loop import train
 from mmmodel.finetuning.run import build, fresh
+from mmmodel.finetuning.tasks import Labelled, predict
 from mmmodel.pretraining import Corpus, Pretraining
 
 Outcome = dict[str, Any]

@@ -16,7 +16,7 @@ from mmmodel.benchmark.intervals import balanced_accuracy, balanced_gain
 from mmmodel.benchmark.parts import KNOWN_TASKS
 from mmmodel.benchmark.protocol import ARMS, INPUTS, Protocol
 from mmmodel.export import Run
-from mmmodel.finetuning.loop import Labelled
+from mmmodel.finetuning.tasks import Labelled
 
 Parts = Mapping[str, Mapping[str, Any]]
 

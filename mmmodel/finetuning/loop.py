@@ -15,18 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmmodel import checkpoint, stopping
+from mmmodel import checkpoint, stopping, update
 from mmmodel.configs import ConfigError
 from mmmodel.finetuning import scores
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.learner import Aligned, FineTuned, parameter_groups
-from mmmodel.finetuning.tasks import Labelled, Task, evaluate_on, make_task, predict, relabelled
+from mmmodel.finetuning.tasks import Labelled, Task, make_task
 from mmmodel.limits import RunError
 from mmmodel.metrics import MetricsFile
-from mmmodel.update import adamw
-
-# Of tasks.py what belongs to `train`: who trains and who scores needs no other file.
-__all__ = ["Labelled", "Outcome", "evaluate_on", "predict", "relabelled", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +54,9 @@ def train(
     samples have no score, as R2 of a single number has none.  With checkpoints, SIGTERM and Ctrl-C finish the step in
     progress and keep one: then it raises SystemExit with status 143, or KeyboardInterrupt.
     """
-    with torch.random.fork_rng(devices=_gpus(config)):
-        torch.manual_seed(config.seed)  # of dropout: batches have generators of their own
+    device = torch.device(config.device)
+    with update.dropout_apart(device):
+        update.seed_dropout(config.seed, device)  # batches have generators of their own
         training = Training.open(learner, data, config, checkpoints)
         with stopping.signals() if checkpoints else nullcontext(()) as stop:
             training.run(curve, stop)
@@ -92,7 +89,7 @@ class Training:
             learner, lr=config.lr, layer_decay=config.layer_decay, weight_decay=config.weight_decay
         )
         rates = [group["lr"] for group in groups]
-        training = cls(learner, data, config, checkpoints, task, adamw(groups), rates, _trained(learner))
+        training = cls(learner, data, config, checkpoints, task, update.adamw(groups), rates, _trained(learner))
         if checkpoints is not None and (saved := checkpoint.saved(checkpoints)):
             training.restore(saved[-1])
         return training
@@ -168,8 +165,7 @@ class Training:
         """Its figures, and its weights if it is the best so far.  started: when, by time.perf_counter."""
         epoch, loss = len(self.history) + 1, float(torch.stack(self.losses).mean())
         if not math.isfinite(loss):
-            rate = f"{self.config.lr:g}"
-            raise RunError(f"finetune: the loss of epoch {epoch} is not finite; try a lower lr than {rate}")
+            raise RunError(f"finetune: the loss of epoch {epoch} is not finite; try a lower lr than {self.config.lr:g}")
         found, main = self.task.validate(), self.main
         if not math.isfinite(found[main]):
             count = len(self.data.validation)
@@ -197,7 +193,7 @@ class Training:
         self.losses = list(torch.tensor(json.loads(progress["losses"]), device=self.config.device))
         self.best_weights = progress["best"]
         torch.set_rng_state(progress["dropout"])
-        for gpu in _gpus(self.config):
+        for gpu in update.gpus(torch.device(self.config.device)):
             torch.cuda.set_rng_state(progress["dropout_gpu"], gpu)
         logger.info("continuing at step %d of %d", self.step, self.steps)
 
@@ -209,7 +205,7 @@ class Training:
             "best": self.best_weights,
             "dropout": torch.get_rng_state(),
         }
-        for gpu in _gpus(self.config):
+        for gpu in update.gpus(torch.device(self.config.device)):
             progress["dropout_gpu"] = torch.cuda.get_rng_state(gpu)
         return progress
 
@@ -217,11 +213,6 @@ class Training:
         self.learner.load_state_dict(self.best_weights, strict=False)
         found = {name: value for name, value in self.history[self.best].items() if name not in OURS}
         return Outcome(self.history, self.best + 1, found)
-
-
-def _gpus(config: FinetuneConfig) -> list[torch.device]:
-    """The one, if any, whose generator draws dropout beside the CPU's."""
-    return [device for device in [torch.device(config.device)] if device.type == "cuda"]
 
 
 def _order(count: int, config: FinetuneConfig, epoch: int) -> list[np.ndarray]:

@@ -16,8 +16,8 @@ from mmmodel.configs import ConfigError
 from mmmodel.data.loader import ShardDataset
 from mmmodel.features import Features, Item
 from mmmodel.finetuning.learner import Aligned
-from mmmodel.finetuning.loop import predict
 from mmmodel.finetuning.run import read_samples, restore
+from mmmodel.finetuning.tasks import predict
 from mmmodel.model import check_impl
 
 CHUNK = 64 * embed.BATCH  # rows that are written at a time

@@ -29,8 +29,9 @@ from mmmodel.finetuning import weights
 from mmmodel.finetuning.config import FinetuneConfig, check
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import Aligned, FineTuned
-from mmmodel.finetuning.loop import Labelled, evaluate_on, train
+from mmmodel.finetuning.loop import train
 from mmmodel.finetuning.scores import MAIN
+from mmmodel.finetuning.tasks import Labelled, evaluate_on
 from mmmodel.finetuning.weights import Loaded
 from mmmodel.limits import CheckpointError
 from mmmodel.model import check_impl

@@ -17,9 +17,9 @@ from mmmodel.export_onnx import PlainEncoder, export_onnx
 from mmmodel.finetuning.config import FinetuneConfig
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned
-from mmmodel.finetuning.loop import predict
 from mmmodel.finetuning.predict import Predictor
 from mmmodel.finetuning.run import finetune
+from mmmodel.finetuning.tasks import predict
 
 ALL = ("text", "image", "audio")
 

@@ -18,7 +18,7 @@ from mmmodel.export import from_pretrained, open_run
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.labels import Labels
 from mmmodel.finetuning.learner import FineTuned, make_loss, parameter_groups
-from mmmodel.finetuning.loop import evaluate_on
+from mmmodel.finetuning.tasks import evaluate_on
 from mmmodel.limits import CheckpointError
 from mmmodel.model import Model
 

@@ -1,5 +1,6 @@
 """Fine-tuning that was stopped: it goes on to the bits of an unbroken one, or says why not."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import pytest
 import torch
 from builders import QUICK_FINETUNING as QUICK
 
-from mmmodel import checkpoint, plot
+from mmmodel import checkpoint, plot, update
 from mmmodel.data.shards import write_index, write_shard
 from mmmodel.export import open_run
 from mmmodel.finetuning import loop
@@ -105,12 +106,13 @@ def test_sigterm_and_ctrl_c_save_the_step_and_the_same_command_goes_on_to_the_sa
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A generator that stands for a GPU's, as there is none here: dropout draws from it, and torch seeds it too."""
-    generator, seed = torch.Generator(), torch.manual_seed
-    monkeypatch.setattr(loop, "_gpus", lambda config: [torch.device("cuda")])
+    """A generator that stands for a GPU's, as there is none here: dropout draws from it."""
+    generator = torch.Generator()
+    monkeypatch.setattr(update, "gpus", lambda device: [torch.device("cuda")])
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generator.get_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generator.set_state(state))
-    monkeypatch.setattr(torch, "manual_seed", lambda number: generator.manual_seed(number) and seed(number))
+    monkeypatch.setattr(torch.cuda, "manual_seed", generator.manual_seed)
 
     def dropped(self, x):
         return x * (torch.rand(x.shape, generator=generator) > self.p) / (1 - self.p) if self.training else x
@@ -146,7 +148,7 @@ def test_what_was_stopped_on_a_cpu_or_by_an_earlier_version_goes_on_on_a_gpu(
     config = dataclasses.replace(QUICK, label="colour", data=str(labelled), epochs=3, dropout=0.5, freeze="encoder")
     stopping["epoch"] = 2
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_gpus", lambda config: [])
+        patch.setattr(update, "gpus", lambda device: [])
         with pytest.raises(KeyboardInterrupt):
             finetuning.finetune(run, config, tmp_path)
     stopping["epoch"] = None
