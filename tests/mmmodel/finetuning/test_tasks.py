@@ -13,9 +13,11 @@ from mmmodel.export import open_run
 from mmmodel.finetuning import run as finetuning
 from mmmodel.finetuning.tasks import make_task
 
+READS = {getattr(Tensor, n) for n in ("item", "tolist", "nonzero", "__float__", "__int__", "__bool__")}
+
 
 class Waits(TorchFunctionMode):
-    """Of calls that would wait for a GPU those that a CPU shows too: copies that block, an index in host memory."""
+    """Of calls that would wait for a GPU those that a CPU shows too: reads, blocking copies, an index of the host's."""
 
     def __init__(self):
         super().__init__()
@@ -25,8 +27,9 @@ class Waits(TorchFunctionMode):
         kwargs = kwargs or {}
         moves = any(isinstance(to, Tensor | torch.device | str) for to in [*args[1:], *kwargs.values()])
         blocks = func is Tensor.to and moves and not kwargs.get("non_blocking")
-        index = args[1] if func is Tensor.__getitem__ else ()
-        if blocks or any(isinstance(part, np.ndarray) for part in (index if isinstance(index, tuple) else [index])):
+        index = args[1] if func in (Tensor.__getitem__, Tensor.__setitem__) else ()
+        parts = index if isinstance(index, tuple) else (index,)
+        if func in READS or blocks or any(isinstance(part, np.ndarray | list) for part in parts):
             self.found.append(func.__name__)
         return func(*args, **kwargs)
 
