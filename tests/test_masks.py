@@ -8,26 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from mask_cases import device_bounds, merged, random_mask, seen_by_plan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmkernels import devices, mask_lowering_device
+from mmkernels import mask_lowering_device
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import MOST_KEY_LAYOUTS, MOST_PLANS, AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import assert_tile_order, random_layout, reference_mask
-
-
-def random_mask(rng, layout):
-    """Any combination of the mask's parts that intervals can hold."""
-    M = layout.num_modalities
-    causal = bool(rng.integers(2))
-    window = tuple(int(w) for w in rng.choice([-1, 0, 1, 3, 9], 2))
-    scope = "all" if rng.integers(2) else "causal"
-    prefix = None
-    if causal and rng.integers(2) and not (scope == "causal" and window[0] >= 0):
-        prefix = tuple(int(n) for n in rng.integers(0, 12, layout.num_samples))
-    bidirectional = tuple(np.flatnonzero(rng.integers(0, 2, M))) if causal and rng.integers(2) else ()
-    visible = rng.integers(0, 2, (M, M)).astype(bool) if rng.integers(2) else None
-    return AttentionMask(causal, window, scope, prefix, bidirectional, visible)
 
 
 def random_intervals(rng, layout):
@@ -35,14 +22,6 @@ def random_intervals(rng, layout):
     lengths = np.diff(layout.cu_seqlens.numpy())
     lo, hi = (np.concatenate([np.sort(rng.integers(0, n + 3, n)) for n in lengths]) for _ in range(2))
     return KeyIntervals(lo, hi)
-
-
-def seen_by_plan(plan):
-    token = torch.arange(plan.layout.total_tokens, dtype=torch.int32)
-    inside = (token >= plan.kv_lo[:, None]) & (token < plan.kv_hi[:, None])
-    by_key = (token[:, None] >= plan.q_lo) & (token[:, None] < plan.q_hi)
-    assert torch.equal(inside, by_key)  # forward's and backward's bounds describe one set
-    return inside & ((plan.q_bits[:, None] & plan.k_bits) != 0)
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -73,16 +52,6 @@ def test_given_intervals_join_the_rest(seed):
         assert torch.equal(found, expected)
 
 
-def test_segments_that_touch_stay_apart_beside_intervals_on_the_device():
-    """Two images in a row, on a layout whose segments are known though the mask is lowered on the device."""
-    layout = PackedLayout.from_segments([[(1, 3), (1, 2), (0, 1)], [(1, 2)]], num_modalities=2)
-    mask = AttentionMask(causal=True, bidirectional=(1,))
-    q_table, k_table = mask_lowering_device.tables(layout, layout, mask)
-    plan = MaskPlan.lower(layout, mask)
-    assert torch.equal(q_table, plan.q_table)
-    assert torch.equal(k_table, plan.k_table)
-
-
 def test_intervals_that_fall_or_do_not_fit_are_named():
     layout = PackedLayout.from_counts([[2], [3]])
     with pytest.raises(ValueError, match=r"intervals\.hi falls at query 3"):
@@ -91,30 +60,12 @@ def test_intervals_that_fall_or_do_not_fit_are_named():
         MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals([0] * 4, [2] * 5)))
 
 
-def test_intervals_of_the_host_mean_the_same_on_device_side_bounds():
-    """Beyond int64, where "unlimited" became nothing, and arrays that run backwards, which torch does not take."""
-    layout = PackedLayout.from_counts([[2], [3]])
-    mask = AttentionMask(intervals=KeyIntervals(np.zeros(5, int)[::-1], np.full(5, 2**64 - 1, np.uint64)))
-    plan = MaskPlan.lower(layout, mask)
-    assert plan.kv_hi.tolist() == [2, 2, 5, 5, 5]
-    assert torch.equal(MaskPlan.lower(device_bounds(layout), mask).q_table, plan.q_table)
-
-
 @pytest.mark.parametrize("lower", [MaskPlan.lower, lambda layout, mask: MaskPlan.lower(device_bounds(layout), mask)])
 @pytest.mark.parametrize("bound", [None, [[1], [1, 2]], torch.zeros(2, requires_grad=True)])
 def test_intervals_that_are_no_numbers_are_named(bound, lower):
     mask = AttentionMask(intervals=KeyIntervals(bound, [2, 2]))
     with pytest.raises(ValueError, match=r"AttentionMask: intervals\.lo"):
         lower(PackedLayout.from_counts([[2]]), mask)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("bound", [torch.tensor([2]), torch.full((5,), 1.7), torch.ones(5, dtype=torch.bool)])
-def test_intervals_are_never_stretched_or_rounded_on_device_side_bounds(bound, device):
-    bound = bound.to(device)
-    layout, zeros = device_bounds(PackedLayout.from_counts([[2], [3]])), torch.zeros(5, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"intervals\.hi is .* expected whole numbers \[5\]"):
-        MaskPlan.lower(layout, AttentionMask(intervals=KeyIntervals(zeros, bound)))
 
 
 @pytest.mark.parametrize("rows", ["query", "key"])
@@ -346,76 +297,6 @@ def test_cross_refuses_by_name(mask, k_counts, message):
         MaskPlan.lower(PackedLayout.from_counts([[3], [5]]), mask, PackedLayout.from_counts(k_counts))
 
 
-def device_bounds(layout):
-    """The layout as a GPU user has it: bounds and modalities that must not be read."""
-    return PackedLayout._from_device_bounds(
-        layout.cu_seqlens, layout.total_tokens, layout.max_seqlen, layout.modality_ids, layout.num_modalities
-    )
-
-
-def merged(layout):
-    """The layout with equal neighbours joined: what device-side bounds can tell."""
-    return PackedLayout.from_cu_seqlens(
-        layout.cu_seqlens,
-        total_tokens=layout.total_tokens,
-        max_seqlen=layout.max_seqlen,
-        modality_ids=layout.modality_ids,
-        num_modalities=layout.num_modalities,
-    )
-
-
-@pytest.mark.parametrize("seed", range(150))
-def test_lowering_on_the_device_equals_the_host(seed):
-    """Run on CPU tensors; the code holds no read of a value, which the GPU stage checks by forbidding syncs."""
-    layout = merged(random_layout(seed, max_length=12))
-    mask = random_mask(np.random.default_rng(seed), layout)
-    on_device = device_bounds(layout)
-    host, device = MaskPlan.lower(layout, mask), MaskPlan.lower(on_device, mask)
-    assert torch.equal(on_device.positions, layout.positions)
-    # Empty segments have no token that could tell of them, so numbers may differ, but not which tokens share one.
-    assert torch.equal(on_device.segment_ids.diff() != 0, layout.segment_ids.diff() != 0)
-    assert torch.equal(host.q_table, device.q_table), mask
-    assert torch.equal(host.k_table, device.k_table), mask
-
-
-def test_lowering_on_the_device_sends_nothing_that_a_graph_capture_refuses(monkeypatch):
-    """Every tensor from the host goes through `ready`, which pins it for a GPU, and keeps its dtype on the way."""
-    layout = PackedLayout.from_counts([[4], [3]])
-    lo, hi = np.zeros(7, np.int32), np.full(7, 3)
-    mask = AttentionMask(causal=True, prefix=(2, 1), intervals=KeyIntervals(lo, hi))
-    sent, pinned = [], []
-    monkeypatch.setattr(devices, "ready", lambda tensor, device: pinned.append(tensor.clone()) or pinned[-1])
-    to = torch.Tensor.to
-
-    def recorded(self, *args, **options):
-        if any(isinstance(arg, torch.device) for arg in args):
-            sent.append((self, args, options))
-        return to(self, *args, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", recorded)
-    found = mask_lowering_device.tables(device_bounds(layout), device_bounds(layout), mask)
-    assert [t.tolist() for t in pinned] == [[2, 1], lo.tolist(), hi.tolist()]
-    for (tensor, args, options), memory in zip(sent, pinned, strict=True):
-        assert tensor is memory
-        assert (args, options) == ((layout.device,), {"non_blocking": True})
-    monkeypatch.undo()
-    assert torch.equal(found[0], MaskPlan.lower(layout, mask).q_table)
-
-
-def test_what_a_captured_graph_would_read_from_the_host_again_is_refused(monkeypatch):
-    """Its memory is somebody else's by the time of a replay.  A prefix of one length is a number, which stays."""
-    layout = device_bounds(PackedLayout.from_counts([[4], [3]]))
-    monkeypatch.setattr(devices, "captures", lambda device: True)
-    found = mask_lowering_device.tables(layout, layout, AttentionMask(causal=True, prefix=(2, 2)))
-    assert torch.equal(found[0], MaskPlan.lower(layout, AttentionMask(causal=True, prefix=(2, 2))).q_table)
-    for mask, what in (
-        (AttentionMask(causal=True, prefix=(2, 1)), "prefix lengths"),
-        (AttentionMask(intervals=KeyIntervals(np.zeros(7, int), np.full(7, 3))), "intervals.lo"),
-    ):
-        with pytest.raises(ValueError, match=f"AttentionMask: {what} are on the host, from where a graph"):
-            mask_lowering_device.tables(layout, layout, mask)
-
-
 @pytest.mark.parametrize("seed", range(100))
 def test_a_prefix_and_a_window_are_refused_where_they_leave_a_gap_alone(seed):
     layout = merged(random_layout(seed, max_length=9))
@@ -434,48 +315,6 @@ def test_a_prefix_and_a_window_are_refused_where_they_leave_a_gap_alone(seed):
     else:
         with pytest.raises(NotImplementedError, match="may begin, as far as"):
             MaskPlan.lower(device_bounds(layout), mask)
-
-
-@pytest.mark.parametrize("rows", ["query", "key"])
-@pytest.mark.parametrize("seed", range(60))
-def test_token_tiles_from_the_device_cover_what_is_seen(seed, rows):
-    layout = merged(random_layout(seed, max_length=30))
-    rng = np.random.default_rng(seed)
-    mask = random_mask(rng, layout)
-    block_rows, block_cols = (int(n) for n in rng.choice([4, 8, 16], 2))
-    seen = reference_mask(layout, mask)
-    seen = seen if rows == "query" else seen.T
-    plan = MaskPlan.lower(device_bounds(layout), mask)
-    assert plan.schedules == ("token",)
-    schedule = plan.tiles(rows, block_rows, block_cols, "token")
-    total = layout.total_tokens
-    assert len(schedule.tiles) == -(-total // block_rows)  # of T alone: a CUDA graph's grid
-    assert len(schedule.spans) == 3 * len(schedule.tiles)
-    for tile, (row_start, row_end, first, last) in enumerate(schedule.tiles.tolist()):
-        assert (row_start, row_end) == (tile * block_rows, min((tile + 1) * block_rows, total))
-        visited = torch.zeros(total, dtype=torch.bool)
-        for col_start, col_end, masked in schedule.spans[first:last].tolist():
-            assert col_start % block_cols == 0 or col_start == col_end
-            assert 0 <= col_start <= col_end <= total
-            assert not visited[col_start:col_end].any()
-            visited[col_start:col_end] = True
-            if not masked:
-                assert (col_end - col_start) % block_cols == 0
-                assert seen[row_start:row_end, col_start:col_end].all()
-                assert rows == "query" or row_end - row_start == block_rows or col_start == col_end
-        assert not seen[row_start:row_end, ~visited].any()
-
-
-def test_device_side_bounds_refuse_what_would_sync():
-    bounds = torch.empty(3, dtype=torch.int32, device="meta")
-    layout = PackedLayout.from_cu_seqlens(bounds, total_tokens=7, max_seqlen=4)
-    plan = MaskPlan.lower(layout)
-    with pytest.raises(NotImplementedError, match="allow token tiles only"):
-        plan.tiles("query", 16, 16)
-    with pytest.raises(NotImplementedError, match="would sync"):
-        plan.cost("token", 16, 16)
-    with pytest.raises(NotImplementedError, match="would sync"):
-        _ = plan.visible_pairs
 
 
 @pytest.mark.parametrize("real_beside_fake", [True, False])
