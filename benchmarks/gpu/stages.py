@@ -240,7 +240,8 @@ def _run_stage(name: str, context: Context) -> dict:
 
 
 def _fuller(record: dict, context: Context) -> dict:
-    """The record; where a run that was cut off left more timed rows in the file than it has, those, still not ok.
+    """The record; where a run that was cut off left more timed rows, or it has no result, those in the file, still not
+    ok.
 
     Not where it shows a kernel of ours to be wrong: that must be seen.
     """
@@ -253,7 +254,7 @@ def _fuller(record: dict, context: Context) -> dict:
     )
     if wrong or had <= has or ("result" in record and not kept.get("cut_off")):
         return record
-    why = f"kept the {had} timed rows of a run that was cut off, as the one that ended later has {has}"
+    why = f"kept the {had} timed rows of an earlier run, as the one that ended later has {has}"
     print(f"  {stage}: {why}", flush=True)
     return kept | {"ok": False, "error": record.get("error", why), "seconds": record["seconds"]}
 

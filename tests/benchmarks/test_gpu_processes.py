@@ -170,7 +170,7 @@ def test_a_second_run_loses_no_row_of_one_that_was_cut_off(tmp_path, monkeypatch
     )  # ends, by its budget, with none
     assert record == json.loads(path.read_text())
     assert stages._timed_rows(record["result"]) == rows[2]
-    kept = f"kept the {rows[2]} timed rows of a run that was cut off, as the one that ended later has 0"
+    kept = f"kept the {rows[2]} timed rows of an earlier run, as the one that ended later has 0"
     assert (record["ok"], record["cut_off"], record["error"]) == (False, True, kept)
     assert kept in capsys.readouterr().out
 
