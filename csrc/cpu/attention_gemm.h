@@ -7,6 +7,9 @@
 
 namespace mm::cpu::attention::MM_ISA {
 
+// Sums, rows and a word leave no register free where there are 16: steps written out in a row would spill some.
+constexpr int kStepsUnrolled = W == 16 ? Ahead::kWordsPerStep : 1;
+
 using Micro = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
                        float factor, Ahead& ahead);
 
@@ -30,7 +33,7 @@ __attribute__((noinline)) void micro(const float* a, int64_t lda, const float* b
   int64_t k = 0;
   for (; k + Ahead::kWordsPerStep <= K; k += Ahead::kWordsPerStep) {
     ahead.fetch_some();
-#pragma GCC unroll 4
+#pragma GCC unroll kStepsUnrolled
     for (int64_t next = 0; next < Ahead::kWordsPerStep; ++next) add(k + next);
   }
   for (; k < K; ++k) add(k);
