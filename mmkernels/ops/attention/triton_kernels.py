@@ -17,6 +17,7 @@ from mmkernels.ops.attention.triton_launch import (
     LOG2E,
     descriptors,
     dropout_scalars,
+    in_reach,
     options,
     precision,
     strides,
@@ -93,6 +94,7 @@ def attention_fwd(q, k, v, pair_bias, rng, out, lse, mass, lowered, kept: dict |
 
     kept: for calls that differ in q, k, v, out and lse alone; see triton_replay.launch.
     """
+    q, k, v = in_reach(q), in_reach(k), in_reach(v)
     own = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "k_desc": k, "v_desc": v, "out_ptr": out, "lse_ptr": lse}
     with on_device(q):
         launch("fwd", own, lambda: _forward(q, k, v, pair_bias, rng, out, lse, mass, lowered), kept)

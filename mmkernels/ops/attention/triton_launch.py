@@ -13,6 +13,7 @@ from mmkernels.ops.attention.inputs import uses_tf32
 from mmkernels.philox import threshold
 
 LOG2E = triton_tiles.LOG2E.value
+MOST_ROWS = 256  # of a tile, whichever side
 
 
 def precision(q: Tensor) -> str:
@@ -27,6 +28,14 @@ def options(config: Config) -> dict[str, int]:
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in t.stride()[:2])
+
+
+def in_reach(t: Tensor) -> Tensor:
+    """t [T, heads, D], or a copy where a tile's last token lies so far from its first that int32 does not hold it.
+
+    Kernels count from a tile's first token, which int64 finds: in int64 as well, each offset would take two registers.
+    """
+    return t if t.stride(0) < 2**31 // MOST_ROWS else t.contiguous()
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from mmkernels.ops.attention.triton_launch import (
     descriptor,
     descriptors,
     dropout_scalars,
+    in_reach,
     options,
     precision,
     strides,
@@ -35,7 +36,8 @@ def attention_bwd(
     """
     H = q.shape[1]
     chosen = configs.Configs.from_flat(lowered.config)
-    do = do if do.stride(2) == 1 else do.contiguous()
+    q, k, v = in_reach(q), in_reach(k), in_reach(v)
+    do = in_reach(do) if do.stride(2) == 1 else do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     partials = None
     if pair_bias is not None:

@@ -1,7 +1,10 @@
 """Nothing of size T x T or L x L is allocated on the GPU path: all that the launchers make is linear in tokens.
 
-The kernels are left out, so that 64k tokens take no time; what they are handed is allocated as on a GPU.
+The kernels are left out, so that 64k tokens take no time; what they are handed is allocated as on a GPU.  Nor are they
+handed what their offsets, int32 within a tile, do not reach.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +65,35 @@ def test_nothing_grows_with_the_square_of_tokens(kind, deterministic, cross):
     for length, samples in ((65_536, 1), (64, 1024)):
         elements, T = _largest(length, samples, mask, deterministic, cross)
         assert elements <= T * HEADS * WIDTH, (length, elements / T)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tokens_far_apart_are_brought_together(monkeypatch, fused):
+    """As x[:, 0] of activations [B, L, E]: of 128 tokens L E apart the last is 2**31 elements away, where L E is 2**24.
+
+    The interpreter ends with a segmentation fault there.  On "meta" nothing is allocated.
+    """
+    from mmkernels.ops.attention import triton_kernels, triton_launch_backward
+    from mmkernels.ops.attention.configs import Config, Configs
+
+    tokens, far, handed = 130, 2**24 + 16, {}
+    store = torch.empty(tokens * far, dtype=torch.float16, device="meta")
+    apart = store.as_strided((tokens, HEADS, WIDTH), (far, WIDTH, 1))
+    near = torch.empty(tokens, HEADS, WIDTH, dtype=torch.float16, device="meta")
+    lse = torch.empty(HEADS, tokens, device="meta")
+    tile = Config(128, 64, 4, 2)
+    lowered = SimpleNamespace(config=Configs(tile, tile, tile, fused).flat(), scale=1.0)
+    for module in (triton_kernels, triton_launch_backward):
+        monkeypatch.setattr(module, "launch", lambda name, own, make, kept: handed.update({name: own}))
+    triton_kernels.attention_fwd(apart, apart, near, None, None, near, lse, None, lowered)
+    triton_kernels.attention_bwd(
+        apart, None, apart, apart, apart, None, None, near, lse, near, near, near, None, lowered
+    )
+    assert set(handed) == ({"fwd", "delta", "fused"} if fused else {"fwd", "dq", "dkdv"})
+    for own in handed.values():
+        for name, t in own.items():
+            assert 255 * t.stride(0) < 2**31, name
+    assert handed["fwd"]["v_ptr"] is near
 
 
 def test_the_check_sees_a_square():
