@@ -17,26 +17,28 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device)
 
 
-def ready(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in memory from which `device` copies without the host."""
-    if device.type != "cuda" or tensor.device.type != "cpu" or tensor.is_pinned():
+def ready(what: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in memory from which `device` copies without the host, which from any other may wait for the GPU.
+
+    Raises ValueError while a graph is captured: each replay would read the host's memory anew, whosever it is by then.
+    """
+    if tensor.device.type != "cpu" or (device.type == "cuda" and tensor.is_pinned()):
         return tensor
-    return tensor.pin_memory()
+    if captures(device):
+        raise ValueError(
+            f"{what} are on the host, from where a graph that is captured would read them again at each replay; lower "
+            "the mask and move the layout before"
+        )
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def captures(device: torch.device) -> bool:
     """Whether a graph is captured there now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def sent(what: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, by a copy for which the host does not wait.
-
-    Raises ValueError while a graph is captured: each replay would read the host's memory anew, whosever it is by then.
-    """
-    if captures(device):
-        raise ValueError(
-            f"{what} are on the host, from where a graph that is captured would read them again at each replay; lower "
-            "the mask before"
-        )
-    return ready(tensor, device).to(device, non_blocking=True)
+    """The tensor on the device, by a copy for which the host does not wait.   what: for the errors of `ready`"""
+    return ready(what, tensor, device).to(device, non_blocking=True)

@@ -280,7 +280,8 @@ class PackedLayout:
         if self._buffer is None:
             tensors = {name: getattr(self, name) for name in _TENSORS}
             return {k: None if t is None else t.to(device, non_blocking=non_blocking) for k, t in tensors.items()}
-        buffer = devices.ready(self._buffer, device).to(device, non_blocking=non_blocking)
+        ready = devices.ready("PackedLayout: the tables of a layout", self._buffer, device)
+        buffer = ready.to(device, non_blocking=non_blocking)
         views = _views(buffer, self.num_samples, self.num_segments, self.total_tokens, self.axes)
         return {**views, "_buffer": buffer}
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels import layout_tables, locks, mask_lowering, mask_lowering_device, planner, tracing
+from mmkernels import devices, layout_tables, locks, mask_lowering, mask_lowering_device, planner, tracing
 from mmkernels.arguments import one_of
 from mmkernels.layout import PackedLayout
 
@@ -187,7 +187,7 @@ class MaskPlan:
             self.q_table, self.k_table = (torch.from_numpy(t) for t in mask_lowering.tables(layout, k_layout, mask))
         else:
             self._of_host = host = MaskPlan.lower(layout.host, mask, k_layout.host if self.is_cross else None)
-            self.q_table, self.k_table = (t.to(layout.device, non_blocking=True) for t in (host.q_table, host.k_table))
+            self.q_table, self.k_table = (_sent(t, layout.device) for t in (host.q_table, host.k_table))
 
     @property
     def _host_plan(self) -> MaskPlan | None:
@@ -258,9 +258,7 @@ class MaskPlan:
         if self._host_plan is not self:
             host = self._host_plan.tiles(rows, block_rows, block_cols, schedule, joined)
             device = self.layout.device
-            return TileSchedule(
-                host.tiles.to(device, non_blocking=True), host.spans.to(device, non_blocking=True), host.pairs
-            )
+            return TileSchedule(_sent(host.tiles, device), _sent(host.spans, device), host.pairs)
         if joined:
             apart = self.tiles(rows, block_rows, block_cols, schedule)
             tiles, spans = mask_lowering.joined(apart.tiles.numpy(), apart.spans.numpy(), joined)
@@ -276,6 +274,10 @@ class MaskPlan:
             cu_rows, cu_cols, lo, hi, row_bits, col_bits, block_rows, block_cols, rows=rows
         )
         return TileSchedule(torch.from_numpy(tiles), torch.from_numpy(spans), pairs)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    return devices.sent("MaskPlan: the tables of a mask", table, device)
 
 
 @tracing.host_code(

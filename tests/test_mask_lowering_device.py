@@ -59,7 +59,7 @@ def test_lowering_on_the_device_does_not_make_the_host_wait(monkeypatch):
     lo, hi = np.zeros(7, np.int32), np.full(7, 3)
     mask = AttentionMask(causal=True, prefix=(2, 1), intervals=KeyIntervals(lo, hi))
     sent, pinned = [], []
-    monkeypatch.setattr(devices, "ready", lambda tensor, device: pinned.append(tensor.clone()) or pinned[-1])
+    monkeypatch.setattr(devices, "ready", lambda what, tensor, device: pinned.append(tensor.clone()) or pinned[-1])
     to = torch.Tensor.to
 
     def recorded(self, *args, **options):

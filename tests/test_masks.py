@@ -11,7 +11,7 @@ import torch
 from mask_cases import device_bounds, merged, random_mask, seen_by_plan
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmkernels import mask_lowering_device
+from mmkernels import devices, mask_lowering_device
 from mmkernels.layout import PackedLayout
 from mmkernels.masks import MOST_KEY_LAYOUTS, MOST_PLANS, AttentionMask, KeyIntervals, MaskPlan
 from mmkernels.testing import assert_tile_order, random_layout, reference_mask
@@ -341,3 +341,38 @@ def test_a_new_mask_takes_few_calls():
     finally:
         sys.setprofile(None)
     assert made.count("call") + made.count("c_call") < 110, made
+
+
+def test_a_lowered_mask_goes_to_a_gpu_from_pinned_memory(monkeypatch):
+    """Tables and tiles: from other memory the host may wait for the GPU, in each step whose layout is new.
+
+    "meta" stands for the GPU, and for pinned memory what `ready` makes.
+    """
+    layout = PackedLayout.from_counts([[4, 2], [3, 0]]).to("meta")
+    made, sent, to = [], [], torch.Tensor.to
+    monkeypatch.setattr(devices, "ready", lambda what, tensor, device: made.append(tensor.clone()) or made[-1])
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *args, **options: sent.append((self, args, options)) or to(self, *args, **options),
+    )
+    plan = MaskPlan.lower(layout, AttentionMask(causal=True))
+    tiles = plan.tiles("query", 4, 4)
+    assert [len(t) for t in made] == [4, 4, len(tiles.tiles), len(tiles.spans)]
+    for (tensor, args, options), ready in zip(sent, made, strict=True):
+        assert tensor is ready
+        assert (args, options) == ((layout.device,), {"non_blocking": True})
+
+
+def test_a_captured_graph_takes_no_tables_from_the_host(monkeypatch):
+    host = PackedLayout.from_counts([[4, 2]])
+    layout = host.to("meta")
+    lowered = MaskPlan.lower(layout)
+    monkeypatch.setattr(devices, "captures", lambda device: True)
+    assert MaskPlan.lower(layout) is lowered
+    for ask in (
+        lambda: MaskPlan.lower(layout, AttentionMask(causal=True)), lambda: lowered.tiles("key", 4, 4),
+        lambda: host.to("meta"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the tables of a (mask|layout) are on the host, from where a graph that"):
+            ask()
