@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from builders import batch_of, learner, samples
 
 from mmmodel.batches import Sampler, collate
@@ -85,3 +86,17 @@ def test_a_batch_is_shown_in_a_line_and_read_by_calling_the_model():
     assert len(repr(batch)) < 200
     model = learned.model.eval()
     assert (model(batch.to("cpu")) == model.encode(model.streams(batch), batch.layout)).all()
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory(monkeypatch):
+    """From other memory the host may wait for the GPU.  Without one a copy is what is pinned, and nothing moves."""
+    batch, pinned, sent = batch_of(learner()[1], *samples()), [], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in pinned))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: sent.append((self, options)) or self)
+    moved = batch.to("cuda")
+    tensors = [t for ts in batch.inputs.values() for t in ts]
+    assert len(sent) == len(pinned) == len(tensors) + 1  # the layout is one buffer
+    assert all(t.is_pinned() and options == {"non_blocking": True} for t, options in sent)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, (t for ts in moved.inputs.values() for t in ts), strict=True))
