@@ -26,16 +26,16 @@ def ready(what: str, tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if captures(device):
         raise ValueError(
-            f"{what} are on the host, from where a graph that is captured would read them again at each replay; lower "
-            "the mask and move the layout before"
+            f"{what} are on the host, from where a graph that is captured would read them again at each replay; do "
+            "this once before the capture"
         )
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def captures(device: torch.device) -> bool:
     """Whether a graph is captured there now."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return False
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False  # a build of torch without CUDA cannot be asked more
     return torch.cuda.is_current_stream_capturing()
 
 

@@ -28,13 +28,13 @@ def test_only_memory_of_the_host_is_pinned_and_only_for_a_gpu(monkeypatch):
     tensor, elsewhere = torch.arange(3), torch.zeros(3, device="meta")
     assert ready("it", tensor, torch.device("cpu")) is tensor
     assert ready("it", elsewhere, torch.device("cuda:1")) is elsewhere
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = ready("it", tensor, torch.device("cuda"))
     assert torch.equal(found, tensor)
     assert len(pinned) == 1
     assert ready("it", found, torch.device("cuda")) is found is pinned[0]
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for asked in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, asked, lambda: True)
     assert ready("it", found, torch.device("cuda")) is found  # who pinned it keeps it
     assert ready("it", elsewhere, torch.device("cuda")) is elsewhere
     with pytest.raises(ValueError, match="its parts are on the host, from where a graph"):

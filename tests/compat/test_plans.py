@@ -82,7 +82,8 @@ def test_lengths_and_places_of_like_sizes_do_not_take_one_anothers_plans():
 
 def test_capture_and_compiled_regions_on_a_gpu_refuse_by_name(monkeypatch):
     """Without one: what is asked before anything is read."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for asked in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, asked, lambda: True)
     shape, gpu = plans.Shape(B, H, H, L, L), torch.device("cuda")
     for lengths, mask, reason in (
         (None, KEYS.clone(), "attn_mask cannot be read"),

@@ -91,7 +91,6 @@ def test_a_batch_is_shown_in_a_line_and_read_by_calling_the_model():
 def test_a_batch_goes_to_a_gpu_from_pinned_memory(monkeypatch):
     """From other memory the host may wait for the GPU.  Without one a copy is what is pinned, and nothing moves."""
     batch, pinned, sent = batch_of(learner()[1], *samples()), [], []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: any(self is t for t in pinned))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: sent.append((self, options)) or self)
