@@ -25,6 +25,10 @@ SCHEDULES = ("sample", "token")
 FAR = 2**31 - 1  # no sample is longer: more is said by people who mean "unlimited", and int64 would overflow
 MOST_PLANS = 64  # of different masks that a layout keeps: a model's layers ask for a few
 MOST_KEY_LAYOUTS = 16  # for each of which it keeps a mask's plan in cross-attention
+_LOWERED_OUTSIDE = (
+    "MaskPlan: in one graph the layout must have met this mask before; call mmkernels.prepare_attention, or attention "
+    "itself, on it once outside"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +152,9 @@ class MaskPlan:
         k_layout is the layout of the keys in cross-attention.  Raises ValueError for a mask that does not fit the
         layout, NotImplementedError for one that intervals and bits cannot express, with the dense alternative.
         """
-        mask = _EVERYTHING if mask is None else mask
-        if not isinstance(mask, AttentionMask):
-            raise ValueError(f"MaskPlan: mask is {type(mask).__name__}, expected AttentionMask or None")
         keys = layout if k_layout is None else k_layout
+        if not (isinstance(layout, PackedLayout) and isinstance(mask, AttentionMask)):
+            mask = _checked(layout, mask, keys)
         # Not a dictionary by (mask, keys): Dynamo cannot hash a layout, but it guards on `is`.
         plans = layout.cache.get(mask, ())
         for plan in plans:
@@ -159,8 +162,12 @@ class MaskPlan:
                 return plan
         return _lowered_anew(layout, mask, keys)
 
-    def __init__(self, layout: PackedLayout, mask: AttentionMask, k_layout: PackedLayout | None = None) -> None:
+    @tracing.host_code(_LOWERED_OUTSIDE)
+    def __init__(
+        self, layout: PackedLayout, mask: AttentionMask | None = None, k_layout: PackedLayout | None = None
+    ) -> None:
         k_layout = layout if k_layout is None else k_layout
+        mask = _checked(layout, mask, k_layout)
         self.is_cross = k_layout is not layout
         # Without the caches, of which one holds this plan: what holds itself stays until the cyclic collector runs, and
         # training loops turn that off.
@@ -280,16 +287,24 @@ def _sent(table: Tensor, device: torch.device) -> Tensor:
     return devices.sent("MaskPlan: the tables of a mask", table, device)
 
 
-@tracing.host_code(
-    "MaskPlan: in one graph the layout must have met this mask before; call mmkernels.prepare_attention, or attention "
-    "itself, on it once outside"
-)
+@tracing.host_code(_LOWERED_OUTSIDE)
 def _lowered_anew(layout: PackedLayout, mask: AttentionMask, keys: PackedLayout) -> MaskPlan:
     with torch._C._DisableFuncTorch():  # under torch.func a new tensor has no data that numpy could read
         plan = MaskPlan(layout, mask, keys)
     with _keeping:
         _keep(layout.cache, mask, plan)
     return plan
+
+
+def _checked(layout, mask, keys) -> AttentionMask:
+    """The mask, which is never None; ValueError for what is of another type."""
+    mask = _EVERYTHING if mask is None else mask
+    for name, value in (("layout", layout), ("k_layout", keys)):
+        if not isinstance(value, PackedLayout):
+            raise ValueError(f"MaskPlan: {name} is {type(value).__name__}, expected PackedLayout")
+    if not isinstance(mask, AttentionMask):
+        raise ValueError(f"MaskPlan: mask is {type(mask).__name__}, expected AttentionMask or None")
+    return mask
 
 
 _keeping = locks.across_forks()  # threads may share a layout; lowering itself goes on beside

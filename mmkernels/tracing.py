@@ -23,10 +23,13 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
+        @functools.cache  # making it anew takes as long as lowering a short mask
+        def disabled() -> Callable:
+            return sys.modules["torch._dynamo"].disable(function)
+
         @functools.wraps(function)
         def outside(*args, **kwargs):
-            dynamo = sys.modules.get("torch._dynamo")
-            run = function if dynamo is None else dynamo.disable(function)
+            run = disabled() if "torch._dynamo" in sys.modules else function
             # Not `traced`: Dynamo of torch 2.11, which reads this where a graph broke, does not know what that asks.
             if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
                 with torch.utils._python_dispatch._disable_current_modes():

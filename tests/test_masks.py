@@ -198,6 +198,17 @@ def test_bad_masks_are_refused_by_name(make, error, message):
         MaskPlan.lower(layout, make())
 
 
+@pytest.mark.parametrize("make", [MaskPlan.lower, MaskPlan])
+def test_what_is_no_layout_is_refused_by_name(make):
+    layout = PackedLayout.from_counts([[3, 2]])
+    with pytest.raises(ValueError, match="MaskPlan: k_layout is int, expected PackedLayout"):
+        make(layout, None, 3)
+    with pytest.raises(ValueError, match="MaskPlan: layout is Tensor, expected PackedLayout"):
+        make(layout.cu_seqlens, AttentionMask())
+    with pytest.raises(ValueError, match="MaskPlan: mask is PackedLayout, expected AttentionMask or None"):
+        make(layout, layout)
+
+
 @pytest.mark.parametrize("far", [2**31, 2**62, 2**63 - 1, 2**70])
 @pytest.mark.parametrize("host", [True, False])
 def test_what_means_unlimited_is_unlimited(far, host):
@@ -317,13 +328,14 @@ def test_a_prefix_and_a_window_are_refused_where_they_leave_a_gap_alone(seed):
             MaskPlan.lower(device_bounds(layout), mask)
 
 
+@pytest.mark.parametrize("make", [MaskPlan.lower, MaskPlan])
 @pytest.mark.parametrize("real_beside_fake", [True, False])
-def test_a_plan_is_counted_under_fake_tensors(real_beside_fake):
+def test_a_plan_is_counted_under_fake_tensors(real_beside_fake, make):
     """By the host's tables: numpy was given memory in which nothing is."""
     layout = PackedLayout.from_counts([[3, 2], [1, 4]])
     mask = AttentionMask(causal=True, visible=[[True, False], [True, True]])
     with FakeTensorMode(allow_non_fake_inputs=real_beside_fake):
-        plan = MaskPlan.lower(layout, mask)
+        plan = make(layout, mask)
         found = plan.visible_pairs, plan.cost("sample", 4, 4), plan.tiles("query", 4, 4, joined=64)
     plan = MaskPlan(layout, mask)
     assert found[:2] == (plan.visible_pairs, plan.cost("sample", 4, 4))
