@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -88,6 +88,21 @@ def refuse_numberless(who: str, name: str, tensor: torch.Tensor) -> None:
             f"{who}: {name} is a fake tensor and the layout holds real ones, expected "
             "FakeTensorMode(allow_non_fake_inputs=True)"
         )
+
+
+def refuse_meta_beside_real(operator, args: Sequence, on_host: Sequence[str] = ()) -> None:
+    """ValueError, in an operator's function of shapes, for meta tensors beside real ones.
+
+    Torch sends such a call there, and the result would stay as the memory was.  on_host: arguments that lie on the
+    host wherever the rest is
+    """
+    schema = operator._schema
+    named = zip((argument.name for argument in schema.arguments), args, strict=False)
+    tensors = [(n, t) for n, arg in named for t in (arg if isinstance(arg, list) else [arg]) if torch.is_tensor(t)]
+    name, first = tensors[0]
+    for other, t in tensors:
+        if t.is_meta != first.is_meta and (t.is_meta or other not in on_host):
+            raise ValueError(f"{schema.name}: {other} is on {t.device}, {name} on {first.device}")
 
 
 def refuse_unstrided(who: str, name: str, tensor: torch.Tensor) -> None:

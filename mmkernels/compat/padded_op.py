@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmkernels import tracing
 from mmkernels.compat import plans
 from mmkernels.compat.padded import as_packed
 from mmkernels.compat.plans import Refused, Seen, Shape
@@ -24,6 +25,7 @@ _SEEN = (
 _REST = (
     f"Tensor? rng, {_SEEN}, float scale, float dropout_p, bool needs_backward, bool deterministic, str impl, str who"
 )
+_ON_HOST = ("lengths", "key_lengths")  # or on the device
 torch.library.define("mm::padded_attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_REST}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "mm::padded_attention_bwd",
@@ -97,13 +99,16 @@ torch.library.impl("mm::padded_attention_bwd", ("cpu", "cuda"), _bwd)
 
 
 @torch.library.register_fake("mm::padded_attention_fwd")
-def _fwd_fake(q, k, v, *rest):
+def _fwd_fake(q, *rest):
+    tracing.refuse_meta_beside_real(torch.ops.mm.padded_attention_fwd.default, (q, *rest), on_host=_ON_HOST)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("mm::padded_attention_bwd")
 def _bwd_fake(do, dlse, q, k, v, *rest):
+    given = (do, dlse, q, k, v, *rest)
+    tracing.refuse_meta_beside_real(torch.ops.mm.padded_attention_bwd.default, given, on_host=_ON_HOST)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 

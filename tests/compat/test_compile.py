@@ -184,6 +184,10 @@ def test_opcheck():
     q, k, v = (torch.randn(B * L, H, D, requires_grad=True) for _ in range(3))
     rest = (None, B, True, -1, -1, False, torch.tensor([12, 3, 7]), None, None, 0.25, 0.0, True, False, "auto", "f")
     torch.library.opcheck(torch.ops.mm.padded_attention_fwd, (q, k, v, *rest))
+    meta = tuple(t.to("meta") for t in (q, k, v))
+    assert torch.ops.mm.padded_attention_fwd(*meta, *rest)[0].shape == q.shape  # lengths may lie on the host
+    with pytest.raises(ValueError, match="mm::padded_attention_fwd: lengths is on meta, q on cpu"):
+        torch.ops.mm.padded_attention_fwd(q, k, v, *rest[:6], rest[6].to("meta"), *rest[7:])
 
 
 @pytest.mark.extended  # compiles C++ for half a minute

@@ -31,12 +31,14 @@ torch.library.define(
 
 
 @torch.library.register_fake("mm::attention_fwd")
-def _fwd_fake(q, k, v, pair_bias, rng, *rest):
+def _fwd_fake(q, *rest):
+    tracing.refuse_meta_beside_real(_fwd_op, (q, *rest))
     return _outputs(q, rest[-2])
 
 
 @torch.library.register_fake("mm::attention_bwd")
 def _bwd_fake(do, dlse, q, k, v, pair_bias, *rest):
+    tracing.refuse_meta_beside_real(_bwd_op, (do, dlse, q, k, v, pair_bias, *rest))
     return _gradients(q, k, v, pair_bias)
 
 

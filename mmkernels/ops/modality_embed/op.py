@@ -49,6 +49,7 @@ def _as_inputs(leaves: Sequence[Any], table_counts: list[int], indices: Sequence
 
 @torch.library.register_fake("mm::modality_embed_fwd")
 def _forward_fake(*args):
+    tracing.refuse_meta_beside_real(_fwd_op, args)
     inputs, options, (out_dtype, _) = _split(args)
     T, like = inputs.modality_ids.shape[0], inputs.modality_weight
     stats = torch.float64 if out_dtype == torch.float64 else torch.float32
@@ -61,6 +62,7 @@ def _forward_fake(*args):
 
 @torch.library.register_fake("mm::modality_embed_bwd")
 def _backward_fake(grad_out, *args):
+    tracing.refuse_meta_beside_real(_bwd_op, (grad_out, *args))
     inputs, _, (_, _, needs, _) = _split(args)
     grads = [
         torch.empty_like(leaf, memory_format=torch.contiguous_format) if n else grad_out.new_empty(0)
@@ -194,9 +196,18 @@ def _below_autograd(*call):
     return tracing.below_autograd(_computed, _dispatched, call, call[0].modality_weight)
 
 
+def _dispatched_below_autograd(*call):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _dispatched(*call)
+
+
 def _at_autograd_key(*args):
     inputs, options, rest = _split(args)
-    return _filled(*_forward_autograd((inputs, options, *rest), _below_autograd))
+    tensors = (*inputs.leaves, inputs.modality_ids, inputs.source_rows, inputs.positions, inputs.rng)
+    # The dispatcher alone knows what is to be done with these.
+    meta = any(t is not None and t.is_meta for t in tensors)
+    compute = _dispatched_below_autograd if meta else _below_autograd
+    return _filled(*_forward_autograd((inputs, options, *rest), compute))
 
 
 def _refuse_second_order(ctx, *grads):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels import tracing
+
 
 class Operator(NamedTuple):
     """inputs and outputs as in the schema; size: what else the outputs' shape takes; new(empty, *inputs, size)."""
@@ -95,23 +97,14 @@ def define(namespace: str, *, suffix: str = "", symbolic: bool = False) -> None:
         written = _WRITTEN[operator.outputs]
         torch.library.define(f"{namespace}::{name}_out", f"({operator.inputs}, {written}{suffix}) -> ()")
         for form in (name, f"{name}_out"):
-            fake = _fake(f"{namespace}::{form}", operator, None if form == name else written, skipped)
+            fake = _fake(getattr(getattr(torch.ops, namespace), form).default, operator, form == name, skipped)
             torch.library.register_fake(f"{namespace}::{form}", fake)
 
 
-def _fake(who: str, operator: Operator, written: str | None, skipped: int) -> Callable[..., Any]:
-    names = [argument.split()[1] for argument in f"{operator.inputs}, {written or ''}".strip(", ()").split(", ")]
-
+def _fake(registered, operator: Operator, makes_new: bool, skipped: int) -> Callable[..., Any]:
     def fake(*args):
-        # A meta tensor brings a call here that has real ones too, whose result would stay as the memory was.
-        given = list(zip(names, args, strict=False))
-        tensors = [(name, t) for name, arg in given for t in (arg if isinstance(arg, list) else [arg])]
-        name, first = tensors[0]
-        for other, t in tensors:
-            on_host = other == "segments" and not t.is_meta  # as always, wherever the rest is
-            if t.is_meta != first.is_meta and not on_host:
-                raise ValueError(f"{who}: {other} is on {t.device}, {name} on {first.device}")
-        return operator.new(new_empty, *args[: len(args) - skipped]) if written is None else None
+        tracing.refuse_meta_beside_real(registered, args, on_host=("segments",))
+        return operator.new(new_empty, *args[: len(args) - skipped]) if makes_new else None
 
     return fake
 

@@ -142,6 +142,19 @@ def test_opcheck(impl, extras):
         torch.library.opcheck(torch.ops.mm.attention_bwd.default, backward)
 
 
+def test_operators_refuse_meta_tensors_beside_real_ones():
+    """Torch sends such a call to the function of shapes: what it returned nobody had written."""
+    inputs, lowered, tail = _operator_arguments("torch", True)
+    (q, *others), meta = inputs, lowered[0].to("meta")
+    with pytest.raises(ValueError, match="mm::attention_fwd: q_table is on meta, q on cpu"):
+        torch.ops.mm.attention_fwd(*inputs, meta, *lowered[1:], *tail)
+    with pytest.raises(ValueError, match="mm::attention_fwd: k is on cpu, q on meta"):
+        torch.ops.mm.attention_fwd(q.to("meta"), *others, *lowered, *tail)
+    out, lse, _ = torch.ops.mm.attention_fwd(*inputs, *lowered, *tail)
+    with pytest.raises(ValueError, match="mm::attention_bwd: lse is on meta, do on cpu"):
+        torch.ops.mm.attention_bwd(out, None, *inputs, out, lse.to("meta"), *lowered, "torch")
+
+
 @pytest.mark.parametrize("kind", MASKS)
 def test_flops_count_visible_pairs(kind):
     layout = shared_layout(6)

@@ -40,6 +40,23 @@ def test_opcheck(name, impl):
     torch.library.opcheck(torch.ops.mm.modality_embed_bwd, backward)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_refuse_meta_tensors_beside_real_ones(impl, learns):
+    """Their results would stay as the memory was.  Meta tensors alone have results of a shape."""
+    common, rest, grad_out = fwd_arguments(BY_NAME["plain"], impl)
+    weight = common.modality_weight.requires_grad_(learns)
+    mixed = common._replace(source_rows=common.source_rows.to("meta"))
+    with pytest.raises(ValueError, match="mm::modality_embed_fwd: source_rows is on meta, streams on cpu"):
+        torch.ops.mm.modality_embed_fwd(*mixed, *rest)
+    _, mean, rstd = torch.ops.mm.modality_embed_fwd(*common, *rest)
+    needs = [leaf is weight for leaf in common.leaves]
+    with pytest.raises(ValueError, match="mm::modality_embed_bwd: source_rows is on meta, grad_out on cpu"):
+        torch.ops.mm.modality_embed_bwd(grad_out, *mixed, *rest[:3], mean, rstd, needs, impl)
+    alone = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), tuple(common))
+    assert torch.ops.mm.modality_embed_fwd(*alone, *rest)[0].shape == grad_out.shape
+
+
 def test_other_layouts_do_not_compile_again():
     """Every batch has other lengths.  The second may compile, where two sizes of the first were equal by chance."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
