@@ -36,6 +36,16 @@ def is_dropout(value) -> bool:
     return value is False or (is_number(value) and 0.0 <= value < 1.0)
 
 
+def zero_or_one(value) -> bool | None:
+    """None for anything but True, False, 0 and 1."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    try:
+        return bool(value) if index(value) in (0, 1) else None
+    except TypeError:
+        return None
+
+
 def one_of(function: str, name: str, value, choices: Iterable) -> None:
     """ValueError for a value that is none of the choices."""
     if value not in choices:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import devices, layout_tables, locks, mask_lowering, mask_lowering_device, planner, tracing
-from mmkernels.arguments import one_of
+from mmkernels.arguments import one_of, zero_or_one
 from mmkernels.layout import PackedLayout
 
 ALIGN = ("bottom_right", "top_left")
@@ -80,7 +80,7 @@ class AttentionMask:
     def __post_init__(self) -> None:
         one_of("AttentionMask", "align", self.align, ALIGN)
         one_of("AttentionMask", "window_scope", self.window_scope, ("all", "causal"))
-        if (causal := _zero_or_one(self.causal)) is None:
+        if (causal := zero_or_one(self.causal)) is None:
             raise ValueError(f"AttentionMask: causal is {self.causal!r}, expected a bool")
         object.__setattr__(self, "causal", causal)
         # Tensors, arrays and lists become tuples, so that equal masks are equal and hash alike.
@@ -330,22 +330,12 @@ def _whole_numbers(name: str, values, expected: str) -> tuple[int, ...]:
 def _table_of_bools(visible) -> tuple[tuple[bool, ...], ...]:
     """Of bools or 0 and 1 alone: an additive mask of 0 and -inf would come out as its opposite."""
     try:
-        table = tuple(tuple(_zero_or_one(v) for v in row) for row in _listed(visible))
+        table = tuple(tuple(zero_or_one(v) for v in row) for row in _listed(visible))
     except TypeError:
         table = ((None,),)
     if any(v is None for row in table for v in row):
         raise ValueError(f"AttentionMask: visible is {visible!r}, expected bool [M, M]")
     return table
-
-
-def _zero_or_one(value) -> bool | None:
-    """None for anything but True, False, 0 and 1."""
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    try:
-        return bool(value) if index(value) in (0, 1) else None
-    except TypeError:
-        return None
 
 
 def _listed(values):

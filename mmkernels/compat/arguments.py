@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.arguments import is_number, zero_or_one
 from mmkernels.masks import FAR
 
 FALLBACKS = (None, "torch")
 
 
-def refuse_tensors(caller: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
-    """Their gradients would be lost.   scale, dropout: each by the name that the drop-in gives it"""
-    name, value = scale
+def check_numbers(caller: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
+    """ValueError for what is no number; of a tensor the gradient would be lost.
+
+    scale, dropout: each by the name that the drop-in gives it; a scale may be None
+    """
+    (scale_name, value), (dropout_name, dropped) = scale, dropout
     if isinstance(value, Tensor):
         raise ValueError(
-            f"{caller}: {name} is a tensor, expected a number; multiply the queries by it and give {name}=1.0"
+            f"{caller}: {scale_name} is a tensor, expected a number; multiply the queries by it and give "
+            f"{scale_name}=1.0"
         )
-    name, value = dropout
-    if isinstance(value, Tensor):
-        raise ValueError(f"{caller}: {name} is a tensor, expected a number")
+    for name, given in ((scale_name, 1.0 if value is None else value), (dropout_name, dropped)):
+        if not (is_number(given) or isinstance(given, bool | np.bool_)):  # torch takes these for 0 and 1
+            kind = "a tensor" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{caller}: {name} is {kind}, expected a number")
+
+
+def flag(caller: str, name: str, value) -> bool:
+    """True, False, 0 or 1 as a bool; ValueError for anything else, such as "False"."""
+    found = zero_or_one(value)
+    if found is None:
+        raise ValueError(f"{caller}: {name} is {value!r}, expected a bool")
+    return found
 
 
 def window(caller: str, name: str, value) -> tuple[int, int]:

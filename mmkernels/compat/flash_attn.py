@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.compat import plans
-from mmkernels.compat.arguments import refuse_tensors, window
+from mmkernels.compat.arguments import check_numbers, flag, window
 from mmkernels.compat.packed import attend_packed, layouts
 from mmkernels.compat.padded import PaddedPlan, attend, goes_by_head
 from mmkernels.compat.plans import Refused, Seen, Shape
@@ -52,7 +52,7 @@ def flash_attn_func(
     """
     name = "flash_attn_func"
     options = _options(name, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs)
-    seen = Seen(causal, window(name, "window_size", window_size), True, None, None, None)
+    seen = Seen(flag(name, "causal", causal), window(name, "window_size", window_size), True, None, None, None)
     for argument, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 4:
             raise ValueError(f"{name}: {argument} has shape {tuple(t.shape)}, expected [B, S, heads, D]")
@@ -91,7 +91,7 @@ def flash_attn_qkvpacked_func(
     if qkv.is_contiguous() and not (dropout_p or return_attn_probs or torch.compiler.is_compiling()):
         name, (batch, length, _, heads, _) = "flash_attn_qkvpacked_func", qkv.shape
         options = _options(name, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs)
-        seen = Seen(causal, window(name, "window_size", window_size), True, None, None, None)
+        seen = Seen(flag(name, "causal", causal), window(name, "window_size", window_size), True, None, None, None)
         plan = _plan(name, seen, Shape(batch, heads, heads, length, length), qkv.device, False)
         return _one_gradient(qkv.flatten(0, 1), plan.layout, plan.mask, options).unflatten(0, (batch, length))
     return flash_attn_func(
@@ -232,7 +232,7 @@ def index_first_axis(rows: Tensor, indices: Tensor) -> Tensor:
 
 def _options(name: str, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic, return_attn_probs) -> dict:
     """The options of mmkernels.attention, where there are such."""
-    refuse_tensors(name, ("softmax_scale", softmax_scale), ("dropout_p", dropout_p))
+    check_numbers(name, ("softmax_scale", softmax_scale), ("dropout_p", dropout_p))
     if softcap:
         raise NotImplementedError(f"{name}: softcap is {softcap}, taken is 0.0 alone")
     if alibi_slopes is not None:
@@ -242,7 +242,7 @@ def _options(name: str, dropout_p, softmax_scale, softcap, alibi_slopes, determi
     return {
         "dropout_p": dropout_p,
         "scale": softmax_scale,
-        "deterministic": True if deterministic else None,  # None follows torch's switch
+        "deterministic": True if flag(name, "deterministic", deterministic) else None,  # None follows torch's switch
         "return_lse": return_attn_probs,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.compat.arguments import refuse_tensors
+from mmkernels.compat.arguments import check_numbers
 from mmkernels.compat.huggingface_masks import PaddedMask, UnknownMask, intervals
 from mmkernels.compat.packed import attend_packed
 from mmkernels.compat.padded import attend, goes_by_head
@@ -103,7 +103,7 @@ def attention_forward(
         value_given = kwargs.get(argument)
         if value_given is not None and value_given is not False:
             raise NotImplementedError(f"{NAME}: {argument} is given, but {why}; use attn_implementation='eager'")
-    refuse_tensors(NAME, ("scaling", scaling), ("dropout", dropout))
+    check_numbers(NAME, ("scaling", scaling), ("dropout", dropout))
     if value.shape[3] != query.shape[3]:
         raise NotImplementedError(f"{NAME}: value has width {value.shape[3]}, taken is query's {query.shape[3]}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels.arguments import KERNEL_FLOATS, one_of
 from mmkernels.compat import mask_reading, padded_op, plans
-from mmkernels.compat.arguments import FALLBACKS, refuse_tensors
+from mmkernels.compat.arguments import FALLBACKS, check_numbers, flag
 from mmkernels.compat.arguments import window as checked_window
 from mmkernels.compat.padded import attend, goes_by_head
 from mmkernels.compat.plans import Refused, Seen, Shape
@@ -65,7 +65,7 @@ def scaled_dot_product_attention(
     """
     one_of(NAME, "fallback", fallback, FALLBACKS)
     one_of(NAME, "align", align, ALIGN)
-    refuse_tensors(NAME, ("scale", scale), ("dropout_p", dropout_p))
+    check_numbers(NAME, ("scale", scale), ("dropout_p", dropout_p))
     window = checked_window(NAME, "window", window)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise ValueError(
@@ -109,7 +109,7 @@ def compute(
     q, k, v, mask, lead = _checked(call)
     if not q.shape[1]:  # nothing to attend with; on such tensors torch 2.11 dies of a division by zero
         return _lead(q @ k.mT @ v, lead)
-    seen = Seen(is_causal, window, bottom_right, lengths, key_lengths, mask)
+    seen = Seen(flag(call.who, "is_causal", is_causal), window, bottom_right, lengths, key_lengths, mask)
     compiling = torch.compiler.is_compiling()
     refused = _refused(q, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mmkernels.compat.arguments import refuse_tensors
+from mmkernels.compat.arguments import check_numbers
 from mmkernels.compat.arguments import window as checked_window
 from mmkernels.compat.packed import attend_packed, layouts, seqused_mask
 from mmkernels.layout import PackedLayout
@@ -54,7 +54,9 @@ def varlen_attn(
         raise NotImplementedError(f"{NAME}: cu_seq_k is None, which only paged keys allow")
     if num_splits not in (None, 1):
         raise NotImplementedError(f"{NAME}: num_splits is {num_splits}, taken are None and 1: keys are never split")
-    refuse_tensors(NAME, ("scale", scale), ("dropout_p", dropout_p))
+    check_numbers(NAME, ("scale", scale), ("dropout_p", dropout_p))
+    if not (return_aux is None or hasattr(return_aux, "lse")):
+        raise ValueError(f"{NAME}: return_aux is {type(return_aux).__name__}, expected torch's AuxRequest or None")
     heads, kv_heads = query.shape[1], key.shape[1]
     if not enable_gqa and heads != kv_heads:
         raise ValueError(f"{NAME}: key has {kv_heads} heads, expected query's {heads}, or enable_gqa=True")

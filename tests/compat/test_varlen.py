@@ -238,6 +238,8 @@ def test_dropped_probabilities_are_not_returned():
         ("bounds of queries are from -1 to 6, expected 0 to the 6", {"cu_seq_q": torch.tensor([-1, 6])}, ValueError),
         ("scale is a tensor", {"scale": torch.tensor(0.3)}, ValueError),
         ("dropout_p is a tensor", {"dropout_p": torch.tensor(0.3)}, ValueError),
+        ("scale is str, expected a number", {"scale": "0.3"}, ValueError),
+        ("return_aux is bool, expected torch's AuxRequest", {"return_aux": True}, ValueError),
         ("window_size", None, ValueError),
         ("window_size", (1, 2, 3), ValueError),
     ],
@@ -264,6 +266,20 @@ def test_flash_scales_are_numbers():
     for call in (lambda: flash_attn_qkvpacked_func(x, softmax_scale=scale),
                  lambda: flash_attn_varlen_qkvpacked_func(x[0], cu, 6, softmax_scale=scale)):  # fmt: skip
         with pytest.raises(ValueError, match="softmax_scale is a tensor, expected a number; multiply the queries"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["causal", "deterministic"])
+@pytest.mark.parametrize("value", ["False", [0], None])
+def test_flash_flags_are_bools(name, value):
+    """The text "False" was taken for True, and a list could not be hashed."""
+    x, cu = torch.randn(1, 6, 3, 2, D), bounds([6])
+    for call in (
+        lambda: flash_attn_qkvpacked_func(x, **{name: value}),
+        lambda: flash_attn_func(*x.unbind(2), **{name: value}),
+        lambda: flash_attn_varlen_func(*x[0].unbind(1), cu, cu, 6, 6, **{name: value}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is .*, expected a bool"):
             call()
 
 

@@ -158,7 +158,7 @@ def prepare_attention(
         raise ValueError(f"prepare_attention: head_dim is {head_dim!r}, expected {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    request = Request(dtype, head_dim, needs_backward, deterministic, extras)
+    request = Request(dtype, head_dim, bool(needs_backward), deterministic, bool(extras))
     prepared(MaskPlan.lower(layout, mask, k_layout), impl, request)
 
 
@@ -213,7 +213,7 @@ def _attend_checked(
             head_dim=q.shape[2],
             needs_backward=learns,
             deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-            extras=pair_bias is not None or dropout_p > 0.0 or return_modality_mass,
+            extras=pair_bias is not None or dropout_p > 0.0 or bool(return_modality_mass),
         ),
     )
     rest = (
