@@ -81,7 +81,7 @@ def reference_mask(
     keys = layout if k_layout is None else k_layout
     q_modality, segment = layout.modality_ids.tolist(), layout.segment_ids.tolist()
     k_modality = keys.modality_ids.tolist()
-    seen = torch.zeros(layout.total_tokens, keys.total_tokens, dtype=torch.bool)
+    seen = torch.zeros(layout.total_tokens, keys.total_tokens, dtype=torch.bool, device="cpu")
     q_bounds, k_bounds = (itertools.pairwise(side.cu_seqlens.tolist()) for side in (layout, keys))
     for sample, ((start, stop), (first, last)) in enumerate(zip(q_bounds, k_bounds, strict=True)):
         prefix = mask.prefix[sample] if mask.prefix is not None else 0

@@ -182,8 +182,9 @@ def attention_mask(
                 "use a DynamicCache, or attn_implementation='sdpa'"
             )
         q_offset = int(q_offset)
+    places = torch.arange(q_offset, q_offset + q_length, device="cpu")
     try:
-        lo, hi, parts = intervals(mask_function, torch.arange(q_offset, q_offset + q_length).unsqueeze(0))
+        lo, hi, parts = intervals(mask_function, places.unsqueeze(0))
     except UnknownMask:
         return dense()
     lo, hi = ((t - kv_offset).clamp(0, kv_length) for t in (lo, hi))
@@ -228,7 +229,7 @@ def _without_mask(query: Tensor, key: Tensor, causal: bool, sliding_window: int 
         )
     if sliding_window is not None and sliding_window < keys:
         raise NotImplementedError(f"{NAME}: sliding_window is {sliding_window} without attention_mask")
-    place = torch.arange(queries).unsqueeze(0)
+    place = torch.arange(queries, device="cpu").unsqueeze(0)
     hi = place + 1 if causal else torch.full_like(place, keys)
     return PaddedMask(torch.zeros_like(place), hi, keys, None, batch=query.shape[0], offset=0, parts=set())
 

@@ -214,7 +214,7 @@ def _holds_itself(holds: bool) -> None:
 
 def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
     """First index and end of the stretch of equal ids that each one is in.  ids [B, L]"""
-    index = torch.arange(ids.shape[1]).expand_as(ids)
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     opens = torch.ones_like(ids, dtype=torch.bool)
     opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
     closes = torch.ones_like(opens)

@@ -47,13 +47,14 @@ def of_lengths(
     window,
     bottom_right: bool,
 ) -> tuple[Tensor, Tensor]:
-    """lo and hi int64 [B or 1, Lq] of right-padded samples, on the lengths' device.  lengths [B], None: whole rows.
+    """lo and hi int64 [B or 1, Lq] of right-padded samples, on the lengths' device, without lengths on the host.
 
+    lengths [B], None: whole rows.
     causal and window count from the query's place among the keys: its own index, or bottom_right: the last real query
     stands at the last real key.
     """
     given = k_lengths if q_lengths is None else q_lengths
-    own = torch.arange(queries, device=None if given is None else given.device).unsqueeze(0)
+    own = torch.arange(queries, device="cpu" if given is None else given.device).unsqueeze(0)
     q_ends = torch.full((1, 1), queries, device=own.device) if q_lengths is None else q_lengths.long().unsqueeze(1)
     k_ends = torch.full((1, 1), keys, device=own.device) if k_lengths is None else k_lengths.long().unsqueeze(1)
     place = own + (k_ends - q_ends) if bottom_right else own

@@ -114,7 +114,7 @@ def seqused_mask(
 
 
 def _check_used(name: str, seqused: Tensor, keys: PackedLayout) -> None:
-    most = torch.tensor(FAR) if keys.host is None else keys.host.cu_seqlens.diff()
+    most = torch.tensor(FAR, device="cpu") if keys.host is None else keys.host.cu_seqlens.diff()
     wrong = (seqused < 0) | (seqused > most)
     if bool(wrong.any()):
         sample = int(wrong.int().argmax())

@@ -145,7 +145,7 @@ def _marked(modalities: np.ndarray) -> PackedLayout:
     """Samples of equal length with a modality, 0 to 3, for each token: uint8 [samples, L]."""
     samples, length = modalities.shape
     return PackedLayout.from_cu_seqlens(
-        torch.arange(samples + 1, dtype=torch.int32) * length,
+        torch.arange(samples + 1, dtype=torch.int32, device="cpu") * length,
         total_tokens=modalities.size,
         max_seqlen=length,
         modality_ids=torch.from_numpy(modalities).view(-1),

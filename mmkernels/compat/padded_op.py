@@ -53,7 +53,8 @@ def attend(
     """
     batch, heads, queries, width = q.shape
     lengths, key_lengths = (
-        None if n is None else n if isinstance(n, Tensor) else torch.tensor(n) for n in (seen.lengths, seen.key_lengths)
+        None if n is None else n if isinstance(n, Tensor) else torch.tensor(n, device="cpu")
+        for n in (seen.lengths, seen.key_lengths)
     )
     if key_lengths is None:
         key_lengths = lengths

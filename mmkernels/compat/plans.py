@@ -135,7 +135,7 @@ def _masked_plan(seen: Seen, lengths, key_lengths, shape: Shape, device, by_head
 def _host_plan(
     seen: Seen, read: Bounds | None, lengths, key_lengths, shape: Shape, device, by_head: bool
 ) -> PaddedPlan:
-    given = (None if n is None else torch.tensor(n, dtype=torch.int64) for n in (lengths, key_lengths))
+    given = (None if n is None else torch.tensor(n, dtype=torch.int64, device="cpu") for n in (lengths, key_lengths))
     bounds = mask_reading.of_lengths(shape.queries, shape.keys, *given, *seen[:3])
     bounds = Bounds(*(t.numpy() for t in bounds))
     if read is not None:

@@ -100,6 +100,17 @@ def test_visible_pairs_equal_the_dense_mask(name, pads):
     assert (mask.hidden is None) == (pads != "anywhere")  # and bounds do without a modality for them
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masks_are_read_on_the_host_whatever_the_default_device(name):
+    pad = padding("anywhere")
+    asked = (B, L, L, 0, 0, FUNCTIONS[name], pad)
+    expected = pairs(huggingface.attention_mask(*asked, allow_is_bidirectional_skip=True), skip=True)
+    with torch.device("meta"):
+        mask = huggingface.attention_mask(*asked, allow_is_bidirectional_skip=True)
+        mask.plan(L, torch.device("cpu"), skip=True, by_head=0)
+    assert torch.equal(pairs(mask, skip=True), expected)
+
+
 @pytest.mark.parametrize("pads", ["right", "left", "anywhere"])
 def test_bounds_on_a_device_give_the_same_pairs(pads):
     """What runs where padding is on a GPU: tensors that are never read, lowered there.  Here they lie on the CPU."""

@@ -12,6 +12,7 @@ from padded_batch import KEYS, B, D, H, L, heads
 from mmkernels import PackedLayout
 from mmkernels.compat import kept, mask_reading, plans, torch_sdpa
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as ours
+from mmkernels.compat.torch_varlen import varlen_attn
 
 
 def test_a_mask_is_read_once_per_version(monkeypatch):
@@ -28,6 +29,27 @@ def test_a_mask_is_read_once_per_version(monkeypatch):
     out = ours(q, k, v, mask)
     assert len(reads) == 2
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_plans_are_made_on_the_host_whatever_the_default_device():
+    """With set_default_device("cuda") a plan's bounds were made there, and numpy could not read them."""
+    q, k, v = heads("projection", 3, 2, 11)
+    real = torch.arange(11) < torch.tensor([11, 3, 7])[:, None]
+    masks = {name: m[:, None, None] for name, m in (("right", real), ("amid", real | (torch.arange(11) > 8)))}
+    packed = torch.randn(11, 2, D)
+    bounds, used = torch.tensor([0, 4, 11]), torch.tensor([2, 5])
+    calls = [
+        lambda: ours(q, k, v, lengths=[11, 3, 6]),
+        lambda: ours(q, k, v, window=(2, 1)),
+        *(lambda m=m: ours(q, k, v, m) for m in masks.values()),
+        lambda: varlen_attn(packed, packed, packed, bounds.clone(), bounds.clone(), 7, 7, seqused_k=used.clone()),
+    ]
+    expected = [call() for call in calls]
+    kept.plans._kept.clear()
+    masks = {name: m.clone() for name, m in masks.items()}
+    calls[2:4] = [lambda m=m: ours(q, k, v, m) for m in masks.values()]
+    with torch.device("meta"):
+        assert all(torch.equal(call(), wanted) for call, wanted in zip(calls, expected, strict=True))
 
 
 def test_masks_of_like_sizes_do_not_take_one_anothers_plans():
