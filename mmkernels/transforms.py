@@ -51,6 +51,13 @@ def below(value: Any) -> Any:
     return value
 
 
+def beneath(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor below all of torch.func's wrappers: of many that vmap goes over, all in one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 class Rule:
     """An operator and its gradient, in the form that torch.library.register_autograd takes them.
 

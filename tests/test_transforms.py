@@ -135,6 +135,26 @@ def test_many_gradients_at_once(name, impl):
         torch.testing.assert_close(found, torch.stack(each))
 
 
+@pytest.mark.parametrize("impl", ["auto", "cpp", "torch", "reference"])
+def test_vmap_over_ids(impl):
+    """What is asked of their range is asked of all of them."""
+    ids, layout, table = torch.tensor([[0, 3], [2, 2], [4, 1]]), PackedLayout.from_counts([[2]]), drawn(5, E)
+
+    def call(ids, table):
+        return modality_embed([ids], layout, modality_weight=drawn(1, E), token_weight=table, impl=impl)
+
+    expected = torch.stack([call(one, table) for one in ids])
+    torch.testing.assert_close(torch.vmap(call, (0, None))(ids, table), expected)
+    each = torch.vmap(torch.func.grad(lambda table, ids: call(ids, table).square().sum()), (None, 0))(table, ids)
+    leaf = table.clone().requires_grad_()
+    wanted = [torch.autograd.grad(call(one, leaf).square().sum(), leaf)[0] for one in ids]
+    torch.testing.assert_close(each, torch.stack(wanted))
+    with pytest.raises(IndexError, match="ids from 0 to 5, token_weight has 5 rows"):
+        torch.vmap(call, (0, None))(ids + (ids == 4), table)
+    rows = torch.vmap(gather_rows, (None, 0))(table, ids)
+    assert torch.equal(rows, table[ids])
+
+
 def test_vmap_over_nothing_is_refused():
     with pytest.raises(NotImplementedError, match="gather_rows: vmap over a dimension of size 0"):
         torch.vmap(scalar("gather_rows", "auto"))(drawn(0, T, E))

@@ -333,7 +333,8 @@ def _check_indices(
     for m, stream in enumerate(streams):
         if stream.ndim == 1 and stream.shape[0] and stream.device.type == "cpu" and tracing.readable(stream):
             tracing.refuse_freed("modality_embed", f"stream {m}", stream)
-            low, high = (int(x) for x in stream.aminmax())
+            with torch._C._DisableFuncTorch():
+                low, high = (int(x) for x in transforms.beneath(stream).aminmax())
             if low < 0 or high >= rows:
                 raise IndexError(
                     f"modality_embed: stream {m} has ids from {low} to {high}, token_weight has {rows} rows"
