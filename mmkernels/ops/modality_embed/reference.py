@@ -68,7 +68,8 @@ def backward(
         d_norm_weight, d_norm_bias = (grad * normed).sum(0), grad.sum(0)
 
     d_streams, d_tables = [], []
-    d_modality = torch.zeros_like(inputs.modality_weight, dtype=dtype).index_add(0, inputs.modality_ids.long(), dx)
+    # Not index_add: that adds one row after the other, and rounds each time.
+    d_modality = torch.stack([dx[inputs.modality_ids == m].sum(0) for m in range(len(inputs.streams))])
     d_token = None if inputs.token_weight is None else torch.zeros_like(inputs.token_weight, dtype=dtype)
     for m, stream in enumerate(inputs.streams):
         tokens, rows = _rows_of(m, inputs)
