@@ -6,6 +6,7 @@ A *problem* is one case of one operator: inputs, the oracle's answer, the work i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import statistics
@@ -150,9 +151,10 @@ def run_problem(
             else:
                 calls[implementation.name], timed[implementation.name] = call, implementation
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
-        host: dict[str, list[float]] = {}
-        with grad_mode(direction):
-            samples = time_calls(calls, seconds, device, slow_rounds=least, host=host)
+        samples, host, failed = _timed(calls, seconds, device, least, direction)
+        for name, reason in failed.items():
+            del timed[name]
+            yield identity(problem, direction, name) | {"skipped": reason}
         works = {name: i.work or problem.work(direction) for name, i in timed.items()}
         for name, implementation in timed.items():
             extra = implementation.extra
@@ -161,6 +163,32 @@ def run_problem(
             if device.type == "cuda":  # where kernels are compiled when they are first called
                 extra = extra | {"first_call_s": round(first[name], 2)}
             yield _row(problem, direction, name, samples, limits, works, extra)
+
+
+class Failed(Exception):
+    """A call that passed its check, and raised when it was timed, where memory is short say.   Its name, and why"""
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Failed(name, f"failed: {in_a_line(error)}") from error
+
+
+def _timed(calls: dict[str, Callable], seconds: float, device: torch.device, least: int, direction: str):
+    """(samples, milliseconds of the host, {name: reason}).  Who fails leaves the calls; the others are timed anew."""
+    failed: dict[str, str] = {}
+    while True:
+        host: dict[str, list[float]] = {}
+        try:
+            with grad_mode(direction):
+                return time_calls(calls, seconds, device, slow_rounds=least, host=host), host, failed
+        except Failed as failure:
+            name, reason = failure.args
+            failed[name] = reason
+            del calls[name]  # with the memory that it holds
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None) -> str | None:
@@ -191,12 +219,15 @@ def time_calls(
     does: after the gradient of pad_sequence the next two calls, whosever they are, took 0.5 and 6 ms instead of 0.1.
 
     slow_rounds: samples of who takes all the time.  host: on a GPU filled with the milliseconds in which each call
-    returned, unless it waits for the GPU itself; the samples are the GPU's own time.
+    returned, unless it waits for the GPU itself; the samples are the GPU's own time.  Raises Failed where a call does.
     """
     if not calls:
         return {}
     sample = _sample_cuda(device, {} if host is None else host) if device.type == "cuda" else _sample_cpu
-    warm = {name: warm_up(call, device) for name, call in calls.items()}
+    warm = {}
+    for name, call in calls.items():
+        with _named(name):
+            warm[name] = warm_up(call, device)
     repeats = {name: repeats_of(milliseconds, device) for name, milliseconds in warm.items()}
     short = {name for name in calls if device.type == "cpu" and warm[name] < LONG_MS}
     uncounted = {name: max(UNCOUNTED, repeats[name]) if name in short else 0 for name in calls}
@@ -261,12 +292,14 @@ def repeats_of(milliseconds: float, device: torch.device) -> int:
 
 def _sample_cpu(round_calls) -> Iterator[tuple[str, float]]:
     for name, call, repeats, uncounted in round_calls:
-        for _ in range(uncounted):
-            call()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        yield name, 1e3 * (time.perf_counter() - start) / repeats
+        with _named(name):
+            for _ in range(uncounted):
+                call()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            took = time.perf_counter() - start
+        yield name, 1e3 * took / repeats
 
 
 def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
@@ -284,10 +317,11 @@ def _sample_cuda(device: torch.device, host: dict[str, list[float]]):
             # its kernels.  What the host takes is a figure of its own, and counts where nothing else keeps a GPU busy.
             lead = leads.get(name, FIRST_LEAD_MS)
             torch.cuda._sleep(int(lead * CYCLES_PER_MS))
-            start.record()
-            begin = time.perf_counter()
-            call()
-            returned = 1e3 * (time.perf_counter() - begin)
+            with _named(name):
+                start.record()
+                begin = time.perf_counter()
+                call()
+                returned = 1e3 * (time.perf_counter() - begin)
             end.record()
             leads[name] = min(LEAD * returned, MAX_LEAD_MS)
             if returned < lead:  # else it may have waited for the GPU, which was held up

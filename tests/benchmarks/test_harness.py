@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import pytest
 import torch
 
 from benchmarks import harness
@@ -79,6 +80,33 @@ def test_forward_is_timed_without_autograd():
     for _ in harness.run_problem(Problem(), {}, 0.0, CPU):
         assert torch.is_grad_enabled()
     assert seen.keys() == {False, True}
+
+
+@pytest.mark.parametrize("good", [1, 2, 5])  # its check alone; its warm-up too; a sample as well
+def test_who_fails_while_it_is_timed_costs_no_other(good):
+    calls = itertools.count(1)
+
+    def fails():
+        if next(calls) > good:
+            raise MemoryError("no memory\nbeside the others")
+        time.sleep(0.002)
+
+    class Problem:
+        op, case, dtype, directions = "op", "case", "fp32", ("fwd",)
+
+        def implementations(self):
+            return [harness.Implementation(*row) for row in (("mm.cpp", lambda: time.sleep(0.002)), ("peer", fails))]
+
+        def check(self, direction, results):
+            return None
+
+        def work(self, direction):
+            return harness.Work(1, "GB/s", 9, None)
+
+    rows = {row["impl"]: row for row in harness.run_problem(Problem(), {}, 0.0, CPU)}
+    assert rows["peer"]["skipped"] == "failed: MemoryError: no memory"
+    assert len(rows["mm.cpp"]["samples_ms"]) == harness.MIN_ROUNDS
+    assert rows["mm.cpp"]["speedup_over"] == {}
 
 
 def test_slow_call_sits_out(monkeypatch):
