@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, limits
 
 CPU = torch.device("cpu")
 
@@ -153,3 +153,11 @@ def test_close():
     assert harness.close([same.bfloat16()], [reference]) is None  # its own rounding is allowed
     assert harness.close([same.bfloat16()], [same], 0.0) is not None  # but not where only bits are moved
     assert harness.close([torch.empty(0, 4)], [torch.empty(0, 4)]) is None
+
+
+def test_a_limit_of_products_is_no_less_than_in_fp32(monkeypatch):
+    """A CPU without instructions for bf16 takes a hundred times as long over torch's product of it."""
+    rates = {torch.float32: 2.0, torch.bfloat16: 0.02, torch.float16: 3.0}
+    monkeypatch.setattr(limits, "_gemm", lambda device, dtype, seconds: rates[dtype])
+    found = limits.measure(CPU, ["fp32", "bf16", "fp16"], known=["copy"])
+    assert {name: limit["value"] for name, limit in found.items()} == {"gemm_fp32": 2, "gemm_bf16": 2, "gemm_fp16": 3}
