@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from mmkernels import arguments, dispatch
+from mmkernels import arguments, dispatch, tracing
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import checks, op, quick
 from mmkernels.packs import PackPlan, plan_packs
@@ -36,7 +36,7 @@ def pack(
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for one whose bounds only the device knows (it does not know its streams).
     """
-    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+    if _quick_takes(impl, layout):
         table = layout.cache.get("quick_segments")
         if table is not None and (packed := quick.pack(streams, table, out)) is not None:
             return packed
@@ -53,7 +53,7 @@ def unpack(
     packed: Tensor, layout: PackedLayout, *, out: Sequence[Tensor] | None = None, impl: str = "auto"
 ) -> list[Tensor]:
     """The M streams [N_m, E] whose pack is packed [T, E], any dtype.  Errors as `pack`."""
-    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+    if _quick_takes(impl, layout):
         table = layout.cache.get("quick_segments")
         if table is not None and (streams := quick.unpack(packed, table, out)) is not None:
             return streams
@@ -82,7 +82,7 @@ def pad(
     The inverse of `unpad`, which is also its gradient.  Needs only the samples' bounds: any layout will do.
     Raises ValueError for packed of another length and for a sample longer than L.
     """
-    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+    if _quick_takes(impl, layout):
         longest = layout.max_seqlen if length is None else length
         fits = type(longest) is int and longest <= MAX_LENGTH
         if fits and (padded := quick.pad(packed, layout.cu_seqlens, longest, out)) is not None:
@@ -107,7 +107,7 @@ def unpad(padded: Tensor, layout: PackedLayout, *, out: Tensor | None = None, im
     What lies beyond a sample is not read; its gradient is zero.  No index tensor, no host synchronisation.
     Raises ValueError for padded of another shape.
     """
-    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+    if _quick_takes(impl, layout):
         packed = quick.unpad(padded, layout.cu_seqlens, layout.total_tokens, out)
         if packed is not None:
             return packed
@@ -123,8 +123,10 @@ def gather_rows(packed: Tensor, rows: Tensor, *, out: Tensor | None = None, impl
     The gradient sums the rows that repeat, in fp32 (fp64 for fp64), in the order of `rows`.
     Raises ValueError for a row outside [0, T) on CPU; on a GPU the range is the caller's promise.
     """
-    if impl in _QUICK and not is_dynamo_compiling() and (gathered := quick.gather_rows(packed, rows, out)) is not None:
-        return gathered
+    if impl in _QUICK and type(packed) in tracing.PLAIN_TENSORS and packed.is_cpu and not is_dynamo_compiling():
+        gathered = quick.gather_rows(packed, rows, out)
+        if gathered is not None:
+            return gathered
     checks.rows(packed, rows)
     if out is not None:
         checks.out("gather_rows", out, (rows.shape[0], packed.shape[1]), packed)
@@ -138,7 +140,7 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     bounds, a segment is a sample.  Raises ValueError for packed of another length, a dtype that has no mean, and such a
     layout of several modalities, which does not know its segments.
     """
-    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+    if _quick_takes(impl, layout):
         means = quick.segment_mean(packed, layout.segment_cu_seqlens, out)
         if means is not None:
             return means
@@ -152,6 +154,11 @@ def segment_mean(packed: Tensor, layout: PackedLayout, *, out: Tensor | None = N
     if out is not None:
         checks.out("segment_mean", out, (layout.num_segments, packed.shape[1]), packed)
     return op.segment_mean(packed, layout.segment_cu_seqlens, _resolve("segment_mean", impl, packed), out=out)
+
+
+def _quick_takes(impl: str, layout: PackedLayout) -> bool:
+    """Whether `quick` may serve.  On a GPU it is not asked: a refusal takes as long as a launch."""
+    return impl in _QUICK and type(layout) is PackedLayout and layout.cu_seqlens.is_cpu and not is_dynamo_compiling()
 
 
 def _resolve(function: str, impl: str, tensor: Tensor) -> str:

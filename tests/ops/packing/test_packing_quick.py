@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmkernels import dispatch
 from mmkernels.layout import PackedLayout
 from mmkernels.ops.packing import op, quick
 from mmkernels.ops.packing.api import gather_rows, pack, pad, segment_mean, unpack, unpad
@@ -236,6 +237,20 @@ def test_a_layout_on_another_device_is_named():
         pack([torch.zeros(3, 4), torch.zeros(2, 4)], elsewhere)
     with pytest.raises(ValueError, match="unpack: packed is on cpu, the layout on meta"):
         unpack(torch.zeros(5, 4), elsewhere)
+
+
+def test_another_device_is_never_offered_to_the_cpp_path(monkeypatch):
+    """A refusal costs as much as a kernel's launch."""
+    for name in NAMES:
+        monkeypatch.setattr(quick, name, lambda *args: pytest.fail("offered"))
+    layout, rows = PackedLayout.from_counts([[3], [2]]).to("meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    packed, padded = torch.empty(5, 4, device="meta"), torch.empty(2, 3, 4, device="meta")
+    for call, values, where in (
+        (pack, [packed], layout), (unpack, packed, layout), (pad, packed, layout), (unpad, padded, layout),
+        (gather_rows, packed, rows), (segment_mean, packed, layout),
+    ):  # fmt: skip
+        with pytest.raises(dispatch.UnavailableError, match="there are no kernels for meta tensors"):
+            call(values, where)
 
 
 def test_more_streams_than_the_layout_has_are_named():
