@@ -36,7 +36,7 @@ _CHOICES = {
     "lengths": LENGTHS,
     "kernel": KERNELS,
 }
-_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), ("tma", "late", "registers")
+_NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), {"tma": bool, "late": bool, "registers": int}
 
 
 def classify(plan) -> tuple[str, str]:
@@ -112,6 +112,8 @@ def _check(who: str, entries: list[dict[str, Any]]) -> None:
 
 def _problem(entry) -> str | None:
     """What is wrong with an entry, in words; None where nothing is."""
+    if not isinstance(entry, dict):
+        return f"is {entry!r}, expected an object"
     missing = [name for name in (*KEYS, "config", "provenance") if name not in entry]
     if missing:
         return f"has no {', '.join(missing)}"
@@ -119,8 +121,10 @@ def _problem(entry) -> str | None:
         if entry[name] not in choices:
             return f"{name} is {entry[name]!r}, expected one of {', '.join(map(str, choices))}"
     numbers = entry["config"]
-    extra = [name for name in numbers if name not in (*_NUMBERS, *_OPTIONAL)]
-    if extra or any(not isinstance(numbers.get(name), int) or numbers[name] < 1 for name in _NUMBERS):
+    kinds = dict.fromkeys(_NUMBERS, int) | _OPTIONAL
+    fits = isinstance(numbers, dict) and numbers.keys() <= kinds.keys()
+    fits = fits and all(type(value) is kinds[name] and value >= 0 for name, value in numbers.items())
+    if not fits or not all(numbers.get(name) for name in _NUMBERS):
         return f"config is {numbers}, expected whole {', '.join(_NUMBERS)} and perhaps {', '.join(_OPTIONAL)}"
     if not isinstance(entry["provenance"], dict) or not entry["provenance"].get("device"):
         return "provenance names no device: a number must say where it was measured"

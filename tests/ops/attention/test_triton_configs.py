@@ -171,6 +171,9 @@ def test_what_is_written_can_be_read(tuned_file):
         ({"kernel": "forward"}, "kernel is 'forward'"),
         ({"config": {"rows": 128, "cols": 64, "warps": 8}}, "expected whole rows, cols, warps, stages"),
         ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "waves": 1}}, "expected whole rows"),
+        ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "tma": "yes"}}, "perhaps tma, late, registers"),
+        ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "registers": -1}}, "perhaps tma, late"),
+        ({"config": 3}, "config is 3, expected whole rows"),
         ({"provenance": {"date": "today"}}, "provenance names no device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -183,7 +186,7 @@ def test_wrong_entries_are_refused_by_name(wrong, message, tuned_file):
         tuned.read(tuned_file)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "entries": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "entries": []}', '{"format": 1, "entries": [3]}'])
 def test_wrong_files_are_refused_by_name(text, tuned_file):
     tuned_file.write_text(text)
     with pytest.raises(ValueError, match=r"tuned\.json: "):
