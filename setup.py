@@ -21,8 +21,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CFLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]  # wider vectors are chosen at run time
-
-
 # For tests: nothing wider than x86-64-v4 (AVX-512), v3 (AVX2) or v1, whatever the CPU has.
 if "MMKERNELS_X86_LEVEL" in os.environ:
     CFLAGS.append(f"-DMM_X86_LEVEL={int(os.environ['MMKERNELS_X86_LEVEL'])}")

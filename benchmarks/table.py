@@ -8,6 +8,7 @@ COLUMNS = ("dir", "dtype", "implementation", "ms", "spread %", "rate", "% of lim
 NUMBERS = ("ms", "spread %", "rate", "% of limit")
 STEADY = 0.9  # of what the machine could do at the start of a run: below it, it has slowed down
 SHORT = {"pairs_computed_over_visible": "pairs"}  # of the JSON's names in the notes: pairs computed over visible
+MARKS = ("auto", "yardstick", "makes_mask")  # extras that a row's name or place tells
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -80,10 +81,9 @@ def print_after(limits: dict) -> None:
 
 def _cells(row: dict, beside: list[dict]) -> list[str]:
     """beside: the rows of the same case and direction."""
-    extra = dict(row.get("extra", {}))
-    name = row["impl"] + (" (auto)" if extra.pop("auto", False) else "")  # what impl="auto" takes
-    name += " (yardstick)" if extra.pop("yardstick", False) else ""
-    extra.pop("makes_mask", None)  # the name says it
+    extra = row.get("extra", {})
+    name = row["impl"] + (" (auto)" if extra.get("auto", False) else "")  # what impl="auto" takes
+    name += " (yardstick)" if extra.get("yardstick", False) else ""
     percent = row["percent_of_limit"]
     return [
         row["direction"],
@@ -94,8 +94,14 @@ def _cells(row: dict, beside: list[dict]) -> list[str]:
         f"{number(row['rate'])} {row['rate_unit']}",
         "" if percent is None else f"{percent:.0f}",
         ", ".join(_ratios(row, beside)),
-        ", ".join(f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items()),
+        ", ".join(noted(row)),
     ]
+
+
+def noted(row: dict) -> list[str]:
+    """The facts of a row, as notes have them."""
+    extra = row.get("extra", {})
+    return [f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items() if k not in MARKS]
 
 
 def number(value: float) -> str:

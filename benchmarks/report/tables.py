@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.harness import makes_mask
 from benchmarks.report.documents import Case, Document, cases
-from benchmarks.table import SHORT, number, ratio
+from benchmarks.table import noted, number, ratio
 
 TITLES = {
     "attention": "attention",
@@ -108,8 +108,7 @@ def against(case: Case, peer: dict) -> str:
 
 
 def notes(case: Case) -> str:
-    extra = {k: v for k, v in case.ours.get("extra", {}).items() if k not in ("auto", "yardstick", "makes_mask")}
-    parts = [f"{SHORT.get(k, k).replace('_', ' ')} {v:.5g}" for k, v in extra.items() if isinstance(v, int | float)]
+    parts = noted(case.ours)
     # On a GPU a mask is made on the host or on the GPU: `ms` alone would leave out the one and count the other.
     both = [row for row in [*case.others, *case.peers] if makes_mask(row) and "host_ms" in row["extra"]]
     parts += [f"{row['impl']} host ms {row['extra']['host_ms']:.5g}" for row in both]

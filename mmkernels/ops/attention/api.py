@@ -309,8 +309,7 @@ def _check_options(who: str, deterministic, impl) -> None:
     """Before anything looks for what was kept: there these are keys."""
     if deterministic is not None and type(deterministic) is not bool:
         raise ValueError(f"{who}: deterministic is {deterministic!r}, expected True, False or None")
-    if impl not in dispatch.IMPLS:
-        raise ValueError(f"{who}: impl is {impl!r}, expected one of {', '.join(dispatch.IMPLS)}")
+    arguments.one_of(who, "impl", impl, dispatch.IMPLS)
 
 
 def _check_tensors(who: str, q, k, v) -> None:
