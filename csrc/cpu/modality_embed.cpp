@@ -3,6 +3,7 @@
 #include "cpu/modality_embed.h"
 
 #include <atomic>
+#include <cmath>
 
 #include "cpu/modality_embed_rows.h"
 

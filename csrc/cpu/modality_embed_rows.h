@@ -3,8 +3,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string>
+#include <vector>
 
 #include "cpu/modality_embed.h"
 #include "cpu/modality_embed_simd.h"

@@ -2,7 +2,6 @@
 // where these have no word for it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
