@@ -21,7 +21,8 @@ from mmkernels.arguments import KERNEL_FLOATS, one_of
 
 IMPLS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 
-# Preference per operator and device type.  Reference is last everywhere: it is the oracle, not a product.
+# What each operator has by device type, in order of preference.  Reference is last everywhere: it is the oracle, not a
+# product.  Where Triton interprets, its kernels run on the CPU too.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "reference")},
     "modality_embed": {"cpu": ("cpp", "torch", "reference"), "cuda": ("triton", "torch", "reference")},
@@ -36,8 +37,6 @@ FILES = {
     "triton": "triton_kernels",
     "cuda": "cuda_impl",
 }
-TRITON_OPS = ("attention", "modality_embed")
-CPU_ONLY_TORCH = ("attention",)  # its torch path calls CPU-only aten kernels
 
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
@@ -75,18 +74,17 @@ def missing(op: str, impl: str, *, device: torch.device, dtype: torch.dtype) -> 
         return None
     if dtype == torch.float64 and op != "packing":  # packing moves any dtype and sums fp64 as fp64
         return "float64 is for the reference alone"
+    has_for_gpus = impl in TABLE[op]["cuda"]
     if impl == "torch":
-        if op in CPU_ONLY_TORCH and device.type != "cpu":
-            return "this path is for CPU tensors"
-        return None
+        return None if has_for_gpus or device.type == "cpu" else "this path is for CPU tensors"
     if impl == "cpp":
         if device.type != "cpu":
             return "the C++ path is for CPU tensors"
         return cpp_missing()
+    if not has_for_gpus:
+        return f"{op} has no {'Triton' if impl == 'triton' else 'CUDA C++'} kernels"
     if impl == "triton":
-        return _triton_missing(op, device, dtype)
-    if op != "packing":
-        return f"{op} has no CUDA C++ kernels"
+        return _triton_missing(device, dtype)
     if device.type != "cuda":
         return "the CUDA kernels are for GPU tensors"
     return cuda_missing()
@@ -126,9 +124,7 @@ _CUDA_BUILT = native.path_of("_C_cuda") is not None
 _TRITON_VERSION = _find_triton()
 
 
-def _triton_missing(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if op not in TRITON_OPS:
-        return f"{op} has no Triton kernels"
+def _triton_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     found = triton_version()
     if found is None:
         return "Triton is not installed"
