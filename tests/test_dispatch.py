@@ -13,6 +13,7 @@ from mmkernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+needs_cpp = pytest.mark.skipif(dispatch.cpp_missing() is not None, reason="mmkernels._C is not built")
 
 
 def test_auto_takes_the_first_that_can_run(monkeypatch):
@@ -65,6 +66,7 @@ def test_missing_extension_is_named(monkeypatch):
     assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
 
 
+@needs_cpp
 @pytest.mark.parametrize(
     ("floats", "bf16", "line"),
     [
@@ -76,16 +78,17 @@ def test_missing_extension_is_named(monkeypatch):
     ],
 )
 def test_explain_says_how_wide_the_cpus_vectors_are(monkeypatch, floats, bf16, line):
-    cpp = pytest.importorskip("mmkernels.ops.attention.cpp_impl", reason="mmkernels._C is not built")
+    cpp = dispatch.load("attention", "cpp")
     assert cpp.vector_terms() in (16, 8, 4)
     assert cpp.vector_terms(torch.float16) == cpp.vector_terms()
     monkeypatch.setattr(cpp, "vector_terms", lambda dtype=torch.float32: bf16 if dtype == torch.bfloat16 else floats)
     assert f"C++ on the CPU: {line}\n" in dispatch.explain()
 
 
+@needs_cpp
 def test_bf16_is_multiplied_as_it_is_where_the_cpu_can():
     """By the flags that the kernel of the system reports, not by what the extension asks the CPU itself."""
-    cpp = pytest.importorskip("mmkernels.ops.attention.cpp_impl", reason="mmkernels._C is not built")
+    cpp = dispatch.load("attention", "cpp")
     told = Path("/proc/cpuinfo")
     flags = set(told.read_text().split()) if told.exists() else set()
     if "avx2" not in flags:
@@ -98,6 +101,7 @@ def test_bf16_is_multiplied_as_it_is_where_the_cpu_can():
 def test_an_extension_without_python_functions_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "cpp_missing", lambda: None)
     monkeypatch.setattr(dispatch.native, "cpu_functions", lambda: None)
+    monkeypatch.setattr(dispatch, "_vectors", lambda: "of some width")
     assert "packing and modality_embed: short calls on the CPU take the dispatcher" in dispatch.explain()
 
 
