@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from mmkernels import PackedLayout, attention, gather_rows, modality_embed, pack, pad, segment_mean, unpack, unpad
+from mmkernels import (
+    PackedLayout,
+    attention,
+    dispatch,
+    gather_rows,
+    modality_embed,
+    pack,
+    pad,
+    segment_mean,
+    unpack,
+    unpad,
+)
 from mmkernels.compat import flash_attn
 from mmkernels.compat.torch_sdpa import scaled_dot_product_attention as sdpa
 from mmkernels.modules import MultiheadAttention
@@ -14,7 +25,7 @@ from mmkernels.modules import MultiheadAttention
 LAYOUT = PackedLayout.from_counts([[3, 2], [1, 4], [0, 0], [2, 0]])
 T, E = LAYOUT.total_tokens, 8
 FIRST, SECOND = LAYOUT.stream_lengths
-IMPLS = ("reference", "torch", "cpp")
+IMPLS = ("reference", "torch", *(["cpp"] if dispatch.cpp_missing() is None else []))
 
 
 def drawn(*shape):
@@ -113,7 +124,7 @@ def test_a_layout_may_be_made_inside():
     torch.testing.assert_close(torch.func.grad(function)(x), torch.autograd.grad(function(x.requires_grad_()), x)[0])
 
 
-@pytest.mark.parametrize("impl", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_many_gradients_at_once(name, impl):
     """torch.autograd.grad(is_grads_batched=True): right, or refused where lists of tensors go through."""
