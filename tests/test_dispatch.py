@@ -66,6 +66,20 @@ def test_missing_extension_is_named(monkeypatch):
     assert "not cpp: the extension mmkernels._C is not built" in dispatch.explain()
 
 
+def test_an_extension_that_cannot_be_loaded_is_named_in_every_call():
+    """One of another torch, say: a second try ended in an error about schemas that were defined before."""
+    code = """
+from mmkernels import dispatch, native
+def fails(name): raise OSError("of another torch")
+native._load = fails
+for op in 2 * list(dispatch.TABLE):
+    try: dispatch.load(op, "cpp")
+    except OSError as error: print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["of another torch"] * 6
+
+
 @needs_cpp
 @pytest.mark.parametrize(
     ("floats", "bf16", "line"),

@@ -15,6 +15,7 @@ from mmkernels import native
 from mmkernels.ops.attention.inputs import Lowered
 from mmkernels.philox import threshold
 
+native.load_cpu_ops()  # before the schemas, which a second try could not define again; it implements them
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? pair_bias, Tensor? rng"
 _MASK = "float scale, bool has_visible, float dropout_p, int threshold"
 torch.library.define(
@@ -28,7 +29,6 @@ torch.library.define(
     f"{_MASK}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()",
 )
 torch.library.define("mm_cpp::attention_terms", "(Tensor like) -> int")
-native.load_cpu_ops()  # implements what is defined above
 run_forward, run_backward = torch.ops.mm_cpp.attention_fwd.default, torch.ops.mm_cpp.attention_bwd.default
 
 SPAN_COLS = 64

@@ -9,6 +9,7 @@ from torch import Tensor
 from mmkernels import direct, native
 from mmkernels.ops.modality_embed.inputs import NORM_CODES, Inputs, Options
 
+native.load_cpu_ops()  # before the schemas, which a second try could not define again; it implements them
 _INPUTS = "Tensor[] streams, Tensor modality_weight, Tensor? token_weight, Tensor[] tables, int[] table_counts"
 _INDICES = "Tensor modality_ids, Tensor source_rows, Tensor positions, Tensor? rng"
 torch.library.define(
@@ -21,7 +22,6 @@ torch.library.define(
     f"(Tensor grad_out, {_INPUTS}, Tensor? norm_weight, {_INDICES}, int norm, float dropout_p, "
     "Tensor? mean, Tensor? rstd, int[] needs) -> Tensor[]",
 )
-native.load_cpu_ops()  # implements what is defined above
 _fwd, _bwd = torch.ops.mm_cpp.modality_embed_fwd.default, torch.ops.mm_cpp.modality_embed_bwd.default
 _direct_fwd, _direct_bwd = direct.function("modality_embed_fwd"), direct.function("modality_embed_bwd")
 

@@ -9,6 +9,6 @@ from __future__ import annotations
 from mmkernels import native
 from mmkernels.ops.packing import schemas
 
+native.load_cpu_ops()  # before the schemas, which a second try could not define again; it implements them
 schemas.define("mm_cpp")
-native.load_cpu_ops()
 KERNELS = schemas.native_kernels("mm_cpp")

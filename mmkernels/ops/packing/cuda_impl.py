@@ -12,10 +12,10 @@ from torch import Tensor
 from mmkernels import native
 from mmkernels.ops.packing import schemas
 
+native.load_cuda_ops()  # before the schemas, which a second try could not define again; it implements them
 schemas.define("mm_cuda")
 torch.library.define("mm_cuda::sum_sorted_rows", "(Tensor grad, Tensor rows, Tensor order, int total) -> Tensor")
 torch.library.define("mm_cuda::sum_sorted_rows_out", "(Tensor grad, Tensor rows, Tensor order, Tensor(a!) out) -> ()")
-native.load_cuda_ops()
 
 
 def _scatter_rows_sum(grad: Tensor, rows: Tensor, total: int) -> Tensor:
