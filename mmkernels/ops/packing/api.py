@@ -36,8 +36,8 @@ def pack(
     Raises ValueError for streams that do not fit the layout, for a layout with special tokens (their rows come from
     a token table: use modality_embed) and for one whose bounds only the device knows (it does not know its streams).
     """
-    if _quick_takes(impl, layout):
-        table = layout.cache.get("quick_segments")
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+        table = layout.cache.get("quick_segments")  # of layouts on the CPU alone
         if table is not None and (packed := quick.pack(streams, table, out)) is not None:
             return packed
     segments = checks.segments("pack", layout)
@@ -53,8 +53,8 @@ def unpack(
     packed: Tensor, layout: PackedLayout, *, out: Sequence[Tensor] | None = None, impl: str = "auto"
 ) -> list[Tensor]:
     """The M streams [N_m, E] whose pack is packed [T, E], any dtype.  Errors as `pack`."""
-    if _quick_takes(impl, layout):
-        table = layout.cache.get("quick_segments")
+    if impl in _QUICK and type(layout) is PackedLayout and not is_dynamo_compiling():
+        table = layout.cache.get("quick_segments")  # of layouts on the CPU alone
         if table is not None and (streams := quick.unpack(packed, table, out)) is not None:
             return streams
     segments = checks.segments("unpack", layout)
