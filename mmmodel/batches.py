@@ -13,12 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkernels.devices import sent
 from mmkernels.layout import PackedLayout
 from mmmodel.configs import ConfigError
 from mmmodel.features import Features, Item
-
-FEATURES = "Batch.to: the features"  # as an error names what is sent
 
 Segments = list[list[tuple[int, int | tuple[int, int]]]]
 
@@ -38,9 +35,19 @@ class Batch:
         device = torch.device(device)
         if device.type == "cpu":
             return self
-        inputs = {name: tuple(sent(FEATURES, t, device) for t in ts) for name, ts in self.inputs.items()}
+        inputs = {name: tuple(sent(t, device) for t in ts) for name, ts in self.inputs.items()}
         layout = self.layout.to(device, non_blocking=True)
         return replace(self, inputs=inputs, layout=layout)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, by a copy for which the host does not wait.
+
+    Of what is large and not pinned CUDA copies behind all that the GPU was asked for, and lets the host wait.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Sampler:

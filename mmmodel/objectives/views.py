@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.devices import sent
 from mmkernels.layout import PackedLayout
-from mmmodel.batches import FEATURES, Batch
+from mmmodel.batches import Batch, sent
 from mmmodel.model import View
 
 
@@ -45,9 +44,9 @@ class MaskedBatch:
             return self
 
         def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: sent(FEATURES, tensor, device) for name, tensor in tensors.items()}
+            return {name: sent(tensor, device) for name, tensor in tensors.items()}
 
-        inputs = {name: tuple(sent(FEATURES, t, device) for t in ts) for name, ts in self.inputs.items()}
+        inputs = {name: tuple(sent(t, device) for t in ts) for name, ts in self.inputs.items()}
         layout = self.layout.to(device, non_blocking=True)
         rows = moved(self.stream_rows), moved(self.packed_rows)
         return MaskedBatch(layout, self.lengths, inputs, *rows, moved(self.targets))
