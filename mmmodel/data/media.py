@@ -109,8 +109,8 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.
 
     Raises ValueError if it holds no sound, or less than its header says (WAV, W64, RF64, AIFF, AU and most MP3 say it;
-    of MP3 by more than two frames, for encoders count as they like), and for an Ogg that ends within a page.  What
-    others append to a whole file, such as a tag, zeros or a newline, does not count.
+    of MP3 by more than two frames, for encoders count as they like), and for an Ogg that ends before the page that says
+    so.  What others append to a whole file, such as a tag, zeros or a newline, does not count.
     """
     import soundfile
 
@@ -141,7 +141,8 @@ _CUT_SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be
 _FRAMES_CUT = re.compile(r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)")  # of RF64
 _COUNTED = re.compile(r"bitrate mode\s*: (?:variable|average)")  # of an MP3 whose first frame says how many follow
 _MP3_SLACK = 2 * 1152  # samples of two frames; some encoders count the first frame, which holds no sound, or padding
-_JUNK = re.compile(r"^Ogg ?: Junk after the last page", re.MULTILINE)  # the start of a page, or what was appended
+# Of Ogg: the start of a page, or what was appended; or the last page is not the one that ends its stream.
+_UNENDED = re.compile(r"^Ogg ?: (?:Junk after the last page|Last page lacks an end-of-stream bit)", re.MULTILINE)
 _UNKNOWN_SIZE = 0x7FFF0000  # and more: written by who streams and does not know the length
 
 
@@ -154,8 +155,8 @@ def refuse_cut_short(source: Path | bytes, log: str, frames: int, read: int) -> 
     for stated, there, unit in found:
         if int(there) < int(stated) < _UNKNOWN_SIZE:
             raise ValueError(f"the sound is cut short: its header says {stated} {unit}, {there} are there")
-    if _JUNK.search(log) and not _ends_with_its_stream(source.read_bytes() if isinstance(source, Path) else source):
-        raise ValueError("the sound is cut short: it ends within a page")
+    if _UNENDED.search(log) and not _ends_with_its_stream(source.read_bytes() if isinstance(source, Path) else source):
+        raise ValueError("the sound is cut short: it ends before the last page of its stream does")
 
 
 def _ends_with_its_stream(ogg: bytes) -> bool:

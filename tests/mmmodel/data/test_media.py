@@ -160,8 +160,8 @@ def test_empty_audio_is_an_error():
         ("W64", "PCM_16", "its header says 961.. bytes, 951.. are there"),
         ("RF64", "PCM_16", "its header says 48000 frames, 47500 are there"),
         ("MP3", "MPEG_LAYER_III", "its header says 48000 frames, 4.... are there"),
-        ("OGG", "VORBIS", "it ends within a page"),
-        ("OGG", "OPUS", "it ends within a page"),
+        ("OGG", "VORBIS", "it ends before the last page"),
+        ("OGG", "OPUS", "it ends before the last page"),
     ],
 )
 def test_a_sound_that_is_cut_short_is_an_error(kind, subtype, said):
@@ -184,15 +184,16 @@ def test_what_is_appended_to_a_whole_ogg_does_not_count(subtype, appended, tmp_p
 
 
 @pytest.mark.parametrize(
-    "kept", [2, 10, 30, -1]
-)  # bytes of the last page: of its name, its header, its lacing, its end
-def test_an_ogg_that_ends_anywhere_in_its_last_page_is_cut_short(kept, tmp_path):
+    "kept", [0, 2, 10, 30, -1]
+)  # bytes of the last page: none, of its name, its header, its lacing, its end
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_that_ends_before_its_last_page_does_is_cut_short(kept, subtype, tmp_path):
     file = tmp_path / "a.ogg"
-    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000)
+    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, 48_000), 16_000, subtype=subtype)
     whole = file.read_bytes()
     last = whole.rindex(b"OggS")
     file.write_bytes(whole[:last] + whole[last:][:kept])
-    with pytest.raises(ValueError, match="the sound is cut short: it ends within a page"):
+    with pytest.raises(ValueError, match="the sound is cut short: it ends before the last page"):
         media.decode_speech(file)
 
 
