@@ -91,8 +91,8 @@ def one_sample(model: Model, **raw: str | Path | Image.Image | np.ndarray) -> tu
     """A sample that is in no data set, its modalities by name, and its features.
 
     text is a str; image a path, a PIL image, or uint8 [h, w, 3]; audio a path, or float [n] at 16 kHz, mono.  What a
-    data set leaves out is refused: a blank text, sound that is empty or holds NaN.  Raises ConfigError for that, for a
-    modality that the model does not read and for what does not decode, FileNotFoundError for no file.
+    data set leaves out is refused: a blank text, sound that is shorter than 10 ms or holds NaN.  Raises ConfigError for
+    that, for a modality that the model does not read and for what does not decode, FileNotFoundError for no file.
     """
     arrays = {}
     for name, value in raw.items():
@@ -127,6 +127,7 @@ def _decoded(name: str, value: Any, front_end: nn.Module) -> Any:
             raise ValueError(f"it is {value.dtype} {list(value.shape)}")
         if name == "audio":
             media.refuse_infinite(value)
+            media.refuse_short(value)
     return value
 
 

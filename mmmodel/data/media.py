@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SAMPLE_RATE = 16_000
+SHORTEST = SAMPLE_RATE // 100  # samples of a sound: 10 ms, the step from one frame of a spectrum to the next
 
 
 def open_image(path: Path) -> Image.Image:
@@ -108,9 +109,10 @@ def decode_text(data: bytes) -> str | None:
 def decode_speech(source: Path | bytes) -> np.ndarray:
     """float32 [samples] at 16 kHz, mono, from any file libsndfile reads.
 
-    Raises ValueError if it holds no sound, or less than its header says (WAV, W64, RF64, AIFF, AU and most MP3 say it;
-    of MP3 by more than two frames, for encoders count as they like), and for an Ogg that ends before the page that says
-    so.  What others append to a whole file, such as a tag, zeros or a newline, does not count.
+    Raises ValueError for less than 10 ms, for samples that are not finite, for less than its header says (WAV, W64,
+    RF64, AIFF, AU and most MP3 say it; of MP3 by more than two frames, for encoders count as they like), and for an Ogg
+    that ends before the page that says so.  What others append to a whole file, such as a tag, zeros or a newline, does
+    not count.
     """
     import soundfile
 
@@ -133,6 +135,7 @@ def decode_speech(source: Path | bytes) -> np.ndarray:
         import soxr
 
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    refuse_short(mono)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
@@ -172,6 +175,12 @@ def _ends_with_its_stream(ogg: bytes) -> bool:
 def refuse_infinite(waveform: np.ndarray) -> None:
     if not np.isfinite(waveform).all():
         raise ValueError("the sound holds samples that are not numbers, or infinite")
+
+
+def refuse_short(waveform: np.ndarray) -> None:
+    """waveform: at 16 kHz.  Padded to a frame, a click would be read, or silence where resampling left nothing."""
+    if len(waveform) < SHORTEST:
+        raise ValueError(f"the sound lasts {len(waveform) / SAMPLE_RATE * 1000:.3g} ms, expected at least 10")
 
 
 def encode_flac(waveform: np.ndarray) -> bytes:

@@ -142,6 +142,7 @@ def test_one_thing_has_the_vector_that_it_has_in_the_data(run, shards, tmp_path)
         ({"text": " \n"}, "text does not read, expected a str: it is blank"),
         ({"image": np.zeros((0, 16, 3), np.uint8)}, r"it is uint8 \[0, 16, 3\]"),
         ({"audio": np.zeros(0, np.float32)}, r"it is float32 \[0\]"),
+        ({"audio": np.zeros(159, np.float32)}, "the sound lasts 9.94 ms, expected at least 10"),
         ({"audio": np.full(900, np.nan, np.float32)}, "holds samples that are not numbers"),
     ],
     ids=str,

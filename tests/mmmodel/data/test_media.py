@@ -152,6 +152,17 @@ def test_empty_audio_is_an_error():
 
 
 @pytest.mark.parametrize(
+    ("rate", "samples", "said"), [(44_100, 1, "0 ms"), (16_000, 1, "0.0625 ms"), (8000, 79, "9.88")]
+)
+def test_a_sound_shorter_than_a_frame_is_an_error(rate, samples, said):
+    """Padded to one it was a click, or silence where resampling left no sample."""
+    file = io.BytesIO()
+    soundfile.write(file, np.full(samples, 0.5), rate, format="WAV")
+    with pytest.raises(ValueError, match=f"the sound lasts {said}.* expected at least 10"):
+        media.decode_speech(file.getvalue())
+
+
+@pytest.mark.parametrize(
     ("kind", "subtype", "said"),
     [
         ("WAV", "PCM_16", "its header says 96000 bytes, 95000 are there"),
