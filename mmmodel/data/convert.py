@@ -7,6 +7,7 @@ it could not read.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -79,7 +80,7 @@ def convert(source: Path, out: Path, *, columns: Columns | None = None, per_shar
         raise ConfigError(f"convert: {source} is neither a folder nor a table ({', '.join(table_rows.SUFFIXES)})")
     with atomic.replacing(out.resolve()) as work:
         work.mkdir()
-        entries, samples = [], _each_key_once(samples)
+        entries, samples = [], _pictures_compared(_each_key_once(samples))
         for number in itertools.count():
             if (first := next(samples, None)) is None:
                 break
@@ -116,6 +117,22 @@ def _each_key_once(samples: Iterator[Sample]) -> Iterator[Sample]:
             raise ConfigError(f"convert: the key {sample['__key__']!r} comes twice")
         keys.add(sample["__key__"])
         yield sample
+
+
+def _pictures_compared(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """As they are.  Tells of pictures that differ under one `image`: a run, which compares their sizes, reads one."""
+    first: dict[str, bytes] = {}
+    unlike = []
+    for sample in samples:
+        if (data := next((sample[suffix] for suffix in IMAGE if suffix in sample), None)) is not None:
+            group = Entry(sample["__key__"], "", {}, sample.get("json", {})).group
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            if first.setdefault(group, digest) != digest:
+                unlike.append(sample["__key__"])
+        yield sample
+    if unlike:
+        words = "%d samples name another's `image` but hold another picture; a run reads the first's for all: %s"
+        logger.warning(words, len(unlike), listed(unlike))
 
 
 def _kind(suffix: str) -> str | None:

@@ -82,6 +82,18 @@ def test_a_folder(tmp_path):
     )
 
 
+def test_other_pictures_under_one_name_are_told_also_of_equal_size(tmp_path, caplog):
+    """A run compares sizes alone, and reads one picture for all samples that name it."""
+    same, other = picture(colour="#010203"), picture(colour="#030201")
+    assert len(same) == len(other)
+    files = {"a/1.png": same, "b/1.png": other, "c/1.png": same, "d/1.png": other}
+    files |= {f"{folder}/1.json": '{"image": "1.png"}' for folder in "abc"}  # d's is its own
+    convert.convert(write(tmp_path / "mine", files), tmp_path / "out")
+    assert (
+        "1 samples name another's `image` but hold another picture; a run reads the first's for all: b/1" in caplog.text
+    )
+
+
 ROWS = [
     {"text": "teal", "image": "pictures/a.png", "audio": None, "split": "train", "size": 3, "tags": ["x", "y"]},
     {"text": None, "image": "pictures/a.png", "audio": "b.wav", "split": "val", "size": 4.5, "tags": ["x"]},
