@@ -30,8 +30,8 @@ def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, f
     """outputs [B, C] for samples whose labels are `values`.  A label that the model has no output for counts as wrong.
 
     classification, qa: accuracy, balanced_accuracy, macro_f1.  multilabel: mean_average_precision over the labels that
-    some sample has, NaN if none has any; micro_f1 at probability 0.5.  regression, in the label's unit: mae, rmse, and
-    r2, NaN of a single sample.
+    some samples have and others lack, NaN if there is none; micro_f1 at probability 0.5.  regression, in the label's
+    unit: mae, rmse, and r2, NaN where all samples have one number.
     """
     outputs = outputs.double()
     if labels.task == "multilabel":
@@ -42,7 +42,7 @@ def score(labels: Labels, outputs: Tensor, values: Sequence[Any]) -> dict[str, f
         return {
             "mae": float(metrics.mean_absolute_error(truth, found)),
             "rmse": float(metrics.root_mean_squared_error(truth, found)),
-            "r2": float(metrics.r2_score(truth, found)) if len(truth) > 1 else math.nan,
+            "r2": float(metrics.r2_score(truth, found)) if np.ptp(truth) else math.nan,
         }
     truth = np.asarray(values)
     found = np.asarray(labels.classes)[outputs.argmax(dim=1).numpy()]
@@ -60,9 +60,10 @@ def _multilabel(labels: Labels, found: np.ndarray, values: Sequence[Any]) -> dic
     names = [*labels.classes, *sorted({name for value in values for name in value} - set(labels.classes))]
     truth = np.array([[name in value for name in names] for value in values])
     found = np.pad(found, ((0, 0), (0, len(names) - found.shape[1])))  # what no training sample has: never predicted
-    present = np.flatnonzero(truth.any(axis=0))  # no order of samples is right or wrong about one that none of them has
+    # No order of samples is right or wrong about a label that none of them has, or all.
+    compared = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
     # Label by label and flat: of a table with one column scikit-learn takes 0 and 1 for two classes.
-    precisions = [metrics.average_precision_score(truth[:, i], found[:, i]) for i in present]
+    precisions = [metrics.average_precision_score(truth[:, i], found[:, i]) for i in compared]
     return {
         "mean_average_precision": float(np.mean(precisions)) if precisions else math.nan,
         "micro_f1": float(metrics.f1_score(truth.ravel(), found.ravel() >= 0.5, zero_division=0)),

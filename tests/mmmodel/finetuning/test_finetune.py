@@ -254,16 +254,20 @@ def test_what_does_not_fit_the_data_is_refused(run, labelled, tmp_path, fields, 
     assert ("they hold text" in caplog.text) == ("question" in fields)
 
 
-def test_a_validation_set_without_a_score_is_refused(run, tmp_path):
-    """R2 of one number is not defined: no epoch could be better than another."""
+@pytest.mark.parametrize("sizes", [[0], [3, 3]])
+def test_a_validation_set_without_a_score_is_refused(run, tmp_path, sizes, caplog):
+    """R2 of one number, or of equal ones, is not defined: no epoch could be better than another."""
+    caplog.set_level("INFO")
+    held = {i: size for i, size in enumerate(sizes)}
     made = [
-        {"__key__": f"k{i}", "txt": "red", "json": {"size": i, "split": "validation" if i == 0 else "train"}}
+        {"__key__": f"k{i}", "txt": "red", "json": {"size": held.get(i, i), "split": "validation" if i in held else ""}}
         for i in range(9)
     ]
     write_index(tmp_path, write_shard(tmp_path / "a-0.tar", made))
     config = dataclasses.replace(QUICK, task="regression", label="size", data=str(tmp_path))
-    with pytest.raises(ConfigError, match="r2 of 1 validation samples is nan"):
+    with pytest.raises(ConfigError, match=f"r2 of {len(sizes)} validation samples is nan"):
         finetuning.finetune(run, config, tmp_path / "out")
+    assert "epoch" not in caplog.text
 
 
 def test_a_test_score_that_is_undefined_is_left_out_of_the_report(run, tmp_path, caplog):
