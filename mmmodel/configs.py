@@ -122,7 +122,7 @@ class ObjectivesConfig:
     masked_audio: MaskedConfig = MaskedConfig(probability=0.4, span=4)
     matching: MatchingConfig = MatchingConfig()
     meaning: MeaningConfig = MeaningConfig()
-    masked_share: Share = 0.25  # of the batch's samples that are also read jointly, with parts hidden
+    masked_share: SomeShare = 0.25  # of the batch's samples that are also read jointly, with parts hidden; at least one
 
 
 @dataclass(frozen=True)

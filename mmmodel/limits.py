@@ -135,5 +135,6 @@ def _expected(value: Any, kind: Any) -> str | None:
             return expected
         if base is int and not isinstance(value, int):
             return "a whole number"
-        return next((str(rule) for rule in rules if not rule.has(value)), None)
+        finite = ", and finite" if isinstance(value, float) and math.isinf(value) else ""
+        return next((f"{rule}{finite}" for rule in rules if not rule.has(value)), None)
     return None

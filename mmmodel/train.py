@@ -39,6 +39,7 @@ from mmmodel import (
 )
 from mmmodel.batches import Batch, Sampler
 from mmmodel.configs import ConfigError, PretrainConfig
+from mmmodel.data import recordings
 from mmmodel.data.loader import ShardDataset
 from mmmodel.flops import gemm_rate
 from mmmodel.frontends.text import load_tokenizer
@@ -78,6 +79,8 @@ def check(config: PretrainConfig) -> None:
     limits.check(config, "config")
     pretraining.check_vocabulary(config)
     limits.check_device(config.device, "config")
+    if config.hold_out_speech:
+        recordings.parsed(config.hold_out_speech)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("config: tensorboard is True, expected the package to be there: pip install tensorboard")
 
@@ -296,6 +299,8 @@ def _tell_what_learns_nothing(learner: Pretraining, corpus: Corpus, sampler: Sam
             "it needs samples that hold both",
             pairs,
         )
+    if config.hold_out_speech and not corpus.split(recordings.RECORDINGS):
+        _log("hold_out_speech=%s finds no recording in the split train to hold out", config.hold_out_speech)
     validation = corpus.split("validation")
     if config.evaluate_every and not held_out.batch_size(validation):
         found = held_out.distinct(validation)

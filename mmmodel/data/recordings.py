@@ -23,7 +23,7 @@ def hold_out(items: Sequence[Item], rule: str) -> list[Item]:
     """
     if not rule:
         return list(items)
-    language, share = _parsed(rule)
+    language, share = parsed(rule)
     kept = []
     for item in items:
         named = item.split == "train" and item.language == language and "audio" in item.rows
@@ -37,7 +37,8 @@ def hold_out(items: Sequence[Item], rule: str) -> list[Item]:
     return kept
 
 
-def _parsed(rule: str) -> tuple[str, float]:
+def parsed(rule: str) -> tuple[str, float]:
+    """Language and share.  Raises ConfigError for a rule of another form."""
     language, colon, share = rule.partition(":")
     try:
         value = float(share)

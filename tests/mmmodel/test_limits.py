@@ -18,7 +18,7 @@ WRONG = (
     ("batch_size=0", "batch_size is 0, expected at least 1"),
     ("lr=nan", r"lr is nan, expected a number in \(0, 1\]"),
     ("lr=-1", r"lr is -1.0, expected a number in \(0, 1\]"),
-    ("clip_norm=inf", "clip_norm is inf, expected at least 0"),
+    ("clip_norm=inf", "clip_norm is inf, expected at least 0, and finite"),
     ("threads=0", "threads is 0, expected at least 1"),
     ("seed=-1", r"seed is -1, expected a number in \[0, "),
     ("keep_checkpoints=0", "keep_checkpoints is 0, expected at least 1"),
@@ -44,6 +44,7 @@ WRONG = (
     ("model.image.channels=8,0", "model.image.channels is '8,0', expected each to be at least 1"),
     ("model.audio.max_seconds=0", "model.audio.max_seconds is 0.0, expected at least 0.04"),
     ("objectives.contrastive.weight=-1", "objectives.contrastive.weight is -1.0, expected at least 0"),
+    ("objectives.masked_share=0", r"objectives.masked_share is 0.0, expected a number in \(0, 1\]"),
     ("objectives.contrastive.every=0", "objectives.contrastive.every is 0, expected at least 1"),
     ("objectives.masked_text.probability=7", r"masked_text.probability is 7.0, expected a number in \(0, 1\]"),
     ("steps.x=3", "no field 'steps.x', since steps is one value"),
@@ -57,6 +58,12 @@ def test_a_value_that_cannot_be_is_named(command, assignment, message, tmp_path,
     with pytest.raises(SystemExit, match=message):
         cli.main([command, "--preset", "tiny", "--set", assignment])
     assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_wrong_rule_of_recordings_is_named_before_the_data_is_looked_for(tmp_path):
+    wrong = ["--set", "hold_out_speech=es", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="hold_out_speech is 'es', expected a language and a share of it"):
+        cli.main(["pretrain", "--preset", "tiny", *wrong])
 
 
 @pytest.mark.parametrize(

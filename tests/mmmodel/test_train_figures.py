@@ -91,14 +91,15 @@ def test_the_curve_of_an_objective_begins_where_it_does():
     np.testing.assert_array_equal(mean, [np.nan, np.nan, 2, 2, 3])
 
 
-def test_data_without_a_validation_split_says_that_there_is_nothing_to_see(tmp_path, caplog):
+def test_data_without_a_validation_split_and_without_sound_says_what_does_nothing(tmp_path, caplog):
     (tmp_path / "data").mkdir()
     made = [{"__key__": f"k{i}", "txt": f"red {i}", "json": {"split": "train"}} for i in range(8)]
     write_shard(tmp_path / "data" / "a-0.tar", made)
     caplog.set_level("INFO")
     config = dataclasses.replace(configs.tiny(), data=str(tmp_path / "data"), steps=2, evaluate_every=1)
-    assert train.pretrain(config, tmp_path / "run")
+    assert train.pretrain(dataclasses.replace(config, hold_out_speech="es:0.5"), tmp_path / "run")
     assert "evaluate_every does nothing in this run: no sample has the split validation" in caplog.messages
+    assert "hold_out_speech=es:0.5 finds no recording in the split train to hold out" in caplog.messages
     assert not any(n.startswith("validation/") for n in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1])
 
 
