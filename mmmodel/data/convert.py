@@ -16,7 +16,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,9 @@ def _suffix_of(data: bytes, kind: str) -> str:
 
 def _of_table(path: Path, columns: Columns, left: Counter) -> Iterator[Sample]:
     own = astuple(columns)
+    if twice := [name for name, count in Counter(own).items() if count > 1]:
+        flags = " and ".join(flag for flag, name in asdict(columns).items() if name == twice[0])
+        raise ConfigError(f"convert: {flags} are both the column {twice[0]}, expected one each")
     names, rows = table_rows.read(path, own)
     has = f"convert: {path} has the columns {listed(names, SHOWN)}"
     if not set(own[:3]) & set(names):
@@ -322,6 +325,9 @@ def _media(value: Any, kind: str, folder: Path, where: str) -> tuple[str, bytes]
     """(suffix, bytes) of a path, of bytes, or of {"bytes", "path"}, which Hugging Face's data sets have."""
     path = None
     if isinstance(value, dict):
+        if not value.keys() & {"bytes", "path"}:  # such as a decoded recording: {"array", "sampling_rate"}
+            fields = listed(sorted(value), SHOWN)
+            raise ConfigError(f"convert: {where}: {kind} has the fields {fields}, expected bytes or path")
         path, value = value.get("path"), value.get("bytes") or value.get("path")
     if value is None:
         return None

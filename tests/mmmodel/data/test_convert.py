@@ -182,6 +182,7 @@ def test_a_caption_that_is_no_number_is_missing(tmp_path):
         ({"a.pdf": "x"}, ".", r"holds no sample: \*\.pdf 1"),
         ({"a.txt": "x", "a.json": "[1]"}, ".", r"a\.json holds a list, expected an object"),
         ({"a.txt": "x", "a.json": "{"}, ".", r"a\.json does not read as JSON"),
+        ({"t.jsonl": '{"audio": {"array": [0.1]}}'}, "t.jsonl", "audio has the fields array, expected bytes or path"),
         ({"t.csv": "caption\nx"}, "t.csv", r"has the columns caption, expected at least one of text, image, audio"),
         ({"t.csv": "text,n\nx"}, "t.csv", "row 1 has more or fewer cells"),
         ({"t.csv": b"text\n\xff"}, "t.csv", "holds no sample: rows that are not UTF-8 1"),
@@ -338,6 +339,13 @@ def test_a_column_that_was_named_must_be_there(tmp_path):
     source = write(tmp_path / "in", {"t.csv": "text,n\nx,1"}) / "t.csv"
     with pytest.raises(ConfigError, match="has the columns text, n, expected picture"):
         convert.convert(source, tmp_path / "out", columns=convert.Columns(image="picture"))
+
+
+def test_a_column_is_of_one_kind(tmp_path):
+    """The picture was taken for the caption, and its text for the name of a picture."""
+    source = write(tmp_path, {"t.csv": "body,file\nx,a.png\n"}) / "t.csv"
+    with pytest.raises(ConfigError, match="text and image are both the column body, expected one each"):
+        convert.convert(source, tmp_path / "out", columns=convert.Columns(text="body", image="body"))
 
 
 def test_what_is_there_is_not_replaced(tmp_path):
