@@ -19,6 +19,7 @@ from mmmodel.pretraining import Pretraining
 
 POSITIONS = re.compile(r"model\.embedding\.position_weights\.(\d+)\.(\d+)")  # modality, axis
 BY_MODALITY = ("model.embedding.modality_weight", "objectives.contrastive.heads")  # a row for each
+VOCABULARY = "model.text.vocab_size"
 UNSEEN = ("model.heads", "model.norm", "model.activation")  # no tensor's shape tells them
 MAY_DIFFER = (".modalities", ".max_tokens", ".max_seconds", ".max_frames")
 
@@ -64,6 +65,8 @@ def load(learner: Pretraining, run: Run) -> str:
         if differing:
             raise CheckpointError(f"pretrain: {run.path} has another shape: {'; '.join(differing)}")
     weights.load_into(learner.model, tensors, where=str(run.path), prefix="model.")
+    if ours[VOCABULARY] != theirs[VOCABULARY]:
+        changes.append(f"{VOCABULARY}={ours[VOCABULARY]} does nothing: the tokenizer is the earlier run's")
     loaded, anew = ["encoder"], []
     for name, objective in learner.objectives.items():
         prefix = f"objectives.{name}."

@@ -69,11 +69,13 @@ def test_longer_inputs_and_fewer_modalities_keep_what_they_share(run, tmp_path, 
     """As for a last phase on longer captions and larger pictures: rows of positions that are new are drawn."""
     caplog.set_level(logging.INFO)
     fields = ("model.modalities=text,image", "model.text.max_tokens=30", "model.image.max_tokens=4")
+    fields += ("model.text.vocab_size=300",)
     train.pretrain(configs.override(start.configured(run), (*STILL, *fields, "objectives.matching.weight=0")), tmp_path)
     line = next(record.message for record in caplog.records if record.message.startswith("from "))
     side = weights(run)["model.embedding.position_weights.1.0"].shape[0]
     changes = f"positions of text: 24 -> 30; positions of image: {side} -> 5; positions of image: {side} -> 5"
     assert f"; left out: audio; {changes}" in line
+    assert "; model.text.vocab_size=300 does nothing: the tokenizer is the earlier run's" in line
     assert "begin anew" not in line
     before, after = weights(run), weights(tmp_path)
     assert {n for n in before if ".front_ends.audio." in n or "position_weights.2" in n} == {
