@@ -43,11 +43,11 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file, [] if there is none; a last line cut short by a kill is left out."""
+    """Lines of a metrics file, [] if there is none, up to the first that a kill or a power cut spoilt."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmmodel.configs import ConfigError, ModelConfig
 from mmmodel.data import media
 from mmmodel.data.shards import TEXT
+from mmmodel.limits import CheckpointError
 
 SPECIAL_TOKENS = ("[CLS]", "[IMG]", "[AUD]", "[MASK]")
 # Characters of a caption that pieces are learnt from: with the length of one word the time grows squared, and a million
@@ -45,7 +46,15 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))
+    """Raises CheckpointError for a file that is damaged."""
+    return _parsed(Path(path).read_bytes(), path)
+
+
+def _parsed(written: bytes, path: str | Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(written.decode())
+    except Exception as error:  # what the Rust library raises has no type of its own
+        raise CheckpointError(f"{path}: is no tokenizer, or a damaged one: {error}") from error
 
 
 def load_language_model_tokenizer(path: str | Path, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
@@ -55,10 +64,10 @@ def load_language_model_tokenizer(path: str | Path, special_tokens: Sequence[str
     """
     if not Path(path).is_file():
         raise ConfigError(f"text: no tokenizer at {path}, expected a tokenizer.json in Hugging Face format")
-    text = Path(path).read_text(encoding="utf-8")
+    written = Path(path).read_bytes()
     for theirs, ours in (("<s>", "[CLS]"), ("</s>", "[SEP]"), ("<mask>", "[MASK]")):  # RoBERTa's
-        text = text.replace(json.dumps(theirs), json.dumps(ours))
-    tokenizer = Tokenizer.from_str(text)
+        written = written.replace(json.dumps(theirs).encode(), json.dumps(ours).encode())
+    tokenizer = _parsed(written, path)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")

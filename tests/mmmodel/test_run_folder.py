@@ -88,6 +88,14 @@ def test_a_damaged_model_is_written_anew_from_the_checkpoint(tiny, unbroken, tmp
         train.pretrain(tiny, out)
 
 
+def test_a_damaged_tokenizer_of_a_stopped_run_is_named(tiny, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()  # as if it had not come to its end
+    (tmp_path / "run" / "tokenizer.json").write_bytes(b'{"version"\xff')
+    with pytest.raises(ConfigError, match=r"run/tokenizer.json: is no tokenizer, or a damaged one"):
+        train.pretrain(tiny, tmp_path / "run")
+
+
 def test_a_folder_of_another_run_is_refused(tiny, unbroken):
     wider = dataclasses.replace(tiny, lr=1.0, model=dataclasses.replace(tiny.model, width=32))
     with pytest.raises(ConfigError, match=r"holds a run with other model.width 16 -> 32, lr 0.002 -> 1.0; choose"):

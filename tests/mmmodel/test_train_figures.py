@@ -214,9 +214,10 @@ def test_an_objective_that_is_never_due_is_named():
     assert objectives.idle(learned.objectives, [items[3]] * 3, 8, 4).keys() == {"contrastive", "matching"}  # captions
 
 
-def test_metrics_file_drops_what_will_be_done_again(tmp_path):
+@pytest.mark.parametrize("end", [b"", b"\0\xff\n"], ids=["killed", "power cut"])
+def test_metrics_file_drops_what_will_be_done_again(tmp_path, end):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')  # the last was cut by a kill
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste' + end)
     file = metrics.MetricsFile(path, from_step=2)
     file.write({"step": 3, "loss": float("nan")})
     file.close()
