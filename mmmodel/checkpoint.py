@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from mmmodel.safe_reading import OtherModelError, SafePlanner, SafeReader, read_
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # of module and optimizer, by the names of parameters
 
+SUMS = "crc32.json"  # of each other file of a checkpoint: torch's format has none
 _NAME = re.compile(r"step-(\d{8})")
+_BLOCK = 2**20  # bytes
 
 
 def save(
@@ -51,6 +55,8 @@ def write(folder: Path, step: int, whole: State, progress: dict[str, Any], *, ke
             checkpoint_id=partial,
             no_dist=True,
         )
+        sums = {path.name: _sum(path) for path in sorted(partial.iterdir())}
+        (partial / SUMS).write_text(json.dumps(sums), encoding="utf-8")
     for old in saved(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -87,6 +93,7 @@ def load(
             if f"progress.{name}" not in saved_names:
                 state["progress"].pop(name, None)
         _read(path, state)
+        _check_sums(path)
     except OtherModelError as error:
         raise CheckpointError(f"{path}: of another model: {error}; choose another --out") from error
     except CheckpointError as error:
@@ -112,3 +119,24 @@ def _read(path: Path, state: dict[str, Any]) -> None:
             if isinstance(cause, CheckpointError):
                 raise cause from error
             raise CheckpointError(f"{path}: damaged: {str(cause) or type(cause).__name__}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raises CheckpointError if a file of the checkpoint holds other bytes than were written."""
+    if not (path / SUMS).exists():  # of an earlier version
+        return
+    try:
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+        changed = [name for name, value in sums.items() if _sum(path / name) != value]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged, its {SUMS} does not read: {error}") from error
+    if changed:
+        raise CheckpointError(f"{path}: damaged, {', '.join(changed)} does not match its checksum")
+
+
+def _sum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value

@@ -76,6 +76,20 @@ def test_a_cut_file_is_a_clear_error(saved, name, caplog):
     assert not [record for record in caplog.records if record.name.startswith("torch")]  # it would log a traceback
 
 
+def test_a_flipped_bit_is_damage_too(saved):
+    """In a weight torch's reader does not see it: the run would go on from other weights."""
+    folder = saved[0]
+    values = folder / "__0_0.distcp"
+    written = values.read_bytes()
+    weight = saved[1].state_dict()["model.blocks.0.qkv.weight"].numpy().tobytes()
+    at = written.index(weight)
+    values.write_bytes(written[:at] + bytes([weight[0] ^ 1]) + written[at + 1 :])
+    with pytest.raises(CheckpointError, match=r"damaged, __0_0\.distcp does not match its checksum; deleting"):
+        resume(folder)
+    (folder / checkpoint.SUMS).unlink()  # as earlier versions wrote it
+    resume(folder)
+
+
 def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
     folder = saved[0]
     config, wider = learner(mlp_width=48)
