@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mmmodel import distributed, settings
@@ -100,9 +101,7 @@ def prepare(
             shapes |= part.shapes
             continue
         path = cache / "features" / f"{name}-{_fingerprint(table)}.safetensors"
-        if not path.exists():
-            _write(path, table, threads)
-        stored = {key: tensor.numpy() for key, tensor in load_file(path).items()}  # a memory map
+        stored = _stored(path, table, threads)
         missing[name] = set(stored["missing"].tolist())
         flat[name], shapes[name] = stored["flat"], stored["shapes"]
     read = {name: {i for i, row in table.row_of.items() if row not in missing[name]} for name, table in tables.items()}
@@ -133,6 +132,20 @@ class _Table:
 
     def read(self, row: int):
         return self.dataset.read(self.sources[row], self.front_end.members, self.front_end.decode)
+
+
+def _stored(path: Path, table: _Table, threads: int) -> dict[str, np.ndarray]:
+    """Memory maps of what `_write` wrote to path: now, if there is no such file, or a damaged one."""
+    if path.exists():
+        with suppress(SafetensorError):
+            return _mapped(path)
+        logger.warning("%s: damaged, its features are made anew", path)
+    _write(path, table, threads)
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    return {key: tensor.numpy() for key, tensor in load_file(path).items()}
 
 
 def _write(path: Path, table: _Table, threads: int) -> None:

@@ -82,6 +82,19 @@ def test_features_are_read_back_from_the_cache(folder, tmp_path, monkeypatch):
             np.testing.assert_array_equal(found.get(name, row), stored.get(name, row))
 
 
+def test_a_damaged_file_of_the_cache_is_made_anew(folder, tmp_path, caplog):
+    _, found = prepared(folder, tmp_path / "cache")
+    found = [found.get("image", row).copy() for row in range(len(found.shapes["image"]))]
+    (file,) = (tmp_path / "cache").rglob("image-*.safetensors")
+    for part in (file.read_bytes()[:-1], b""):
+        file.unlink()  # not cut in place: who maps it would be ended
+        file.write_bytes(part)
+        _, again = prepared(folder, tmp_path / "cache")
+        assert f"{file}: damaged, its features are made anew" in caplog.messages
+        assert all(np.array_equal(again.get("image", row), before) for row, before in enumerate(found))
+        caplog.clear()
+
+
 def test_another_recipe_is_another_file(folder, tmp_path):
     prepared(folder, tmp_path / "cache")
     config, _ = learner()
