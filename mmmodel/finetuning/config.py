@@ -50,3 +50,5 @@ def check(config: FinetuneConfig) -> None:
         raise ConfigError(f"finetune: a question belongs to task qa, not to {config.task}")
     if config.labels_per_class and config.task not in ("classification", "qa"):
         raise ConfigError(f"finetune: labels_per_class needs classes, which {config.task} has not")
+    if config.partial and config.from_scratch:
+        raise ConfigError("finetune: partial is about weights, of which from_scratch takes none; expected one of them")

@@ -75,6 +75,7 @@ def test_a_wrong_rule_of_recordings_is_named_before_the_data_is_looked_for(tmp_p
         (("--epochs", "0"), "finetune: epochs is 0, expected at least 1"),
         (("--device", "gpu"), "finetune: device is 'gpu', expected cpu, cuda or"),
         (("--seed", "-1"), "finetune: seed is -1"),
+        (("--partial", "--from-scratch"), "finetune: partial is about weights, of which from_scratch takes none"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
