@@ -57,9 +57,9 @@ def scaled_dot_product_attention(
     deterministic, impl   of mmkernels.attention
 
     With impl "auto", torch's own kernel runs where there is nothing to skip: no mask, no lengths (or such that hide
-    nothing) or is_causal alone; on the meta device always.  Reading attn_mask takes its data: on the CPU, or once per
-    mask and version from a GPU, which waits for it; not inside torch.compile on a GPU or while a graph is captured:
-    give lengths there.
+    nothing) or is_causal alone, unless deterministic is True; on the meta device always.  Reading attn_mask takes its
+    data: on the CPU, or once per mask and version from a GPU, which waits for it; not inside torch.compile on a GPU or
+    while a graph is captured: give lengths there.
 
     Raises ValueError for shapes and dtypes that do not fit, NotImplementedError as said.
     """
@@ -96,9 +96,12 @@ def compute(
     instead: what its user can do where this refuses.
     """
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call[1:]
+    if deterministic is not None:
+        deterministic = flag(call.who, "deterministic", deterministic)
     plain = attn_mask is None and lengths is None and key_lengths is None and window == (-1, -1)
+    torch_may = impl == "auto" and not deterministic  # for its kernels torch's switch alone counts
     nested = query.is_nested or key.is_nested or value.is_nested
-    if plain and impl == "auto" and not (is_causal and bottom_right):
+    if plain and torch_may and not (is_causal and bottom_right):
         if not nested and key.shape[-2:-1] != value.shape[-2:-1]:  # torch's kernel reads past the end of the shorter
             raise ValueError(_misfit(*call[:4]))
         return call.run("nothing to skip")
@@ -119,7 +122,7 @@ def compute(
         shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
         planned = plans.plan(seen, shape, q.device, by_head=goes_by_head(q, k, v))
         if not isinstance(planned, Refused):
-            if planned.plain is not None and impl == "auto":
+            if planned.plain is not None and torch_may:
                 return call._replace(attn_mask=None, is_causal=planned.plain == "causal").run("nothing to skip")
             return _lead(attend(q, k, v, planned, **options), lead)
         refused = planned.reason

@@ -261,6 +261,7 @@ def test_grouped_heads_with_masks_per_head_are_refused():
         ({"dropout_p": "0.3", "lengths": [1, 2, 3]}, "dropout_p is str, expected a number"),
         ({"scale": [0.3], "lengths": [1, 2, 3]}, "scale is list, expected a number"),
         ({"is_causal": "False", "lengths": [1, 2, 3]}, "is_causal is 'False', expected a bool"),
+        ({"deterministic": "no"}, "deterministic is 'no', expected a bool"),
         ({"window": None}, r"window is None, expected \(left, right\) as integers"),
         ({"window": (1, 2, 3)}, r"window is \(1, 2, 3\), expected \(left, right\)"),
         ({"window": (1.5, 0)}, r"window is \(1.5, 0\), expected"),
@@ -329,12 +330,18 @@ def test_a_window_may_be_wider_than_any_sample():
 
 
 def test_where_nothing_is_hidden_torch_runs(monkeypatch):
-    """No mask, is_causal, full lengths and masks that say no more: torch's own kernel, unless impl is asked for."""
+    """No mask, is_causal, full lengths and masks that say no more: torch's own kernel, unless impl is asked for.
+
+    Or deterministic=True, which torch's kernels do not know of.
+    """
     q, k, v = heads("projection")
     monkeypatch.setattr(padded, "attention", None)
     for options in ({}, {"is_causal": True}, {"lengths": [L] * B}, {"attn_mask": MASKS["all"]}):
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=options.get("is_causal", False))
-        assert torch.equal(ours(q, k, v, **options), expected)
+        for deterministic in (None, False):
+            assert torch.equal(ours(q, k, v, deterministic=deterministic, **options), expected)
+        with pytest.raises(TypeError):
+            ours(q, k, v, deterministic=True, **options)
     assert torch.equal(ours(q, k, v, CAUSAL), F.scaled_dot_product_attention(q, k, v, is_causal=True))
     with pytest.raises(TypeError):
         ours(q, k, v, impl="cpp")
