@@ -150,6 +150,7 @@ def run_problem(
                 yield identity(problem, direction, implementation.name) | {"skipped": reason}
             else:
                 calls[implementation.name], timed[implementation.name] = call, implementation
+        call = None  # or the last one's memory would stay where it fails
         least = MIN_STEP_ROUNDS if direction == "step" else MIN_SLOW_ROUNDS
         samples, host, failed = _timed(calls, seconds, device, least, direction)
         for name, reason in failed.items():
@@ -166,7 +167,11 @@ def run_problem(
 
 
 class Failed(Exception):
-    """A call that passed its check, and raised when it was timed, where memory is short say.   Its name, and why"""
+    """A call that passed its check, and raised when it was timed, where memory is short say."""
+
+    def __init__(self, name, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 @contextlib.contextmanager
@@ -186,9 +191,8 @@ def _timed(calls: dict[str, Callable], seconds: float, device: torch.device, lea
             with grad_mode(direction):
                 return time_calls(calls, seconds, device, slow_rounds=least, host=host), host, failed
         except Failed as failure:
-            name, reason = failure.args
-            failed[name] = reason
-            del calls[name]  # with the memory that it holds
+            failed[failure.name] = failure.reason
+            del calls[failure.name]  # with the graph that its backward holds
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float | None = None) -> str | None:

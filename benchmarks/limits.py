@@ -21,10 +21,10 @@ def measure(device: torch.device, dtypes: list[str], seconds: float = 0.4, known
     on a CPU without instructions for bf16 torch.mm of it is a hundred times as slow.
     """
     limits = {} if "copy" in known else {"copy": {"value": _copy(device, seconds), "unit": "GB/s"}}
-    for name in dtypes:
-        if f"gemm_{name}" not in known:
-            fastest = max(_gemm(device, dtype, seconds) for dtype in {DTYPES[name], torch.float32})
-            limits[f"gemm_{name}"] = {"value": fastest, "unit": "TFLOP/s"}
+    wanted = [name for name in dtypes if f"gemm_{name}" not in known]
+    rates = {name: _gemm(device, DTYPES[name], seconds) for name in dict.fromkeys(("fp32", *wanted) if wanted else ())}
+    for name in wanted:
+        limits[f"gemm_{name}"] = {"value": max(rates["fp32"], rates[name]), "unit": "TFLOP/s"}
     return limits
 
 

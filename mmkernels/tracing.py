@@ -23,9 +23,13 @@ def host_code(why: str) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
-        @functools.cache  # making it anew takes as long as lowering a short mask
+        # Making it anew takes as long as lowering a short mask.  Not functools.cache, of which Dynamo warns.
+        kept: list[Callable] = []
+
         def disabled() -> Callable:
-            return sys.modules["torch._dynamo"].disable(function)
+            if not kept:
+                kept.append(sys.modules["torch._dynamo"].disable(function))
+            return kept[0]
 
         @functools.wraps(function)
         def outside(*args, **kwargs):

@@ -92,7 +92,11 @@ def load(
         for name in optional:
             if f"progress.{name}" not in saved_names:
                 state["progress"].pop(name, None)
-        _read(path, state)
+        try:
+            _read(path, state)
+        except OtherModelError:
+            _check_sums(path)  # a damaged index may tell of another model
+            raise
         _check_sums(path)
     except OtherModelError as error:
         raise CheckpointError(f"{path}: of another model: {error}; choose another --out") from error
@@ -127,9 +131,11 @@ def _check_sums(path: Path) -> None:
         return
     try:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
-        changed = [name for name, value in sums.items() if _sum(path / name) != value]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, its {SUMS} does not read: {error}") from error
+    if not isinstance(sums, dict) or not sums.keys() <= {file.name for file in path.iterdir() if file.is_file()}:
+        raise CheckpointError(f"{path}: damaged, its {SUMS} names other files than are there")
+    changed = [name for name, value in sums.items() if _sum(path / name) != value]
     if changed:
         raise CheckpointError(f"{path}: damaged, {', '.join(changed)} does not match its checksum")
 

@@ -135,9 +135,9 @@ class _Table:
 
 
 def _stored(path: Path, table: _Table, threads: int) -> dict[str, np.ndarray]:
-    """Memory maps of what `_write` wrote to path: now, if there is no such file, or a damaged one."""
+    """Memory maps of what `_write` wrote to path: now, if there is no such file, or one whose head is damaged."""
     if path.exists():
-        with suppress(SafetensorError):
+        with suppress(SafetensorError, KeyError):
             return _mapped(path)
         logger.warning("%s: damaged, its features are made anew", path)
     _write(path, table, threads)
@@ -145,7 +145,8 @@ def _stored(path: Path, table: _Table, threads: int) -> dict[str, np.ndarray]:
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    return {key: tensor.numpy() for key, tensor in load_file(path).items()}
+    tensors = load_file(path)
+    return {name: tensors[name].numpy() for name in ("flat", "shapes", "missing")}
 
 
 def _write(path: Path, table: _Table, threads: int) -> None:

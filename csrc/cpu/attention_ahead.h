@@ -26,7 +26,7 @@ class Ahead {
     per_step_ = (lines_ + steps) / (steps + 1);
   }
 
-  // Of a product's sum.  As timed; where the tile is smaller, what a step costs by itself weighs more.
+  // Of a product's sum.  As timed with AVX-512 and AVX2: where a tile is smaller, a fetch's own work weighs more.
   static constexpr int kWordsPerStep = W == 16 ? 4 : 16;
 
   MM_INLINE void fetch_some() {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from operator import index
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ FALLBACKS = (None, "torch")
 def check_numbers(caller: str, scale: tuple[str, object], dropout: tuple[str, object]) -> None:
     """ValueError for what is no number; of a tensor the gradient would be lost.
 
-    scale, dropout: each by the name that the drop-in gives it; a scale may be None
+    scale, dropout: each by the name that the drop-in gives it; a scale may be None, dropout False
     """
     (scale_name, value), (dropout_name, dropped) = scale, dropout
     if isinstance(value, Tensor):
@@ -25,8 +24,9 @@ def check_numbers(caller: str, scale: tuple[str, object], dropout: tuple[str, ob
             f"{caller}: {scale_name} is a tensor, expected a number; multiply the queries by it and give "
             f"{scale_name}=1.0"
         )
-    for name, given in ((scale_name, 1.0 if value is None else value), (dropout_name, dropped)):
-        if not (is_number(given) or isinstance(given, bool | np.bool_)):  # torch takes these for 0 and 1
+    given_dropout = 0.0 if dropped is False else dropped
+    for name, given in ((scale_name, 1.0 if value is None else value), (dropout_name, given_dropout)):
+        if not is_number(given):
             kind = "a tensor" if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"{caller}: {name} is {kind}, expected a number")
 

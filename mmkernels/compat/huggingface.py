@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.compat.arguments import check_numbers
+from mmkernels.compat.arguments import check_numbers, flag
 from mmkernels.compat.huggingface_masks import PaddedMask, UnknownMask, intervals
 from mmkernels.compat.packed import attend_packed
 from mmkernels.compat.padded import attend, goes_by_head
@@ -106,7 +106,7 @@ def attention_forward(
     check_numbers(NAME, ("scaling", scaling), ("dropout", dropout))
     if value.shape[3] != query.shape[3]:
         raise NotImplementedError(f"{NAME}: value has width {value.shape[3]}, taken is query's {query.shape[3]}")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else flag(NAME, "is_causal", is_causal)
     if cu_seq_lens_q is not None:
         if cu_seq_lens_k is None:
             raise ValueError(f"{NAME}: cu_seq_lens_q is given without cu_seq_lens_k")

@@ -95,6 +95,7 @@ def compute(
 
     instead: what its user can do where this refuses.
     """
+    call = call._replace(is_causal=flag(call.who, "is_causal", call.is_causal))
     query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call[1:]
     if deterministic is not None:
         deterministic = flag(call.who, "deterministic", deterministic)
@@ -112,7 +113,7 @@ def compute(
     q, k, v, mask, lead = _checked(call)
     if not q.shape[1]:  # nothing to attend with; on such tensors torch 2.11 dies of a division by zero
         return _lead(q @ k.mT @ v, lead)
-    seen = Seen(flag(call.who, "is_causal", is_causal), window, bottom_right, lengths, key_lengths, mask)
+    seen = Seen(is_causal, window, bottom_right, lengths, key_lengths, mask)
     compiling = torch.compiler.is_compiling()
     refused = _refused(q, v, mask, dropout_p, scale, compiling, fallback)
     options = {"scale": scale, "dropout_p": dropout_p, "deterministic": deterministic, "impl": impl}

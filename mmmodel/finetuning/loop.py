@@ -126,7 +126,7 @@ class Training:
         """Steps to the last, or until a signal is in `stop`: then it saves, and raises what a command ends with."""
         kept = time.monotonic()
         if not self.step:
-            self.validate()  # what has no score is refused before it is learnt
+            self.defined(self.task.untrained())  # what has no score is refused before it is learnt
         with closing(MetricsFile(curve, from_step=0)) if curve is not None else nullcontext() as log:
             for line in self.history if log else ():  # not what the file had: it may be another's, or done again
                 log.write(line)
@@ -168,7 +168,7 @@ class Training:
         epoch, loss = len(self.history) + 1, float(torch.stack(self.losses).mean())
         if not math.isfinite(loss):
             raise RunError(f"finetune: the loss of epoch {epoch} is not finite; try a lower lr than {self.config.lr:g}")
-        found, main = self.validate(), self.main
+        found, main = self.defined(self.task.validate()), self.main
         rate = self.optimizer.param_groups[-1]["lr"]  # of the output layer
         line = {"step": self.step, "epoch": epoch, "loss": loss, "lr": rate, **found}
         self.history.append({**line, "seconds": time.perf_counter() - started})
@@ -179,9 +179,8 @@ class Training:
         words = "epoch %d/%d  loss %.4f  %s %.4f (best %.4f)"
         logger.info(words, epoch, self.config.epochs, loss, main, found[main], best)
 
-    def validate(self) -> dict[str, float]:
-        """Scores of the validation samples.  Raises ConfigError if they have none."""
-        found = self.task.validate()
+    def defined(self, found: dict[str, float]) -> dict[str, float]:
+        """Scores of the validation samples, if they have one; ConfigError if not."""
         if not math.isfinite(found[self.main]):
             count = len(self.data.validation)
             raise ConfigError(

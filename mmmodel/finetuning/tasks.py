@@ -40,6 +40,7 @@ class Task:
 
     loss: Callable[[np.ndarray, np.random.Generator | None], Tensor]  # of these rows of data.train, augmented by rng
     validate: Callable[[], dict[str, float]]
+    untrained: Callable[[], dict[str, float]]  # scores alike, NaN where any would be: labels alone decide that
 
 
 def make_task(learner: FineTuned | Aligned, data: Labelled, config: FinetuneConfig) -> Task:
@@ -77,7 +78,7 @@ def _outputs(learner: FineTuned, data: Labelled, config: FinetuneConfig) -> Task
             outputs = learner(batch)
         return compare(outputs.float(), rows)
 
-    return Task(loss, lambda: evaluate_on(learner, data, data.validation))
+    return Task(loss, lambda: evaluate_on(learner, data, data.validation), lambda: _of_zeros(data))
 
 
 def _probe(learner: FineTuned, data: Labelled, config: FinetuneConfig) -> Task:
@@ -98,7 +99,7 @@ def _probe(learner: FineTuned, data: Labelled, config: FinetuneConfig) -> Task:
         learner.eval()
         return scores.score(data.labels, learner.outputs(validation).cpu(), data.of(data.validation))
 
-    return Task(loss, validate)
+    return Task(loss, validate, lambda: _of_zeros(data))
 
 
 def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig) -> Task:
@@ -109,7 +110,15 @@ def _retrieval(learner: Aligned, data: Labelled, config: FinetuneConfig) -> Task
         with autocast(config.device, config.precision):
             return learner(batch)
 
-    return Task(loss, lambda: evaluate_on(learner, data, data.validation))
+    def validate() -> dict[str, float]:
+        return evaluate_on(learner, data, data.validation)
+
+    return Task(loss, validate, validate)
+
+
+def _of_zeros(data: Labelled) -> dict[str, float]:
+    items = data.validation
+    return scores.score(data.labels, torch.zeros(len(items), data.labels.outputs), data.of(items))
 
 
 def _against_labels(

@@ -222,6 +222,12 @@ def test_what_is_not_computed_is_refused_by_name(argument):
         huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal=False, **{argument: off})
 
 
+def test_what_is_no_flag_is_named():
+    q = torch.randn(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="is_causal is 'False', expected a bool"):
+        huggingface.attention_forward(torch.nn.Module(), q, q, q, None, is_causal="False")
+
+
 def test_calls_without_a_mask():
     q, k = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 9, 16)
     out, weights = huggingface.attention_forward(torch.nn.Module(), q, k, k, None, is_causal=False, scaling=0.3)

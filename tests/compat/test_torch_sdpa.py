@@ -261,6 +261,8 @@ def test_grouped_heads_with_masks_per_head_are_refused():
         ({"dropout_p": "0.3", "lengths": [1, 2, 3]}, "dropout_p is str, expected a number"),
         ({"scale": [0.3], "lengths": [1, 2, 3]}, "scale is list, expected a number"),
         ({"is_causal": "False", "lengths": [1, 2, 3]}, "is_causal is 'False', expected a bool"),
+        ({"is_causal": "False"}, "is_causal is 'False', expected a bool"),
+        ({"scale": True}, "scale is bool, expected a number"),
         ({"deterministic": "no"}, "deterministic is 'no', expected a bool"),
         ({"window": None}, r"window is None, expected \(left, right\) as integers"),
         ({"window": (1, 2, 3)}, r"window is \(1, 2, 3\), expected \(left, right\)"),

@@ -90,6 +90,23 @@ def test_a_flipped_bit_is_damage_too(saved):
     resume(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "letter", "message"),
+    [
+        (".metadata", b"model.blocks.0.qkv.weight", r"damaged, \.metadata does not match its checksum; deleting"),
+        (checkpoint.SUMS, b"__0_0", r"damaged, its crc32\.json names other files than are there; deleting"),
+    ],
+)
+def test_a_flipped_bit_in_a_name_is_damage_too(saved, name, letter, message):
+    """In a tensor's it looks like another model, in a file's like one that is missing."""
+    path = saved[0] / name
+    written = path.read_bytes()
+    at = written.index(letter)
+    path.write_bytes(written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :])
+    with pytest.raises(CheckpointError, match=message):
+        resume(saved[0])
+
+
 def test_no_index_and_another_model_are_clear_errors(saved, tmp_path):
     folder = saved[0]
     config, wider = learner(mlp_width=48)

@@ -10,10 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mmkernels.ops.attention import triton_tiles
 from mmkernels.ops.attention.configs import Config, padded
 from mmkernels.ops.attention.inputs import uses_tf32
+from mmkernels.ops.attention.tuned import MOST_ROWS
 from mmkernels.philox import threshold
 
 LOG2E = triton_tiles.LOG2E.value
-MOST_ROWS = 256  # of a tile, whichever side
 
 
 def precision(q: Tensor) -> str:

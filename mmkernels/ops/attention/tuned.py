@@ -36,6 +36,7 @@ _CHOICES = {
     "lengths": LENGTHS,
     "kernel": KERNELS,
 }
+MOST_ROWS = 256  # of a tile, on either side: kernels count them in int32, times the stride of a token
 _NUMBERS, _OPTIONAL = ("rows", "cols", "warps", "stages"), {"tma": bool, "late": bool, "registers": int}
 
 
@@ -126,6 +127,8 @@ def _problem(entry) -> str | None:
     fits = fits and all(type(value) is kinds[name] and value >= 0 for name, value in numbers.items())
     if not fits or not all(numbers.get(name) for name in _NUMBERS):
         return f"config is {numbers}, expected whole {', '.join(_NUMBERS)} and perhaps {', '.join(_OPTIONAL)}"
+    if max(numbers["rows"], numbers["cols"]) > MOST_ROWS:
+        return f"config is {numbers}, expected at most {MOST_ROWS} rows and cols"
     if not isinstance(entry["provenance"], dict) or not entry["provenance"].get("device"):
         return "provenance names no device: a number must say where it was measured"
     return None

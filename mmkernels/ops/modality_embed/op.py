@@ -203,10 +203,11 @@ def _dispatched_below_autograd(*call):
 
 def _at_autograd_key(*args):
     inputs, options, rest = _split(args)
-    tensors = (*inputs.leaves, inputs.modality_ids, inputs.source_rows, inputs.positions, inputs.rng)
-    # The dispatcher alone knows what is to be done with these.
-    meta = any(t is not None and t.is_meta for t in tensors)
-    compute = _dispatched_below_autograd if meta else _below_autograd
+    compute = _below_autograd
+    for t in (*inputs.leaves, inputs.modality_ids, inputs.source_rows, inputs.positions, inputs.rng):
+        if t is not None and t.is_meta:  # the dispatcher alone knows what is to be done with these
+            compute = _dispatched_below_autograd
+            break
     return _filled(*_forward_autograd((inputs, options, *rest), compute))
 
 

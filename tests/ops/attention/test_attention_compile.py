@@ -133,8 +133,12 @@ def test_a_call_of_another_kind_is_named_and_runs_once_prepared():
     assert torch.equal(compiled(qkv), attention(*qkv.unbind(1), layout=layout, pair_bias=bias))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_new_layout_breaks_the_graph_where_it_may_break():
-    """torch.compile as most people call it: host code runs outside, and the results are those of eager calls."""
+    """torch.compile as most people call it: host code runs outside, and the results are those of eager calls.
+
+    Without a warning of Dynamo's, which looks into what wraps that code.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, layout, mask: attention(*x.unbind(1), layout=layout, mask=mask) * 2, backend="aot_eager"

@@ -174,6 +174,7 @@ def test_what_is_written_can_be_read(tuned_file):
         ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "tma": "yes"}}, "perhaps tma, late, registers"),
         ({"config": {"rows": 128, "cols": 64, "warps": 8, "stages": 2, "registers": -1}}, "perhaps tma, late"),
         ({"config": 3}, "config is 3, expected whole rows"),
+        ({"config": {"rows": 512, "cols": 64, "warps": 8, "stages": 2}}, "expected at most 256 rows and cols"),
         ({"provenance": {"date": "today"}}, "provenance names no device"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
