@@ -30,8 +30,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _products_of_the_interpreter():
-    """Summed in fp64 and rounded once.  numpy sums in an order that its BLAS chooses by the CPU: with AVX2 fp32 gradients
-    at D 256, which hold differences of products, broke the error rule, with AVX-512 they held it."""
+    """Summed in fp64 and rounded once.
+
+    numpy sums in an order that its BLAS chooses by the CPU: with AVX2 fp32 gradients at D 256, which hold differences
+    of products, broke the error rule, with AVX-512 they held it.
+    """
     if not settings.current().triton_interpret:
         yield
         return
